@@ -1,0 +1,46 @@
+# The environment is .venv, made from a committed lock by scripts/setup.sh; PYTHON=python3.12 chooses the interpreter.
+SHELL := bash
+PY := .venv/bin/python
+WORKERS ?= 2
+BENCHMARKS ?= token_logps engine step
+
+export TOKENIZERS_PARALLELISM ?= false
+ifeq ($(wildcard /dev/nvidia0),)
+export DS_ACCELERATOR ?= cpu
+endif
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+ONE_THREAD := OMP_NUM_THREADS=1  # a test worker each core
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check bench lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env:  ## only the environment: make env LOCK=all-cpu adds vLLM, TRL, PEFT, Ray and lm-eval
+	@bash scripts/setup.sh $(or $(LOCK),test-cpu)
+
+demo:  ## the whole path on a controlled corpus, with controls: one table, runs/demo/results.json
+	@bash scripts/setup.sh demo-cpu
+	$(OFFLINE) $(PY) -m examples.demo $(ARGS)
+
+test:  ## all tests (ARGS="-k name" for some, WORKERS=0 in one process)
+	@bash scripts/setup.sh test-cpu
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+check:  ## ruff, pyright on rewards, the architecture test
+	@bash scripts/setup.sh test-cpu
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pytest -q tests/test_architecture.py
+
+bench:  ## every benchmark of the list BENCHMARKS, as JSON
+	@bash scripts/setup.sh test-cpu
+	@for name in $(BENCHMARKS); do $(OFFLINE) $(PY) -m benchmarks.$$name --json || exit 1; done
+
+lock:  ## resolve locks/*.txt again (ARGS=--upgrade for newer versions)
+	@bash scripts/setup.sh lock $(ARGS)
+
+clean:  ## remove .venv, build products and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

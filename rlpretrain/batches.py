@@ -1,0 +1,105 @@
+"""Documents → positions → groups: what a step trains on, drawn so that ranks, resume and replay see the same thing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlpretrain.config import ConfigError
+from rlpretrain.documents import DocumentStream
+from rlpretrain.objectives import Objective
+from rlpretrain.packing import Layout, count, pack
+from rlpretrain.types import Batch, Document
+from rollout.engine import Engine
+from rollout.types import Position
+
+PATIENCE = 10_000
+"""Documents in a row without a single position after which a run gives up."""
+
+
+class BatchSource:
+    """Draws the batches of one rank.
+
+    Everything random about the i-th document of the global order (its positions, the seeds of its thoughts) depends on
+    (seed, i) alone, so one rank and several, and a resumed run, think at the same places.
+    """
+
+    def __init__(self, objective: Objective, stream: DocumentStream, engine: Engine | None, policy: Any, *, seed: int, rank: int,
+                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384):  # fmt: skip
+        self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
+        self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
+        self.token_budget = token_budget
+        self.drawn = 0  # documents this rank has drawn
+        self.without = 0  # of those, documents with no position
+        self._spare: list[tuple[Document, Position, int]] = []
+
+    def take(self, n: int) -> Batch:
+        """`n` groups of this rank with their documents; for an objective without positions, `n` documents."""
+        if not self.objective.has_positions:
+            return Batch((), self.stream.take(n))
+        chosen = self._positions(n)
+        groups = asyncio.run(self.objective.rollout(self.engine, [p for _, p, _ in chosen], [s for *_, s in chosen]))
+        documents = list({d.id: d for d, *_ in chosen}.values())
+        if self.ntp_stream is not None:
+            documents = self.ntp_stream.take(len(documents))
+        return Batch(tuple(groups), tuple(documents))
+
+    def _positions(self, n: int) -> list[tuple[Document, Position, int]]:
+        chosen, self._spare = self._spare[:n], self._spare[n:]
+        barren = 0
+        while len(chosen) < n:
+            documents = self.stream.take(n - len(chosen))
+            entropies = self._entropies(documents) if "entropy" in self.objective.needs else [None] * len(documents)
+            for document, entropy in zip(documents, entropies, strict=True):
+                order = self.drawn * self.size + self.rank
+                self.drawn += 1
+                rng = np.random.default_rng((self.seed, order))
+                found = self.objective.positions(document, rng, entropy)
+                chosen += [(document, p, int(rng.integers(2**62))) for p in found]
+                barren = 0 if found else barren + 1
+                self.without += not found
+            if barren >= PATIENCE:
+                raise ConfigError(
+                    f"{barren} documents in a row gave no position: the objective's `positions` ({self.objective.config.positions}), "
+                    "`min_context` or `target_length` do not fit this data"
+                )
+        chosen, self._spare = chosen[:n], chosen[n:] + self._spare
+        return chosen
+
+    def _entropies(self, documents: Sequence[Document]) -> list[Tensor]:
+        """Per document, the entropy (nats) of the current model's prediction of each token; 0 for the first."""
+        batch = Batch((), documents)
+        out: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for micro in pack(batch, Layout(self.token_budget), count(batch)):
+                _, entropies = self.policy.score(micro, want="entropies")
+                sizes = [len(d.token_ids) - 1 for d in micro.documents]
+                for d, e in zip(micro.documents, entropies.split(sizes), strict=True):
+                    out[d.id] = torch.cat([e.new_zeros(1), e]).cpu()
+        return [out[d.id] for d in documents]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact cursor."""
+        spare = [(d.id, d.token_ids, d.source, p.index, s) for d, p, s in self._spare]
+        return {
+            "stream": self.stream.state_dict(), "drawn": self.drawn, "without": self.without, "spare": spare,
+            "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a cursor that `state_dict` gave."""
+        self.stream.load_state_dict(state["stream"])
+        self.drawn, self.without = state["drawn"], state["without"]
+        size = getattr(self.objective.config, "target_length", 1)
+        self._spare = []
+        for id_, ids, source, i, seed in state["spare"]:
+            document = Document(id_, tuple(ids), source)
+            ids = document.token_ids
+            self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size]), seed))
+        if self.ntp_stream is not None:
+            self.ntp_stream.load_state_dict(state["ntp_stream"])

@@ -1,0 +1,110 @@
+"""Checkpoints that resume bit-identically: written aside and renamed, checked before they are read, rotated."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpretrain.config import ConfigError
+from rlpretrain.ranks import Ranks
+
+FREE_TO_CHANGE = (
+    "output_dir", "console", "log_every", "report_to", "push_to_hub", "threads", "max_steps", "epochs", "checkpoint", "eval",
+    "stop", "device",
+)  # fmt: skip
+"""Settings that may differ between a checkpoint and the run that resumes from it."""
+
+
+def save(folder: Path, step: int, ranks: Ranks, parts: Mapping[str, Any], state: dict[str, Any], rank_state: dict[str, Any]) -> Path:
+    """Write `folder`/checkpoint-<step> whole or not at all.
+
+    `parts` are objects with `save(path)`; `state` is the same on all ranks, `rank_state` is each rank's own. The list of
+    files with their sizes goes into state.json, last; then the folder gets its name.
+    """
+    final, work = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
+    if ranks.first:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    ranks.barrier()
+    for part in parts.values():
+        part.save(work)
+    torch.save(rank_state, work / f"rank-{ranks.rank}.pt")
+    ranks.barrier()
+    if ranks.first:
+        files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+        (work / "state.json").write_text(json.dumps(state | {"step": step, "ranks": ranks.size, "files": files}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        work.replace(final)
+    ranks.barrier()
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, oldest first."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
+    return sorted(int(m[1]) for m in found if m)
+
+
+def broken(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except FileNotFoundError:
+        return "state.json is missing (half-written?)"
+    except json.JSONDecodeError:
+        return "state.json is not JSON (half-written?)"
+    for name, size in state.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+    return None
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest usable checkpoint of a run, and what was wrong with newer ones."""
+    problems = []
+    for step in reversed(steps(folder)):
+        path = folder / f"checkpoint-{step}"
+        why = broken(path)
+        if why is None:
+            return path, problems
+        problems.append(f"{path}: {why}")
+    return None, problems
+
+
+def read(path: Path, ranks: Ranks, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, this rank's state) of a checkpoint; ConfigError if it is broken or belongs to another configuration."""
+    why = broken(path)
+    if why:
+        raise ConfigError(f"cannot resume from {path}: {why}")
+    state = json.loads((path / "state.json").read_text())
+    if state["ranks"] != ranks.size:
+        raise ConfigError(f"cannot resume from {path}: it was written by {state['ranks']} ranks, this run has {ranks.size}")
+    now = json.loads(json.dumps(config))
+    changed = [k for k in sorted({*state["config"], *now} - {*FREE_TO_CHANGE}) if state["config"].get(k) != now.get(k)]
+    if changed:
+        told = "; ".join(f"{k}: {_difference(state['config'].get(k), now.get(k))}" for k in changed)
+        raise ConfigError(f"cannot resume from {path}: the configuration differs in {told}. Use another output_dir, or set them back")
+    return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
+
+
+def rotate(folder: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for step in steps(folder)[: -keep if keep else None]:
+        if step != best:
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        return ", ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in keys)
+    return f"was {old!r}, is {new!r}"

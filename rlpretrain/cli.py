@@ -1,0 +1,208 @@
+"""`rlpretrain`: train, eval, corpus, doctor, metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpretrain.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a ConfigError ends with its message and exit code 2, without a traceback."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command is not train:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return args.command(args, rest) or 0
+    except (ConfigError, ImportError) as error:
+        print(f"rlpretrain: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="rlpretrain", description="Reinforcement learning as a pretraining objective.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("train", help="train from a YAML configuration", formatter_class=argparse.RawDescriptionHelpFormatter,
+                            description="Train. Every field can be set: --section.field value; `--fields` lists them all.")  # fmt: skip
+    p.add_argument("config", nargs="?", help="YAML file")
+    p.add_argument("--resume", nargs="?", const="auto", help="auto (the newest usable checkpoint), or a checkpoint folder")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
+    p.add_argument("--fields", action="store_true", help="list every field with default and meaning")
+    p.set_defaults(command=train)
+
+    p = commands.add_parser("eval", help="what thinking is worth on held-out text")
+    p.add_argument("model", help="hub id or folder")
+    p.add_argument("--data", required=True, help="held-out documents")
+    p.add_argument("--frozen", help="initial model for the honest gain; the model itself by default")
+    p.add_argument("--objective", default="{name: rlp}", help="YAML: the objective section (where to think, how far to predict)")
+    p.add_argument("--column", default="text", help="column with the text")
+    p.add_argument("--by", help="column to split the table by, for instance depth")
+    p.add_argument("--documents", type=int, help="how many documents; all by default")
+    p.add_argument("--thoughts", type=int, default=4, help="sampled thoughts per position")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--max-thought-tokens", type=int, default=512)
+    p.add_argument("--max-length", type=int, default=2048, help="longest document in tokens")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--trust-remote-code", action="store_true")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", help="write the numbers here too")
+    p.set_defaults(command=evaluate)
+
+    p = commands.add_parser("corpus", help="make a controlled corpus")
+    p.add_argument("kind", choices=["dial"])
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--mix", default="b9", help="composition of the base documents: b9, d1, s20")
+    p.add_argument("--base", type=int, default=200_000, help="base documents")
+    p.add_argument("--train", type=int, default=50_000, help="plain documents for reinforcement pretraining")
+    p.add_argument("--held-out", type=int, default=1_200)
+    p.add_argument("--depths", default="1-4", help="depths of the training problems, as 1-4 or 1,2,5")
+    p.add_argument("--held-out-depths", default="1-6")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(command=corpus)
+
+    p = commands.add_parser("doctor", help="check this installation")
+    p.set_defaults(command=lambda args, rest: _doctor())
+    p = commands.add_parser("metrics", help="every logged number, its meaning and healthy range")
+    p.set_defaults(command=lambda args, rest: _metrics())
+    return parser
+
+
+def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain train CONFIG.yaml [--field value ...] [--resume auto] [--dry-run]`."""
+    from rlpretrain import config as c
+
+    if args.fields:
+        _print_fields(c)
+        return 0
+    if not args.config:
+        raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
+    config = c.load(args.config, rest)
+    if args.dry_run:
+        from rlpretrain.dry_run import dry_run
+
+        return dry_run(config, Path(args.config).parent)
+    from rlpretrain.pretrainer import Pretrainer
+
+    result = Pretrainer(config).train(resume=args.resume)
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    return 0
+
+
+def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and without thinking."""
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlpretrain import config as c
+    from rlpretrain import models
+    from rlpretrain.documents import read_all
+    from rlpretrain.evaluate import MEANING, by_meta
+    from rlpretrain.evaluate import evaluate as run
+    from rlpretrain.objectives import load as load_objective
+    from rlpretrain.prompts import Delimiters
+    from rlpretrain.ranks import join
+
+    model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    values = {
+        "model": model_config, "objective": yaml.safe_load(args.objective), "output_dir": os.devnull,
+        "data": {"path": args.data, "column": args.column, "max_length": args.max_length,
+                 "meta_columns": [args.by] if args.by else []},
+        "sampling": {"temperature": args.temperature, "max_thought_tokens": args.max_thought_tokens},
+    }  # fmt: skip
+    config = c.build(values)
+    delimiters = Delimiters(config.objective.get("open", "<think>"), config.objective.get("close", "</think>"))
+    device = join(args.device).device
+    model, tokenizer, added = models.load(config.model, delimiters, args.seed)
+    models.check_head(model.to(device))
+    if added:
+        print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
+    frozen = None
+    if args.frozen:
+        frozen = models.load(c.ModelConfig(**(model_config | {"path": args.frozen})), delimiters, args.seed)[0].to(device)
+    documents = read_all(config.data, tokenizer, limit=args.documents)
+    pad = tokenizer.pad_token_id or 0
+    whole = run(model, load_objective(config, tokenizer), documents, frozen=frozen, thoughts=args.thoughts, seed=args.seed, pad_id=pad)
+    parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
+    results = {name: part.summary() for name, part in parts.items()}
+    table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")
+    for name in MEANING:
+        if name in results["all"]:
+            cells = [f"{r[name]:.3f} [{r[f'{name}_ci'][0]:.3f}, {r[f'{name}_ci'][1]:.3f}]" for r in results.values()]
+            table.add_row(name, *cells, MEANING[name])
+    Console().print(table)
+    if args.json:
+        work = Path(args.json).with_suffix(".tmp")
+        work.write_text(json.dumps(results, indent=1))
+        work.replace(args.json)
+    return 0
+
+
+def corpus(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain corpus dial --out DIR`."""
+    from rlpretrain.corpora import dial
+
+    try:
+        paths = dial.write(args.out, base=args.base, train=args.train, held_out=args.held_out, seed=args.seed, mix=args.mix,
+                           depths=_depths(args.depths), held_out_depths=_depths(args.held_out_depths))  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for name, path in paths.items():
+        print(f"{name:9} {path}")
+    return 0
+
+
+def _depths(text: str) -> list[int]:
+    """`1-4` or `1,2,5` as numbers."""
+    try:
+        low, dash, high = text.partition("-")
+        found = list(range(int(low), int(high) + 1)) if dash else [int(x) for x in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ConfigError(f"depths are written 1-4 or 1,2,5, not '{text}'")
+    return found
+
+
+def _doctor() -> int:
+    from rlpretrain import doctor
+
+    return doctor.main()
+
+
+def _metrics() -> int:
+    from rich.console import Console
+
+    from rlpretrain.metrics import table
+
+    Console().print(table())
+    return 0
+
+
+def _print_fields(c: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlpretrain.objectives import available, find
+
+    table = Table("field", "default", "meaning")
+    for row in c.describe(c.PretrainConfig):
+        table.add_row(*row)
+    for name in available():
+        for field, default, text in c.describe(find(name).Config):
+            table.add_row(f"objective.{field} ({name})", default, text)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

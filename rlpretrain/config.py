@@ -1,0 +1,424 @@
+"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in Python.
+
+Defaults are what held in our own experiments (NOTES.md). `recipe: paper` sets the values of the RLP paper (arXiv 2510.01265,
+table of hyper-parameters) wherever the user has not set them. "Our choice" marks what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from dataclasses import field as _field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _headed(head: str) -> BeforeValidator:
+    """Let a plain string stand for a section whose `head` field it is."""
+    return BeforeValidator(lambda value: {head: value} if isinstance(value, str) else value)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key, why, and what would do."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ModelConfig:
+    """The base checkpoint."""
+
+    path: str
+    """Hub id or folder of a Hugging Face causal language model."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; the model's own by default."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the trained weights."""
+    attn_implementation: str | None = None
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Off unless you know the author."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward to save memory."""
+    from_scratch: bool = False
+    """Take only the configuration of `path` and initialise the weights from the seed: pretraining from nothing."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DataConfig:
+    """Where documents come from: any file or hub dataset that the `datasets` library reads."""
+
+    path: str
+    """File (.txt, .jsonl, .json, .csv, .parquet), folder, glob, or hub id."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split to read."""
+    column: str = "text"
+    """Column with the text."""
+    max_length: int = _field(default=2048)
+    """Longest document in tokens; `long` says what happens to longer ones."""
+    long: Literal["split", "truncate"] = "split"
+    """Cut longer documents into several, or keep only their beginning."""
+    append_eos: bool = True
+    """End every document with the tokenizer's end-of-text token, if it has one."""
+    shuffle: bool = True
+    """Draw a new seeded permutation each epoch. Streams keep their order: a shuffle buffer could not be resumed exactly."""
+    streaming: bool = False
+    """Read lazily instead of tokenising everything first."""
+    meta_columns: tuple[str, ...] = ()
+    """Other columns to keep beside the document (answers, difficulty)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SamplingConfig:
+    """How thoughts are drawn."""
+
+    thoughts: int = 16
+    """G, thoughts per position."""
+    temperature: float = 1.0
+    """Sampling temperature; targets are always scored at 1."""
+    top_p: float = 1.0
+    """Nucleus; below 1 the importance ratios are biased."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    max_thought_tokens: int = 2048
+    """Longest thought, close tag included."""
+    cut: Literal["mask", "force_close", "penalise"] = "mask"
+    """A thought that did not close itself: counts nowhere, is closed for it, or is closed and loses `cut_penalty`. Our choice."""
+    cut_penalty: float = 1.0
+    """Nats taken from the reward of an unclosed thought under `cut: penalise`. Our choice."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EngineConfig:
+    """What samples the thoughts."""
+
+    name: Literal["hf"] = "hf"
+    """hf: transformers inside the training process, sharing its weights."""
+    batch_size: int = 256
+    """Most rows decoded at once."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class PolicyConfig:
+    """How the model is trained."""
+
+    backend: Literal["auto", "torch", "deepspeed"] = "auto"
+    """auto: DeepSpeed where it is installed, else torch."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file; its values hold, except those that this library must own (batch sizes, accumulation)."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Run the forward in bfloat16 over float32 weights (torch backend)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after warm-up; cosine and linear end at `min_lr_ratio` of the peak."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate over the peak."""
+    warmup_steps: int = 10
+    """Linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's. Our choice: the paper gives none for RLP."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LossConfig:
+    """The terms of the loss."""
+
+    clip_low: float = 0.2
+    """Ratio clipped below at 1 - clip_low. Our choice: the paper gives no value."""
+    clip_high: float = 0.28
+    """Ratio clipped above at 1 + clip_high. Our choice: the paper gives no value."""
+    policy_coef: float = 1.0
+    """Weight of the clipped surrogate; 0 leaves only next-token and reader terms (a control)."""
+    ntp_coef: float = 0.3
+    """Weight of the interleaved next-token loss on the documents. 0 in the paper."""
+    reader_coef: float = 0.1
+    """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0 there)."""
+    reduction: Literal["thought_mean", "token_mean"] = "thought_mean"
+    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens."""
+    importance_cap: float = 2.0
+    """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
+    inner_epochs: int = 1
+    """Optimizer steps on one batch; advantages and old log-probs are frozen at the first."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class BaselineConfig:
+    """What log p(target | context) is measured against. Equal for all thoughts of a position, it cancels in RLP's advantage."""
+
+    name: Literal["none", "self", "frozen", "ema"] = "self"
+    """none: 0. self: the current model without a thought. frozen: the initial model. ema: its moving average (the paper)."""
+    decay: float = 0.999
+    """EMA decay per optimizer step."""
+    frozen_every: int = 10
+    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never, which saves a copy of it."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    data: str | None = None
+    """Held-out documents; none, no evaluation."""
+    every: int = 100
+    """Steps between evaluations; one more at the end."""
+    documents: int = 64
+    """How many held-out documents."""
+    thoughts: int = 4
+    """Sampled thoughts per position."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 100
+    """Steps between checkpoints; one more at the end. 0: only the final model."""
+    keep: int = 3
+    """Newest checkpoints kept; the best one is kept beside them."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class StopConfig:
+    """When to stop before the end."""
+
+    collapse: bool = True
+    """Stop when the collapse monitor fires, and return the best checkpoint."""
+    patience: int = 0
+    """Evaluations without a better gain before stopping; 0: never."""
+    collapse_window: int = 20
+    """Steps over which the monitor averages."""
+    collapse_no_think: float = 0.3
+    """Nats that the no-think loss may rise above the start."""
+    nonfinite: int = 5
+    """Skipped steps in a row (NaN or inf) after which the run stops."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class PretrainConfig:
+    """A whole run. `model` and `data` may be given as plain strings, `objective` as a name."""
+
+    model: Annotated[ModelConfig, _headed("path")]
+    """The base checkpoint."""
+    data: Annotated[DataConfig, _headed("path")]
+    """The documents."""
+    objective: Annotated[dict[str, Any], _headed("name")] = _field(default_factory=lambda: {"name": "rlp"})
+    """`name` (a module of rlpretrain.objectives, or package.module:Class) and that objective's own fields."""
+    sampling: SamplingConfig = _field(default_factory=SamplingConfig)
+    """How thoughts are drawn."""
+    engine: Annotated[EngineConfig, _headed("name")] = _field(default_factory=EngineConfig)
+    """What samples them."""
+    policy: PolicyConfig = _field(default_factory=PolicyConfig)
+    """How the model is trained."""
+    optim: OptimConfig = _field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+    loss: LossConfig = _field(default_factory=LossConfig)
+    """The terms of the loss."""
+    baseline: Annotated[BaselineConfig, _headed("name")] = _field(default_factory=BaselineConfig)
+    """The no-think arm."""
+    eval: EvalConfig = _field(default_factory=EvalConfig)
+    """Evaluation during training."""
+    checkpoint: CheckpointConfig = _field(default_factory=CheckpointConfig)
+    """What is kept on disk."""
+    stop: StopConfig = _field(default_factory=StopConfig)
+    """When to stop before the end."""
+    ntp_data: Annotated[DataConfig | None, _headed("path")] = None
+    """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
+    recipe: Literal["default", "paper"] = "default"
+    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, wherever not set."""
+    positions_per_step: int = 512
+    """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents per step."""
+    token_budget: int = 16384
+    """Padded tokens per micro-batch."""
+    max_steps: int | None = None
+    """Optimizer steps; or give `epochs`."""
+    epochs: float | None = None
+    """Passes over the data, where `max_steps` is not given."""
+    output_dir: str = "runs/rlp"
+    """Folder of the run."""
+    seed: int = 0
+    """Decides everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """torch threads; the machine's choice by default."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers beside the console and metrics.jsonl."""
+    log_every: int = 1
+    """Steps between console lines."""
+    console: bool = True
+    """Progress bar and thought tables on the console."""
+    push_to_hub: str | None = None
+    """Hub id for the final model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, given: Any) -> Any:
+        """`recipe: paper` under what the user set; one epoch where neither steps nor epochs are given."""
+        values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
+        if values.get("recipe") == "paper":
+            values = _under(values, PAPER_RECIPE)
+        if values.get("max_steps") is None and values.get("epochs") is None:
+            values["epochs"] = 1.0
+        return values
+
+
+PAPER_RECIPE: dict[str, Any] = {
+    "sampling": {"thoughts": 16, "temperature": 0.7, "max_thought_tokens": 2048},
+    "loss": {"ntp_coef": 0.0, "reader_coef": 0.0},
+    "baseline": {"name": "ema", "decay": 0.999},
+    "optim": {"lr": 1e-6, "schedule": "constant"},
+    "positions_per_step": 512,
+}
+"""arXiv 2510.01265v2, hyper-parameters: what `recipe: paper` sets where the user did not."""
+
+
+def build(values: Mapping[str, Any]) -> PretrainConfig:
+    """A checked PretrainConfig from plain nested values; fields of `model` may stand beside it (DESIGN §6)."""
+    values = dict(values)
+    beside = {k: values.pop(k) for k in list(values) if k not in _names(PretrainConfig) and k in _names(ModelConfig)}
+    if beside:
+        model = values.get("model")
+        values["model"] = ({"path": model} if isinstance(model, str) else dict(model or {})) | beside
+    return parse(PretrainConfig, values)
+
+
+def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """`values` as an instance of the dataclass `owner`; raises ConfigError with key, reason and the nearest known name."""
+    try:
+        return TypeAdapter(owner).validate_python(dict(values))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in (*filter(None, [where]), *item["loc"]))
+            if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                known = _names(_owner_at(owner, item["loc"][:-1]))
+                near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+                lines.append(f"unknown key '{key}': {hint}")
+            elif item["type"] in ("missing", "missing_argument"):
+                lines.append(f"'{key}' is required")
+            else:
+                lines.append(f"'{key}': {item['msg']}, got {item['input']!r}")
+        raise ConfigError("; ".join(lines)) from None
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no such config file: {file}")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a mapping of keys, found {type(values).__name__}")
+    return build(apply_overrides(values, overrides))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`--optim.lr 1e-4 --max_steps=10` laid over nested values; the values are read as YAML."""
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"expected --field value, got '{word}'")
+        key, eq, text = word[2:].partition("=")
+        if not eq:
+            if not words:
+                raise ConfigError(f"'--{key}' needs a value")
+            text = words.pop(0)
+        *parents, leaf = key.split(".")
+        node = values
+        for parent in parents:
+            below = node.get(parent)
+            if not isinstance(below, dict):
+                head = "name" if parent in ("objective", "engine", "baseline") else "path"
+                below = {head: below} if isinstance(below, str) else {}
+            node[parent] = below
+            node = below
+        value = yaml.safe_load(text)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        node[leaf] = value
+    return values
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested values, as they go to run.json."""
+    return asdict(config)
+
+
+def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(field, default, meaning) of a config dataclass and its parts: what `--help` prints."""
+    rows = []
+    documented = getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__
+    hints = typing.get_type_hints(owner)
+    for f in fields(owner):
+        kind = _inner(hints[f.name])
+        text = getattr(documented.get(f.name), "description", None) or ""
+        if is_dataclass(kind):
+            rows.append((f"{prefix}{f.name}", "", text))
+            rows += describe(kind, f"{prefix}{f.name}.")
+        else:
+            info = documented.get(f.name)
+            default = info.get_default(call_default_factory=True) if info is not None else f.default
+            rows.append((f"{prefix}{f.name}", "required" if "Undefined" in repr(default) else str(default), text))
+    return rows
+
+
+def _names(owner: Any) -> list[str]:
+    return [f.name for f in fields(owner)] if is_dataclass(owner) else []
+
+
+def _inner(kind: Any) -> Any:
+    """X of `X | None`."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(a for a in typing.get_args(kind) if a is not type(None))
+    return kind
+
+
+def _owner_at(owner: Any, path: Sequence[Any]) -> Any:
+    for part in path:
+        owner = _inner(typing.get_type_hints(owner).get(part, owner))
+    return owner
+
+
+def _under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` wherever `values` says nothing."""
+    merged = dict(defaults) | dict(values)
+    for key, below in defaults.items():
+        given = values.get(key)
+        if is_dataclass(given):
+            raise ConfigError(f"recipe: paper needs '{key}' as plain values, not a {type(given).__name__}: what is set would be unknown")
+        given = {"name": given} if isinstance(given, str) else given
+        if isinstance(below, Mapping) and isinstance(given, Mapping):
+            merged[key] = _under(given, below)
+    return merged

@@ -1,0 +1,1 @@
+"""Controlled corpora: made from a seed, with traces that can be verified step by step."""

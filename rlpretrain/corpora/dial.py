@@ -1,0 +1,257 @@
+"""The dial: arithmetic on one digit, passed from hand to hand, where thinking pays and every thought can be checked.
+
+A plain document is `ann has 6 bob up3 cat times3 shows 7 .`: a start digit, then one operation a person, modulo 10, then
+the answer. Depth k is the number of operations. Its trace, the thought that computes the answer, is
+`6 bob up3 9 cat times3 7`. A base mix also holds running chains, worked text, and documents with a thought before the
+answer, half of them useless, so that a small model pretrained on it can think but mostly does not bother: what
+reinforcement pretraining has to change. Steps of given traces slip now and then while the answer after them stays true;
+without such noise a reader trusts any trace, and a wrong one then costs far more than a right one earns.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPERATIONS: Mapping[str, Callable[[int], int]] = {
+    "up1": lambda d: (d + 1) % 10, "up2": lambda d: (d + 2) % 10, "up3": lambda d: (d + 3) % 10,
+    "down1": lambda d: (d - 1) % 10, "down2": lambda d: (d - 2) % 10, "times3": lambda d: (d * 3) % 10,
+}  # fmt: skip
+NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "leo")
+HMM = ("hmm", "well", "maybe", "wait", "so")
+PROSE = (
+    "the old the quiet a small river town harbour market garden winter morning evening light rain wind road bridge boat "
+    "letter story teacher farmer sailor child walked looked waited sang slept across under along toward with and then"
+).split()
+OPEN, CLOSE, EOS, PAD, UNK = "<think>", "</think>", "<eos>", "<pad>", "<unk>"
+WORDS = tuple(dict.fromkeys([PAD, EOS, UNK, OPEN, CLOSE, ".", "has", "shows", *map(str, range(10)), *OPERATIONS, *NAMES,
+                             *HMM, *PROSE]))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A start digit and a chain of operations, passed along the names from `first` on."""
+
+    first: int
+    start: int
+    operations: tuple[str, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.operations)
+
+    def steps(self) -> Iterator[tuple[str, str, int]]:
+        """(name, operation, value after it) of each step."""
+        value = self.start
+        for i, op in enumerate(self.operations):
+            value = OPERATIONS[op](value)
+            yield NAMES[(self.first + 1 + i) % len(NAMES)], op, value
+
+    @property
+    def answer(self) -> int:
+        return list(self.steps())[-1][2]
+
+    def question(self) -> list[str]:
+        """`ann has 6 bob up3 cat times3`."""
+        return [NAMES[self.first], "has", str(self.start), *(w for n, op, _ in self.steps() for w in (n, op))]
+
+    def trace(self, rng: random.Random | None = None, slip: float = 0.0) -> list[str]:
+        """`6 bob up3 9 cat times3 7`; each step goes wrong with probability `slip` and is then carried on from there."""
+        words, value = [str(self.start)], self.start
+        for name, op, _ in self.steps():
+            if rng is not None and rng.random() < slip:
+                if rng.random() < 0.5:
+                    op = rng.choice([o for o in OPERATIONS if o != op])
+                    value = OPERATIONS[op](value)
+                else:
+                    value = (OPERATIONS[op](value) + rng.randrange(1, 10)) % 10
+            else:
+                value = OPERATIONS[op](value)
+            words += [name, op, str(value)]
+        return words
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Shares of the document formats in a base corpus, and what stands inside its thoughts."""
+
+    prose: float = 0.05
+    chain: float = 0.15
+    worked: float = 0.35
+    think: float = 0.15
+    plain: float = 0.30
+    full_trace: float = 0.40
+    part_trace: float = 0.10  # the rest of the thoughts is useless
+    slip: float = 0.07
+    worked_depths: tuple[int, int] = (1, 4)
+    think_depths: tuple[int, int] = (1, 3)
+    plain_depths: tuple[int, int] = (1, 6)
+
+
+MIXES = {
+    "b9": Mix(),
+    "d1": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.30, part_trace=0.05),
+    "s20": Mix(0.05, 0.15, 0.35, 0.20, 0.25),
+}
+
+
+def draw(rng: random.Random, depths: tuple[int, int]) -> Problem:
+    """A random problem of a depth between the two, both included."""
+    operations = tuple(rng.choice(list(OPERATIONS)) for _ in range(rng.randint(*depths)))
+    return Problem(rng.randrange(len(NAMES)), rng.randrange(10), operations)
+
+
+def prose(rng: random.Random, mix: Mix) -> list[str]:
+    return [*(rng.choice(PROSE) for _ in range(rng.randint(6, 14))), "."]
+
+
+def chain(rng: random.Random, mix: Mix) -> list[str]:
+    """A running chain: every value is said as it arises, nothing is asked."""
+    problem = draw(rng, (4, 4))
+    return [NAMES[problem.first], "has", *problem.trace(rng, mix.slip), "."]
+
+
+def worked(rng: random.Random, mix: Mix) -> list[str]:
+    """A problem worked in the open, without delimiters."""
+    problem = draw(rng, mix.worked_depths)
+    return [*problem.question(), ".", "so", *problem.trace(rng, mix.slip), "."]
+
+
+def think(rng: random.Random, mix: Mix) -> list[str]:
+    """A problem with a thought before its answer: a full trace, a part of one, or useless words."""
+    problem, u = draw(rng, mix.think_depths), rng.random()
+    if u < mix.full_trace:
+        thought = problem.trace(rng, mix.slip)
+    elif u < mix.full_trace + mix.part_trace:
+        full = problem.trace(rng, mix.slip)
+        thought = full[: rng.randrange(1, len(full))]
+    else:
+        thought = [rng.choice(HMM) for _ in range(rng.randint(1, 5))]
+    return [*problem.question(), "shows", OPEN, *thought, CLOSE, str(problem.answer), "."]
+
+
+def plain(rng: random.Random, mix: Mix) -> list[str]:
+    """A problem and its answer: what reinforcement pretraining sees."""
+    problem = draw(rng, mix.plain_depths)
+    return [*problem.question(), "shows", str(problem.answer), "."]
+
+
+FORMATS: Mapping[str, Callable[[random.Random, Mix], list[str]]] = {
+    "prose": prose, "chain": chain, "worked": worked, "think": think, "plain": plain,
+}  # fmt: skip
+"""Document formats of a base mix; the share of each is the field of `Mix` with its name."""
+
+
+def base_documents(count: int, seed: int, mix: Mix) -> Iterator[str]:
+    """`count` documents of a base mix."""
+    rng = random.Random(f"dial base {seed}")
+    names = list(FORMATS)
+    for kind in rng.choices(names, [getattr(mix, n) for n in names], k=count):
+        yield " ".join(FORMATS[kind](rng, mix))
+
+
+def problems(count: int, seed: int, depths: Sequence[int], role: str) -> Iterator[Problem]:
+    """`count` random problems with the depths in turn; `role` (train, held_out) keeps the streams apart."""
+    rng = random.Random(f"dial {role} {seed}")
+    for i in range(count):
+        depth = depths[i % len(depths)]
+        yield draw(rng, (depth, depth))
+
+
+def record(problem: Problem) -> dict[str, Any]:
+    """A plain document as a JSON line: text, and what is needed to check an answer and a thought."""
+    return {
+        "text": " ".join([*problem.question(), "shows", str(problem.answer), "."]),
+        "answer": str(problem.answer), "depth": problem.depth, "trace": " ".join(problem.trace()),
+    }  # fmt: skip
+
+
+def verify(trace: str, thought: str) -> tuple[bool, float]:
+    """Whether a thought is exactly the true trace, and the share of the trace's words it gets right before the first error."""
+    gold, said = trace.split(), thought.replace(CLOSE, "").split()
+    right = 0
+    for a, b in zip(gold, said, strict=False):
+        if a != b:
+            break
+        right += 1
+    return gold == said, right / len(gold)
+
+
+def tokenizer():
+    """The dial's word-level tokenizer as a Hugging Face tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=UNK))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token=UNK, pad_token=PAD, eos_token=EOS, additional_special_tokens=[OPEN, CLOSE],
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def model_config():
+    """The small Qwen3 that learns the dial on one CPU thread (340 thousand parameters)."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(WORDS), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=32, intermediate_size=256, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=WORDS.index(PAD), eos_token_id=WORDS.index(EOS), bos_token_id=None, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out: int = 1_200, seed: int = 0, mix: str = "b9",
+          depths: Sequence[int] = (1, 2, 3, 4), held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, Path]:  # fmt: skip
+    """Make the corpus under `out`: base.jsonl, train.jsonl, held_out.jsonl, and model/ (tokenizer and configuration).
+
+    Held-out problems are never equal to a training problem of the same call; base documents may repeat either, as they
+    would in any crawl. Raises ValueError for an unknown mix.
+    """
+    if mix not in MIXES:
+        raise ValueError(f"unknown mix '{mix}': one of {', '.join(MIXES)}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept_out = list(problems(held_out, seed, held_out_depths, "held_out"))
+    seen = {p for p in kept_out if p.depth > 2}  # depths 1 and 2 are too few to keep apart
+    training = (p for p in problems(train, seed, depths, "train") if p not in seen)
+    files = {
+        "base": ({"text": t} for t in base_documents(base, seed, MIXES[mix])),
+        "train": (record(p) for p in training),
+        "held_out": (record(p) for p in kept_out),
+    }
+    paths = {}
+    for name, rows in files.items():
+        paths[name] = folder / f"{name}.jsonl"
+        temporary = folder / f".{name}.jsonl.tmp"
+        with temporary.open("w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        temporary.replace(paths[name])
+    tokenizer().save_pretrained(folder / "model")
+    model_config().save_pretrained(folder / "model")
+    paths["model"] = folder / "model"
+    return paths
+
+
+def trace_skill(model: Any, tokenizer: Any, *, depths: tuple[int, int] = (1, 4), count: int = 200, seed: int = 0) -> float:
+    """Teacher-forced accuracy of the values in true traces after `shows <think>`: can this model compute if it tries?
+
+    The gate of base pretraining: below .9 reinforcement has little to reinforce.
+    """
+    import torch
+
+    right = total = 0
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for problem in problems(count, seed, range(depths[0], depths[1] + 1), "skill"):
+            head, trace = [*problem.question(), "shows", OPEN], problem.trace()
+            ids = torch.tensor([tokenizer.convert_tokens_to_ids(head + trace)], device=device)
+            said = model(input_ids=ids).logits[0, :-1].argmax(-1)
+            values = [len(head) + 3 * (i + 1) for i in range(problem.depth)]
+            right += sum(int(said[v - 1] == ids[0, v]) for v in values)
+            total += problem.depth
+    return right / total

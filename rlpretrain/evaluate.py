@@ -1,0 +1,207 @@
+"""What thinking is worth on held-out text: gain, controls, no-think loss, and hits with and without a thought.
+
+Every number comes per position, so that intervals can be bootstrapped over documents (and seeds); `summary` gives means with
+95% intervals. A thought that did not close itself is closed for it here, and counted in `unclosed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rewards.controls import other_document, shuffled
+from rlpretrain.objectives import Objective
+from rlpretrain.packing import Layout, count, pack
+from rlpretrain.scoring import Scorer, score
+from rlpretrain.types import Batch, Document
+from rollout.hf import HFEngine
+from rollout.types import FinishReason, Group, Thought
+
+MEANING = {
+    "think_sampled": "share of sampled thoughts after which the likeliest continuation is the true one",
+    "think_greedy": "the same after the greedy thought",
+    "direct": "share of positions where it is so without a thought",
+    "gain": "log p(target | context, thought) - log p(target | context) in nats, against the model itself",
+    "gain_frozen": "the same against the frozen model without a thought",
+    "empty": "gain_frozen of a thought without content",
+    "shuffled": "gain_frozen of the thought's own tokens in random order",
+    "other": "gain_frozen of a thought made for another document",
+    "no_think_loss": "next-token loss on the documents, without thoughts (nats per token)",
+    "unclosed": "share of sampled thoughts that did not close themselves",
+    "length": "tokens per thought",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Numbers per position (`values`), of the documents they belong to (`documents`), and per document (`losses`, `tokens`)."""
+
+    values: dict[str, np.ndarray]
+    documents: list[Document]
+    losses: np.ndarray
+    tokens: np.ndarray
+    groups: list[Group]
+
+    @staticmethod
+    def join(parts: Sequence[Evaluation]) -> Evaluation:
+        """The evaluations of several ranks as one."""
+        if len(parts) == 1:
+            return parts[0]
+        values = {n: np.concatenate([p.values[n] for p in parts]) for n in parts[0].values}
+        losses, tokens = (np.concatenate([getattr(p, n) for p in parts]) for n in ("losses", "tokens"))
+        return Evaluation(values, [d for p in parts for d in p.documents], losses, tokens, [g for p in parts for g in p.groups])
+
+    def where(self, keep: Sequence[bool]) -> Evaluation:
+        """Only some of the positions, and their documents."""
+        mask = np.asarray(keep, bool)
+        documents = [d for d, k in zip(self.documents, mask, strict=True) if k]
+        groups = [g for g, k in zip(self.groups, mask, strict=True) if k]
+        return Evaluation({n: v[mask] for n, v in self.values.items()}, documents, self.losses[mask], self.tokens[mask], groups)
+
+    def summary(self, seed: int = 0) -> dict[str, float | list[float]]:
+        """Mean of every number, and its 95% interval under the same name with `_ci`."""
+        out: dict[str, float | list[float]] = {}
+        for name, values in self.values.items():
+            out[name], out[f"{name}_ci"] = interval(values[None], seed=seed)
+        out["no_think_loss"], out["no_think_loss_ci"] = interval(self.losses[None], self.tokens[None], seed=seed)
+        return out
+
+
+def interval(values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = 0, draws: int = 2000) -> tuple[float, list[float]]:
+    """Weighted mean of values [seeds, problems], and its 95% percentile bootstrap over problems and over seeds.
+
+    The problems are the same for every seed, so whole columns and whole rows are resampled.
+    """
+    values = np.asarray(values, float)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, float)
+    if values.shape[1] == 0:
+        return float("nan"), [float("nan")] * 2
+    rng = np.random.default_rng(seed)
+    n_seeds, n = values.shape
+    rows = rng.integers(n_seeds, size=(draws, n_seeds))
+    columns = rng.integers(n, size=(draws, n))
+    totals = np.stack([(values * weights), weights])  # [2, seeds, problems]
+    means = np.empty(draws)
+    for i in range(draws):
+        top, bottom = totals[:, rows[i]][:, :, columns[i]].sum((1, 2))
+        means[i] = top / bottom
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float((values * weights).sum() / weights.sum()), [float(low), float(high)]
+
+
+def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Document], *, frozen: nn.Module | None = None,
+             thoughts: int = 4, seed: int = 0, token_budget: int = 16384, controls: bool = True,
+             greedy: bool = True, pad_id: int = 0) -> Evaluation:  # fmt: skip
+    """Evaluate `model` at the objective's positions in `documents` (one position a document: the first it gives).
+
+    `frozen` is the model whose no-think arm the honest gain is measured against (itself, if none). Positions and thoughts
+    depend on `seed` and the document's place in the list only.
+    """
+    scorer, reference = Scorer(model), Scorer(frozen if frozen is not None else model)
+    layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
+    kept, positions, seeds = [], [], []
+    for i, document in enumerate(documents):
+        rng = np.random.default_rng((seed, i))
+        found = objective.positions(document, rng, None) if objective.has_positions else []
+        if found or not objective.has_positions:
+            kept.append(document)
+            positions += found[:1]
+            seeds.append(int(rng.integers(2**62)))
+    if not kept:
+        raise ValueError(f"none of the {len(documents)} held-out documents has a position for this objective")
+    losses, tokens = no_think(scorer, kept, layout)
+    if not objective.has_positions:
+        return Evaluation({}, kept, losses, tokens, [])
+
+    engine, setting = HFEngine(model, tokenizer=objective.tokenizer), objective.setting
+    prompts = [objective.prompt(p) for p in positions]
+    objective.setting = replace(setting, thoughts=thoughts)
+    try:
+        groups = asyncio.run(objective.rollout(engine, positions, seeds))
+    finally:
+        objective.setting = setting
+    no_thinks = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}
+    layout = replace(layout, no_think_ids=no_thinks)
+    context = (kept, layout)
+    sampled, hits, own, own_hits = targets(scorer, groups, *context)
+    base = targets(reference, contrast(groups, "empty"), *context)[2] if frozen is not None else own
+    lengths = np.array([[len(t.token_ids) for t in g.thoughts] for g in groups], float)
+    unclosed = np.array([[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for g in groups], float)
+    values = {
+        "think_sampled": hits.mean(1), "direct": own_hits, "gain": sampled.mean(1) - own, "gain_frozen": sampled.mean(1) - base,
+        "unclosed": unclosed.mean(1), "length": lengths.mean(1),
+    }  # fmt: skip
+    if greedy:
+        best = asyncio.run(engine.sample(prompts, replace(setting.params, temperature=0.0), 1, seeds))
+        greedy_groups = [replace(g, thoughts=tuple(t)) for g, t in zip(groups, best, strict=True)]
+        values["think_greedy"] = targets(scorer, greedy_groups, *context)[1].mean(1)
+    if controls:
+        for kind in ("empty", "shuffled", "other"):
+            values[kind] = targets(scorer, contrast(groups, kind, seed), *context)[0].mean(1) - base
+    return Evaluation(values, kept, losses, tokens, groups)
+
+
+def contrast(groups: Sequence[Group], kind: str, seed: int = 0) -> list[Group]:
+    """The same groups with thoughts that should not help: empty, shuffled (same tokens), other (another document's)."""
+    if kind == "other":
+        partner = other_document([g.position.document_id for g in groups], seed)
+        return [replace(g, thoughts=tuple(groups[j].thoughts)) for g, j in zip(groups, partner, strict=True)]
+    out = []
+    for i, group in enumerate(groups):
+        if kind == "empty":
+            thoughts = (Thought(group.prompt.close_ids, (0.0,) * len(group.prompt.close_ids), FinishReason.CLOSE, 0, 0),)
+        else:
+            thoughts = tuple(
+                replace(t, token_ids=tuple(shuffled(t.token_ids, seed=(seed * 1_000_003 + i) * 1_009 + j,
+                                                    keep_last=t.finish_reason is FinishReason.CLOSE)))
+                for j, t in enumerate(group.thoughts)
+            )  # fmt: skip
+        out.append(replace(group, thoughts=thoughts))
+    return out
+
+
+@torch.no_grad()
+def targets(scorer: nn.Module, groups: Sequence[Group], documents: Sequence[Document], layout: Layout):
+    """(log p of each target after each thought [P, G], hits [P, G], log p without a thought [P], hits [P])."""
+    place = {g.id: i for i, g in enumerate(groups)}
+    shape = (len(groups), max(len(g.thoughts) for g in groups))
+    logps, hits, own, own_hits = np.zeros(shape), np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[0])
+    device = next(scorer.parameters()).device
+    batch = Batch(tuple(groups), tuple({d.id: d for d in documents}.values()))
+    for micro in pack(batch, layout, count(batch, layout.cut)):
+        micro = micro.to(device)
+        scores, right = score(scorer, micro, want="top")
+        wanted = ~micro.target_mask[:, None] | right  # [B, G + 1, T]: the last is the arm without a thought
+        hit = wanted.all(-1).float().cpu().numpy()
+        total = (scores.target_logps * micro.target_mask[:, None]).sum(-1).double().cpu().numpy()
+        alone = (scores.baseline_logps * micro.target_mask).sum(-1).double().cpu().numpy()
+        for b, group in enumerate(micro.groups):
+            i, g = place[group.id], len(group.thoughts)
+            logps[i, :g], hits[i, :g], own[i], own_hits[i] = total[b, :g], hit[b, :g], alone[b], hit[b, -1]
+    return logps, hits, own, own_hits
+
+
+@torch.no_grad()
+def no_think(scorer: nn.Module, documents: Sequence[Document], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Next-token loss per token [D] of each document, and its number of predicted tokens [D]."""
+    losses, sizes = {}, {}
+    device = next(scorer.parameters()).device
+    batch = Batch((), tuple({d.id: d for d in documents}.values()))
+    for micro in pack(batch, layout, count(batch)):
+        scores, _ = score(scorer, micro.to(device))
+        lengths = [len(d.token_ids) - 1 for d in micro.documents]
+        for d, logps in zip(micro.documents, scores.trunk_logps.split(lengths), strict=True):
+            losses[d.id], sizes[d.id] = -float(logps.double().mean()), len(logps)
+    return np.array([losses[d.id] for d in documents]), np.array([sizes[d.id] for d in documents], float)
+
+
+def by_meta(evaluation: Evaluation, column: str) -> dict[str, Evaluation]:
+    """The evaluation split by a column that documents carry (`data.meta_columns`), for instance their depth."""
+    found: Mapping[str, Any] = dict.fromkeys(sorted({str((d.meta or {}).get(column)) for d in evaluation.documents}))
+    return {v: evaluation.where([str((d.meta or {}).get(column)) == v for d in evaluation.documents]) for v in found}

@@ -1,0 +1,184 @@
+"""Every number that is logged: its name, meaning and healthy range; how it is gathered; where it goes.
+
+TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reader/*, perf/*, run/*.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewards.controls import repetition, target_leakage
+from rlpretrain.ranks import Ranks
+from rlpretrain.types import MicroBatch, Scores
+
+METRICS: dict[str, tuple[str, str]] = {
+    "loss": ("the whole loss of the step", "falls slowly; jumps mean trouble"),
+    "policy_loss": ("clipped surrogate; 0 on-policy with leave-one-out but for length weights", "around 0"),
+    "reward": ("mean reward of counted thoughts", "rises"),
+    "reward_std": ("mean standard deviation of rewards within a group", "above 0"),
+    "frac_reward_zero_std": ("groups whose thoughts all earn the same", "below .9; near 1 nothing is learned"),
+    "ig/mean": ("information gain in nats against the baseline", "rises above 0"),
+    "ig/std": ("deviation of the gain over all thoughts", "finite"),
+    "ig/positive_frac": ("thoughts with a gain above 0", "rises above .5"),
+    "ig/per_token": ("gain per target token", "rises above 0"),
+    "ig/self": ("gain against the current model without a thought; flatters itself when that degrades", "near ig/frozen"),
+    "ig/frozen": ("gain against the initial model without a thought: the honest one", "rises above 0"),
+    "thought/closed_frac": ("thoughts that closed themselves", "above .9"),
+    "thought/eos_frac": ("thoughts that ended the document instead", "near 0"),
+    "thought/uncounted_frac": ("thoughts that count nowhere (cut off, aborted)", "below .1"),
+    "thought/leakage": ("overlap of thought and target n-grams", "no sudden rise"),
+    "thought/repetition": ("repeated 4-grams within a thought", "below .3"),
+    "completions/mean_length": ("tokens per thought", "no drift to 0 or to the limit"),
+    "completions/max_length": ("longest thought", "below the limit"),
+    "completions/clipped_ratio": ("thoughts cut off at the limit", "below .1"),
+    "baseline/logp": ("mean log p(target) of the baseline", "steady"),
+    "baseline/self": ("mean log p(target) of the current model without a thought", "not falling"),
+    "ntp/loss": ("next-token loss of the trunk, nats per token", "not above its start"),
+    "reader/loss": ("mean -log p(target | context, thought)", "falls"),
+    "sampling/*": ("importance ratios and log-prob differences of sampler and trainer, raw and truncated", "ratio near 1"),
+    "clip_ratio/region_mean": ("thought tokens whose ratio was clipped", "below .2"),
+    "grad_norm": ("gradient norm before clipping", "no jumps"),
+    "learning_rate": ("as scheduled", ""),
+    "num_tokens": ("tokens put through the model so far, sampled ones included", ""),
+    "num_flops": ("6 N per trained token and 2 N per sampled or scored token, so far", ""),
+    "step_time": ("seconds per step", "steady"),
+    "perf/rollout_s": ("of it, sampling thoughts", ""),
+    "perf/train_s": ("of it, scoring and updating", ""),
+    "perf/sync_s": ("of it, handing weights to the engine", "near 0 embedded"),
+    "batch/padding_frac": ("padding in the micro-batches", "below .5"),
+    "batch/micro_batches": ("micro-batches in the step", ""),
+    "run/epoch": ("passes over the data so far", ""),
+    "run/skipped_steps": ("steps skipped for NaN or inf", "0"),
+    "run/documents_without_position": ("documents drawn in which there was no place to think", ""),
+    "eval/*": ("the same on held-out documents; see `rlpretrain eval`", "eval/gain_frozen rises, eval/no_think_loss does not"),
+}
+
+
+class StepMetrics:
+    """Sums over the micro-batches of one step, averaged over all ranks at its end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.totals: dict[str, float] = defaultdict(float)
+        self.longest = 0.0
+
+    def total(self, name: str, value: Any) -> None:
+        """Add to a number that is summed, not averaged (the loss, whose terms are divided by global counts already)."""
+        self.totals[name] += float(value)
+
+    def add(self, name: str, values: Any, weight: float | None = None) -> None:
+        """Add a tensor's elements, or a mean with its weight."""
+        if isinstance(values, torch.Tensor):
+            values = values[torch.isfinite(values)].double()
+            total, n = float(values.sum()), float(values.numel())
+        else:
+            total, n = float(values) * (w := 1.0 if weight is None else weight), w
+        self.sums[name][0] += total
+        self.sums[name][1] += n
+
+    @torch.no_grad()
+    def observe(self, micro: MicroBatch, scores: Scores, reward: torch.Tensor, self_logps: torch.Tensor) -> None:
+        """What one micro-batch shows; `self_logps` [B, T] are the current model's without a thought."""
+        self.add("batch/padding_frac", 1 - float(micro.attention_mask.float().mean()), micro.attention_mask.numel())
+        if scores.trunk_logps.numel():
+            self.add("ntp/loss", -scores.trunk_logps.detach())
+        if not micro.groups:
+            return
+        counted, mask = scores.counted, scores.target_mask
+        target = (scores.target_logps.detach() * mask[:, None]).sum(-1)
+        base, own = (scores.baseline_logps * mask).sum(-1), (self_logps * mask).sum(-1)
+        gain = (target - base[:, None])[counted]
+        self.add("ig/mean", gain)
+        self.add("ig/square", gain**2)
+        self.add("ig/positive_frac", (gain > 0).float())
+        self.add("ig/per_token", (target - base[:, None])[counted] / mask.sum(-1, keepdim=True).expand_as(counted)[counted])
+        self.add("ig/self", (target - own[:, None])[counted])
+        self.add("reader/loss", -target[counted])
+        self.add("baseline/logp", base)
+        self.add("baseline/self", own)
+        self.add("reward", reward[counted])
+        spread = torch.stack([r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan) for r, c in zip(reward, counted, strict=True)])
+        self.add("reward_std", spread)
+        self.add("frac_reward_zero_std", (spread[torch.isfinite(spread)] == 0).float())
+        self.add("thought/uncounted_frac", (~counted).float())
+        for group in micro.groups:
+            for t in group.thoughts:
+                n = len(t.token_ids)
+                self.longest = max(self.longest, n)
+                self.add("completions/mean_length", n)
+                self.add("completions/clipped_ratio", t.finish_reason == "length")
+                self.add("thought/closed_frac", t.finish_reason == "close")
+                self.add("thought/eos_frac", t.finish_reason == "eos")
+            t = group.thoughts[0]  # one a group is enough for a trend
+            self.add("thought/leakage", target_leakage(t.token_ids, group.position.target_ids))
+            self.add("thought/repetition", repetition(t.token_ids))
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Name → mean over all ranks. Every rank must call it with the same names."""
+        names = sorted(set().union(*ranks.gather(sorted(self.sums))))
+        flat = ranks.sum([x for n in names for x in self.sums[n]])
+        out = {n: flat[2 * i] / flat[2 * i + 1] for i, n in enumerate(names) if flat[2 * i + 1]}
+        totals = sorted(set().union(*ranks.gather(sorted(self.totals))))
+        out |= dict(zip(totals, ranks.sum([self.totals[n] for n in totals]), strict=True))
+        if "ig/square" in out:
+            out["ig/std"] = max(0.0, out.pop("ig/square") - out["ig/mean"] ** 2) ** 0.5
+            out["completions/max_length"] = ranks.max([self.longest])[0]
+        return out
+
+
+class Trackers:
+    """metrics.jsonl always; TensorBoard, wandb and trackio when asked for and installed. Only the first rank writes."""
+
+    def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any], run_name: str, keep_until: int = 0):
+        self.file = folder / "metrics.jsonl"
+        if self.file.exists():  # a resumed run: what came after its checkpoint will come again
+            kept = [line for line in self.file.read_text().splitlines() if _step(line) <= keep_until]
+            self.file.write_text("".join(line + "\n" for line in kept))
+        self.closers: list[Any] = []
+        self.sinks: list[Any] = []
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(folder / "tensorboard"))
+            self.sinks.append(lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items()])
+            self.closers.append(board.close)
+        for name in ("wandb", "trackio"):
+            if name in report_to:
+                module = __import__(name)  # the two share one interface
+                module.init(project="rlpretrain", name=run_name, config=config)
+                self.sinks.append(lambda row, step, module=module: module.log(row, step=step))
+                self.closers.append(module.finish)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to every tracker."""
+        with self.file.open("a") as f:
+            f.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
+        for sink in self.sinks:
+            sink(row, step)
+
+    def close(self) -> None:
+        for close in self.closers:
+            close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # half a line: drop it
+
+
+def table() -> Any:
+    """The metrics as a rich table: what `rlpretrain metrics` prints."""
+    from rich.table import Table
+
+    out = Table("metric", "meaning", "healthy", title="What rlpretrain logs")
+    for name, (meaning, healthy) in METRICS.items():
+        out.add_row(name, meaning, healthy)
+    return out

@@ -1,0 +1,128 @@
+"""Loading a base checkpoint and saving the trained one, as ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rlpretrain import __version__
+from rlpretrain.config import ConfigError, ModelConfig
+from rlpretrain.prompts import Delimiters, ensure_delimiters
+from rlpretrain.scoring import check_head
+
+__all__ = ["check_head", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model"]
+
+CARD = """---
+library_name: transformers
+tags: [rlpretrain, {objective}]
+{base}---
+# {name}
+
+{origin} trained for {steps} steps with the objective `{objective}` of [rlpretrain](https://pypi.org/project/rlpretrain/) {version}.
+
+{thinking}
+The settings of the run are in `run.json` of its output folder.
+"""
+THINKING = """The model may think before it continues a text: open a thought with `{open}` at the end of the context, sample until `{close}`,
+then go on. To use or show only the text, strip the thoughts:
+
+```python
+from rlpretrain.prompts import Delimiters, strip_thoughts
+text = strip_thoughts(generated, Delimiters("{open}", "{close}"))
+```
+"""
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a checkpoint; ConfigError that says where it was looked for."""
+    where = config.tokenizer or config.path
+    try:
+        return AutoTokenizer.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise ConfigError(f"no tokenizer in '{where}': {_first_line(error)}") from error
+
+
+def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
+    """The checkpoint in evaluation mode (no dropout: sampled and trained log-probs must agree); ConfigError if there is none."""
+    form: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.attn_implementation:
+        form["attn_implementation"] = config.attn_implementation
+    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    torch.manual_seed(seed)
+    if config.from_scratch:
+        try:
+            shape = AutoConfig.from_pretrained(config.path, **common)
+        except Exception as error:
+            raise ConfigError(f"no model configuration in '{config.path}': {_first_line(error)}") from error
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code, **form)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.path, **form, **common)
+        except Exception as error:
+            hint = " (a configuration without weights: from_scratch: true would initialise them)" if _only_config(config.path) else ""
+            raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {_first_line(error)}") from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return model.train()
+    return model.eval()
+
+
+def load(config: ModelConfig, delimiters: Delimiters | None, seed: int = 0) -> tuple[nn.Module, Any, list[str]]:
+    """(model, tokenizer, delimiters that had to be added to both)."""
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, seed)
+    added = ensure_delimiters(tokenizer, model, delimiters) if delimiters is not None else []
+    return model, tokenizer, added
+
+
+def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
+    """Write the policy's weights and the tokenizer to `path` (aside, then renamed). All ranks call it, the first one writes."""
+    state = {}
+    for name, tensor in policy.weights():
+        if first:
+            state[name] = tensor.to("cpu", copy=True) if policy.stage_gathers else tensor
+    if not first:
+        return
+    work = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    policy.model.save_pretrained(work, state_dict=state)
+    tokenizer.save_pretrained(work)
+    if path.exists():
+        shutil.rmtree(path)
+    work.replace(path)
+
+
+def model_card(path: Path, *, base: str, objective: str, steps: int, delimiters: Delimiters | None) -> None:
+    """README.md of a saved model: where it comes from, and how to strip the delimiters at inference."""
+    thinking = THINKING.format(open=delimiters.open, close=delimiters.close) if delimiters else ""
+    local = Path(base).exists()
+    (path / "README.md").write_text(CARD.format(
+        objective=objective, name=path.parent.name, steps=steps, version=__version__, thinking=thinking,
+        base="" if local else f"base_model: {base}\n", origin="A local base checkpoint" if local else f"`{base}`",
+    ))  # fmt: skip
+
+
+def push(path: Path, hub_id: str) -> None:
+    """Upload a saved model to the Hugging Face hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(hub_id, exist_ok=True)
+    api.upload_folder(repo_id=hub_id, folder_path=str(path))
+
+
+def _only_config(path: str) -> bool:
+    folder = Path(path)
+    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,63 @@
+"""One objective, one file. An objective is found by the name of its module here, or by `package.module:Class`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rlpretrain.config import ConfigError, PretrainConfig, parse
+from rlpretrain.objectives.base import Config, Objective, Setting
+from rollout.types import SamplingParams
+
+__all__ = ["Config", "Objective", "Setting", "available", "find", "load", "parse_section"]
+
+
+def available() -> list[str]:
+    """Names of the objectives that ship with the library."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
+
+
+def find(name: str) -> type[Objective]:
+    """The class behind a module name or a `package.module:Class` path; ConfigError with the nearest name otherwise."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        if name not in available():
+            near = difflib.get_close_matches(name, available(), n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(available())}, or package.module:Class"
+            raise ConfigError(f"unknown objective '{name}': {hint}")
+        module, attribute = f"{__name__}.{name}", "OBJECTIVE"
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"objective '{name}' cannot be loaded: {error}") from None
+
+
+def parse_section(section: Mapping[str, Any]) -> tuple[type[Objective], Any]:
+    """(class, checked Config) of an `objective:` section; unknown keys are refused with the nearest name."""
+    section = dict(section)
+    owner = find(section.pop("name", "rlp"))
+    known = [f.name for f in fields(owner.Config)]
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known) or 'no fields'}"
+            raise ConfigError(f"unknown key 'objective.{key}': {hint}")
+    return owner, parse(owner.Config, section, "objective")
+
+
+def load(run: PretrainConfig, tokenizer: Any) -> Objective:
+    """The objective of a run, ready to use."""
+    owner, config = parse_section(run.objective)
+    objective = owner(config, tokenizer)
+    s = run.sampling
+    if objective.has_positions and s.thoughts < 2:
+        raise ConfigError(f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position")
+    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
+    objective.setting = Setting(params, s.thoughts, run.loss.reader_coef)
+    return objective

@@ -1,0 +1,127 @@
+"""What an objective is: what to predict, and how thinking about it is rewarded. Nothing here knows how models run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards import leave_one_out
+from rlpretrain.positions import PositionPicker
+from rlpretrain.prompts import Delimiters, ThoughtPrompt
+from rlpretrain.types import Document, MicroBatch, Scores
+from rollout.engine import Engine
+from rollout.types import Group, Position, Prompt, SamplingParams
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Fields that every objective with thoughts has; an objective's own `Config` extends it."""
+
+    positions: str = "random"
+    """Where to think: random, every_k, entropy, before, after, sentence, or package.module:function."""
+    positions_per_document: int = 1
+    """Positions drawn in each document; the paper uses one."""
+    target_length: int = 1
+    """Tokens predicted after the thought; 1 in the paper."""
+    min_context: int = 1
+    """Fewest tokens before a position."""
+    marker: str | None = None
+    """Text that positions `before` and `after` look for."""
+    every: int = 16
+    """Stride of positions `every_k`."""
+    top_fraction: float = 0.2
+    """Positions `entropy` draws among this share of a document's highest next-token entropies."""
+    template: str = "raw"
+    """raw: the thought is opened inside the document. rlp: the paper's system prompt in our words. Or a text with {context}."""
+    no_think: str = "raw"
+    """What the arm without a thought sees: raw (the document), template, or empty_thought."""
+    open: str = "<think>"
+    """Delimiter that opens a thought; added to the tokenizer where it is missing."""
+    close: str = "</think>"
+    """Delimiter that closes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the run tells its objective: how thoughts are drawn, and the weight of the direct term."""
+
+    params: SamplingParams
+    thoughts: int
+    reader_coef: float
+
+
+class Objective:
+    """A pretraining objective. Subclass it in a file of its own, name the class `OBJECTIVE`; see objectives/rlp.py.
+
+    `needs` says what a run must have ready: "target" (log-probs of targets after thoughts), "baseline", "reference",
+    "entropy" (per-token entropies for `positions`), "text", "batch" (advantages see the whole batch at once).
+    """
+
+    Config: type = Config
+    needs: frozenset[str] = frozenset({"target", "baseline"})
+    has_positions = True
+
+    def __init__(self, config: Any, tokenizer: Any):
+        self.config, self.tokenizer = config, tokenizer
+        self.setting = Setting(SamplingParams(max_thought_tokens=1), 2, 0.0)  # replaced by objectives.load
+        if not self.has_positions:
+            return
+        self.template = ThoughtPrompt(tokenizer, Delimiters(config.open, config.close), config.template)
+        self.picker = PositionPicker(
+            config.positions, tokenizer, per_document=config.positions_per_document, target_length=config.target_length,
+            min_context=config.min_context, marker=config.marker, every=config.every, top_fraction=config.top_fraction,
+        )  # fmt: skip
+        if config.positions == "entropy":
+            self.needs = self.needs | {"entropy"}
+
+    def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
+        """Where to think in this document; `trunk` holds each token's next-token entropy (nats) where "entropy" is needed."""
+        ids, size = document.token_ids, self.config.target_length
+        return [Position(document.id, i, ids[:i], ids[i : i + size]) for i in self.picker(document, rng, trunk)]
+
+    def prompt(self, position: Position) -> Prompt:
+        """The ids before the thought, what ends it, and the ids between thought and target."""
+        return self.template(position)
+
+    def no_think(self, position: Position) -> tuple[int, ...] | None:
+        """The context of the arm without a thought; None: the document itself."""
+        return None if self.config.no_think == "raw" else self.template.no_think(position, self.config.no_think)
+
+    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+        """G thoughts for each position; rewards that need no live log-probs are computed here and stored on the groups."""
+        prompts = [self.prompt(p) for p in positions]
+        sampled = await engine.sample(prompts, self.setting.params, self.setting.thoughts, seeds)
+        return [
+            Group(f"{p.document_id}@{p.index}:{seed:x}", p, q, tuple(thoughts), thoughts[0].policy_version)
+            for p, q, thoughts, seed in zip(positions, prompts, sampled, seeds, strict=True)
+        ]
+
+    def select(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups to train on; dynamic sampling and filters drop here, before anything is counted."""
+        return list(groups)
+
+    def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
+        """Rewards [B, G]; by default those stored on the groups. NaN: not applicable, counted nowhere."""
+        shape = scores.counted.shape
+        stored = torch.full(shape, float("nan"), dtype=torch.float64, device=scores.counted.device)
+        for b, group in enumerate(groups):
+            if group.rewards is None:
+                raise ValueError(f"group {group.id} carries no rewards; {type(self).__name__} must store them or override reward()")
+            stored[b, : len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
+        return stored
+
+    def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Advantages [B, G] from rewards [B, G]: leave-one-out (RLP eq. 7), formed in float64."""
+        return leave_one_out(reward)
+
+    def target_weights(self, groups: Sequence[Group], scores: Scores) -> Tensor:
+        """Weights [B, G, T] of -log p(target | context, thought) in the loss: the reader term."""
+        return torch.full_like(scores.target_logps, self.setting.reader_coef)
+
+    def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
+        """Weights [M] of the next-token loss."""
+        return torch.ones_like(scores.trunk_logps)

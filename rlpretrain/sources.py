@@ -1,0 +1,207 @@
+"""What `datasets` reads becomes rows, rows become token ids, what goes wrong a ConfigError with the place."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.exceptions import DatasetNotFoundError
+from datasets.fingerprint import Hasher
+
+from rlpretrain.config import ConfigError, DataConfig
+from rlpretrain.types import Document
+
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""File ending to reader of `datasets`."""
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+
+
+def open_rows(data: DataConfig) -> Dataset | IterableDataset:
+    """The rows of `data`, with at least one row and with the columns it names.
+
+    A file, a glob of files of one kind, a folder (of files, or written by `save_to_disk`), a hub id or a URL; an
+    IterableDataset with `streaming: true`. Local files count as the split that is asked for, whatever its name.
+
+    Raises ConfigError for a missing, empty or unknown file, a line that cannot be read (file and line), a missing split
+    or column (those there are listed), and a hub dataset that does not exist or cannot be reached.
+    """
+    files = _files(data)
+    with readable(data):
+        rows = _load(data, files)
+        first = next(iter(rows), None) if isinstance(rows, IterableDataset) or not len(rows) else {}
+    if first is None:
+        raise ConfigError(f"{data.path} is empty: it holds no rows")
+    names = list(rows.column_names or first)
+    for column in (data.column, *data.meta_columns):
+        if column not in names:
+            raise ConfigError(f"{data.path} has no column '{column}'; its columns: {', '.join(names)}")
+    return rows
+
+
+def _load(data: DataConfig, files: list[str]) -> Dataset | IterableDataset:
+    path, split = os.path.expanduser(data.path), data.split
+    if files:
+        options = {"sep": "\t"} if ".tsv" in Path(files[0]).suffixes else {}
+        named = {split.split("[")[0]: files}  # train[:10%] is a part of train
+        return datasets.load_dataset(
+            _kind(files[0]), data_files=named, split=split, streaming=data.streaming, **options
+        )
+    if not any(os.path.isfile(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")):
+        return datasets.load_dataset(path, data.name, split=split, streaming=data.streaming)
+    rows = datasets.load_from_disk(path)
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ConfigError(f"{data.path} has no split '{split}'; its splits: {', '.join(rows)}")
+        rows = rows[split]
+    return rows.to_iterable_dataset() if data.streaming else rows
+
+
+def _files(data: DataConfig) -> list[str]:
+    """The files or URLs that `data.path` names, all of one known kind; none for a folder or a hub id."""
+    path = os.path.expanduser(data.path)
+    if os.path.isfile(path) or "://" in path:
+        files = [path]
+    elif os.path.isdir(path):
+        return []
+    elif any(c in path for c in "*?["):
+        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        if not files:
+            raise ConfigError(f"no file matches {data.path}")
+    elif _kind(path) or path.startswith((".", "/")) or path.count("/") > 1:  # a hub id is `name` or `owner/name`
+        raise ConfigError(f"no such file or folder: {data.path}")
+    else:
+        return []
+    kinds = {_kind(file) for file in files}
+    if None in kinds or len(kinds) > 1:
+        raise ConfigError(f"{data.path} must name files of one kind, by their ending one of: {', '.join(KINDS)}")
+    local = [file for file in files if "://" not in file]
+    if local and not any(os.path.getsize(file) for file in local):
+        raise ConfigError(f"{data.path} is empty: 0 bytes")
+    return files
+
+
+def _kind(path: str) -> str | None:
+    """The reader for a file name, looking through a compression suffix."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix not in COMPRESSED]
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+@contextmanager
+def readable(data: DataConfig) -> Iterator[None]:
+    """Around every read: what `datasets` raises is said as a ConfigError that names the place."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except DatasetNotFoundError as error:
+        raise ConfigError(f"'{data.path}' is no file or folder here, and no dataset of the hub: {error}") from error
+    except ConnectionError as error:
+        raise ConfigError(
+            f"'{data.path}' is no file or folder here, and the hub cannot be reached (offline?) to look there: {error}"
+        ) from error
+    except Exception as error:
+        for file in _files(data):
+            if os.path.isfile(file) and Path(file).suffix not in COMPRESSED and (place := _bad_line(file)):
+                raise ConfigError(place) from error
+        raise ConfigError(f"cannot read {data.path}: {error.__cause__ or error}") from error
+
+
+def _bad_line(file: str) -> str | None:
+    """`file:line: what is wrong` for the first line that cannot be read; None for formats without lines."""
+    kind = _kind(file)
+    if kind not in ("text", "json"):
+        return None
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if kind == "json" and number == 1 and line.lstrip().startswith(b"["):
+                return None  # one array over all lines
+            try:
+                text = line.decode()
+                value = json.loads(text) if kind == "json" and text.strip() else {}
+            except UnicodeDecodeError as error:
+                return f"{file}:{number}: not UTF-8: {error}"
+            except json.JSONDecodeError as error:
+                return f"{file}:{number}: not JSON: {error.msg} at column {error.colno}: {text.strip()[:80]!r}"
+            if not isinstance(value, dict):
+                return f"{file}:{number}: not a JSON object with columns but {text.strip()[:80]!r}"
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and log lines of `datasets`, which are as they were afterwards."""
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    if bars:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+class Cutter:
+    """Texts to token ids, pieces and Documents, as the data section asks."""
+
+    def __init__(self, data: DataConfig, tokenizer: Any, min_length: int):
+        self.data, self.tokenizer, self.min_length = data, tokenizer, min_length
+        self.eos = tokenizer.eos_token_id if data.append_eos else None
+        probe, bos = tokenizer("a")["input_ids"], tokenizer.bos_token_id
+        self.lead = [bos] if bos is not None and probe[:1] == [bos] else []
+        whole_file = os.path.isfile(os.path.expanduser(data.path)) and "[" not in data.split
+        self.lines = whole_file and data.path.endswith(".txt")
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+        for leftover in ("truncation", "padding"):  # of earlier calls
+            state.pop(leftover, None)
+        written = json.dumps(state, sort_keys=True)  # hashed as one string: hundreds of thousands of objects are slow
+        self.fingerprint = Hasher.hash([type(tokenizer).__name__, written, self.lead])
+
+    def pieces(self, texts: Sequence[Any], rows: Sequence[int]) -> list[list[list[int]]]:
+        """For each text its pieces, at least one; a blank or missing text gives one empty piece."""
+        for text, row in zip(texts, rows, strict=True):
+            if text is not None and not isinstance(text, str):
+                what = f"column '{self.data.column}' holds {type(text).__name__}, not text"
+                raise ConfigError(f"{self.source(row)}: {what}")
+        full = [text for text in texts if text and not text.isspace()]
+        found = iter(self.tokenizer(full, return_attention_mask=False, verbose=False)["input_ids"] if full else [])
+        return [self._cut(next(found)) if text and not text.isspace() else [[]] for text in texts]
+
+    def _cut(self, ids: list[int]) -> list[list[int]]:
+        if self.eos is not None and ids[-1:] != [self.eos]:
+            ids = [*ids, self.eos]
+        most, step = self.data.max_length, self.data.max_length - len(self.lead)
+        tails = range(most, len(ids), step) if self.data.long == "split" else ()
+        return [ids[:most], *(self.lead + ids[i : i + step] for i in tails)]
+
+    def source(self, row: int) -> str:
+        """`file:line` in a text file, where a row is a line; else `data[row]`."""
+        return f"{self.data.path}:{row + 1}" if self.lines else f"{self.data.path}[{row}]"
+
+    def document(self, row: int, piece: int, ids: Sequence[int], values: dict[str, Any]) -> Document:
+        """`piece` -1 is a whole text; `values` are the row's columns."""
+        meta = {name: values[name] for name in self.data.meta_columns} if self.data.meta_columns else None
+        return Document(str(row) if piece < 0 else f"{row}.{piece}", tuple(ids), self.source(row), meta)
+
+    def all_short(self, dropped: int) -> ConfigError:
+        """What to raise when nothing is left."""
+        few = f"no document has {self.min_length} tokens; {dropped} are blank or shorter"
+        return ConfigError(f"{self.data.path}: {few if dropped else 'fewer rows than ranks'}")

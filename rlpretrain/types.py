@@ -1,0 +1,94 @@
+"""What flows inside the trainer. Ids until a MicroBatch, tensors from there on.
+
+Legend: B positions (one a group), G thoughts, L thought tokens, T target tokens, M trunk tokens, R rows and S columns of the
+padded input. "Row indices" point into the flattened [R*S] hidden states: the state that *predicts* the token in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A tokenised text. `source` says where it came from (file and line, or dataset and row); `meta` keeps other columns."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    source: str = ""
+    meta: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step trains on: groups, and the documents whose next-token loss it takes."""
+
+    groups: Sequence[Group]
+    documents: Sequence[Document]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Denominators of a step, counted over all its micro-batches and all ranks before the first forward."""
+
+    thoughts: float
+    thought_tokens: float
+    trunk: float
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Whole groups and their documents, laid out for one forward.
+
+    `tree` is None for the padded layout. A thought that is not `counted` (cut off under `cut: mask`, aborted) is
+    nowhere in the input and nowhere in the loss. `token_weights` carries the reduction within and over thoughts.
+    """
+
+    input_ids: Tensor  # [R, S] int64
+    attention_mask: Tensor  # [R, S] int64, 1 counts
+    position_ids: Tensor | None  # [R, S], or None where the model's own 0..S-1 is right
+    tree: Any
+    groups: Sequence[Group]
+    documents: Sequence[Document]
+    thought_rows: Tensor  # [B, G, L] int64
+    thought_labels: Tensor  # [B, G, L] int64
+    thought_mask: Tensor  # [B, G, L] bool, true for sampled tokens of counted thoughts
+    token_weights: Tensor  # [B, G, L] float32
+    behaviour_logps: Tensor  # [B, G, L] float32
+    counted: Tensor  # [B, G] bool
+    penalty: Tensor  # [B, G] float32, nats taken from the reward of an unclosed thought under `cut: penalise`
+    target_rows: Tensor  # [B, G, T] int64
+    target_labels: Tensor  # [B, T] int64
+    target_mask: Tensor  # [B, T] bool
+    baseline_rows: Tensor  # [B, T] int64, the no-think arm; -1 where the layout has none
+    trunk_rows: Tensor  # [M] int64
+    trunk_labels: Tensor  # [M] int64
+    on_policy: bool = False  # sampled by the very weights that are trained: importance weights are exactly 1
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch with its tensors on `device`."""
+        moved = {n: v.to(device) for n in self.__dataclass_fields__ if isinstance(v := getattr(self, n), Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities (nats) of one micro-batch: thoughts at the sampling temperature, all else at temperature 1."""
+
+    thought_logps: Tensor  # [B, G, L], with gradient
+    target_logps: Tensor  # [B, G, T], after the thought; with gradient
+    baseline_logps: Tensor  # [B, T], without the thought; no gradient
+    trunk_logps: Tensor  # [M], with gradient
+    target_mask: Tensor  # [B, T] bool
+    counted: Tensor  # [B, G] bool
+
+    def detached(self) -> Scores:
+        """The same numbers without their graph: what rewards may see."""
+        return replace(self, **{n: getattr(self, n).detach() for n in self.__dataclass_fields__})

@@ -1,0 +1,17 @@
+"""Engines that sample thoughts: token ids in, token ids and log-probabilities out."""
+
+from rollout.engine import Engine
+from rollout.hf import HFEngine
+from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought, WeightSource
+
+__all__ = [
+    "Engine",
+    "FinishReason",
+    "Group",
+    "HFEngine",
+    "Position",
+    "Prompt",
+    "SamplingParams",
+    "Thought",
+    "WeightSource",
+]

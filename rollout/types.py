@@ -1,0 +1,112 @@
+"""What flows between objectives, engines and the trainer: token ids, and plain data about them.
+
+Everything here is frozen and made of tuples and numbers, so that a group on disk, on a queue or in another process
+equals the one in memory. Text is never kept where ids would do: nothing is retokenised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Called once per sync, gives (parameter name, full tensor) pairs; tied weights appear under every name they have."""
+
+
+class FinishReason(StrEnum):
+    """Why sampling of a thought ended."""
+
+    CLOSE = "close"  # a stop id or stop string of the prompt: the thought closed itself
+    EOS = "eos"  # an end-of-text id: the model ended the document instead of closing the thought
+    LENGTH = "length"  # cut off at max_thought_tokens
+    ABORT = "abort"  # the engine gave up (shutdown, fault); such a thought is never trained
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a document where the model may think before it predicts.
+
+    `target_ids` are the document's own ids from `index` on, `context_ids` those before it; `suffix_ids` is what a
+    method that may look ahead (a masked segment) is allowed to see after the target.
+    """
+
+    document_id: str
+    index: int
+    context_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids around a thought: `token_ids` + sampled thought + `join_ids` + target.
+
+    A thought ends by itself with one of `stop_ids` (the sampled close tag stays in the thought and is trained) or when
+    its decoded text contains one of `stop_strings`. `close_ids` are injected, never trained, after a thought that did
+    not close itself, where the cut-off policy asks for it.
+    """
+
+    token_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    close_ids: tuple[int, ...] = ()
+    join_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How thoughts are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `temperature` 0 is greedy."""
+
+    max_thought_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_thought_tokens < 1:
+            raise ValueError(f"max_thought_tokens must be at least 1, got {self.max_thought_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
+                f"got temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """One sampled thought.
+
+    `token_ids` are exactly the sampled ids, the close tag or end-of-text included. `behaviour_logps` (nats, one per id)
+    are the log-probabilities of the distribution they were drawn from: after temperature, top-p and top-k.
+    """
+
+    token_ids: tuple[int, ...]
+    behaviour_logps: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+    seed: int
+    answer_span: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """G thoughts for one prompt: the unit of queueing, storage, staleness and dropping.
+
+    `position` names what is predicted, `rewards` (one a thought) is filled where a reward needs no live
+    log-probabilities, `role` tells groups of one objective apart, `parent_id` the group that asked for this one.
+    """
+
+    id: str
+    position: Position
+    prompt: Prompt
+    thoughts: tuple[Thought, ...]
+    policy_version: int
+    parent_id: str | None = None
+    role: str = "policy"
+    rewards: tuple[float, ...] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)

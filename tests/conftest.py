@@ -1,0 +1,38 @@
+"""One small corpus and one small random model for the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlpretrain.corpora import dial
+from tests.tiny import tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dial corpus of a few hundred documents, with `base/`: a random Qwen3 of its vocabulary, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("dial")
+    dial.write(folder, base=200, train=200, held_out=48)
+    model = tiny_model("qwen3", vocab_size=len(dial.WORDS), seed=3)
+    model.save_pretrained(folder / "base")
+    dial.tokenizer().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture
+def values(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """A complete small RLP configuration as plain values; tests change what they are about."""
+    return {
+        "model": str(corpus / "base"), "data": {"path": str(corpus / "train.jsonl"), "max_length": 64},
+        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"}, "positions_per_step": 4,
+        "optim": {"lr": 1e-2, "warmup_steps": 2}, "policy": {"backend": "torch"}, "max_steps": 3,
+        "checkpoint": {"every": 0}, "stop": {"collapse": False}, "baseline": {"name": "self", "frozen_every": 0},
+        "console": False, "output_dir": str(tmp_path / "run"), "device": "cpu",
+    }  # fmt: skip

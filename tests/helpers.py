@@ -1,0 +1,59 @@
+"""Runs, micro-batches and their gradients, built the short way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlpretrain import Pretrainer
+from rlpretrain.config import build
+from rlpretrain.loop import train
+from rlpretrain.pretrainer import Run
+
+
+def merged(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """`values` with `section__field=value` or `field=value` changed."""
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            out.setdefault(section, {})[field] = value
+        else:
+            out[section] = value
+    return out
+
+
+def trained(values: dict[str, Any], resume: Any = None, **changes: Any) -> dict[str, torch.Tensor]:
+    """The weights after a whole run."""
+    config = build(merged(values, **changes))
+    Pretrainer(config).train(resume=resume)
+    return weights(Path(config.output_dir) / "model")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters of a saved model."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit-identical."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def one_step(values: dict[str, Any], **changes: Any) -> tuple[Run, dict[str, torch.Tensor]]:
+    """A run after one step, and the gradient that step applied (before clipping)."""
+    run = Run(build(merged(values, **({"max_steps": 1, "optim__clip_grad_norm": 0.0} | changes))), None)
+    gradient: dict[str, torch.Tensor] = {}
+    step = run.policy.step
+
+    def spy() -> Any:
+        gradient.update({n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None})
+        return step()
+
+    run.policy.step = spy
+    train(run)
+    run.close()
+    return run, gradient
