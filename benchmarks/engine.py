@@ -2,12 +2,12 @@
 
 The model has the demo's shape (Qwen3 architecture, hidden 128, 2 layers, 90 words, fp32) and random weights. Such a
 model gives every word about the same probability, so that 9 of the 90 words as stop ids end a thought with probability
-0.1 a token: lengths are geometric, cut at 24, mean about 9, where the trained demo model has a mean of 9 to 10. Some
-thought nearly always reaches the limit, in both. Contexts have 10 to 25 tokens.
+0.1 a token: lengths are geometric, cut at 24, with a mean of 9 to 10, as the trained demo model's. Contexts have 10 to
+25 tokens. A single thought has no stop ids, and always runs to the limit: its chance length would decide its time.
 
-`generate` runs as fast as it can be asked to: left-padded batch, `num_return_sequences`, sampling at temperature 1
-without top-k and top-p, the stop ids as its end-of-text ids, no scores returned. The engine returns log-probabilities
-as well. Both alternate in one process on one thread; the medians of the repeats are compared.
+`generate` is asked for its best: one left-padded batch, `num_return_sequences`, temperature 1 without top-k and top-p,
+the stop ids as its end-of-text ids, no scores returned. The engine does return log-probabilities. Both alternate in one
+process on one thread, with other draws every time; the medians of the repeats are compared.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rollout import HFEngine, Prompt, SamplingParams
 VOCABULARY, LIMIT = 90, 24
 STOP_IDS = tuple(range(2, 11))
 SHAPES = ((16, 8, 2.0), (16, 1, 1.0), (1, 1, 1.0))  # contexts, thoughts of each, the ratio asked for
+WARM_UP = 3
 
 
 def demo_model() -> Qwen3ForCausalLM:
@@ -43,83 +44,80 @@ def demo_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def generate(model: Qwen3ForCausalLM, contexts: list[tuple[int, ...]], n: int) -> list[int]:
-    """Sample n continuations of each context with `model.generate`; their lengths."""
-    width = max(map(len, contexts))
-    ids = torch.tensor([[0] * (width - len(context)) + list(context) for context in contexts])
-    mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+def generate(model: Qwen3ForCausalLM, prompts: list[Prompt], n: int) -> list[int]:
+    """Sample n continuations of each prompt with `model.generate`; their lengths."""
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    padding = [width - len(prompt.token_ids) for prompt in prompts]
+    ids = torch.tensor([[0] * k + list(prompt.token_ids) for k, prompt in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([[0] * k + [1] * (width - k) for k in padding])
+    stops = prompts[0].stop_ids
     output: Any = model.generate(
         ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n,
-        max_new_tokens=LIMIT, eos_token_id=list(STOP_IDS), pad_token_id=0,
+        max_new_tokens=LIMIT, eos_token_id=list(stops) or None, pad_token_id=0,
     )  # fmt: skip
-    lengths = []
-    for row in output[:, width:].tolist():
-        end = next((t + 1 for t, token in enumerate(row) if token in STOP_IDS), len(row))
-        lengths.append(end)
-    return lengths
+    rows = output[:, width:].tolist()
+    return [next((t + 1 for t, token in enumerate(row) if token in stops), len(row)) for row in rows]
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Processor time of one call: on one thread that is wall time, without what others on the machine add to it."""
+def sample(engine: HFEngine, prompts: list[Prompt], n: int, seed: int) -> list[int]:
+    """Sample n thoughts for each prompt with the engine; their lengths."""
+    seeds = [seed * len(prompts) + i for i in range(len(prompts))]
+    groups = asyncio.run(engine.sample(prompts, SamplingParams(max_thought_tokens=LIMIT), n, seeds))
+    return [len(thought.token_ids) for group in groups for thought in group]
+
+
+def timed(call: Callable[[], list[int]]) -> tuple[float, list[int]]:
+    """Processor time of a call, and what it gave: on one thread that is its wall time, less what others take."""
     start = time.process_time()
-    call()
-    return time.process_time() - start
+    lengths = call()
+    return time.process_time() - start, lengths
 
 
 def compare(model: Qwen3ForCausalLM, contexts: int, n: int, repeats: int) -> dict[str, float]:
-    """Time both on the same contexts, alternating: medians in milliseconds and ratios (above 1: the engine wins)."""
+    """Time both on the same contexts: medians in milliseconds, mean lengths, and the ratio (above 1: engine wins)."""
     rng = random.Random(contexts)
     ids = [tuple(rng.randrange(11, VOCABULARY) for _ in range(rng.randint(10, 25))) for _ in range(contexts)]
-    prompts = [Prompt(context, stop_ids=STOP_IDS) for context in ids]
-    engine, params = HFEngine(model), SamplingParams(max_thought_tokens=LIMIT)
-    lengths: dict[str, list[int]] = {"engine": [], "generate": []}
-
-    def run_engine(seed: int) -> None:
-        groups = asyncio.run(engine.sample(prompts, params, n, [seed * contexts + i for i in range(contexts)]))
-        lengths["engine"] += [len(thought.token_ids) for group in groups for thought in group]
-
-    def run_generate() -> None:
-        lengths["generate"] += generate(model, ids, n)
-
+    prompts = [Prompt(context, stop_ids=STOP_IDS if contexts * n > 1 else ()) for context in ids]
+    engine = HFEngine(model)
+    runs: dict[str, Callable[[int], list[int]]] = {
+        "engine": lambda seed: sample(engine, prompts, n, seed),
+        "generate": lambda seed: generate(model, prompts, n),
+    }
     torch.manual_seed(0)
-    times: dict[str, list[float]] = {"engine": [], "generate": []}
-    for repeat in range(repeats + 3):
-        taken = {"engine": seconds(lambda seed=repeat: run_engine(seed)), "generate": seconds(run_generate)}
-        if repeat >= 3:  # the first rounds warm up
-            for name in times:
-                times[name].append(taken[name])
-    result = {f"{name}_ms": statistics.median(values) * 1000 for name, values in times.items()}
-    result |= {f"{name}_length": statistics.mean(values) for name, values in lengths.items()}
-    # At 1 x 1 the number of steps differs from draw to draw, and with it the time: there the totals are compared.
-    per_token = {name: sum(times[name]) / sum(lengths[name][3 * contexts * n :]) for name in times}
-    return result | {
-        "ratio": result["generate_ms"] / result["engine_ms"],
-        "ratio_per_token": per_token["generate"] / per_token["engine"],
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    lengths: dict[str, list[int]] = {name: [] for name in runs}
+    for repeat in range(WARM_UP + repeats):
+        for name, run in runs.items():
+            taken, got = timed(lambda run=run, seed=repeat: run(seed))
+            if repeat >= WARM_UP:
+                times[name].append(taken)
+                lengths[name] += got
+    medians = {name: statistics.median(values) * 1000 for name, values in times.items()}
+    return {
+        **{f"{name}_ms": medians[name] for name in runs},
+        **{f"{name}_length": statistics.mean(lengths[name]) for name in runs},
+        "ratio": medians["generate"] / medians["engine"],
     }
 
 
 def main() -> None:
-    """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", action="store_true", help="print one JSON object after the table")
+    """Run the comparison and print it: a table, or with --json one JSON object and the table."""
+    parser = argparse.ArgumentParser(description="The engine against batched model.generate.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object before the table")
     parser.add_argument("--repeats", type=int, default=31)
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     model = demo_model()
     results = {f"{c}x{n}": compare(model, c, n, options.repeats) | {"asked": asked} for c, n, asked in SHAPES}
-    print("contexts x thoughts   generate ms   engine ms   ratio   per token   asked   mean length (generate / engine)")
+    if options.json:
+        facts = {"benchmark": "engine", "threads": 1, "repeats": options.repeats, "torch": torch.__version__}
+        print(json.dumps({**facts, "transformers": transformers.__version__, "results": results}))
+    print(f"{'contexts x thoughts':>19} {'generate ms':>12} {'engine ms':>10} {'ratio':>7} {'asked':>6}   mean lengths")
     for name, r in results.items():
         print(
-            f"{name:>19} {r['generate_ms']:13.1f} {r['engine_ms']:11.1f} {r['ratio']:6.2f}x {r['ratio_per_token']:10.2f}x "
-            f"{r['asked']:6.1f}x   {r['generate_length']:.1f} / {r['engine_length']:.1f}"
-        )
-    if options.json:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        print(
-            json.dumps(
-                {"benchmark": "engine", "threads": 1, "repeats": options.repeats, **versions, "results": results}
-            )
+            f"{name:>19} {r['generate_ms']:12.1f} {r['engine_ms']:10.1f} {r['ratio']:6.2f}x {r['asked']:5.1f}x   "
+            f"{r['generate_length']:.1f} / {r['engine_length']:.1f}"
         )
 
 

@@ -68,9 +68,9 @@ def make_corpus(out: Path, mix: str = "b9") -> None:
 
 def make_base(out: Path, seeds: Sequence[int]) -> float:
     """Pretrain the base model from scratch with `ntp`, gated on skill; returns the seconds it took (0 if cached)."""
+    from rlpretrain.config import ModelConfig
     from rlpretrain.corpora import dial
     from rlpretrain.models import load_model, load_tokenizer
-    from rlpretrain.config import ModelConfig
 
     if (out / "base" / "model" / "model.safetensors").exists():
         print(f"base model: cached in {out / 'base'}")
@@ -97,7 +97,7 @@ def train(recipe: str, *, model: Path, data: Path, output_dir: Path, objective: 
     import yaml
 
     from rlpretrain import Pretrainer
-    from rlpretrain.config import build
+    from rlpretrain.config_io import build
 
     values = yaml.safe_load((HERE / recipe).read_text())
     head = values["model"] if isinstance(values["model"], dict) else {}
@@ -175,7 +175,7 @@ def ntp_budget(out: Path, name: str, seed: int, documents: int = 64) -> dict[str
 
 def evaluation(model: Path, frozen: Path, data: Path, seed: int, controls: bool) -> dict[str, Any]:
     """Numbers per held-out problem: at the answer, one sampled thought and the greedy one."""
-    from rlpretrain.config import build
+    from rlpretrain.config_io import build
     from rlpretrain.documents import read_all
     from rlpretrain.evaluate import evaluate
     from rlpretrain.models import load_model, load_tokenizer
@@ -189,7 +189,10 @@ def evaluation(model: Path, frozen: Path, data: Path, seed: int, controls: bool)
     reference = load_model(build({"model": str(frozen), "data": "-"}).model)
     found = evaluate(load_model(config.model), load(config, tokenizer), read_all(config.data, tokenizer), frozen=reference,
                      thoughts=2, seed=seed, controls=controls, pad_id=tokenizer.pad_token_id)  # fmt: skip
-    values = {k: v.tolist() for k, v in found.values.items()} | {"no_think_loss": found.losses.tolist(), "tokens": found.tokens.tolist()}
+    values = {k: v.tolist() for k, v in found.values.items()} | {
+        "no_think_loss": found.losses.tolist(),
+        "tokens": found.tokens.tolist(),
+    }
     return {"depth": [str(d.meta["depth"]) for d in found.documents], **values}
 
 

@@ -106,4 +106,3 @@ def make_baseline(config: BaselineConfig, initial: nn.Module) -> Baseline:
     if config.name == "ema":
         return Ema(copy.deepcopy(initial), config.decay)
     return Baseline()
-

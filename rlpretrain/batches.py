@@ -65,8 +65,8 @@ class BatchSource:
                 self.without += not found
             if barren >= PATIENCE:
                 raise ConfigError(
-                    f"{barren} documents in a row gave no position: the objective's `positions` ({self.objective.config.positions}), "
-                    "`min_context` or `target_length` do not fit this data"
+                    f"{barren} documents in a row gave no position: the objective's `positions` "
+                    f"({self.objective.config.positions}), `min_context` or `target_length` do not fit this data"
                 )
         chosen, self._spare = chosen[:n], chosen[n:] + self._spare
         return chosen

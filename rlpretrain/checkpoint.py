@@ -21,7 +21,9 @@ FREE_TO_CHANGE = (
 """Settings that may differ between a checkpoint and the run that resumes from it."""
 
 
-def save(folder: Path, step: int, ranks: Ranks, parts: Mapping[str, Any], state: dict[str, Any], rank_state: dict[str, Any]) -> Path:
+def save(
+    folder: Path, step: int, ranks: Ranks, parts: Mapping[str, Any], state: dict[str, Any], rank_state: dict[str, Any]
+) -> Path:
     """Write `folder`/checkpoint-<step> whole or not at all.
 
     `parts` are objects with `save(path)`; `state` is the same on all ranks, `rank_state` is each rank's own. The list of
@@ -92,7 +94,9 @@ def read(path: Path, ranks: Ranks, config: dict[str, Any]) -> tuple[dict[str, An
     changed = [k for k in sorted({*state["config"], *now} - {*FREE_TO_CHANGE}) if state["config"].get(k) != now.get(k)]
     if changed:
         told = "; ".join(f"{k}: {_difference(state['config'].get(k), now.get(k))}" for k in changed)
-        raise ConfigError(f"cannot resume from {path}: the configuration differs in {told}. Use another output_dir, or set them back")
+        raise ConfigError(
+            f"cannot resume from {path}: the configuration differs in {told}. Use another output_dir, or set them back"
+        )
     return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
 
 

@@ -31,8 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlpretrain", description="Reinforcement learning as a pretraining objective.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser("train", help="train from a YAML configuration", formatter_class=argparse.RawDescriptionHelpFormatter,
-                            description="Train. Every field can be set: --section.field value; `--fields` lists them all.")  # fmt: skip
+    p = commands.add_parser("train", help="train from a YAML configuration",
+                            description="Every field can be set: --section.field value; --fields lists them all.")  # fmt: skip
     p.add_argument("config", nargs="?", help="YAML file")
     p.add_argument("--resume", nargs="?", const="auto", help="auto (the newest usable checkpoint), or a checkpoint folder")
     p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain train CONFIG.yaml [--field value ...] [--resume auto] [--dry-run]`."""
-    from rlpretrain import config as c
+    from rlpretrain import config_io as c
 
     if args.fields:
         _print_fields(c)
@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from rlpretrain import config as c
+    from rlpretrain import config_io as c
     from rlpretrain import models
     from rlpretrain.documents import read_all
     from rlpretrain.evaluate import MEANING, by_meta
@@ -132,7 +132,15 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         frozen = models.load(c.ModelConfig(**(model_config | {"path": args.frozen})), delimiters, args.seed)[0].to(device)
     documents = read_all(config.data, tokenizer, limit=args.documents)
     pad = tokenizer.pad_token_id or 0
-    whole = run(model, load_objective(config, tokenizer), documents, frozen=frozen, thoughts=args.thoughts, seed=args.seed, pad_id=pad)
+    whole = run(
+        model,
+        load_objective(config, tokenizer),
+        documents,
+        frozen=frozen,
+        thoughts=args.thoughts,
+        seed=args.seed,
+        pad_id=pad,
+    )
     parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
     results = {name: part.summary() for name, part in parts.items()}
     table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")

@@ -23,7 +23,13 @@ class Console:
     def __init__(self, config: PretrainConfig, total: int, done: int, first: bool):
         self.quiet, self.every = not (first and config.console), config.log_every
         self.rich = Rich(quiet=self.quiet)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
         self.progress = Progress(*columns, console=self.rich, disable=self.quiet or not self.rich.is_terminal)
         self.task = self.progress.add_task(str(config.objective.get("name", "rlp")), total=total, completed=done, numbers="")
         self.tables = max(1, total // 5)
@@ -46,7 +52,10 @@ class Console:
             self.rich.print(thought_table(groups[0], tokenizer))
         held_out = {k: v for k, v in row.items() if k.startswith("eval/")}
         if held_out:
-            self.rich.print(escape(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(held_out.items()))), soft_wrap=True)
+            self.rich.print(
+                escape(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(held_out.items()))),
+                soft_wrap=True,
+            )
 
     def close(self) -> None:
         self.progress.stop()

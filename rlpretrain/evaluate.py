@@ -73,7 +73,9 @@ class Evaluation:
         return out
 
 
-def interval(values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = 0, draws: int = 2000) -> tuple[float, list[float]]:
+def interval(
+    values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = 0, draws: int = 2000
+) -> tuple[float, list[float]]:
     """Weighted mean of values [seeds, problems], and its 95% percentile bootstrap over problems and over seeds.
 
     The problems are the same for every seed, so whole columns and whole rows are resampled.

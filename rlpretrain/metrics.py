@@ -27,7 +27,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "ig/std": ("deviation of the gain over all thoughts", "finite"),
     "ig/positive_frac": ("thoughts with a gain above 0", "rises above .5"),
     "ig/per_token": ("gain per target token", "rises above 0"),
-    "ig/self": ("gain against the current model without a thought; flatters itself when that degrades", "near ig/frozen"),
+    "ig/self": (
+        "gain against the current model without a thought; flatters itself when that degrades",
+        "near ig/frozen",
+    ),
     "ig/frozen": ("gain against the initial model without a thought: the honest one", "rises above 0"),
     "thought/closed_frac": ("thoughts that closed themselves", "above .9"),
     "thought/eos_frac": ("thoughts that ended the document instead", "near 0"),
@@ -41,7 +44,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "baseline/self": ("mean log p(target) of the current model without a thought", "not falling"),
     "ntp/loss": ("next-token loss of the trunk, nats per token", "not above its start"),
     "reader/loss": ("mean -log p(target | context, thought)", "falls"),
-    "sampling/*": ("importance ratios and log-prob differences of sampler and trainer, raw and truncated", "ratio near 1"),
+    "sampling/*": (
+        "importance ratios and log-prob differences of sampler and trainer, raw and truncated",
+        "ratio near 1",
+    ),
     "clip_ratio/region_mean": ("thought tokens whose ratio was clipped", "below .2"),
     "grad_norm": ("gradient norm before clipping", "no jumps"),
     "learning_rate": ("as scheduled", ""),
@@ -56,7 +62,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "run/epoch": ("passes over the data so far", ""),
     "run/skipped_steps": ("steps skipped for NaN or inf", "0"),
     "run/documents_without_position": ("documents drawn in which there was no place to think", ""),
-    "eval/*": ("the same on held-out documents; see `rlpretrain eval`", "eval/gain_frozen rises, eval/no_think_loss does not"),
+    "eval/*": (
+        "the same on held-out documents; see `rlpretrain eval`",
+        "eval/gain_frozen rises, eval/no_think_loss does not",
+    ),
 }
 
 
@@ -103,7 +112,9 @@ class StepMetrics:
         self.add("baseline/logp", base)
         self.add("baseline/self", own)
         self.add("reward", reward[counted])
-        spread = torch.stack([r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan) for r, c in zip(reward, counted, strict=True)])
+        spread = torch.stack(
+            [r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan) for r, c in zip(reward, counted, strict=True)]
+        )
         self.add("reward_std", spread)
         self.add("frac_reward_zero_std", (spread[torch.isfinite(spread)] == 0).float())
         self.add("thought/uncounted_frac", (~counted).float())

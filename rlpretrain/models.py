@@ -23,13 +23,13 @@ tags: [rlpretrain, {objective}]
 {base}---
 # {name}
 
-{origin} trained for {steps} steps with the objective `{objective}` of [rlpretrain](https://pypi.org/project/rlpretrain/) {version}.
+{origin} trained for {steps} steps with the objective `{objective}` of rlpretrain {version}.
 
 {thinking}
 The settings of the run are in `run.json` of its output folder.
 """
-THINKING = """The model may think before it continues a text: open a thought with `{open}` at the end of the context, sample until `{close}`,
-then go on. To use or show only the text, strip the thoughts:
+THINKING = """The model may think before it continues a text: open a thought with `{open}` at the end of the context,
+sample until `{close}`, then go on. To use or show only the text, strip the thoughts:
 
 ```python
 from rlpretrain.prompts import Delimiters, strip_thoughts
@@ -64,7 +64,11 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         try:
             model = AutoModelForCausalLM.from_pretrained(config.path, **form, **common)
         except Exception as error:
-            hint = " (a configuration without weights: from_scratch: true would initialise them)" if _only_config(config.path) else ""
+            hint = (
+                " (a configuration without weights: from_scratch: true would initialise them)"
+                if _only_config(config.path)
+                else ""
+            )
             raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {_first_line(error)}") from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -169,6 +169,6 @@ def idle(pad_id: int) -> MicroBatch:
     return MicroBatch(
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=None, tree=None, groups=(), documents=(),
         thought_rows=bgl, thought_labels=bgl, thought_mask=bgl.bool(), token_weights=bgl.float(),
-        behaviour_logps=bgl.float(), counted=bt.bool(), penalty=bt.float(), target_rows=bgt, target_labels=bt, target_mask=bt.bool(),
-        baseline_rows=bt, trunk_rows=none, trunk_labels=none,
+        behaviour_logps=bgl.float(), counted=bt.bool(), penalty=bt.float(), target_rows=bgt, target_labels=bt,
+        target_mask=bt.bool(), baseline_rows=bt, trunk_rows=none, trunk_labels=none,
     )  # fmt: skip

@@ -75,9 +75,7 @@ class PositionPicker:
         self.text = _TokenText(tokenizer)
         self.marker = self._marker(marker, tokenizer) if self.kind in ("before", "after") else None
 
-    def __call__(
-        self, document: Document, rng: np.random.Generator, entropies: Sequence[float] | None = None
-    ) -> list[int]:
+    def __call__(self, document: Document, rng: np.random.Generator, entropies: Sequence[float] | None = None) -> list[int]:
         """Sorted, distinct indices.
 
         `entropies[i]` (nats) is that of the model's prediction of token i from those before it; where it is NaN,

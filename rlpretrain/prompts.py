@@ -41,9 +41,7 @@ class Delimiters:
             raise ConfigError(f"a thought needs two different tags, got '{self.open}' and '{self.close}'")
 
 
-def ensure_delimiters(
-    tokenizer: Any, model: PreTrainedModel | None = None, delimiters: Delimiters | None = None
-) -> list[str]:
+def ensure_delimiters(tokenizer: Any, model: PreTrainedModel | None = None, delimiters: Delimiters | None = None) -> list[str]:
     """Make both tags single tokens of `tokenizer` and known to `model`; returns the tags that were added, to be said.
 
     They are added as ordinary (not "special") tokens: decoding with `skip_special_tokens` leaves them in the text,

@@ -59,9 +59,7 @@ def _load(data: DataConfig, files: list[str]) -> Dataset | IterableDataset:
     if files:
         options = {"sep": "\t"} if ".tsv" in Path(files[0]).suffixes else {}
         named = {split.split("[")[0]: files}  # train[:10%] is a part of train
-        return datasets.load_dataset(
-            _kind(files[0]), data_files=named, split=split, streaming=data.streaming, **options
-        )
+        return datasets.load_dataset(_kind(files[0]), data_files=named, split=split, streaming=data.streaming, **options)
     if not any(os.path.isfile(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")):
         return datasets.load_dataset(path, data.name, split=split, streaming=data.streaming)
     rows = datasets.load_from_disk(path)

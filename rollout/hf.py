@@ -29,7 +29,7 @@ class HFEngine:
     Which of three ways a model is run is found by trying its cache on the first prompt, and reported by `health()`:
 
     - `padded`: attention keys and values only; contexts of different lengths share a batch, padded on the left.
-    - `equal_length`: a cache that can be forked but holds more than keys and values (Mamba, hybrids), or a model without
+    - `equal_length`: a cache that can be forked but holds more than keys and values (Mamba, hybrids), or no
       `position_ids`; only contexts of one length share a batch, nothing is padded.
     - `recompute`: no cache that can be forked (RWKV, custom code); every step reads the whole sequence again.
 
@@ -124,7 +124,7 @@ class HFEngine:
                 raise ValueError(f"prompt {i} is empty: a thought needs at least one token before it")
             if length + params.max_thought_tokens > most:
                 raise ValueError(
-                    f"prompt {i} has {length} tokens, and with {params.max_thought_tokens} of thought that is more than "
+                    f"prompt {i} has {length} tokens, and with {params.max_thought_tokens} of thought that is over "
                     f"the model's {most} positions: shorten the context or max_thought_tokens"
                 )
             for name, ids in (("", prompt.token_ids), ("stop ", prompt.stop_ids), ("eos ", params.eos_ids)):

@@ -40,7 +40,7 @@ hand_over() {  # $1: pip's name of a setting, $2: uv's variable for it, $3: what
 }
 hand_over find-links UV_FIND_LINKS ,
 hand_over index-url UV_DEFAULT_INDEX ' '
-hand_over extra-index-url UV_INDEX ' '
+[ "$lock" = lock ] || hand_over extra-index-url UV_INDEX ' '  # locks are resolved from the default index alone
 hand_over cert SSL_CERT_FILE ' '
 export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"  # pip's own rule: all indexes count alike
 

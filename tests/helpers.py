@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlpretrain import Pretrainer
-from rlpretrain.config import build
+from rlpretrain.config_io import build
 from rlpretrain.loop import train
 from rlpretrain.pretrainer import Run
 

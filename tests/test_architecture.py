@@ -39,7 +39,7 @@ SERVING = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp"}  # not in the 
 
 # Inside rlpretrain a module may import its own layer and those above it in this list, without cycles.
 LAYERS = [
-    {"types", "config", "compat", "ranks"},
+    {"types", "config", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},

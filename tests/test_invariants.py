@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlpretrain import scoring
-from rlpretrain.config import build
-from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
+from rlpretrain.config_io import build
 from rlpretrain.loop import judge
+from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.packing import count
 from rlpretrain.pretrainer import Run
 from rlpretrain.types import Batch, Scores
@@ -206,8 +206,11 @@ def test_6_inner_epochs_freeze_advantages_and_old_log_probs(values, tmp_path):
 def test_7_cut_policies(values):
     for cut in ("mask", "force_close", "penalise"):
         run, batch, totals, micros = batch_of(
-            values, sampling__cut=cut, sampling__cut_penalty=3.0, sampling__max_thought_tokens=2, output_dir=values["output_dir"] + cut)  # fmt: skip
-        unclosed = torch.tensor([[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for m in micros for g in m.groups])
+            values, sampling__cut=cut, sampling__cut_penalty=3.0, sampling__max_thought_tokens=2,
+            output_dir=values["output_dir"] + cut)  # fmt: skip
+        unclosed = torch.tensor(
+            [[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for m in micros for g in m.groups]
+        )
         assert unclosed.any()
         counted = torch.cat([m.counted for m in micros])
         assert torch.equal(counted, ~unclosed if cut == "mask" else torch.ones_like(unclosed))

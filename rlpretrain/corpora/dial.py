@@ -23,10 +23,46 @@ OPERATIONS: Mapping[str, Callable[[int], int]] = {
 }  # fmt: skip
 NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "leo")
 HMM = ("hmm", "well", "maybe", "wait", "so")
-PROSE = (
-    "the old the quiet a small river town harbour market garden winter morning evening light rain wind road bridge boat "
-    "letter story teacher farmer sailor child walked looked waited sang slept across under along toward with and then"
-).split()
+PROSE = [
+    "the",
+    "old",
+    "the",
+    "quiet",
+    "a",
+    "small",
+    "river",
+    "town",
+    "harbour",
+    "market",
+    "garden",
+    "winter",
+    "morning",
+    "evening",
+    "light",
+    "rain",
+    "wind",
+    "road",
+    "bridge",
+    "boat",
+    "letter",
+    "story",
+    "teacher",
+    "farmer",
+    "sailor",
+    "child",
+    "walked",
+    "looked",
+    "waited",
+    "sang",
+    "slept",
+    "across",
+    "under",
+    "along",
+    "toward",
+    "with",
+    "and",
+    "then",
+]
 OPEN, CLOSE, EOS, PAD, UNK = "<think>", "</think>", "<eos>", "<pad>", "<unk>"
 WORDS = tuple(dict.fromkeys([PAD, EOS, UNK, OPEN, CLOSE, ".", "has", "shows", *map(str, range(10)), *OPERATIONS, *NAMES,
                              *HMM, *PROSE]))  # fmt: skip
@@ -206,7 +242,8 @@ def model_config():
 
 
 def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out: int = 1_200, seed: int = 0, mix: str = "b9",
-          depths: Sequence[int] = (1, 2, 3, 4), held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, Path]:  # fmt: skip
+          depths: Sequence[int] = (1, 2, 3, 4),
+          held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, Path]:  # fmt: skip
     """Make the corpus under `out`: base.jsonl, train.jsonl, held_out.jsonl, and model/ (tokenizer and configuration).
 
     Held-out problems are never equal to a training problem of the same call; base documents may repeat either, as they

@@ -10,7 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.config import ConfigError, PretrainConfig, parse
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config_io import parse
 from rlpretrain.objectives.base import Config, Objective, Setting
 from rollout.types import SamplingParams
 

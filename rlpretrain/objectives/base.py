@@ -79,7 +79,7 @@ class Objective:
             self.needs = self.needs | {"entropy"}
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
-        """Where to think in this document; `trunk` holds each token's next-token entropy (nats) where "entropy" is needed."""
+        """Where to think; `trunk[i]` is the entropy (nats) of the model's prediction of token i, where "entropy" is needed."""
         ids, size = document.token_ids, self.config.target_length
         return [Position(document.id, i, ids[:i], ids[i : i + size]) for i in self.picker(document, rng, trunk)]
 
@@ -110,7 +110,9 @@ class Objective:
         stored = torch.full(shape, float("nan"), dtype=torch.float64, device=scores.counted.device)
         for b, group in enumerate(groups):
             if group.rewards is None:
-                raise ValueError(f"group {group.id} carries no rewards; {type(self).__name__} must store them or override reward()")
+                raise ValueError(
+                    f"group {group.id} carries no rewards; {type(self).__name__} must store them or override reward()"
+                )
             stored[b, : len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
         return stored
 

@@ -32,6 +32,7 @@ def test_target_leakage() -> None:
         target_leakage([1], [1], n=0)
 
 
+@settings(deadline=None)
 @given(ids, ids, st.integers(1, 4))
 def test_target_leakage_is_a_share_and_whole_for_a_thought_that_holds_the_target(thought, target, n) -> None:
     assert 0.0 <= target_leakage(thought, target, n) <= 1.0
@@ -39,6 +40,7 @@ def test_target_leakage_is_a_share_and_whole_for_a_thought_that_holds_the_target
         assert target_leakage([*thought, *target], target, n) == 1.0
 
 
+@settings(deadline=None)
 @given(ids, st.integers(0, 99))
 def test_shuffled_keeps_the_tokens_and_the_close_tag(thought, seed) -> None:
     """Pitfall 15: the contrast that tells content from mere words."""
@@ -54,7 +56,7 @@ def test_empty_and_filler() -> None:
     assert filler([4, 5, 99], 0) == [0, 0, 99] and filler([4, 5], 0, keep_last=False) == [0, 0] and filler([], 0) == []
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=14).filter(lambda x: len(set(x)) > 1), st.integers(0, 99))
 def test_other_document_is_always_another_and_used_evenly(documents, seed) -> None:
     chosen = other_document(documents, seed)
@@ -86,7 +88,7 @@ def run(monitor: CollapseMonitor, gains: list[float], losses: list[float] | None
 def test_monitor_fires_when_the_gain_stays_negative_after_it_was_positive() -> None:
     """Pitfall 15. One bad batch does not fire; a window of them does."""
     verdicts = run(CollapseMonitor(window=4), [0.5] * 6 + [-1.0] + [0.5] * 4 + [-1.0] * 4)
-    assert verdicts[:13] == [None] * 13 and "information gain fell" in str(verdicts[14])
+    assert verdicts[:12] == [None] * 12 and "information gain fell to -0.250 nats" in str(verdicts[12])
 
 
 def test_monitor_waits_for_a_run_that_has_not_begun_and_allows_small_dips() -> None:
@@ -108,6 +110,7 @@ def test_monitor_fires_at_once_on_values_that_are_not_finite(value: float) -> No
     assert reason == f"gradient norm is {value}"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-2, 2), min_size=8, max_size=24), st.integers(0, 8))
 def test_monitor_resumes_where_it_stopped(gains: list[float], split: int) -> None:
     whole = run(CollapseMonitor(window=3), gains)

@@ -61,7 +61,8 @@ def test_golden_values() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(chunk=st.integers(1, 50), block=st.integers(1, 12), rows=st.integers(1, 12),
-       softcap=st.sampled_from([None, 2.0]), scale=st.sampled_from([1.0, 0.25]), heat=st.sampled_from(["one", "number", "rows"]), with_bias=st.booleans(),
+       softcap=st.sampled_from([None, 2.0]), scale=st.sampled_from([1.0, 0.25]),
+       heat=st.sampled_from(["one", "number", "rows"]), with_bias=st.booleans(),
        seed=st.integers(0, 1000))
 def test_equals_full_logits_whatever_the_chunks(chunk: int, block: int, rows: int, softcap: float | None, scale: float,
                                                 heat: str, with_bias: bool, seed: int) -> None:
