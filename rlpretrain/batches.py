@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.documents import DocumentStream
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
-from rlpretrain.types import Batch, Document
+from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.engine import Engine
 from rollout.types import Position
 
@@ -43,7 +43,10 @@ class BatchSource:
         if not self.objective.has_positions:
             return Batch((), self.stream.take(n))
         chosen = self._positions(n)
-        groups = asyncio.run(self.objective.rollout(self.engine, [p for _, p, _ in chosen], [s for *_, s in chosen]))
+        try:
+            groups = asyncio.run(self.objective.rollout(self.engine, [p for _, p, _ in chosen], [s for *_, s in chosen]))
+        except ValueError as error:  # what the engine refuses before it samples
+            raise ConfigError(f"cannot sample thoughts: {error}") from error
         documents = list({d.id: d for d, *_ in chosen}.values())
         if self.ntp_stream is not None:
             documents = self.ntp_stream.take(len(documents))
@@ -54,7 +57,9 @@ class BatchSource:
         barren = 0
         while len(chosen) < n:
             documents = self.stream.take(n - len(chosen))
-            entropies = self._entropies(documents) if "entropy" in self.objective.needs else [None] * len(documents)
+            entropies = [None] * len(documents)
+            if "entropy" in self.objective.needs:
+                entropies = token_entropies(documents, lambda m: self.policy.score(m, want="entropies")[1], self.token_budget)
             for document, entropy in zip(documents, entropies, strict=True):
                 order = self.drawn * self.size + self.rank
                 self.drawn += 1
@@ -70,18 +75,6 @@ class BatchSource:
                 )
         chosen, self._spare = chosen[:n], chosen[n:] + self._spare
         return chosen
-
-    def _entropies(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Per document, the entropy (nats) of the current model's prediction of each token; 0 for the first."""
-        batch = Batch((), documents)
-        out: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for micro in pack(batch, Layout(self.token_budget), count(batch)):
-                _, entropies = self.policy.score(micro, want="entropies")
-                sizes = [len(d.token_ids) - 1 for d in micro.documents]
-                for d, e in zip(micro.documents, entropies.split(sizes), strict=True):
-                    out[d.id] = torch.cat([e.new_zeros(1), e]).cpu()
-        return [out[d.id] for d in documents]
 
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
@@ -103,3 +96,15 @@ class BatchSource:
             self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size]), seed))
         if self.ntp_stream is not None:
             self.ntp_stream.load_state_dict(state["ntp_stream"])
+
+
+@torch.no_grad()
+def token_entropies(documents: Sequence[Document], score: Callable[[MicroBatch], Tensor], token_budget: int) -> list[Tensor]:
+    """Per document, the entropy (nats) of a model's prediction of each token, 0 for the first; `score` gives the trunk's."""
+    batch = Batch((), documents)
+    out: dict[str, Tensor] = {}
+    for micro in pack(batch, Layout(token_budget), count(batch)):
+        sizes = [len(d.token_ids) - 1 for d in micro.documents]
+        for d, e in zip(micro.documents, score(micro).split(sizes), strict=True):
+            out[d.id] = torch.cat([e.new_zeros(1), e]).cpu()
+    return [out[d.id] for d in documents]

@@ -55,13 +55,16 @@ def steps(folder: Path) -> list[int]:
 
 def broken(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
+    if not path.is_dir():
+        return "there is no such folder"
     try:
         state = json.loads((path / "state.json").read_text())
+        files = state["files"].items()
     except FileNotFoundError:
         return "state.json is missing (half-written?)"
-    except json.JSONDecodeError:
-        return "state.json is not JSON (half-written?)"
-    for name, size in state.get("files", {}).items():
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "state.json is not what was written (half-written?)"
+    for name, size in files:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -82,14 +85,17 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def read(path: Path, ranks: Ranks, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, this rank's state) of a checkpoint; ConfigError if it is broken or belongs to another configuration."""
+def read(path: Path, ranks: Ranks, backend: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, this rank's state) of a checkpoint; ConfigError if it is broken or belongs to another kind of run."""
     why = broken(path)
     if why:
         raise ConfigError(f"cannot resume from {path}: {why}")
     state = json.loads((path / "state.json").read_text())
     if state["ranks"] != ranks.size:
         raise ConfigError(f"cannot resume from {path}: it was written by {state['ranks']} ranks, this run has {ranks.size}")
+    if state["backend"] != backend:
+        raise ConfigError(f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: "
+                          "set policy.backend")
     now = json.loads(json.dumps(config))
     changed = [k for k in sorted({*state["config"], *now} - {*FREE_TO_CHANGE}) if state["config"].get(k) != now.get(k)]
     if changed:
@@ -102,7 +108,7 @@ def read(path: Path, ranks: Ranks, config: dict[str, Any]) -> tuple[dict[str, An
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
-    for step in steps(folder)[: -keep if keep else None]:
+    for step in steps(folder)[:-keep]:
         if step != best:
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
 

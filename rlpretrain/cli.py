@@ -14,7 +14,7 @@ from rlpretrain.config import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a ConfigError ends with its message and exit code 2, without a traceback."""
+    """Run a command; a ConfigError ends with its message and exit code 2, a run that diverged with 1, without traceback."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command is not train:
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlpretrain", description="Reinforcement learning as a pretraining objective.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser("train", help="train from a YAML configuration",
+    p = commands.add_parser("train", help="train from a YAML configuration", allow_abbrev=False,
                             description="Every field can be set: --section.field value; --fields lists them all.")  # fmt: skip
     p.add_argument("config", nargs="?", help="YAML file")
     p.add_argument("--resume", nargs="?", const="auto", help="auto (the newest usable checkpoint), or a checkpoint folder")
@@ -91,9 +91,13 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         from rlpretrain.dry_run import dry_run
 
         return dry_run(config, Path(args.config).parent)
-    from rlpretrain.pretrainer import Pretrainer
+    from rlpretrain.pretrainer import Diverged, Pretrainer
 
-    result = Pretrainer(config).train(resume=args.resume)
+    try:
+        result = Pretrainer(config).train(resume=args.resume)
+    except Diverged as error:
+        print(f"rlpretrain: {error}", file=sys.stderr)
+        return 1
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
     return 0
 
@@ -114,8 +118,12 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.ranks import join
 
     model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    try:
+        objective = yaml.safe_load(args.objective)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--objective {args.objective} is not YAML: {str(error).splitlines()[0]}") from None
     values = {
-        "model": model_config, "objective": yaml.safe_load(args.objective), "output_dir": os.devnull,
+        "model": model_config, "objective": objective, "output_dir": os.devnull,
         "data": {"path": args.data, "column": args.column, "max_length": args.max_length,
                  "meta_columns": [args.by] if args.by else []},
         "sampling": {"temperature": args.temperature, "max_thought_tokens": args.max_thought_tokens},
@@ -130,6 +138,8 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     frozen = None
     if args.frozen:
         frozen = models.load(c.ModelConfig(**(model_config | {"path": args.frozen})), delimiters, args.seed)[0].to(device)
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ConfigError(f"--json {args.json}: there is no such folder")
     documents = read_all(config.data, tokenizer, limit=args.documents)
     pad = tokenizer.pad_token_id or 0
     whole = run(

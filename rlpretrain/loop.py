@@ -63,7 +63,7 @@ def train(run: Any) -> None:
                     direct = target_loss(scores, objective.target_weights(micro.groups, scores))
                     loss = loss + (config.policy_coef * surrogate + direct) / max(total.thoughts, 1)
                     run.note(policy_loss=surrogate.detach() / max(total.thoughts, 1), **info)
-                if run.not_finite(loss, micro):
+                if run.not_finite(loss, scores, micro):
                     break
                 policy.backward(loss)
                 run.observe(micro, scores, loss, reward, own.baseline_logps)

@@ -150,7 +150,9 @@ class Trackers:
         self.file = folder / "metrics.jsonl"
         if self.file.exists():  # a resumed run: what came after its checkpoint will come again
             kept = [line for line in self.file.read_text().splitlines() if _step(line) <= keep_until]
-            self.file.write_text("".join(line + "\n" for line in kept))
+            work = self.file.with_suffix(".tmp")
+            work.write_text("".join(line + "\n" for line in kept))
+            work.replace(self.file)
         self.closers: list[Any] = []
         self.sinks: list[Any] = []
         if "tensorboard" in report_to:

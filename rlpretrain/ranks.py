@@ -56,6 +56,8 @@ def join(device: str = "auto") -> Ranks:
     if device == "auto":
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     where = torch.device(device)
+    if where.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed where it is installed
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1 and not dist.is_initialized():
@@ -64,7 +66,8 @@ def join(device: str = "auto") -> Ranks:
 
 
 def ensure_group(ranks: Ranks) -> None:
-    """A process group even for one process: DeepSpeed wants one."""
+    """A process group even for one process, and a LOCAL_RANK: DeepSpeed wants both."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

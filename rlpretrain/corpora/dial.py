@@ -126,12 +126,16 @@ class Mix:
     worked_depths: tuple[int, int] = (1, 4)
     think_depths: tuple[int, int] = (1, 3)
     plain_depths: tuple[int, int] = (1, 6)
+    deep: float = 0.0  # share of the thoughts that belong to problems of `deep_depths`
+    deep_depths: tuple[int, int] = (5, 6)
 
 
 MIXES = {
     "b9": Mix(),
     "d1": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.30, part_trace=0.05),
     "s20": Mix(0.05, 0.15, 0.35, 0.20, 0.25),
+    "c4": Mix(worked_depths=(1, 6), think_depths=(1, 4)),
+    "c6": Mix(worked_depths=(1, 6), think_depths=(1, 4), deep=0.05),
 }
 
 
@@ -159,7 +163,8 @@ def worked(rng: random.Random, mix: Mix) -> list[str]:
 
 def think(rng: random.Random, mix: Mix) -> list[str]:
     """A problem with a thought before its answer: a full trace, a part of one, or useless words."""
-    problem, u = draw(rng, mix.think_depths), rng.random()
+    deep = mix.deep > 0 and rng.random() < mix.deep
+    problem, u = draw(rng, mix.deep_depths if deep else mix.think_depths), rng.random()
     if u < mix.full_trace:
         thought = problem.trace(rng, mix.slip)
     elif u < mix.full_trace + mix.part_trace:

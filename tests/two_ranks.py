@@ -1,0 +1,14 @@
+"""Run by tests/test_policies.py under torchrun: several short trainings in one process group, one after the other."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+
+from rlpretrain import Pretrainer
+from rlpretrain.config_io import build
+
+faulthandler.dump_traceback_later(100, exit=True)  # a hang shows where, and ends
+for values in json.loads(sys.stdin.read() if sys.argv[1] == "-" else open(sys.argv[1]).read()):
+    Pretrainer(build(values["config"])).train(resume=values.get("resume"))
