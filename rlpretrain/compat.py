@@ -71,7 +71,6 @@ def import_deepspeed(on_cpu: bool):
     return deepspeed
 
 
-
 def versions() -> dict[str, str]:
     """Python's and every relevant library's version."""
     found = {"python": platform.python_version()}

@@ -131,7 +131,7 @@ def _lay(units: Sequence[tuple[list[Group], Document | None]], layout: Layout, t
             row = (*prompt.token_ids, *thought.token_ids, *close, *prompt.join_ids)
             counted[b, g] = True
             penalty[b, g] = layout.cut_penalty * (layout.cut == "penalise" and bool(close))
-            thought_at[b, g, :length] = [(len(rows), start + k - 1) for k in range(length)]
+            thought_at[b, g, :length] = [(len(rows), start + k - 1) for k in range(length)] or thought_at[b, g, :0]
             thought_labels[b, g, :length], thought_mask[b, g, :length] = thought.token_ids, True
             weights[b, g, :length] = each if layout.reduction == "token_mean" else 1 / max(length, 1)
             behaviour[b, g, :length] = thought.behaviour_logps

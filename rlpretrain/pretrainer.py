@@ -76,13 +76,13 @@ class Run:
         self.ranks: Ranks = join(config.device)
         self.folder = Path(config.output_dir)
         owner, section = parse_section(config.objective)
-        start = self._open_folder(resume)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         if config.positions_per_step % self.ranks.size:
             raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {self.ranks.size} ranks")
         if "batch" in owner.needs and self.ranks.size > 1:
             raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
+        start = self._open_folder(resume)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         self.delimiters = Delimiters(section.open, section.close) if owner.has_positions else None
         model, self.tokenizer, added = models.load(config.model, self.delimiters, config.seed)
         models.check_head(model.to(self.ranks.device))

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlpretrain import Pretrainer
+from rlpretrain.config_io import build
 from rlpretrain.corpora import dial
 from tests.tiny import tiny_model
 
@@ -25,14 +27,28 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def values(corpus: Path, tmp_path: Path) -> dict[str, Any]:
-    """A complete small RLP configuration as plain values; tests change what they are about."""
+def tiny_values(corpus: Path, output_dir: Path) -> dict[str, Any]:
+    """A complete small RLP configuration as plain values."""
     return {
         "model": str(corpus / "base"), "data": {"path": str(corpus / "train.jsonl"), "max_length": 64},
         "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
         "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"}, "positions_per_step": 4,
         "optim": {"lr": 1e-2, "warmup_steps": 2}, "policy": {"backend": "torch"}, "max_steps": 3,
         "checkpoint": {"every": 0}, "stop": {"collapse": False}, "baseline": {"name": "self", "frozen_every": 0},
-        "console": False, "output_dir": str(tmp_path / "run"), "device": "cpu",
+        "console": False, "output_dir": str(output_dir), "device": "cpu",
     }  # fmt: skip
+
+
+@pytest.fixture
+def values(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """A complete small RLP configuration as plain values; tests change what they are about."""
+    return tiny_values(corpus, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `tiny_values` that ended after 6 steps, with checkpoints 2, 4 and 6. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    changes = {"max_steps": 6, "checkpoint": {"every": 2, "keep": 3}}
+    Pretrainer(build(tiny_values(corpus, folder) | changes)).train()
+    return folder

@@ -135,7 +135,8 @@ MIXES = {
     "d1": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.30, part_trace=0.05),
     "s20": Mix(0.05, 0.15, 0.35, 0.20, 0.25),
     "c4": Mix(worked_depths=(1, 6), think_depths=(1, 4)),
-    "c6": Mix(worked_depths=(1, 6), think_depths=(1, 4), deep=0.05),
+    "c6": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.20, part_trace=0.05, worked_depths=(1, 6), think_depths=(1, 4),
+              deep=0.05),
 }
 
 

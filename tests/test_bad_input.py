@@ -1,0 +1,510 @@
+"""Bad input gets a clear error: what happened, where, and what to change. Broken numbers and killed runs do no harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlpretrain import Pretrainer, checkpoint, cli, pretrainer
+from rlpretrain.config import ConfigError
+from rlpretrain.config_io import build
+from rlpretrain.corpora import dial
+from rlpretrain.loop import train
+from rlpretrain.packing import Layout, count, pack
+from rlpretrain.pretrainer import Diverged, Run
+from rlpretrain.ranks import Ranks
+from rlpretrain.types import Batch, Document
+from rollout.types import FinishReason, Group, Position, Prompt, Thought
+from tests.helpers import merged, same, trained, weights
+from tests.tiny import tiny_model, word_tokenizer
+
+
+def start(values, resume=None, **changes) -> Run:
+    """A run that is set up and not begun."""
+    run = Run(build(merged(values, **changes)), resume)
+    run.close()
+    return run
+
+
+def jsonl(path: Path, texts) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+# the configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "near"),
+    [
+        ({"max_step": 3}, "max_step", "max_steps"),
+        ({"revison": "main"}, "revison", "revision"),  # a field of `model` may stand at the top
+        ({"optim": {"learning": 1.0, "weight_deca": 0.1}}, "optim.weight_deca", "weight_decay"),
+        ({"ntp_data": {"path": "x", "colum": "text"}}, "ntp_data.colum", "column"),
+        ({"objective": {"name": "rlp", "marke": "shows"}}, "objective.marke", "marker"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest_one(values, change, key, near):
+    with pytest.raises(ConfigError, match=f"unknown key '{key}': did you mean '{near}'"):
+        start(values, **change)
+
+
+def test_a_key_like_no_other_lists_those_there_are(values):
+    with pytest.raises(ConfigError, match="unknown key 'baseline.qqq': known here: name, decay, frozen_every"):
+        start(values, baseline={"qqq": 1})
+    with pytest.raises(ConfigError, match="unknown key 'objective.qqq': known here: no fields"):
+        start(values, objective={"name": "ntp", "qqq": 1})
+    with pytest.raises(ConfigError, match="unknown objective 'rlpp': did you mean 'rlp'"):
+        start(values, objective="rlpp")
+
+
+def test_a_misspelt_key_on_the_command_line(values, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    for words, said in (
+        (["--optim.warmup_step", "3"], "unknown key 'optim.warmup_step': did you mean 'warmup_steps'?"),
+        (["--objective.mark", "x"], "unknown key 'objective.mark': did you mean 'marker'?"),
+        (["--max_steps"], "'--max_steps' needs a value"),
+        (["max_steps", "3"], "expected --field value, got 'max_steps'"),
+        (["--data.path", "[1"], "'--data.path [1' is not YAML"),
+        (["--max_steps", "many"], "'max_steps'"),
+    ):
+        assert cli.main(["train", str(tmp_path / "c.yaml"), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("rlpretrain: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_steps": 0}, {"positions_per_step": 0}, {"token_budget": 0}, {"log_every": 0}, {"checkpoint__keep": 0},
+        {"sampling__temperature": -1.0}, {"sampling__top_p": 0.0}, {"sampling__max_thought_tokens": 0},
+        {"stop__nonfinite": 0}, {"eval__every": 0}, {"loss__inner_epochs": 0}, {"baseline__decay": 1.5},
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_name(values, change):
+    (name,) = change
+    with pytest.raises(ConfigError, match=name.replace("__", r"\.")):
+        build(merged(values, **change))
+
+
+def test_a_missing_required_section(values):
+    values.pop("data")
+    with pytest.raises(ConfigError, match="'data' is required"):
+        build(values)
+
+
+def test_fewer_than_two_thoughts(values):
+    with pytest.raises(ConfigError, match=r"sampling\.thoughts is 1: a group baseline needs at least 2"):
+        start(values, sampling__thoughts=1)
+
+
+def test_a_stream_needs_max_steps(values):
+    with pytest.raises(ConfigError, match="give max_steps instead of epochs"):
+        start(values, data__streaming=True, max_steps=None)
+
+
+def test_positions_that_do_not_divide_over_ranks(values, monkeypatch):
+    monkeypatch.setattr(pretrainer, "join", lambda device: Ranks(0, 3))
+    with pytest.raises(ConfigError, match="positions_per_step 4 does not divide over 3 ranks"):
+        start(values)
+
+
+# the data
+
+
+def test_a_data_file_that_is_missing_or_empty(values, tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file or folder: .*nowhere\.jsonl"):
+        start(values, data__path=str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"empty\.jsonl is empty: 0 bytes"):
+        start(values, data__path=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match=r"no such file or folder: .*held\.jsonl"):
+        start(values, eval__data=str(tmp_path / "held.jsonl"))
+
+
+def test_a_line_that_is_not_json_is_named(values, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "ann has 1"}\n{"text": "bob has 2"}\n{"text": oh\n')
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:3: not JSON"):
+        start(values, data__path=str(bad))
+
+
+def test_a_missing_text_column_lists_the_columns(values):
+    with pytest.raises(ConfigError, match="has no column 'txt'; its columns: text, answer, depth, trace"):
+        start(values, data__column="txt")
+
+
+def test_short_documents_are_counted_and_said(values, tmp_path, capsys):
+    data = jsonl(tmp_path / "d.jsonl", ["ann has 1 shows 1 ."] * 5 + ["ann"] * 2 + [""])
+    run = start(values, data__path=data, objective__min_context=3, console=True)
+    assert "3 documents shorter than 4 tokens left out" in capsys.readouterr().out
+    assert json.loads((run.folder / "run.json").read_text())["documents_too_short"] == 3
+
+
+def test_only_short_documents_are_an_error(values):
+    with pytest.raises(ConfigError, match=r"no document has 41 tokens; 200 are blank or shorter"):
+        start(values, objective__min_context=40)
+
+
+def test_a_target_longer_than_what_is_left_of_any_document(values):
+    began = time.process_time()
+    run = Run(build(merged(values, objective__target_length=5)), None)  # after "shows" there are three tokens
+    with pytest.raises(ConfigError, match=r"documents in a row gave no position: .*`target_length` do not fit this data"):
+        train(run)
+    run.close()
+    assert time.process_time() - began < 60
+
+
+def test_evaluation_data_that_would_fail_later_fails_now(values, tmp_path):
+    one = jsonl(tmp_path / "one.jsonl", ["ann has 1 shows 1 ."])
+    with pytest.raises(ConfigError, match="gives 1 documents; evaluation needs 2"):
+        start(values, eval__data=one)
+    none = jsonl(tmp_path / "none.jsonl", ["ann has 1 ."] * 3)
+    with pytest.raises(ConfigError, match="0 of the 3 documents .* have a position"):
+        start(values, eval__data=none)
+
+
+def test_a_context_beyond_the_models_positions(values):
+    with pytest.raises(ConfigError, match="over the model's 256 positions"):
+        Pretrainer(build(merged(values, sampling__max_thought_tokens=300))).train()
+    assert json.loads(Path(values["output_dir"], "run.json").read_text())["status"] == "failed"
+
+
+# the model
+
+
+def test_missing_delimiters_are_added_said_and_saved(values, tmp_path, capsys):
+    words = [word for word in dial.WORDS if word not in (dial.OPEN, dial.CLOSE)]
+    tokenizer = word_tokenizer(words)
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_model("qwen3", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    Pretrainer(build(merged(values, model=str(tmp_path / "base"), console=True))).train()
+    assert "added to the tokenizer: <think>, </think>" in capsys.readouterr().out
+
+    saved = Path(values["output_dir"]) / "model"
+    again, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
+    ids = again.convert_tokens_to_ids(["<think>", "</think>"])
+    assert ids == [len(tokenizer), len(tokenizer) + 1] and model.get_input_embeddings().weight.shape[0] == len(again)
+    assert again("<think> ann </think>")["input_ids"] == [ids[0], again.convert_tokens_to_ids("ann"), ids[1]]
+    run = start(values, model=str(saved), output_dir=str(tmp_path / "second"))
+    assert json.loads((run.folder / "run.json").read_text())["added_tokens"] == []
+
+
+def test_a_model_folder_without_weights(values, corpus):
+    with pytest.raises(ConfigError, match="a configuration without weights: from_scratch: true"):
+        start(values, model=str(corpus / "model"))
+
+
+def test_a_model_folder_that_does_not_exist(values, tmp_path):
+    with pytest.raises(ConfigError, match=rf"no tokenizer in '{tmp_path}/gone'.*no such folder"):
+        start(values, model=str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match=rf"cannot load a causal language model from '{tmp_path}/gone'.*no such folder"):
+        start(values, model={"path": str(tmp_path / "gone"), "tokenizer": values["model"]})
+
+
+def test_a_model_with_broken_weights(values, corpus, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(corpus / "base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    shutil.copytree(corpus / "base", tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"hold NaN or inf: model\.layers\.1\.mlp\.up_proj\.weight"):
+        start(values, model=str(tmp_path / "base"))
+
+
+# folders and checkpoints
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def resumable(values, folder, **changes):
+    """The configuration that goes on in `folder` for two more steps."""
+    return {"output_dir": str(folder), "max_steps": 8, "checkpoint": {"every": 2, "keep": 3}} | changes
+
+
+def test_an_output_folder_that_holds_another_run(values, run_folder):
+    with pytest.raises(ConfigError, match="holds another run: resume it .* or choose another output_dir"):
+        start(values, output_dir=str(run_folder))
+
+
+def test_an_output_folder_that_cannot_be_made(values, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output_dir .* cannot be made"):
+        start(values, output_dir=str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: (c / "state.json").unlink(), "state.json is missing"),
+        (lambda c: os.truncate(c / "state.json", 100), "state.json is not what was written"),
+        (lambda c: (c / "state.json").write_text("{}"), "state.json is not what was written"),
+        (lambda c: os.truncate(c / "policy.pt", 1000), "policy.pt has 1000 bytes"),
+        (lambda c: (c / "rank-0.pt").unlink(), "rank-0.pt is missing"),
+    ],
+)
+def test_a_half_written_checkpoint_gives_way_to_the_one_before(values, run_folder, capsys, damage, said):
+    damage(run_folder / "checkpoint-6")
+    run = start(values, "auto", **resumable(values, run_folder))
+    assert run.step == 4 and said in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"cannot resume from .*checkpoint-6: {said}"):  # asked for by name: an error
+        start(values, str(run_folder / "checkpoint-6"), **resumable(values, run_folder))
+
+
+def test_a_checkpoint_that_is_not_there(values, run_folder):
+    with pytest.raises(ConfigError, match="checkpoint-7: there is no such folder"):
+        start(values, str(run_folder / "checkpoint-7"), **resumable(values, run_folder))
+
+
+def test_resume_auto_begins_where_there_is_nothing_yet(values, tmp_path):
+    assert same(trained(values, resume="auto", output_dir=str(tmp_path / "new" / "run")), trained(values))
+
+
+def test_a_checkpoint_of_another_configuration(values, run_folder):
+    with pytest.raises(ConfigError, match=r"configuration differs in optim: lr was 0\.01, is 0\.5; seed: was 0, is 1"):
+        start(values, "auto", **resumable(values, run_folder, optim__lr=0.5, seed=1))
+    with pytest.raises(ConfigError, match="configuration differs in objective"):
+        start(values, "auto", **resumable(values, run_folder, objective__min_context=2))
+    other = {"eval": {"every": 3}, "console": False, "log_every": 7, "max_steps": 9}
+    assert start(values, "auto", **resumable(values, run_folder, **other)).step == 6
+
+
+def test_a_checkpoint_of_another_number_of_ranks_or_backend(values, run_folder):
+    state = run_folder / "checkpoint-6" / "state.json"
+    written = json.loads(state.read_text())
+    state.write_text(json.dumps(written | {"ranks": 2}))
+    with pytest.raises(ConfigError, match="was written by 2 ranks, this run has 1"):
+        start(values, "auto", **resumable(values, run_folder))
+    state.write_text(json.dumps(written | {"backend": "DeepSpeedPolicy"}))
+    with pytest.raises(ConfigError, match="was written by DeepSpeedPolicy, this run has TorchPolicy: set policy.backend"):
+        start(values, "auto", **resumable(values, run_folder))
+
+
+@pytest.mark.parametrize("part", ["policy", "rank", "state", "rename"])
+def test_an_error_while_a_checkpoint_is_written_leaves_the_last_one_good(values, tmp_path, monkeypatch, part):
+    long = {"max_steps": 4, "checkpoint__every": 2, "checkpoint__keep": 1}
+    whole = trained(values, output_dir=str(tmp_path / "whole"), **long)
+    real = {"save": torch.save, "write": Path.write_text, "replace": Path.replace}
+    second = "checkpoint-4"
+
+    def save(what, path, *args, **kwargs):
+        if second in str(path) and Path(path).name.startswith(part):
+            Path(path).write_bytes(b"half")
+            raise OSError("disk full")
+        return real["save"](what, path, *args, **kwargs)
+
+    def write(path, text, *args, **kwargs):
+        if part == "state" and second in str(path):
+            real["write"](path, text[:50])
+            raise OSError("disk full")
+        return real["write"](path, text, *args, **kwargs)
+
+    def rename(path, target):
+        if part == "rename" and second in str(path):
+            raise OSError("disk full")
+        return real["replace"](path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        patch.setattr(Path, "write_text", write)
+        patch.setattr(Path, "replace", rename)
+        with pytest.raises(OSError, match="disk full"):
+            trained(values, **long)
+    assert checkpoint.steps(Path(values["output_dir"])) == [2]
+    assert same(whole, trained(values, resume="auto", **long))
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from rlpretrain import Pretrainer
+from rlpretrain.config_io import build
+
+save = torch.save
+
+def killed(what, path, *args, **kwargs):
+    if "checkpoint-4" in str(path) and Path(path).name == "rank-0.pt":
+        Path(path).write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(what, path, *args, **kwargs)
+
+torch.save = killed
+torch.set_num_threads(1)
+Pretrainer(build(json.loads(sys.argv[1]))).train()
+"""
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_last_good_one(values, tmp_path):
+    long = {"max_steps": 4, "checkpoint__every": 2}
+    command = [sys.executable, "-c", KILLED, json.dumps(merged(values, **long))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=280)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    folder = Path(values["output_dir"])
+    assert checkpoint.steps(folder) == [2] and json.loads((folder / "run.json").read_text())["status"] == "running"
+    resumed = trained(values, resume="auto", **long)
+    assert same(resumed, trained(values, output_dir=str(tmp_path / "whole"), **long))
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+
+
+# numbers that are not finite
+
+
+def poison(run: Run, where: str, at) -> None:
+    """Let the steps in `at` (from 1) meet NaN or inf."""
+    score, reward = run.policy.score, run.objective.reward
+    weights_of, step = run.objective.target_weights, run.policy.step
+
+    def hit() -> bool:
+        return run.step + 1 in at
+
+    if where == "log-probs":
+        def bad_score(micro, *args, **kwargs):
+            scores = score(micro, *args, **kwargs)
+            return dataclasses.replace(scores, thought_logps=scores.thought_logps * math.nan) if hit() else scores
+
+        run.policy.score = bad_score
+    elif where == "baseline":
+        baseline = run.baseline
+
+        class Broken(type(baseline)):
+            def __call__(self, scores, micro):
+                inf = torch.full_like(scores.baseline_logps, -math.inf)
+                return dataclasses.replace(scores, baseline_logps=inf) if hit() else scores
+
+        run.baseline = Broken()
+    elif where == "reward":
+        run.objective.reward = lambda *a: reward(*a) + (math.inf if hit() else 0.0)
+    elif where == "loss":
+        run.objective.target_weights = lambda *a: weights_of(*a) * (math.nan if hit() else 1.0)
+    else:
+        def bad_step():
+            if hit():
+                next(run.policy.model.parameters()).grad[0, 0] = math.inf
+            return step()
+
+        run.policy.step = bad_step
+
+
+REASONS = {"log-probs": "log-probs", "baseline": "log-probs", "reward": "loss", "loss": "loss", "gradients": "gradients"}
+
+
+@pytest.mark.parametrize("where", REASONS)
+def test_a_step_with_nan_or_inf_is_skipped_and_counted(values, where, capsys):
+    run = Run(build(merged(values, max_steps=3, console=True, stop__collapse=True, stop__collapse_window=1)), None)
+    poison(run, where, at={2})
+    seen = {}
+    finish = run.finish
+
+    def spy(step, batch):
+        seen[step] = {n: p.detach().clone() for n, p in run.policy.model.named_parameters()}
+        finish(step, batch)
+
+    run.finish = spy
+    train(run)
+    run.end()
+    run.close()
+    assert run.step == 3 and run.skipped == 1 and run.skipped_in_row == 0 and run.stopped is None
+    assert same(seen[1], seen[2]) and not same(seen[2], seen[3])
+    assert all(bool(torch.isfinite(p).all()) for p in weights(run.folder / "model").values())
+    assert f"step 2 skipped: NaN or inf in {REASONS[where]} (1 in a row)" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["run/skipped_steps"] for row in rows] == [0, 1, 1] and "loss" not in rows[1]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert [p.name for p in (run.folder / "nonfinite").iterdir()] == ["step-2-rank-0.json"]
+
+
+def test_several_inner_epochs_skip_a_step_once(values):
+    run = Run(build(merged(values, max_steps=2, loss__inner_epochs=3)), None)
+    poison(run, "loss", at={1})
+    train(run)
+    run.close()
+    assert run.skipped == 1
+
+
+def as_tuples(value):
+    return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def read_group(kept: dict) -> Group:
+    """A group from what was saved."""
+    kept = {k: as_tuples(v) for k, v in kept.items()}
+    thoughts = (Thought(**{k: as_tuples(v) for k, v in t.items()} | {"finish_reason": FinishReason(t["finish_reason"])})
+                for t in kept.pop("thoughts"))  # fmt: skip
+    inner = {k: as_tuples(v) for k, v in kept.pop("position").items()}, {k: as_tuples(v) for k, v in kept.pop("prompt").items()}
+    return Group(position=Position(**inner[0]), prompt=Prompt(**inner[1]), thoughts=tuple(thoughts), **kept)
+
+
+def test_a_run_stops_after_so_many_bad_steps_and_keeps_the_batches(values, tmp_path, capsys):
+    run = Run(build(merged(values, max_steps=9, stop__nonfinite=3, checkpoint__every=4)), None)
+    poison(run, "loss", at={2, 4, 5, 6, 7})
+    taken, take = {}, run.take
+
+    def spy():
+        taken[run.step + 1] = take()
+        return taken[run.step + 1]
+
+    run.take = spy
+    train(run)
+    with pytest.raises(Diverged, match="3 steps in a row skipped; the batches are in .*nonfinite"):
+        run.end()
+    run.close()
+    assert run.step == 6 and run.skipped == 4
+    kept = {p.name: json.loads(p.read_text()) for p in (run.folder / "nonfinite").iterdir()}
+    assert sorted(kept) == [f"step-{n}-rank-0.json" for n in (2, 4, 5, 6)]
+    read = kept["step-6-rank-0.json"]
+    groups = [read_group(g) for g in read["groups"]]
+    documents = [Document(**d | {"token_ids": tuple(d["token_ids"])}) for d in read["documents"]]
+    assert read["step"] == 6 and read["reason"] == "loss"
+    assert {g.id: g for g in taken[6].groups} == {g.id: g for g in groups}
+    batch = Batch(tuple(groups), tuple(documents))  # and it can be scored again
+    (micro,) = pack(batch, Layout(100_000, "force_close"), count(batch, "force_close"))
+    assert bool(torch.isfinite(run.policy.score(micro).thought_logps).all())
+
+
+def test_the_command_line_says_that_a_run_diverged(values, tmp_path, capsys, monkeypatch):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    begin = Run.__init__
+
+    def poisoned(self, *args):
+        begin(self, *args)
+        poison(self, "loss", at=range(10))
+
+    monkeypatch.setattr(Run, "__init__", poisoned)
+    assert cli.main(["train", str(tmp_path / "c.yaml"), "--stop.nonfinite", "2"]) == 1
+    assert capsys.readouterr().err.startswith("rlpretrain: nonfinite: 2 steps in a row skipped")
+    record = json.loads(Path(values["output_dir"], "run.json").read_text())
+    assert record["status"] == "failed" and record["error"].startswith("Diverged: ")
+
+
+def test_the_next_token_objective_keeps_its_documents(values):
+    run = Run(build(merged(values, objective="ntp", max_steps=1)), None)
+    run.objective.ntp_weights = lambda micro, scores: torch.full_like(scores.trunk_logps, math.nan)
+    train(run)
+    run.close()
+    (kept,) = (run.folder / "nonfinite").iterdir()
+    assert len(json.loads(kept.read_text())["documents"]) == 4 and run.skipped == 1
+
+
+def test_every_thought_masked_is_a_step_without_a_policy_loss(values):
+    run = Run(build(merged(values, max_steps=1, sampling__cut="mask", sampling__max_thought_tokens=1)), None)
+    train(run)
+    run.close()
+    assert run.skipped == 0 and run.last["thought/uncounted_frac"] > 0.9 and math.isfinite(run.last["loss"])

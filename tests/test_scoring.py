@@ -1,0 +1,133 @@
+"""Padded packing and scoring against each row's own full logits, over architectures and ragged groups."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlpretrain.packing import Layout, count, idle, pack
+from rlpretrain.scoring import Scorer, check_head, score
+from rlpretrain.types import Batch, Document
+from rollout.types import FinishReason, Group, Position, Prompt, Thought
+from tests.tiny import ARCHITECTURES, tiny_model
+
+OPEN, CLOSE, VOCABULARY = 60, 61, 64
+
+
+def random_batch(rng: random.Random, documents: int = 3, positions: int = 2, thoughts: int = 3, target: int = 2) -> Batch:
+    """Documents with ragged groups: thoughts of 0 to 6 tokens, closed or cut off."""
+    groups, docs = [], []
+    for d in range(documents):
+        ids = tuple(rng.randrange(3, 60) for _ in range(rng.randint(target + 3, 20)))
+        docs.append(Document(str(d), ids))
+        for _ in range(positions):
+            i = rng.randint(1, len(ids) - target)
+            size = rng.randint(1, target)
+            position = Position(str(d), i, ids[:i], ids[i : i + size])
+            made = []
+            for g in range(thoughts):
+                body = tuple(rng.randrange(3, 60) for _ in range(rng.randint(0, 6)))
+                closed = rng.random() < 0.7
+                said = (*body, CLOSE) if closed else body
+                reason = FinishReason.CLOSE if closed else FinishReason.LENGTH
+                made.append(Thought(said, (-1.0,) * len(said), reason, 0, g))
+            groups.append(Group(f"{d}@{i}:{len(groups)}", position, Prompt((*ids[:i], OPEN), (CLOSE,), (CLOSE,)), tuple(made), 0))
+    return Batch(tuple(groups), tuple(docs))
+
+
+def logps_of(model, ids) -> torch.Tensor:
+    """log p of each token of one sequence but the first, from the model's own logits, unpadded."""
+    ids = torch.tensor([ids])
+    return model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_scores_equal_full_logits_row_by_row(architecture):
+    model = tiny_model(architecture, vocab_size=VOCABULARY, seed=1)
+    assert check_head(model) < 1e-4
+    batch = random_batch(random.Random(0))
+    layout = Layout(token_budget=150, cut="force_close")
+    micros = list(pack(batch, layout, count(batch, "force_close")))
+    assert len(micros) > 1
+    seen = 0
+    with torch.no_grad():
+        for micro in micros:
+            scores, _ = score(Scorer(model), micro)
+            for b, group in enumerate(micro.groups):
+                target = group.position.target_ids
+                no_think = logps_of(model, [*group.position.context_ids, *target])[-len(target) :]
+                torch.testing.assert_close(scores.baseline_logps[b, : len(target)], no_think, rtol=0, atol=1e-5)
+                for g, thought in enumerate(group.thoughts):
+                    close = () if thought.finish_reason is FinishReason.CLOSE else (CLOSE,)
+                    row = logps_of(model, [*group.prompt.token_ids, *thought.token_ids, *close, *target])
+                    start, size = len(group.prompt.token_ids) - 1, len(thought.token_ids)
+                    torch.testing.assert_close(scores.thought_logps[b, g, :size], row[start : start + size], rtol=0, atol=1e-5)
+                    torch.testing.assert_close(scores.target_logps[b, g, : len(target)], row[-len(target) :], rtol=0, atol=1e-5)
+                    assert int(micro.thought_mask[b, g].sum()) == size
+                    seen += 1
+        trunk = torch.cat([score(Scorer(model), m)[0].trunk_logps for m in micros]).sum()
+        whole = torch.stack([logps_of(model, d.token_ids).sum() for d in batch.documents]).sum()
+    assert seen == 18
+    torch.testing.assert_close(trunk, whole, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(1, 400))
+def test_packing_keeps_groups_whole_and_counts_everything_once(seed, documents, positions, thoughts, budget):
+    batch = random_batch(random.Random(seed), documents, positions, thoughts, target=3)
+    totals = count(batch, "mask")
+    micros = list(pack(batch, Layout(budget, cut="mask"), totals))
+    packed = [g.id for m in micros for g in m.groups]
+    assert sorted(packed) == sorted(g.id for g in batch.groups)
+    assert sum(int(m.counted.sum()) for m in micros) == totals.thoughts
+    assert sum(int(m.thought_mask.sum()) for m in micros) == totals.thought_tokens
+    assert sum(len(m.trunk_rows) for m in micros) == totals.trunk
+    for m in micros:
+        assert len(m.groups) == 1 or m.input_ids.numel() <= budget
+        labels = m.input_ids.flatten()[m.thought_rows[m.thought_mask] + 1]
+        assert torch.equal(labels, m.thought_labels[m.thought_mask])  # a state predicts the token right after it
+        seen = m.target_mask[:, None, :] & m.counted[:, :, None]
+        wanted = m.target_labels[:, None, :].expand_as(m.target_rows)
+        assert torch.equal(m.input_ids.flatten()[m.target_rows[seen] + 1], wanted[seen])
+        assert torch.equal(m.input_ids.flatten()[m.baseline_rows[m.target_mask] + 1], m.target_labels[m.target_mask])
+
+
+def test_the_thought_never_changes_what_comes_before_it_nor_other_rows():
+    model = tiny_model("llama", vocab_size=VOCABULARY, seed=2)
+    batch = random_batch(random.Random(3), documents=2, positions=1)
+    layout, totals = Layout(10_000, cut="force_close"), count(batch, "force_close")
+    one = next(pack(batch, layout, totals))
+    with torch.no_grad():
+        whole, _ = score(Scorer(model), one)
+        alone = [score(Scorer(model), next(pack(Batch((g,), batch.documents), layout, totals)))[0] for g in batch.groups]
+    for scores, group in zip(alone, batch.groups, strict=True):
+        b = [g.id for g in one.groups].index(group.id)
+        size = len(group.position.target_ids)
+        torch.testing.assert_close(whole.target_logps[b, :, :size], scores.target_logps[0, :, :size], rtol=0, atol=1e-5)
+
+
+def test_a_model_that_does_unknown_things_to_its_logits_is_refused():
+    model = tiny_model("qwen3", vocab_size=VOCABULARY)
+    plain = model.forward
+
+    def bent(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * 1.7
+        return out
+
+    model.forward = bent
+    with pytest.raises(ValueError, match="does not know"):
+        check_head(model)
+
+
+def test_an_idle_micro_batch_adds_nothing_but_can_run():
+    model = tiny_model("qwen3", vocab_size=VOCABULARY)
+    scores, _ = score(Scorer(model), idle(0))
+    loss = scores.trunk_logps.sum() + scores.thought_logps.sum()
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(p.grad is None or torch.count_nonzero(p.grad) == 0 for p in model.parameters())
