@@ -5,6 +5,7 @@ WORKERS ?= 2
 BENCHMARKS ?= token_logps engine step
 
 export TOKENIZERS_PARALLELISM ?= false
+export PYTHONDONTWRITEBYTECODE =  # torch and transformers compile for half a minute; do that once
 ifeq ($(wildcard /dev/nvidia0),)
 export DS_ACCELERATOR ?= cpu
 endif

@@ -25,6 +25,7 @@ DEPTHS = ("1", "2", "3", "4")
 NUMBERS = ("direct", "think_sampled", "think_greedy", "gain_frozen", "no_think_loss")
 CONTROLS = ("empty", "shuffled", "other")
 GATE = 0.9
+BASE_SEEDS = [0, 1, 2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-BASE_SEEDS = [0, 2, 3]
-
-
-def make_corpus(out: Path, mix: str = "b9") -> None:
+def make_corpus(out: Path, mix: str = "c6") -> None:
     """The dial corpus under `out`/corpus."""
     from rlpretrain.corpora import dial
 
     if not (out / "corpus" / "model" / "config.json").exists():
         print("making the dial corpus ...", flush=True)
-        dial.write(out / "corpus", mix=mix)
+        dial.write(out / "corpus", base=130_000, mix=mix)
 
 
 def make_base(out: Path, seeds: Sequence[int]) -> float:

@@ -43,12 +43,14 @@ MORE = {
     "direct_gain": "what further training did without any thought: log p(target | context) now, minus the frozen model's",
     "thought_worth": "gain_frozen of a sampled thought minus that of an empty one: what the words in it are worth",
 }
-SHOWN = ("gain_frozen", "direct_gain", "gain", "thought_worth", "empty", "shuffled", "other", "no_think_loss", "unclosed", "length")
+SHOWN = ("gain_frozen", "direct_gain", "gain", "thought_worth", "empty", "shuffled", "other",
+         "no_think_loss", "unclosed", "length")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare, pretrain a base where none is given, train, evaluate; a ConfigError ends with its message and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--data", default="openai/gsm8k",
                         help="hub id, or a local jsonl with the columns question and answer, for instance train.jsonl of "
                              "the repository openai/grade-school-math (default: %(default)s)")  # fmt: skip
@@ -259,7 +261,8 @@ def show(results: dict[str, Any]) -> None:
         low, high = row[f"{name}_ci"]
         return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
 
-    table = Table("", "before", "after", "meaning", title=f"GSM8K, held-out problems, {results['steps']} RLP steps; nats, 95% intervals")
+    title = f"GSM8K, held-out problems, before and after {results['steps']} RLP steps; nats, 95% intervals"
+    table = Table("", "before", "after", "meaning", title=title)
     for name in SHOWN:
         table.add_row(name, cell(results["before"], name), cell(results["after"], name), (MEANING | MORE)[name])
     console = Console(width=130)

@@ -48,6 +48,8 @@ class ModelConfig:
     """Recompute activations in backward to save memory."""
     from_scratch: bool = False
     """Take only the configuration of `path` and initialise the weights from the seed: pretraining from nothing."""
+    config_beside: str | None = None
+    """Folder, relative to the YAML file, with the model's config.json: what `--dry-run` reads where `path` is on the hub."""
 
 
 @dataclass(config=STRICT, kw_only=True)

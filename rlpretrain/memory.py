@@ -14,6 +14,8 @@ import torch
 from rlpretrain.config import PretrainConfig
 from rlpretrain.objectives import parse_section
 
+GIB = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -42,57 +44,58 @@ class Sizes:
     """Most tokens of one micro-batch."""
 
 
-def memory(config: PretrainConfig, shape: Any, plan: Plan) -> list[Item]:
-    """The parts of one rank's memory in bytes, each with its formula: P parameters, b bytes each, W ranks.
+def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
+    """The parts of one rank's memory, each with its formula: P parameters, b bytes each, W ranks, h hidden, V vocabulary.
 
-    Activations are those that autograd keeps for a decoder with a gated MLP and norms on queries and keys, attention by a
-    fused kernel: per token and layer b(4 ff + 4 q) + (2b + 4) 2h + (b + 4)(q + kv), where h is the hidden size, ff the
-    MLP's, q and kv the widths of queries and of keys.
+    `shape` is the model's Hugging Face configuration. Activations are what autograd keeps for a decoder with a gated MLP,
+    norms on queries and keys, and fused attention; per token and layer b (4 ff + 4 q) + (2 b + 4) 2 h + (b + 4)(q + kv)
+    bytes, with the MLP's width ff and those of queries and keys, q and kv. Plainer layers need less.
     """
-    p, w, stage = plan.parameters, plan.ranks, plan.stage
+    p, w, stage = sizes.parameters, sizes.ranks, sizes.stage
     b = getattr(torch, config.model.dtype).itemsize
-    half, has_positions = b == 2, parse_section(config.objective)[0].has_positions
-    cut = {k: w if stage >= k else 1 for k in (1, 2, 3)}
-    gradient = 4 if half and plan.backend == "torch" else b
-    master = 4 if half or stage else 0
+    over = ["" if stage < k else " / W" for k in range(4)]  # what ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights
+    share = [w if text else 1 for text in over]
+    gradient = 4 if b == 2 and sizes.backend == "torch" else b
     items = [
-        Item("weights", b * p / cut[3], "b P" + " / W" * (stage >= 3)),
-        Item("gradients", gradient * p / cut[2], f"{gradient} P" + " / W" * (stage >= 2)),
-        Item("optimizer (AdamW)", 8 * p / cut[1], "8 P" + " / W" * (stage >= 1)),
-        Item("fp32 master weights", master * p / cut[1], f"{master} P" + " / W" * (stage >= 1 and master > 0)),
+        Item("weights", b * p / share[3], f"{b} P{over[3]}"),
+        Item("gradients", gradient * p / share[2], f"{gradient} P{over[2]}"),
+        Item("AdamW's two moments", 8 * p / share[1], f"8 P{over[1]}"),
     ]
-    if has_positions and stage == 3:
-        items.append(Item("engine's own weights", b * p, "b P: ZeRO 3 shards the policy's"))
-    if has_positions and config.baseline.name in ("ema", "frozen"):
+    if b == 2 or stage:
+        items.append(Item("fp32 master weights", 4 * p / share[1], f"4 P{over[1]}"))
+    thinks = parse_section(config.objective)[0].has_positions
+    if thinks and stage == 3:
+        items.append(Item("engine's own weights", b * p, f"{b} P: the policy's are sharded"))
+    if thinks and config.baseline.name in ("ema", "frozen"):
         size = 4 if config.baseline.name == "ema" else b
-        items.append(Item(f"baseline ({config.baseline.name})", size * p, f"{size} P, whole on every rank"))
-    if has_positions and (config.baseline.frozen_every or config.eval.data):
-        items.append(Item("frozen initial model", b * p, "b P, for ig/frozen and evaluation; baseline.frozen_every: 0 saves it"))
+        items.append(Item(f"baseline {config.baseline.name}", size * p, f"{size} P, whole on every rank"))
+    if thinks and (config.baseline.frozen_every or config.eval.data):
+        items.append(Item("initial model", b * p, f"{b} P, for ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"))
 
     text = shape.get_text_config()
     h, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     heads = getattr(text, "num_attention_heads", None) or 0
     size = getattr(text, "head_dim", None) or (h // heads if heads else 0)
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * size
-    q, ff, n = heads * size, getattr(text, "intermediate_size", None) or 4 * h, plan.micro
+    q, kv = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
+    ff = getattr(text, "intermediate_size", None) or 4 * h
     layer = b * (4 * ff + 4 * q) + (2 * b + 4) * 2 * h + (b + 4) * (q + kv)
+    each, how = layers * layer, f"{layers} layers x {layer:,} bytes"
     if config.model.gradient_checkpointing:
-        items.append(Item("activations", n * (layers * h * b + layer),
-                          f"{n:,} tokens x ({layers} layers x b h + one layer's {layer:,} bytes)", "training"))  # fmt: skip
-    else:
-        items.append(Item("activations", n * layers * layer, f"{n:,} tokens x {layers} layers x {layer:,} bytes", "training"))
-    tile = 2 * (1024 if plan.device == "cpu" else 8192) * 2048 * 4
-    items.append(Item("logits of the loss", tile + vocabulary * h * b, "two fp32 tiles, and the head's own gradient b V h", "training"))
-    if has_positions:
+        each, how = layers * h * b + layer, f"({layers} layers x {b} h + {layer:,} bytes of the layer at work)"
+    items.append(Item("activations", sizes.micro * each, f"{sizes.micro:,} tokens x {how}", "training"))
+    tiles = 2 * (1024 if sizes.device == "cpu" else 8192) * 2048 * 4
+    items.append(Item("head and its loss", tiles + vocabulary * h * b, f"two fp32 tiles, gradient {b} V h", "training"))
+    if thinks:
         rows = min(config.engine.batch_size, config.positions_per_step // w * config.sampling.thoughts)
-        tokens = int(1.5 * (plan.prompt + config.sampling.max_thought_tokens))
+        tokens = int(1.5 * (sizes.prompt + config.sampling.max_thought_tokens))
         items.append(Item("keys and values", rows * tokens * layers * 2 * kv * b,
-                          f"{rows} rows x {tokens:,} tokens (1.5 x the longest: room to grow) x {layers} x 2 kv b", "sampling"))  # fmt: skip
+                          f"{rows} rows x {tokens:,} tokens (half as many again: room to grow) x {layers * 2 * kv * b:,} bytes",
+                          "sampling"))  # fmt: skip
         items.append(Item("logits of sampling", 2 * rows * vocabulary * 4, f"two fp32 copies of {rows} rows x V", "sampling"))
     return items
 
 
 def peak(items: list[Item]) -> float:
-    """What is always there, and the larger of training and sampling, in bytes."""
+    """Bytes: what is always there, and the larger of training and sampling."""
     total = {when: sum(i.bytes for i in items if i.when == when) for when in ("always", "training", "sampling")}
     return total["always"] + max(total["training"], total["sampling"])

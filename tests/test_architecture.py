@@ -43,10 +43,10 @@ LAYERS = [
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},
-    {"policy", "baseline", "models", "batches", "checkpoint"},
+    {"policy", "baseline", "models", "batches", "checkpoint", "memory"},
     {"loop", "evaluate"},
     {"pretrainer", "trl", "report", "compare"},
-    {"cli", "doctor", "__main__"},
+    {"cli", "doctor", "dry_run", "__main__"},
 ]
 
 
