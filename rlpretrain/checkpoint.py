@@ -94,14 +94,15 @@ def read(path: Path, ranks: Ranks, backend: str, config: dict[str, Any]) -> tupl
     if state["ranks"] != ranks.size:
         raise ConfigError(f"cannot resume from {path}: it was written by {state['ranks']} ranks, this run has {ranks.size}")
     if state["backend"] != backend:
-        raise ConfigError(f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: "
-                          "set policy.backend")
-    now = json.loads(json.dumps(config))
-    changed = [k for k in sorted({*state["config"], *now} - {*FREE_TO_CHANGE}) if state["config"].get(k) != now.get(k)]
-    if changed:
-        told = "; ".join(f"{k}: {_difference(state['config'].get(k), now.get(k))}" for k in changed)
         raise ConfigError(
-            f"cannot resume from {path}: the configuration differs in {told}. Use another output_dir, or set them back"
+            f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set policy.backend"
+        )
+    now = json.loads(json.dumps(config))
+    fixed = [{k: v for k, v in c.items() if k not in FREE_TO_CHANGE} for c in (state["config"], now)]
+    changed = _changes(*fixed)
+    if changed:
+        raise ConfigError(
+            f"cannot resume from {path}: {'; '.join(changed)}. Use another output_dir, or set the configuration back"
         )
     return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
 
@@ -113,8 +114,10 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
 
 
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        return ", ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in keys)
-    return f"was {old!r}, is {new!r}"
+def _changes(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs, field by field; a field that is missing counts as null (older versions have fewer)."""
+    sides = [side if side is not None else {} for side in (old, new)]
+    if old != new and all(isinstance(side, dict) for side in sides):
+        keys = sorted({*sides[0], *sides[1]})
+        return [x for k in keys for x in _changes(sides[0].get(k), sides[1].get(k), f"{name}.{k}" if name else k)]
+    return [] if old == new else [f"{name} was {old!r}, is {new!r}"]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from rlpretrain import compat
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
 from rlpretrain.config_io import build, to_dict
-from rlpretrain.memory import GIB, Sizes, memory, peak
+from rlpretrain.memory import GIB, Sizes, count_parameters, memory, peak
 from rlpretrain.models import load_tokenizer
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.objectives import load as load_objective
@@ -84,16 +84,6 @@ def model_shape(model: ModelConfig, beside: Path) -> tuple[Any, str]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "offline, model.config_beside may name a folder beside the recipe that holds its config.json"
         raise ConfigError(f"no model configuration in '{where}' ({hint}): {reason}") from error
-
-
-def count_parameters(shape: Any, trust_remote_code: bool = False) -> int:
-    """Parameters of the model that transformers builds from a configuration, tied ones once; nothing is allocated."""
-    try:
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ConfigError(f"{type(shape).__name__} is no causal language model that transformers builds: {error}") from error
-    return sum(p.numel() for p in built.parameters())
 
 
 def make_objective(config: PretrainConfig, notes: list[str]) -> Objective:

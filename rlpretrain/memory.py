@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from rlpretrain.config import PretrainConfig
+from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.objectives import parse_section
 
 GIB = 2**30
@@ -42,6 +43,16 @@ class Sizes:
     """Longest row in tokens: prompt, thought, close tag and target."""
     micro: int
     """Most tokens of one micro-batch."""
+
+
+def count_parameters(shape: Any, trust_remote_code: bool = False) -> int:
+    """Parameters of the model that transformers builds from a configuration, tied ones once; nothing is allocated."""
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ConfigError(f"{type(shape).__name__} is no causal language model that transformers builds: {error}") from error
+    return sum(p.numel() for p in built.parameters())
 
 
 def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:

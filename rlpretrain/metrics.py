@@ -5,6 +5,7 @@ TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, read
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections import defaultdict
@@ -156,14 +157,19 @@ class Trackers:
         self.closers: list[Any] = []
         self.sinks: list[Any] = []
         if "tensorboard" in report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError('report_to names tensorboard: pip install "rlpretrain[tensorboard]"') from error
             board = SummaryWriter(str(folder / "tensorboard"))
             self.sinks.append(lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items()])
             self.closers.append(board.close)
         for name in ("wandb", "trackio"):
             if name in report_to:
-                module = __import__(name)  # the two share one interface
+                try:
+                    module = importlib.import_module(name)  # the two share one interface
+                except ImportError as error:
+                    raise ImportError(f"report_to names {name}, which is not installed: pip install {name}") from error
                 module.init(project="rlpretrain", name=run_name, config=config)
                 self.sinks.append(lambda row, step, module=module: module.log(row, step=step))
                 self.closers.append(module.finish)

@@ -47,7 +47,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ConfigError(f"no tokenizer in '{where}': {_first_line(error)}") from error
+        raise ConfigError(f"no tokenizer in '{where}': {_reason(where, error)}") from error
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         try:
             shape = AutoConfig.from_pretrained(config.path, **common)
         except Exception as error:
-            raise ConfigError(f"no model configuration in '{config.path}': {_first_line(error)}") from error
+            raise ConfigError(f"no model configuration in '{config.path}': {_reason(config.path, error)}") from error
         model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code, **form)
     else:
         try:
@@ -85,7 +85,8 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
                 if _only_config(config.path)
                 else ""
             )
-            raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {_first_line(error)}") from error
+            why = _reason(config.path, error)
+            raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {why}") from error
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")
@@ -148,5 +149,7 @@ def _only_config(path: str) -> bool:
     return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(path: str, error: BaseException) -> str:
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
+        return "no such folder"  # transformers would speak of hub ids
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

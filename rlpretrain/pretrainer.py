@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rewards.controls import CollapseMonitor
@@ -290,8 +291,12 @@ class Run:
             return None
         found = read_all(replace(c.data, path=c.eval.data, name=None, split="train", streaming=False), self.tokenizer,
                          limit=c.eval.documents)  # fmt: skip
-        if len(found) < 2 * self.ranks.size:
-            raise ConfigError(f"eval.data {c.eval.data} gives {len(found)} documents; evaluation needs 2 for each rank")
+        usable = [not self.objective.has_positions
+                  or bool(self.objective.positions(d, np.random.default_rng(c.seed), torch.zeros(len(d.token_ids))))
+                  for d in found]  # fmt: skip
+        if min(sum(usable[r :: self.ranks.size]) for r in range(self.ranks.size)) < 2:
+            raise ConfigError(f"eval.data {c.eval.data}: {sum(usable)} of {len(found)} documents can be used (have a position); "
+                              "evaluation needs 2 for each rank")  # fmt: skip
         return found
 
     def _total_steps(self, stream: DocumentStream) -> int:
@@ -334,7 +339,7 @@ class Run:
         return row
 
     def _checkpoint(self) -> None:
-        state = {"config": to_dict(self.config), "backend": type(self.policy).__name__, "best": self.best,
+        state = {"config": self._resolved(), "backend": type(self.policy).__name__, "best": self.best,
                  "tokens": self.tokens, "flops": self.flops, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
                  "monitor": self.monitor.state_dict()}  # fmt: skip
         mine = {"source": self.source.state_dict(), "baseline": self.baseline.state_dict(), "rng": torch.get_rng_state()}
@@ -342,8 +347,13 @@ class Run:
         if self.ranks.first:
             checkpoint.rotate(self.folder, self.config.checkpoint.keep, self.best["step"])
 
+    def _resolved(self) -> dict[str, Any]:
+        """The configuration with the objective's defaults."""
+        objective = {"name": self.config.objective.get("name", "rlp"), **asdict(self.objective.config)}
+        return to_dict(self.config) | {"objective": objective}
+
     def _resume(self, path: Path) -> None:
-        state, mine = checkpoint.read(path, self.ranks, type(self.policy).__name__, to_dict(self.config))
+        state, mine = checkpoint.read(path, self.ranks, type(self.policy).__name__, self._resolved())
         self.step, self.best, self.tokens, self.flops = state["step"], state["best"], state["tokens"], state["flops"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
         self.monitor.load_state_dict(state["monitor"])
@@ -364,12 +374,11 @@ class Run:
         """run.json: the resolved configuration, what the run found, all versions."""
         if not self.ranks.first:
             return
-        objective = {"name": self.config.objective.get("name", "rlp"), **asdict(self.objective.config)}
         record = {
             "status": status, "stopped": self.stopped, "step": self.step, "total_steps": self.total_steps,
             "parameters": self.parameters, "ranks": self.ranks.size, "device": str(self.ranks.device),
             "backend": type(self.policy).__name__,
-            "config": to_dict(self.config) | {"objective": objective},
+            "config": self._resolved(),
             "engine": self.engine.health(), "versions": compat.versions(), "best": self.best, **self.facts, **more,
         }  # fmt: skip
         work = self.folder / ".run.json.tmp"

@@ -35,7 +35,7 @@ def trained(values: dict[str, Any], resume: Any = None, **changes: Any) -> dict[
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The parameters of a saved model."""
-    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    return {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

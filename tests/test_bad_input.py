@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlpretrain import Pretrainer, checkpoint, cli, pretrainer
+from rlpretrain import Pretrainer, batches, checkpoint, cli, pretrainer
 from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
 from rlpretrain.corpora import dial
@@ -159,21 +158,21 @@ def test_only_short_documents_are_an_error(values):
         start(values, objective__min_context=40)
 
 
-def test_a_target_longer_than_what_is_left_of_any_document(values):
-    began = time.process_time()
+def test_a_target_longer_than_what_is_left_of_any_document(values, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE", 500)
     run = Run(build(merged(values, objective__target_length=5)), None)  # after "shows" there are three tokens
     with pytest.raises(ConfigError, match=r"documents in a row gave no position: .*`target_length` do not fit this data"):
         train(run)
     run.close()
-    assert time.process_time() - began < 60
+    assert 500 <= run.source.drawn < 600
 
 
 def test_evaluation_data_that_would_fail_later_fails_now(values, tmp_path):
     one = jsonl(tmp_path / "one.jsonl", ["ann has 1 shows 1 ."])
-    with pytest.raises(ConfigError, match="gives 1 documents; evaluation needs 2"):
+    with pytest.raises(ConfigError, match="1 of 1 documents can be used .*; evaluation needs 2"):
         start(values, eval__data=one)
     none = jsonl(tmp_path / "none.jsonl", ["ann has 1 ."] * 3)
-    with pytest.raises(ConfigError, match="0 of the 3 documents .* have a position"):
+    with pytest.raises(ConfigError, match="0 of 3 documents can be used"):
         start(values, eval__data=none)
 
 
@@ -278,9 +277,9 @@ def test_resume_auto_begins_where_there_is_nothing_yet(values, tmp_path):
 
 
 def test_a_checkpoint_of_another_configuration(values, run_folder):
-    with pytest.raises(ConfigError, match=r"configuration differs in optim: lr was 0\.01, is 0\.5; seed: was 0, is 1"):
+    with pytest.raises(ConfigError, match=r"optim\.lr was 0\.01, is 0\.5; seed was 0, is 1\. Use another"):
         start(values, "auto", **resumable(values, run_folder, optim__lr=0.5, seed=1))
-    with pytest.raises(ConfigError, match="configuration differs in objective"):
+    with pytest.raises(ConfigError, match="objective.min_context was 1, is 2"):
         start(values, "auto", **resumable(values, run_folder, objective__min_context=2))
     other = {"eval": {"every": 3}, "console": False, "log_every": 7, "max_steps": 9}
     assert start(values, "auto", **resumable(values, run_folder, **other)).step == 6

@@ -97,6 +97,24 @@ def test_two_ranks_train_like_one(values, tmp_path):
     assert same(weights(tmp_path / "first" / "model"), weights(tmp_path / "again" / "model"))
 
 
+def test_gradient_checkpointing_changes_nothing(values, tmp_path):
+    plain = trained(values, output_dir=str(tmp_path / "plain"))
+    saved = merged(values, output_dir=str(tmp_path / "saved"))
+    saved["model"] = {"path": saved["model"], "gradient_checkpointing": True}
+    recomputed = trained(saved)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(recomputed[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_trains_float32_weights_in_bfloat16(values, tmp_path):
+    plain = trained(values, output_dir=str(tmp_path / "plain"), max_steps=1)
+    cast = trained(values, output_dir=str(tmp_path / "cast"), max_steps=1, policy__autocast="bfloat16")
+    start = weights(Path(values["model"]))
+    moved = sum(float((plain[n] - start[n]).norm()) for n in plain)
+    apart = sum(float((plain[n] - cast[n]).norm()) for n in plain)
+    assert 0 < apart < moved and all(w.dtype == torch.float32 for w in cast.values())
+
+
 def test_deepspeed_json_of_the_user(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({

@@ -137,6 +137,8 @@ MIXES = {
     "c4": Mix(worked_depths=(1, 6), think_depths=(1, 4)),
     "c6": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.20, part_trace=0.05, worked_depths=(1, 6), think_depths=(1, 4),
               deep=0.05),
+    "c7": Mix(0.05, 0.10, 0.40, 0.12, 0.33, full_trace=0.25, part_trace=0.05, worked_depths=(1, 6), think_depths=(1, 4),
+              deep=0.05),
 }
 
 

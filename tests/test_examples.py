@@ -1,0 +1,70 @@
+"""The examples run to their end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples import gsm8k_rlp
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty problems as GSM8K writes them."""
+    file = tmp_path_factory.mktemp("problems") / "train.jsonl"
+    rows = []
+    for i in range(60):
+        a, b = i + 3, 2 * i + 5
+        rows.append({
+            "question": f"Ann has {a} apples and buys {b} more. She gives half of them away. How many did she have before?",
+            "answer": f"Ann had {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}",
+        })  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_documents_hold_no_annotations():
+    text = gsm8k_rlp.document("How many? ", "48/2 = <<48/2=24>>24 clips, $<<3*2=6>>6 each.\n#### 24")
+    assert text == "How many?\n48/2 = 24 clips, $6 each.\n#### 24"
+
+
+def test_gsm8k_runs_to_the_end_and_reports_its_gain(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "gsm8k"
+    command = ["--data", str(problems), "--out", str(out), "--quick", "--console", "false", "--device", "cpu"]
+    assert gsm8k_rlp.main([*command, "--optim.lr", "1e-3"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["documents"] == {"documents": 57, "held_out": 3} and results["steps"] == 4
+    for name in gsm8k_rlp.SHOWN:
+        for part in ("before", "after"):
+            low, high = results[part][f"{name}_ci"]
+            assert low <= results[part][name] <= high
+    assert results["before"]["direct_gain"] == 0.0
+    low, high = results["change"]["gain_frozen_ci"]
+    assert low <= results["change"]["gain_frozen"] <= high
+    documents = [json.loads(line)["text"] for line in (out / "documents.jsonl").read_text().splitlines()]
+    assert len(documents) == 57 and not any("<<" in text for text in documents)
+    for file in ("held_out.jsonl", "base/model/config.json", "rlp/model/model.safetensors", "rlp/metrics.jsonl"):
+        assert (out / file).exists()
+    assert json.loads((out / "rlp" / "run.json").read_text())["config"]["optim"]["lr"] == 1e-3
+    said = capsys.readouterr().out
+    assert "thought_worth" in said and "gain_frozen" in said
+
+    assert gsm8k_rlp.main(command) == 2  # the folder holds a run: nothing is overwritten unasked
+    assert "--fresh" in capsys.readouterr().err
+
+
+def test_a_base_checkpoint_of_ones_own_is_used(problems: Path, corpus: Path, tmp_path: Path):
+    command = ["--data", str(problems), "--out", str(tmp_path / "own"), "--model", str(corpus / "base"), "--quick"]
+    changes = ["--steps", "1", "--objective", "{name: rlp}", "--console", "false", "--device", "cpu"]
+    assert gsm8k_rlp.main([*command, *changes]) == 0
+    assert not (tmp_path / "own" / "base").exists()
+    assert json.loads((tmp_path / "own" / "results.json").read_text())["model"] == str(corpus / "base")
+
+
+def test_bad_input_ends_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert gsm8k_rlp.main(["--data", str(tmp_path / "missing.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert gsm8k_rlp.main(["--data", "x.jsonl", "--out", str(tmp_path / "out"), "--sampling.thougths", "4"]) == 2
+    assert "did you mean 'thoughts'?" in capsys.readouterr().err

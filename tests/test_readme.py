@@ -1,0 +1,52 @@
+"""What README and AGENTS show works as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from rlpretrain import Pretrainer
+from rlpretrain.config_io import build
+from rlpretrain.objectives import base
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), re.S)
+
+
+def test_the_readme_configuration_is_valid():
+    (text,) = blocks("README.md", "yaml")
+    config = build(yaml.safe_load(text))
+    assert config.model.path == "Qwen/Qwen3-1.7B-Base" and config.sampling.thoughts == 16
+
+
+def test_the_readme_python_trains(corpus, tmp_path, monkeypatch):
+    """As printed, but for what makes it small."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(corpus / "base")
+    (tmp_path / "docs.jsonl").symlink_to(corpus / "train.jsonl")
+    (text,) = blocks("README.md", "python")
+    small = 'max_steps=1, positions_per_step=2, console=False, sampling={"thoughts": 2, "max_thought_tokens": 4, "cut": "force_close"}'
+    assert "max_steps=100" in text
+    exec(compile(text.replace("max_steps=100", small), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "rlp" / "model" / "model.safetensors").exists()
+
+
+def test_the_objective_in_agents_md_trains(values, tmp_path, monkeypatch):
+    (text,) = blocks("AGENTS.md", "python")
+    (tmp_path / "mine_from_agents_md.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    values["objective"] = {"name": "mine_from_agents_md:Mine", "positions": "after", "marker": "shows", "margin": 0.2}
+    assert Pretrainer(build(values)).train()["steps"] == 3
+    assert issubclass(__import__("mine_from_agents_md").Mine, base.Objective)
+
+
+def test_every_file_the_readme_names_exists():
+    for file in ("README.md", "AGENTS.md"):
+        for name in re.findall(r"`((?:examples|tests|rlpretrain|rewards|benchmarks|locks|rollout)/[\w./-]+\.\w+)`", (ROOT / file).read_text()):
+            if name != "rlpretrain/objectives/mine.py":
+                assert (ROOT / name).exists(), f"{file} names {name}"
