@@ -19,7 +19,7 @@ from rlpretrain import compat
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
 from rlpretrain.config_io import build, to_dict
 from rlpretrain.memory import GIB, Sizes, count_parameters, memory, peak
-from rlpretrain.models import load_tokenizer
+from rlpretrain.models import _only_config, load_tokenizer
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.policy import ds_settings, schedule
@@ -52,8 +52,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     title = f"{type(shape).__name__} of {where}: P = {sizes.parameters:,} parameters. Memory of a rank of {sizes.ranks}, at most"
     show(title, ("part", "GiB", "when", "formula"), rows)
     show("Schedule", ("", ""), list(timetable(config, objective, sizes, documents).items()))
-    for note in notes:
-        print(f"note: {note}")
+    print(*(f"note: {note}" for note in notes), sep="\n")
     return 0
 
 
@@ -74,6 +73,8 @@ def model_shape(model: ModelConfig, beside: Path) -> tuple[Any, str]:
     It is taken from the folder `model.path`, else from `model.config_beside` (relative to `beside`), else from the hub.
     """
     where, revision = model.path, model.revision
+    if _only_config(where) and not model.from_scratch:
+        raise ConfigError(f"'{where}' has a configuration but no weights: model.from_scratch: true would initialise them")
     if model.config_beside and not Path(model.path).is_dir():
         where, revision = str(beside / model.config_beside), None
         if not Path(where, "config.json").is_file():
@@ -133,11 +134,13 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
         if group > config.token_budget:
             notes.append(f"a group at its longest has {group:,} tokens: it is a micro-batch of its own, above token_budget")
     most = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    if most and row - template > most:
-        raise ConfigError(f"up to {row - template} tokens in a row, and the model has {most} positions: lower data.max_length "
-                          "or sampling.max_thought_tokens")  # fmt: skip
-    parameters = count_parameters(shape, config.model.trust_remote_code)
-    return Sizes(parameters, ranks, backend, stage, device, prompt, row, max(config.token_budget, row, group))
+    room = most - (row - template - config.data.max_length) if most else config.data.max_length
+    if room < 2:
+        raise ConfigError(f"the model has {most} positions: sampling.max_thought_tokens leaves no room for a context")
+    if room < config.data.max_length:
+        notes.append(f"a document over {room} tokens leaves no room in the model's {most} positions: lower data.max_length")
+    micro, parameters = max(config.token_budget, row, group), count_parameters(shape, config.model.trust_remote_code)
+    return Sizes(parameters, ranks, backend, stage, device, prompt, row, micro)
 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:
@@ -182,19 +185,16 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
 
 def resolved(config: PretrainConfig, objective: Objective, sizes: Sizes) -> dict[str, Any]:
     """Dotted names and values of what the user or the recipe set, with `auto` resolved."""
-    needed = {"model": config.model.path, "data": config.data.path, "max_steps": config.max_steps, "epochs": config.epochs}
-    usual = _flat(to_dict(build(needed)))
+    plain = to_dict(build({"model": config.model.path, "data": config.data.path}))
+    usual = _flat(plain | {"objective": asdict(type(objective).Config())})
     given = _flat(to_dict(config) | {"objective": asdict(objective.config)})
-    usual |= _flat({"objective": asdict(type(objective).Config())})
     out = {"model.path": config.model.path, "data.path": config.data.path, "objective.name": config.objective.get("name", "rlp")}
-    out |= {k: v for k, v in given.items() if usual.get(k) != v or (k in ("max_steps", "epochs") and v is not None)}
+    out |= {k: v for k, v in given.items() if v is not None and usual.get(k) != v}
     autos = {"policy.backend": (config.policy.backend, sizes.backend), "device": (config.device, sizes.device)}
     return out | {k: f"auto: {found}" for k, (asked, found) in autos.items() if asked == "auto"}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values under dotted names."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
+    parts = ({f"{k}.{n}": x for n, x in _flat(v).items()} if isinstance(v, Mapping) else {k: v} for k, v in values.items())
+    return {n: x for part in parts for n, x in part.items()}

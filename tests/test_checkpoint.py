@@ -83,7 +83,6 @@ def test_settings_compare_field_by_field(tmp_path):
 
 def test_a_run_keeps_the_newest_checkpoints_and_the_best(values, corpus, monkeypatch):
     gains = iter([0.1, 0.9, 0.3, 0.2, 0.5, 0.4])
-
     summary = "rlpretrain.evaluate.Evaluation.summary"
     monkeypatch.setattr(summary, lambda self, seed=0: {"gain_frozen": next(gains), "no_think_loss": 1.0})
     out = result(values, max_steps=6, checkpoint__every=2, checkpoint__keep=2, eval__every=1, eval__documents=4,

@@ -152,6 +152,12 @@ def test_what_a_run_would_refuse_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_without_weights_is_for_training_from_scratch(values: dict[str, Any], corpus: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no weights"):
+        dry_run(build(merged(values, model=str(corpus / "model"))), tmp_path)
+    assert dry_run(build(merged(values, model={"path": str(corpus / "model"), "from_scratch": True})), tmp_path) == 0
+
+
 def test_positions_divide_over_the_ranks(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="does not divide over 3 ranks"):

@@ -249,7 +249,7 @@ def model_config():
     )  # fmt: skip
 
 
-def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out: int = 1_200, seed: int = 0, mix: str = "c6",
+def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out: int = 1_200, seed: int = 0, mix: str = "c7",
           depths: Sequence[int] = (1, 2, 3, 4),
           held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, Path]:  # fmt: skip
     """Make the corpus under `out`: base.jsonl, train.jsonl, held_out.jsonl, and model/ (tokenizer and configuration).
