@@ -24,8 +24,7 @@ from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.policy import ds_settings, schedule
 from rlpretrain.prompts import Delimiters, ensure_delimiters
-from rlpretrain.sources import _files as files_of
-from rlpretrain.sources import open_rows, quiet
+from rlpretrain.sources import _files, open_rows, quiet
 
 
 def dry_run(config: PretrainConfig, beside: Path) -> int:
@@ -145,7 +144,7 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:
     """Rows of local files; None for a stream, and for what is not here. ConfigError for files that cannot be read."""
-    if "://" in data.path or not (Path(data.path).expanduser().exists() or files_of(data)):
+    if "://" in data.path or not (Path(data.path).expanduser().exists() or _files(data)):
         notes.append(f"'{data.path}' was not looked for: it is no file or folder here, so it must be on the hub")
         return None
     with quiet():

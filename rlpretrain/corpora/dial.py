@@ -149,6 +149,7 @@ def draw(rng: random.Random, depths: tuple[int, int]) -> Problem:
 
 
 def prose(rng: random.Random, mix: Mix) -> list[str]:
+    """Words without meaning."""
     return [*(rng.choice(PROSE) for _ in range(rng.randint(6, 14))), "."]
 
 
