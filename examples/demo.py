@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_corpus(out: Path, mix: str = "c7") -> None:
+def make_corpus(out: Path, mix: str = "c8") -> None:
     """The dial corpus under `out`/corpus."""
     from rlpretrain.corpora import dial
 

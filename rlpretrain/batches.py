@@ -16,7 +16,7 @@ from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.engine import Engine
-from rollout.types import Position
+from rollout.types import Group, Position
 
 PATIENCE = 10_000
 """Documents in a row without a single position after which a run gives up."""
@@ -43,10 +43,7 @@ class BatchSource:
         if not self.objective.has_positions:
             return Batch((), self.stream.take(n))
         chosen = self._positions(n)
-        try:
-            groups = asyncio.run(self.objective.rollout(self.engine, [p for _, p, _ in chosen], [s for *_, s in chosen]))
-        except ValueError as error:  # what the engine refuses before it samples
-            raise ConfigError(f"cannot sample thoughts: {error}") from error
+        groups = roll_out(self.objective, self.engine, [p for _, p, _ in chosen], [s for *_, s in chosen])
         documents = list({d.id: d for d, *_ in chosen}.values())
         if self.ntp_stream is not None:
             documents = self.ntp_stream.take(len(documents))
@@ -96,6 +93,14 @@ class BatchSource:
             self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size]), seed))
         if self.ntp_stream is not None:
             self.ntp_stream.load_state_dict(state["ntp_stream"])
+
+
+def roll_out(objective: Objective, engine: Any, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+    """The objective's groups; ConfigError for what the engine refuses to sample."""
+    try:
+        return asyncio.run(objective.rollout(engine, positions, seeds))
+    except ValueError as error:
+        raise ConfigError(f"cannot sample thoughts: {error}") from error
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("corpus", help="make a controlled corpus")
     p.add_argument("kind", choices=["dial"])
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--mix", default="c7", help="composition of the base documents: b9, d1, s20, c4, c6, c7")
+    p.add_argument("--mix", default="c8", help="composition of the base documents: b9, d1, s20, c4, c6, c7, c8")
     p.add_argument("--base", type=int, default=200_000, help="base documents")
     p.add_argument("--train", type=int, default=50_000, help="plain documents for reinforcement pretraining")
     p.add_argument("--held-out", type=int, default=1_200)
@@ -127,6 +127,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "data": {"path": args.data, "column": args.column, "max_length": args.max_length,
                  "meta_columns": [args.by] if args.by else []},
         "sampling": {"temperature": args.temperature, "max_thought_tokens": args.max_thought_tokens},
+        "eval": {"thoughts": args.thoughts} | ({"documents": args.documents} if args.documents is not None else {}),
     }  # fmt: skip
     config = c.build(values)
     delimiters = Delimiters(config.objective.get("open", "<think>"), config.objective.get("close", "</think>"))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
+import inspect
+import itertools
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -105,10 +109,10 @@ def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """(field, default, meaning) of a config dataclass and its parts: what `--help` prints."""
     rows = []
     documented = getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__
-    hints = typing.get_type_hints(owner)
+    hints, meanings = typing.get_type_hints(owner), _meanings(owner)
     for f in fields(owner):
         kind = _inner(hints[f.name])
-        text = getattr(documented.get(f.name), "description", None) or ""
+        text = meanings.get(f.name, "")
         if is_dataclass(kind):
             rows.append((f"{prefix}{f.name}", "", text))
             rows += describe(kind, f"{prefix}{f.name}.")
@@ -117,6 +121,17 @@ def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
             default = info.get_default(call_default_factory=True) if info is not None else f.default
             rows.append((f"{prefix}{f.name}", "required" if "Undefined" in repr(default) else str(default), text))
     return rows
+
+
+def _meanings(owner: type) -> dict[str, str]:
+    """The sentence under each field in the source, inherited fields included."""
+    found = {}
+    for base in [b for b in reversed(owner.__mro__) if is_dataclass(b)]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for line, below in itertools.pairwise(body):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
+                found[line.target.id] = inspect.cleandoc(str(ast.literal_eval(below.value)))
+    return found
 
 
 def _names(owner: Any) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rewards.controls import other_document, shuffled
-from rlpretrain.batches import token_entropies
+from rlpretrain.batches import roll_out, token_entropies
 from rlpretrain.config import ConfigError
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
@@ -88,15 +88,16 @@ def interval(
         return float("nan"), [float("nan")] * 2
     rng = np.random.default_rng(seed)
     n_seeds, n = values.shape
-    rows = rng.integers(n_seeds, size=(draws, n_seeds))
-    columns = rng.integers(n, size=(draws, n))
-    totals = np.stack([(values * weights), weights])  # [2, seeds, problems]
-    means = np.empty(draws)
-    for i in range(draws):
-        top, bottom = totals[:, rows[i]][:, :, columns[i]].sum((1, 2))
-        means[i] = top / bottom
-    low, high = np.quantile(means, [0.025, 0.975])
+    rows, columns = _times_drawn(rng, n_seeds, draws), _times_drawn(rng, n, draws)
+    top, bottom = (((rows @ part) * columns).sum(1) for part in (values * weights, weights))
+    low, high = np.quantile(top / bottom, [0.025, 0.975])
     return float((values * weights).sum() / weights.sum()), [float(low), float(high)]
+
+
+def _times_drawn(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
+    """How often each of n things comes in n draws with replacement, `draws` times over [draws, n]."""
+    drawn = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
 
 
 def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Document], *, frozen: nn.Module | None = None,
@@ -131,7 +132,7 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     prompts = [objective.prompt(p) for p in positions]
     objective.setting = replace(setting, thoughts=thoughts)
     try:
-        groups = asyncio.run(objective.rollout(engine, positions, seeds))
+        groups = roll_out(objective, engine, positions, seeds)
     finally:
         objective.setting = setting
     no_thinks = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}

@@ -224,7 +224,8 @@ class Run:
             )
         last = step == self.total_steps
         if c.stop.collapse and "ntp/loss" in row and self.objective.has_positions:
-            why = self.monitor.observe(gain=row.get("ig/frozen", row.get("ig/self", 0.0)), no_think_loss=row["ntp/loss"],
+            # ig/frozen is the honest gain but known only now and then; where ig/self flatters, the no-think loss rises
+            why = self.monitor.observe(gain=row.get("ig/self", 0.0), no_think_loss=row["ntp/loss"],
                                       grad_norm=row.get("grad_norm", 0.0),
                                       thought_length=row.get("completions/mean_length", 0.0))  # fmt: skip
             self.stopped = self.stopped or (f"collapse: {why}" if why else None)

@@ -30,7 +30,8 @@ def test_corpus(tmp_path, capsys):
     words = ["corpus", "dial", "--out", str(tmp_path), "--base", "30", "--train", "20", "--held-out", "6"]
     assert cli.main([*words, "--mix", "d1", "--depths", "2,3", "--held-out-depths", "2-4"]) == 0
     out = capsys.readouterr().out
-    lines = {n: [json.loads(x) for x in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in ("base", "train", "held_out")}
+    names = ("base", "train", "held_out")
+    lines = {n: [json.loads(x) for x in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in names}
     assert len(lines["base"]) == 30 and {row["depth"] for row in lines["train"]} == {2, 3}
     assert [row["depth"] for row in lines["held_out"]] == [2, 3, 4, 2, 3, 4]
     assert all(str(tmp_path / name) in out for name in ("base.jsonl", "train.jsonl", "held_out.jsonl", "model"))
@@ -133,8 +134,8 @@ def test_eval(corpus, tmp_path, capsys, monkeypatch):
     (["eval", "{base}", "--data", "{data}", "--objective", "{{name: rl}}"], "unknown objective 'rl'"),
     (["eval", "{base}", "--data", "{data}", "--json", "{tmp}/gone/x.json"], "--json {tmp}/gone/x.json: there is no such"),
     (["eval", "{base}", "--data", "{data}", "--dtype", "float8"], "'model.dtype'"),
-    (["eval", "{base}", "--data", "{data}", "--documents", "1"], "thoughts of another document need two"),
-    (["eval", "{base}", "--data", "{data}", "--thoughts", "0"], "--thoughts"),
+    (["eval", "{base}", "--data", "{data}", "--documents", "1", "--max-thought-tokens", "4"], "thoughts of another"),
+    (["eval", "{base}", "--data", "{data}", "--thoughts", "0"], "'eval.thoughts'"),
     (["eval", "{base}", "--data", "{data}", "--max-thought-tokens", "999"], "cannot sample thoughts: prompt"),
 ])  # fmt: skip
 def test_errors_are_one_line_without_a_traceback(config, corpus, tmp_path, capsys, words, error):

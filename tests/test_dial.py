@@ -112,8 +112,8 @@ def test_shares_are_those_of_the_mix(name):
     steps = sum((len(t) - 1) // 3 for t in full)
     wrong = sum(not verified(t[i : i + 4]) for t in full for i in range(0, len(t) - 1, 3))
     assert 0 < wrong / steps < mix.slip * 1.3  # a slipped operation is carried out, so not every slip shows
-    low, high = mix.think_depths
-    assert {(len(q) - 3) // 2 for q, _ in thoughts} == set(range(low, high + 1))
+    depths = {d for low, high in [mix.think_depths, *([mix.deep_depths] if mix.deep else [])] for d in range(low, high + 1)}
+    assert {(len(q) - 3) // 2 for q, _ in thoughts} == depths
 
 
 def test_everything_is_deterministic_under_the_seed(tmp_path):

@@ -25,7 +25,8 @@ def test_rlp_makes_thinking_pay(tmp_path):
     dial.write(tmp_path, base=10, train=2000, held_out=160, held_out_depths=(1, 2, 3, 4))
     values = yaml.safe_load((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
     values |= {"model": str(BASE), "data": {"path": str(tmp_path / "train.jsonl"), "max_length": 128}, "max_steps": 70,
-               "optim": {"lr": 3e-4}, "output_dir": str(tmp_path / "run"), "console": False, "policy": {"backend": "torch"}}  # fmt: skip
+               "optim": {"lr": 3e-4}, "output_dir": str(tmp_path / "run"), "console": False,
+               "policy": {"backend": "torch"}}  # fmt: skip
     config = build(values)
     ended = Pretrainer(config).train()
     assert ended["stopped"] is None

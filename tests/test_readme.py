@@ -30,7 +30,8 @@ def test_the_readme_python_trains(corpus, tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(corpus / "base")
     (tmp_path / "docs.jsonl").symlink_to(corpus / "train.jsonl")
     (text,) = blocks("README.md", "python")
-    small = 'max_steps=1, positions_per_step=2, console=False, sampling={"thoughts": 2, "max_thought_tokens": 4, "cut": "force_close"}'
+    small = ('max_steps=1, positions_per_step=2, console=False, '
+             'sampling={"thoughts": 2, "max_thought_tokens": 4, "cut": "force_close"}')  # fmt: skip
     assert "max_steps=100" in text
     exec(compile(text.replace("max_steps=100", small), "README.md", "exec"), {})
     assert (tmp_path / "runs" / "rlp" / "model" / "model.safetensors").exists()
@@ -47,6 +48,7 @@ def test_the_objective_in_agents_md_trains(values, tmp_path, monkeypatch):
 
 def test_every_file_the_readme_names_exists():
     for file in ("README.md", "AGENTS.md"):
-        for name in re.findall(r"`((?:examples|tests|rlpretrain|rewards|benchmarks|locks|rollout)/[\w./-]+\.\w+)`", (ROOT / file).read_text()):
+        text = (ROOT / file).read_text()
+        for name in re.findall(r"`((?:examples|tests|rlpretrain|rewards|benchmarks|locks|rollout)/[\w./-]+\.\w+)`", text):
             if name != "rlpretrain/objectives/mine.py":
                 assert (ROOT / name).exists(), f"{file} names {name}"

@@ -1,0 +1,176 @@
+"""What a run logs: every name documented, every value a number, on disk, on boards and on the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlpretrain import Pretrainer
+from rlpretrain.config_io import build
+from rlpretrain.console import Console, thought_table
+from rlpretrain.loop import train
+from rlpretrain.metrics import METRICS, StepMetrics, Trackers
+from rlpretrain.pretrainer import Run
+from rlpretrain.ranks import Ranks
+from rollout.types import FinishReason, Group, Position, Prompt, Thought
+from tests.helpers import merged
+
+
+def rows(folder: Path) -> list[dict]:
+    fail = lambda name: pytest.fail(f"{name} is no JSON")  # noqa: E731
+    return [json.loads(line, parse_constant=fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"baseline__frozen_every": 1, "eval__every": 2, "eval__documents": 4},
+        {"loss__inner_epochs": 2, "baseline__name": "ema"},
+        {"sampling__cut": "mask", "objective__target_length": 2},
+        {"objective": {"name": "rlp", "positions": "entropy"}, "sampling__cut": "penalise"},
+        {"objective": "ntp", "eval__every": 1, "eval__documents": 4},
+    ],
+    ids=["frozen and eval", "inner epochs", "mask", "entropy", "ntp"],
+)
+def test_every_logged_name_is_documented_and_every_value_finite(values, corpus, changes):
+    if any(name.startswith("eval") for name in changes):
+        changes = changes | {"eval__data": str(corpus / "held_out.jsonl")}
+    Pretrainer(build(merged(values, **changes))).train()
+    found = rows(Path(values["output_dir"]))
+    assert [row["step"] for row in found] == [1, 2, 3]
+    for row in found:
+        for name, value in row.items():
+            assert name in ("step", "time") or any(fnmatch(name, known) for known in METRICS), name
+            assert isinstance(value, int | float) and math.isfinite(value), name
+    assert {"loss", "ntp/loss", "grad_norm", "learning_rate", "num_tokens", "num_flops", "step_time"} <= found[-1].keys()
+    if "eval__data" in changes:
+        assert any(name.startswith("eval/") for name in found[-1])
+
+
+def test_off_policy_diagnostics_are_logged(values):
+    run = Run(build(merged(values, max_steps=1)), None)
+    take = run.take
+
+    def stale():
+        batch = take()
+        return dataclasses.replace(batch, groups=[dataclasses.replace(g, policy_version=-1) for g in batch.groups])
+
+    run.take = stale
+    train(run)
+    run.close()
+    found = {name for name in run.last if name.startswith("sampling/")}
+    assert found and all(math.isfinite(run.last[name]) for name in found)
+
+
+def test_what_is_always_there_for_rlp_is_all_that_is_documented(values, corpus):
+    """Every documented name is logged by some run (the ones with a star, and those of special runs, aside)."""
+    Pretrainer(build(merged(values, baseline__frozen_every=1, loss__inner_epochs=2))).train()
+    logged = set().union(*(row.keys() for row in rows(Path(values["output_dir"]))))
+    assert {name for name in METRICS if "*" not in name} - logged == set()
+
+
+def test_numbers_agree_with_the_batch(values):
+    run = Run(build(merged(values, max_steps=1, baseline__name="none")), None)
+    kept, take = [], run.take
+    run.take = lambda: kept.append(take()) or kept[0]
+    train(run)
+    run.close()
+    thoughts = [t for g in kept[0].groups for t in g.thoughts]
+    row = run.last
+    assert row["completions/mean_length"] == pytest.approx(sum(len(t.token_ids) for t in thoughts) / len(thoughts))
+    assert row["completions/max_length"] == max(len(t.token_ids) for t in thoughts)
+    shares = {"thought/closed_frac": "close", "thought/eos_frac": "eos", "completions/clipped_ratio": "length"}
+    for name, reason in shares.items():
+        assert row[name] == pytest.approx(sum(t.finish_reason == reason for t in thoughts) / len(thoughts))
+    assert sum(row[name] for name in shares) == pytest.approx(1.0)
+    assert row["ig/mean"] == row["reward"] == pytest.approx(-row["reader/loss"])  # against no baseline
+    assert row["baseline/logp"] == 0.0 and row["ig/self"] == pytest.approx(row["ig/mean"] - row["baseline/self"])
+    assert row["loss"] == pytest.approx(row["policy_loss"] + 0.3 * row["ntp/loss"] + 0.1 * row["reader/loss"], abs=1e-5)
+    trained = row["num_tokens"] - sum(len(g.prompt.token_ids) for g in kept[0].groups) - sum(len(t.token_ids) for t in thoughts)
+    assert row["num_flops"] == run.parameters * (6 * trained + 2 * (row["num_tokens"] - trained))
+
+
+def test_means_weigh_by_elements_and_leave_nan_out():
+    metrics = StepMetrics()
+    metrics.add("x", torch.tensor([1.0, math.nan, 2.0]))
+    metrics.add("x", torch.tensor([6.0]))
+    metrics.add("x", torch.tensor([]))
+    metrics.add("never", torch.tensor([]))
+    metrics.add("y", 0.5, 10)
+    metrics.add("y", 1.0, 30)
+    metrics.total("loss", 1.0)
+    metrics.total("loss", torch.tensor(2.0))
+    assert metrics.means(Ranks()) == {"x": 3.0, "y": 0.875, "loss": 3.0}
+
+
+def test_tensorboard_has_every_number(values):
+    Pretrainer(build(merged(values, report_to=["tensorboard"]))).train()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(values["output_dir"])
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    found = rows(folder)
+    for name in found[0].keys() - {"step", "time"}:
+        points = board.Scalars(name)
+        assert [p.step for p in points] == [1, 2, 3]
+        assert points[0].value == pytest.approx(found[0][name], rel=1e-5)
+
+
+def test_a_tracker_that_is_not_installed_says_how_to_get_it(values, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "trackio", None)
+    with pytest.raises(ImportError, match="pip install trackio"):
+        Run(build(merged(values, report_to=["trackio"])), None)
+
+
+def test_trackers_keep_what_came_before_the_checkpoint(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    trackers = Trackers(tmp_path, (), {}, "run", keep_until=2)
+    trackers.write(3, {"loss": 1.0})
+    trackers.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3] and rows(tmp_path)[2]["loss"] == 1.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+class Speaks:
+    """A tokenizer whose text is what it is told."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def decode(self, ids) -> str:
+        return self.text
+
+
+@pytest.mark.parametrize("text", ["[/bold]", "[red]x", "[/]", "\\", "[link=x]a\\", "a[b]c[/b]", "[[", "]", "", "\x1b[2J", "é\n\t▸"])
+def test_thoughts_are_shown_as_they_are(values, text, capsys):
+    thought = Thought((1, 2), (-1.0, -1.0), FinishReason.CLOSE, 0, 0)
+    group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), (2,)), (thought,) * 5, 0)
+    assert thought_table(group, Speaks(text)).row_count == 4
+    console = Console(build(values | {"console": True}), total=1, done=0, first=True)
+    console.say(f"added {text}")
+    console.step(1, {"loss": 1.0, "step_time": 0.1, "eval/gain": 0.5}, [group], Speaks(text))
+    console.close()
+    out = capsys.readouterr().out
+    assert "loss 1.000" in out and "eval/gain 0.500" in out
+    if text.isascii() and text.isprintable() and text:
+        assert out.count(text) >= 5  # in the line, the title and the rows
+
+
+def test_a_quiet_console_says_nothing(values, capfd):
+    Pretrainer(build(values)).train()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_console_shows_thoughts_five_times_a_run_and_every_nth_step(values, capsys):
+    Pretrainer(build(merged(values, max_steps=10, console=True, log_every=5))).train()
+    out = capsys.readouterr().out
+    assert out.count("thought") >= 5 and out.count("step 5 ") == out.count("step 10 ") == 1 and "step 4 " not in out
+    assert "model saved to" in out.replace("\n", " ")
