@@ -79,7 +79,7 @@ def make_base(out: Path, seeds: Sequence[int]) -> float:
         folder = out / f"base-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         train("dial_base.yaml", model=out / "corpus" / "model", data=out / "corpus" / "base.jsonl", output_dir=folder,
-              seed=seed, threads=os.cpu_count() or 1, console=True)  # fmt: skip
+              seed=seed, console=True)  # fmt: skip
         config = ModelConfig(path=str(folder / "model"))
         skill = dial.trace_skill(load_model(config), load_tokenizer(config))
         print(f"skill of the base model (teacher-forced values of true traces): {skill:.3f}", flush=True)

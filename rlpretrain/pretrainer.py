@@ -152,6 +152,7 @@ class Run:
         fresh = self.engine.shares_weights and all(g.policy_version == self.engine.version for g in batch.groups)
         micros = [replace(m, on_policy=fresh) for m in pack(batch, replace(self.layout, no_think_ids=arms), totals)]
         most = int(self.ranks.max([float(len(micros))])[0])
+        self.metrics.add("batch/micro_batches", most)
         self._account(batch, micros)
         return micros + [idle(self.layout.pad_id)] * (most - len(micros))
 
