@@ -138,7 +138,8 @@ def table(results: dict[str, Any]) -> str:
             gain = " / ".join(f"{r['gain_frozen']:+.2f}" for r in rows)
             losses = " / ".join(f"{r['no_think_loss']:.3f}" for r in rows)
             before = f"{base['think_sampled']:.3f}, {base['direct']:.3f}"
-            lines.append(f"| {base['base']} | {before} | {recipe} | {sampled} | {gain} | {base['no_think_loss']:.3f} → {losses} |")
+            start = f"{base['no_think_loss']:.3f}"
+            lines.append(f"| {base['base']} | {before} | {recipe} | {sampled} | {gain} | {start} → {losses} |")
     return "\n".join(lines) + f"\n\nlowest: {results['lowest']}; below their base: {results['collapsed']}"
 
 

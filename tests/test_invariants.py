@@ -10,6 +10,7 @@ import torch
 
 from rlpretrain import scoring
 from rlpretrain.config_io import build
+from rlpretrain.corpora import dial
 from rlpretrain.loop import judge
 from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.packing import count
@@ -17,6 +18,7 @@ from rlpretrain.pretrainer import Run
 from rlpretrain.types import Batch, Scores
 from rollout.types import FinishReason
 from tests.helpers import merged, one_step, same, trained
+from tests.tiny import tiny_model
 
 
 def leaf_scores(scores: Scores) -> Scores:
@@ -76,9 +78,12 @@ def test_1_a_closed_thought_ends_in_a_trained_close_tag(values):
         assert int(micro.thought_labels[b, g][micro.thought_mask[b, g]][-1]) == close_id
 
 
-def test_1_gradient_of_the_loss_by_finite_differences(values):
-    """The whole gradient equals that of -mean(1/|c| sum A log pi) with A constant, by central differences."""
-    run, batch, totals, micros = batch_of(values, loss={"ntp_coef": 0.0, "reader_coef": 0.0})
+def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
+    """The whole gradient equals that of -mean(1/|c| sum A log pi) with A constant, by central differences in float64."""
+    tiny_model("gpt2", vocab_size=len(dial.WORDS), seed=3).save_pretrained(tmp_path / "gpt2")  # norms follow the dtype
+    dial.tokenizer().save_pretrained(tmp_path / "gpt2")
+    loss = {"ntp_coef": 0.0, "reader_coef": 0.0}
+    run, batch, totals, micros = batch_of(values, model=str(tmp_path / "gpt2"), loss=loss)
     run.policy.model.double()
     micro = replace(micros[0], token_weights=micros[0].token_weights.double())
     scorer = scoring.Scorer(run.policy.model)
@@ -96,8 +101,8 @@ def test_1_gradient_of_the_loss_by_finite_differences(values):
             parameter.sub_(direction, alpha=shift)
         return -float((advantage.double()[..., None] * logps * micro.token_weights * micro.thought_mask).sum())
 
-    slope = (value(1e-3) - value(-1e-3)) / 2e-3  # the model's norms compute in float32
-    assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3)
+    slope = (value(1e-6) - value(-1e-6)) / 2e-6
+    assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("other", ["ema", "frozen", "self"])
