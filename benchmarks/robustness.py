@@ -34,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--collect", action="store_true", help="only the table of the runs that are done")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:
         return job(args.out, json.loads(args.job))
-    make_corpus(args.out)
-    run_jobs(args.out, [{"base": s} for s in args.base_seeds])
-    run_jobs(args.out, [{"base": b, "seed": s, "recipe": r} for r in RECIPES for b in args.base_seeds for s in args.seeds])
+    if not args.collect:
+        make_corpus(args.out)
+        run_jobs(args.out, [{"base": s} for s in args.base_seeds])
+        run_jobs(args.out, [{"base": b, "seed": s, "recipe": r} for r in RECIPES for b in args.base_seeds for s in args.seeds])
     results = collect(args.out, args.base_seeds, args.seeds)
     write_json(args.out / "results.json", results)
     print(json.dumps(results) if args.json else table(results))
@@ -116,11 +118,16 @@ def collect(out: Path, base_seeds: Sequence[int], seeds: Sequence[int]) -> dict[
         rows = []
         for b in base_seeds:
             for s in seeds:
-                part = json.loads((out / f"{recipe.split()[0]}-{b}-{s}.json").read_text())
+                file = out / f"{recipe.split()[0]}-{b}-{s}.json"
+                if not file.exists():  # with --collect: what is there so far
+                    continue
+                part = json.loads(file.read_text())
                 controls = numbers([part], DEPTHS, ("empty", "shuffled", "other"))
                 rows.append({"recipe": recipe, "base": b, "seed": s, "stopped": part["stopped"], "seconds": part["seconds"],
                              **numbers([part], DEPTHS, REPORTED), "controls": controls})  # fmt: skip
         results["runs"] += rows
+        if not rows:
+            continue
         results["lowest"][recipe] = min(r["think_sampled"] for r in rows)
         start = {r["base"]: r for r in results["bases"]}
         results["collapsed"][recipe] = sum(r["think_sampled"] < start[r["base"]]["think_sampled"] for r in rows)

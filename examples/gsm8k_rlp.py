@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                              "the repository openai/grade-school-math (default: %(default)s)")  # fmt: skip
     parser.add_argument("--model", help="hub id or folder of a base checkpoint; the tags of a thought are added where missing")
     parser.add_argument("--steps", type=int, help="RLP steps; the recipe's by default")
-    parser.add_argument("--base-steps", type=int, default=300, help="steps of the small base model (default: %(default)s)")
+    parser.add_argument("--base-steps", type=int, default=240, help="steps of the small base model (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/gsm8k"), help="folder of everything (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a minute: a tiny base and a few steps, to see that all of it runs")
