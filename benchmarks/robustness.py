@@ -23,7 +23,8 @@ from examples.demo import DEPTHS, GATE, HERE, evaluation, make_corpus, numbers, 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "recipe": {},
-    "thought only (paper)": {"loss__ntp_coef": 0.0, "loss__reader_coef": 0.0, "stop": {"collapse": False}},
+    "thought only (paper)": {"objective__clip": None, "loss__ntp_coef": 0.0, "loss__reader_coef": 0.0,
+                             "stop": {"collapse": False}},
 }
 REPORTED = ("think_sampled", "think_greedy", "direct", "gain_frozen", "no_think_loss")
 

@@ -58,7 +58,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"no such config file: {file}")
+        raise ConfigError(f"no such config file: {file} (it comes first: rlpretrain train CONFIG.yaml --field value)")
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:

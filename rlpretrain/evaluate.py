@@ -7,6 +7,7 @@ Every number comes per position, so that intervals can be bootstrapped over docu
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +107,7 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     """Evaluate `model` at the objective's positions in `documents` (one position a document: the first it gives).
 
     `frozen` is the model whose no-think arm the honest gain is measured against (itself, if none). Positions and thoughts
-    depend on `seed` and the document's place in the list only.
+    depend on `seed` and the document's id only, whatever the ranks and the order.
     """
     scorer, reference = Scorer(model), Scorer(frozen if frozen is not None else model)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
@@ -115,8 +116,8 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
         device = next(reference.parameters()).device
         entropies = token_entropies(documents, lambda m: score(reference, m.to(device), want="entropies")[1], token_budget)
     kept, positions, seeds = [], [], []
-    for i, (document, entropy) in enumerate(zip(documents, entropies, strict=True)):
-        rng = np.random.default_rng((seed, i))
+    for document, entropy in zip(documents, entropies, strict=True):
+        rng = np.random.default_rng((seed, _number(document.id)))
         found = objective.positions(document, rng, entropy) if objective.has_positions else []
         if found or not objective.has_positions:
             kept.append(document)
@@ -158,18 +159,24 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     return Evaluation(values, kept, losses, tokens, groups)
 
 
+def _number(document_id: str) -> int:
+    """The same number for the same document in every process."""
+    return zlib.crc32(document_id.encode())
+
+
 def contrast(groups: Sequence[Group], kind: str, seed: int = 0) -> list[Group]:
     """The same groups with thoughts that should not help: empty, shuffled (same tokens), other (another document's)."""
     if kind == "other":
         partner = other_document([g.position.document_id for g in groups], seed)
         return [replace(g, thoughts=tuple(groups[j].thoughts)) for g, j in zip(groups, partner, strict=True)]
     out = []
-    for i, group in enumerate(groups):
+    for group in groups:
         if kind == "empty":
             thoughts = (Thought(group.prompt.close_ids, (0.0,) * len(group.prompt.close_ids), FinishReason.CLOSE, 0, 0),)
         else:
+            first = seed * 1_000_003 + _number(group.position.document_id)
             thoughts = tuple(
-                replace(t, token_ids=tuple(shuffled(t.token_ids, seed=(seed * 1_000_003 + i) * 1_009 + j,
+                replace(t, token_ids=tuple(shuffled(t.token_ids, seed=first * 1_009 + j,
                                                     keep_last=t.finish_reason is FinishReason.CLOSE)))
                 for j, t in enumerate(group.thoughts)
             )  # fmt: skip

@@ -78,7 +78,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     else:
         try:
             with _no_bars():
-                model = AutoModelForCausalLM.from_pretrained(config.path, **form, **common)
+                model, found = AutoModelForCausalLM.from_pretrained(config.path, output_loading_info=True, **form, **common)
         except Exception as error:
             hint = (
                 " (a configuration without weights: from_scratch: true would initialise them)"
@@ -87,6 +87,9 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
             )
             why = _reason(config.path, error)
             raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {why}") from error
+        if lacking := sorted(found["missing_keys"]):
+            raise ConfigError(f"the checkpoint '{config.path}' lacks {len(lacking)} weights of its model, for instance "
+                              f"{', '.join(lacking[:3])}: not a causal language model, or saved incompletely")  # fmt: skip
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")

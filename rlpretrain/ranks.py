@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlpretrain.config import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -55,7 +57,12 @@ def join(device: str = "auto") -> Ranks:
     size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device '{device}' is none of auto, cpu, cuda, cuda:N") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}': torch {torch.__version__} sees no CUDA device here")
     if where.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed where it is installed
     if where.type == "cuda":

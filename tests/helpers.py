@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from rlpretrain import Pretrainer
 from rlpretrain.config_io import build
 from rlpretrain.loop import train
 from rlpretrain.pretrainer import Run
+
+ROOT = Path(__file__).parents[1]
 
 
 def merged(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -57,3 +63,14 @@ def one_step(values: dict[str, Any], **changes: Any) -> tuple[Run, dict[str, tor
     train(run)
     run.close()
     return run, gradient
+
+
+def launch(runs: list[dict], folder: Path, ranks: int = 2) -> None:
+    """Train each of `runs` with this many gloo ranks."""
+    jobs = folder / "jobs.json"
+    jobs.write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               "-m", "tests.two_ranks", str(jobs)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]

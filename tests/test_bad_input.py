@@ -220,6 +220,24 @@ def test_a_model_with_broken_weights(values, corpus, tmp_path):
         start(values, model=str(tmp_path / "base"))
 
 
+def test_a_checkpoint_without_some_of_its_weights(values, corpus, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = Path(shutil.copytree(corpus / "base", tmp_path / "base")) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 1 weights of its model, for instance model\.layers\.1\.mlp\.up_proj\.weight"):
+        start(values, model=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(("device", "said"), [("gpu", "is none of auto, cpu, cuda"), ("cuda:0", "sees no CUDA device")])
+def test_a_device_that_is_not_there(values, device, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"device '{device}'.*{said}"):
+        start(values, device=device)
+
+
 # folders and checkpoints
 
 

@@ -123,7 +123,7 @@ def test_eval(corpus, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("words", "error"), [
     (["train"], "which configuration?"),
-    (["train", "nowhere.yaml"], "no such config file: nowhere.yaml"),
+    (["train", "nowhere.yaml"], "no such config file: nowhere.yaml (it comes first: "),
     (["train", "{config}", "--sampling.thoughts", "1"], "sampling.thoughts is 1"),
     (["train", "{config}", "--sed", "1"], "unknown key 'sed': did you mean 'seed'?"),
     (["train", "{config}", "--res", "auto"], "unknown key 'res'"),  # not an abbreviation

@@ -179,3 +179,16 @@ def test_trace_skill_of_a_model_that_knows_and_one_that_does_not(corpus):
             return types.SimpleNamespace(logits=torch.nn.functional.one_hot(following, len(tokenizer)).float()[None])
 
     assert dial.trace_skill(Knows(), tokenizer, count=40) == 1.0
+
+    class ForgetsTheStart(Knows):
+        """Knows everything but the digit that a trace begins with, and would rather not begin one."""
+
+        def __call__(self, input_ids):
+            out = super().__call__(input_ids)
+            at = input_ids[0].tolist().index(tokenizer.convert_tokens_to_ids(dial.OPEN))
+            out.logits[0, at] = 0.0
+            out.logits[0, at, tokenizer.convert_tokens_to_ids(["hmm", "0"])] = 1.0
+            return out
+
+    skill = dial.trace_skill(ForgetsTheStart(), tokenizer, count=400)
+    assert skill == sum(p.start == 0 for p in dial.problems(400, 0, range(1, 5), "skill")) / 400 < 0.2

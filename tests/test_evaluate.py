@@ -239,6 +239,16 @@ def test_deterministic_under_the_seed_and_whatever_the_batches(ready, whole):
     assert objective.setting.thoughts == 4  # as it was
 
 
+def test_what_a_document_gets_does_not_depend_on_its_neighbours(ready, whole):
+    """So that one rank and several evaluate the same thoughts, shuffled ones too."""
+    model, documents, make = ready
+    settings = {"thoughts": 2, "seed": 3, "greedy": False}
+    together = evaluate(model, make(), documents, **settings)
+    part = evaluate(model, make(), documents[5:7], **settings)
+    assert [g.thoughts for g in part.groups] == [g.thoughts for g in together.groups[5:7]]
+    np.testing.assert_allclose(part.values["shuffled"], together.values["shuffled"][5:7], atol=1e-5)
+
+
 def test_documents_stay_in_order_and_those_without_a_position_are_left_out(ready):
     model, documents, make = ready
     barren = Document("none", documents[0].token_ids[:5], meta={"depth": 9})

@@ -18,7 +18,7 @@ from rlpretrain.packing import Layout, count, pack
 from rlpretrain.pretrainer import Diverged, Run
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.helpers import merged, same, weights
+from tests.helpers import launch, merged, same, weights
 
 
 def poison(run: Run, where: str, at) -> None:
@@ -83,6 +83,29 @@ def test_a_step_with_nan_or_inf_is_skipped_and_counted(values, where, capsys):
     assert [row["run/skipped_steps"] for row in rows] == [0, 1, 1] and "loss" not in rows[1]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert [p.name for p in (run.folder / "nonfinite").iterdir()] == ["step-2-rank-0.json"]
+
+
+@pytest.mark.slow
+def test_what_one_rank_meets_both_skip(values, tmp_path):
+    """Two ranks, NaN or inf on the second alone: nothing hangs, and the step is skipped as a single process would."""
+    base = merged(values, max_steps=3, positions_per_step=4, token_budget=150)
+    kinds = {where: {} for where in ("log-probs", "loss", "gradients")}
+    kinds["zero2"] = {"policy": {"backend": "deepspeed", "zero_stage": 2}}
+    alone = Run(build(merged(base, output_dir=str(tmp_path / "alone"))), None)
+    poison(alone, "loss", at={2})
+    train(alone)
+    alone.end()
+    alone.close()
+    launch([{"config": merged(base, output_dir=str(tmp_path / kind), **changes), "poison": "loss" if changes else kind}
+            for kind, changes in kinds.items()], tmp_path)  # fmt: skip
+    expected = weights(tmp_path / "alone" / "model")
+    for kind in kinds:
+        rows = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
+        assert [row["run/skipped_steps"] for row in rows] == [0, 1, 1], kind
+        assert "step-2-rank-1.json" in [p.name for p in (tmp_path / kind / "nonfinite").iterdir()]
+        found = weights(tmp_path / kind / "model")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, k=kind: f"{k}: {m}")
 
 
 def test_several_inner_epochs_skip_a_step_once(values):

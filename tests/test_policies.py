@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,21 +11,9 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
 from rlpretrain.policy import ds_settings, schedule
-from tests.helpers import merged, same, trained, weights
+from tests.helpers import launch, merged, same, trained, weights
 
-ROOT = Path(__file__).parents[1]
 STAGES = (0, 1, 2, 3)
-
-
-def launch(runs: list[dict], folder: Path, ranks: int = 2) -> None:
-    """Train each of `runs` with this many gloo ranks."""
-    jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "-m", "tests.two_ranks", str(jobs)]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def deepspeed(stage: int, **changes) -> dict:

@@ -1,4 +1,4 @@
-"""Run by tests/test_policies.py under torchrun: several short trainings in one process group, one after the other."""
+"""Run by tests/helpers.py's `launch` under torchrun: several short trainings in one process group, one after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 
 from rlpretrain import Pretrainer
 from rlpretrain.config_io import build
+from rlpretrain.loop import train
+from rlpretrain.pretrainer import Run
+from tests.test_nonfinite import poison
 
 faulthandler.dump_traceback_later(100, exit=True)  # a hang shows where, and ends
 for values in json.loads(Path(sys.argv[1]).read_text()):
-    Pretrainer(build(values["config"])).train(resume=values.get("resume"))
+    if "poison" not in values:
+        Pretrainer(build(values["config"])).train(resume=values.get("resume"))
+        continue
+    run = Run(build(values["config"]), None)
+    if run.ranks.rank == 1:
+        poison(run, values["poison"], at={2})
+    train(run)
+    run.end()
+    run.close()

@@ -288,21 +288,28 @@ def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out
 
 
 def trace_skill(model: Any, tokenizer: Any, *, depths: tuple[int, int] = (1, 4), count: int = 200, seed: int = 0) -> float:
-    """Teacher-forced accuracy of the operations and values in true traces after `shows <think>`: can it compute if it tries?
+    """Teacher-forced skill in true traces after `shows <think>`, 0 to 1: can the model compute if it tries?
 
-    The gate of base pretraining: below .9 reinforcement has little to reinforce. Both kinds of word count, since a model may
-    know every value that follows from an operation and still not copy the right operation from the question.
+    The lowest of three accuracies, since a chain is as strong as its weakest link: the start digit, copied from the question
+    (judged among the digits, a thought may also begin otherwise); the operations, copied; the values, computed. The gate of
+    base pretraining: a base that cannot do one of them has no right thought to reinforce, in some problems or in all.
     """
     import torch
 
-    right = total = 0
+    right = {"start": 0, "operation": 0, "value": 0}
+    asked = dict.fromkeys(right, 0)
     device = next(model.parameters()).device
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids([str(d) for d in range(10)]), device=device)
     with torch.no_grad():
         for problem in problems(count, seed, range(depths[0], depths[1] + 1), "skill"):
             head, trace = [*problem.question(), "shows", OPEN], problem.trace()
             ids = torch.tensor([tokenizer.convert_tokens_to_ids(head + trace)], device=device)
-            said = model(input_ids=ids).logits[0, :-1].argmax(-1)
-            asked = [len(head) + 3 * i + j for i in range(problem.depth) for j in (2, 3)]  # operation and value of each step
-            right += sum(int(said[at - 1] == ids[0, at]) for at in asked)
-            total += len(asked)
-    return right / total
+            logits = model(input_ids=ids).logits[0]
+            said = logits.argmax(-1)
+            said[len(head) - 1] = digits[logits[len(head) - 1, digits].argmax()]
+            kinds = ["start", *("name", "operation", "value") * problem.depth]
+            for at, kind in enumerate(kinds, len(head)):
+                if kind in right:
+                    asked[kind] += 1
+                    right[kind] += int(said[at - 1] == ids[0, at])
+    return min(right[kind] / asked[kind] for kind in right)
