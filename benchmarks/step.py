@@ -36,7 +36,7 @@ def measure(steps: int) -> dict[str, float | int | str]:
     from rlpretrain.config_io import build
     from rlpretrain.corpora import dial
     from rlpretrain.loop import train
-    from rlpretrain.pretrainer import Run
+    from rlpretrain.run import Run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

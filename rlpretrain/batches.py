@@ -16,6 +16,7 @@ from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.engine import Engine
+from rollout.store import Store, StoreError
 from rollout.types import Group, Position
 
 PATIENCE = 10_000
@@ -73,6 +74,11 @@ class BatchSource:
         chosen, self._spare = chosen[:n], chosen[n:] + self._spare
         return chosen
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.stream.epoch
+
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
         spare = [(d.id, d.token_ids, d.source, p.index, s) for d, p, s in self._spare]
@@ -93,6 +99,37 @@ class BatchSource:
             self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size]), seed))
         if self.ntp_stream is not None:
             self.ntp_stream.load_state_dict(state["ntp_stream"])
+
+
+class ReplaySource:
+    """The batches of a store, step by step; in place of a BatchSource."""
+
+    epoch, without = 0, 0
+
+    def __init__(self, store: Store):
+        self.store, self.steps, self.done = store, store.steps(), 0
+        missing = next((i for i, step in enumerate(self.steps, 1) if i != step), 1)
+        self.facts = self._read(missing)[2]
+
+    def take(self, n: int) -> Batch:
+        """The groups and documents of the next step, however many there are."""
+        self.done += 1
+        groups, documents, _ = self._read(self.done)
+        return Batch(tuple(groups), tuple(Document(*d) for d in documents))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a cursor that `state_dict` gave."""
+        self.done = state["done"]
+
+    def _read(self, step: int) -> Any:
+        try:
+            return self.store.read(step)
+        except StoreError as error:
+            raise ConfigError(f"replay: {error}") from error
 
 
 def roll_out(objective: Objective, engine: Any, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:

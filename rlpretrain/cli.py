@@ -1,4 +1,4 @@
-"""`rlpretrain`: train, eval, corpus, doctor, metrics."""
+"""`rlpretrain`: train, rollout, eval, corpus, doctor, metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a ConfigError ends with its message and exit code 2, a run that diverged with 1, without traceback."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command is not train:
+    if rest and args.command not in (train, rollout):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return args.command(args, rest) or 0
@@ -38,6 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
     p.add_argument("--fields", action="store_true", help="list every field with default and meaning")
     p.set_defaults(command=train)
+
+    p.add_argument("--replay", help="folder of kept rollouts to train on; nothing is sampled")
+
+    p = commands.add_parser("rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False)
+    p.add_argument("config", help="YAML file; --section.field value as in train")
+    p.set_defaults(command=rollout)
 
     p = commands.add_parser("eval", help="what thinking is worth on held-out text")
     p.add_argument("model", help="hub id or folder")
@@ -86,12 +92,13 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if not args.config:
         raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
-    config = c.load(args.config, rest)
+    config = c.load(args.config, [*rest, *(["--replay", args.replay] if args.replay else [])])
     if args.dry_run:
         from rlpretrain.dry_run import dry_run
 
         return dry_run(config, Path(args.config).parent)
-    from rlpretrain.pretrainer import Diverged, Pretrainer
+    from rlpretrain.pretrainer import Pretrainer
+    from rlpretrain.run import Diverged
 
     try:
         result = Pretrainer(config).train(resume=args.resume)
@@ -99,6 +106,15 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    return 0
+
+
+def rollout(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain rollout CONFIG.yaml [--field value ...]`."""
+    from rlpretrain import config_io as c
+    from rlpretrain.pretrainer import Pretrainer
+
+    print(json.dumps(Pretrainer(c.load(args.config, rest)).rollout()))
     return 0
 
 

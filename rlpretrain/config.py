@@ -102,10 +102,26 @@ class SamplingConfig:
 class EngineConfig:
     """What samples the thoughts."""
 
-    name: Literal["hf"] = "hf"
-    """hf: transformers inside the training process, sharing its weights."""
+    name: Literal["hf", "vllm_local"] = "hf"
+    """hf: transformers inside the training process, sharing its weights. vllm_local: vLLM inside the training process."""
     batch_size: Count = 256
-    """Most rows decoded at once."""
+    """Most thoughts decoded at once."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """vLLM's precision; the model's by default."""
+    max_model_len: Count | None = None
+    """vLLM's longest context plus thought in tokens; by default documents, thoughts and template together."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = 0.5
+    """vLLM's key-value cache in GiB; null on a GPU leaves it to gpu_memory_utilization."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the device that vLLM may take where kv_cache_gib is null."""
+    block_size: Count | None = None
+    """Tokens per block of vLLM's prefix cache; its own choice on a GPU, 32 on a CPU."""
+    sleep: bool = False
+    """Let vLLM give its device memory back while the model trains (GPU)."""
+    probe_tolerance: Amount | None = None
+    """Largest difference in nats between engine and trainer on the probe after a sync; by default .001, in half precision .1."""
+    options: dict[str, Any] = _field(default_factory=dict)
+    """Further arguments of vllm.LLM, as they are."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -270,6 +286,10 @@ class PretrainConfig:
     """Steps between console lines."""
     console: bool = True
     """Progress bar and thought tables on the console."""
+    save_rollouts: bool = False
+    """Keep every step's groups and documents as parquet under output_dir/rollouts."""
+    replay: str | None = None
+    """Folder of kept rollouts to train on; nothing is sampled. `max_steps` is at most the number of steps it holds."""
     push_to_hub: str | None = None
     """Hub id for the final model."""
 

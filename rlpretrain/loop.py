@@ -41,7 +41,7 @@ def rewards_of(objective: Any, micro: MicroBatch, scores: Scores) -> Tensor:
 
 
 def train(run: Any) -> None:
-    """Train until the run says stop. `run` is rlpretrain.pretrainer.Run."""
+    """Train until the run says stop. `run` is rlpretrain.run.Run."""
     config, objective, policy = run.config.loss, run.objective, run.policy
     ntp_coef = config.ntp_coef if objective.has_positions else 1.0
     for step in run.remaining_steps():

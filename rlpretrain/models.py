@@ -18,7 +18,7 @@ from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.scoring import check_head
 
-__all__ = ["check_head", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model"]
+__all__ = ["check_head", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model", "save_start"]
 
 CARD = """---
 library_name: transformers
@@ -125,6 +125,17 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
     tokenizer.save_pretrained(work)
     if path.exists():
         shutil.rmtree(path)
+    work.replace(path)
+
+
+def save_start(model: Any, tokenizer: Any, path: Path) -> None:
+    """Write a model that is not (or no longer) what its path holds, for an engine that loads from disk."""
+    work = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    with _no_bars():
+        model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    shutil.rmtree(path, ignore_errors=True)
     work.replace(path)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rollout import draws
+from rollout.engine import check_request, ending
 from rollout.rows import Path, Reader, Rows, sampling_mode
-from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
+from rollout.types import Prompt, SamplingParams, Thought, WeightSource
 from rollout.weights import copy_weights
 
 
@@ -71,7 +72,10 @@ class HFEngine:
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
-        self._check(prompts, params, n, seeds)
+        config = self.model.config.get_text_config(decoder=True)
+        check_request(prompts, params, n, seeds, vocabulary=getattr(config, "vocab_size", None) or math.inf,
+                      most=getattr(config, "max_position_embeddings", None) or math.inf,
+                      strings=self.tokenizer is not None)  # fmt: skip
         results: list[list[Thought]] = [[] for _ in prompts]
         with sampling_mode(self.model):
             if prompts and self._reader is None:
@@ -108,33 +112,6 @@ class HFEngine:
         """Let go of the model; calling it twice is harmless."""
         self.model = self._reader = None
         self._closed = True
-
-    def _check(self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]) -> None:
-        """Refuse what cannot be sampled, saying which prompt and why."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"one seed a prompt: got {len(prompts)} prompts and {len(seeds)} seeds")
-        config = self.model.config.get_text_config(decoder=True)
-        vocabulary = getattr(config, "vocab_size", None) or math.inf
-        most = getattr(config, "max_position_embeddings", None) or math.inf
-        for i, prompt in enumerate(prompts):
-            length = len(prompt.token_ids)
-            if length == 0:
-                raise ValueError(f"prompt {i} is empty: a thought needs at least one token before it")
-            if length + params.max_thought_tokens > most:
-                raise ValueError(
-                    f"prompt {i} has {length} tokens, and with {params.max_thought_tokens} of thought that is over "
-                    f"the model's {most} positions: shorten the context or max_thought_tokens"
-                )
-            for name, ids in (("", prompt.token_ids), ("stop ", prompt.stop_ids), ("eos ", params.eos_ids)):
-                wrong = [token for token in ids if not 0 <= token < vocabulary]
-                if wrong:
-                    raise ValueError(
-                        f"prompt {i}: {name}id {wrong[0]} is outside the model's vocabulary of {vocabulary}"
-                    )
-            if prompt.stop_strings and self.tokenizer is None:
-                raise ValueError(f"prompt {i} has stop strings: HFEngine needs a tokenizer to find them")
 
     def _batches(self, prompts: Sequence[Prompt], n: int) -> Iterator[tuple[list[int], range]]:
         """(prompts, thought indices) to decode together: neighbours in length, at most `batch_size` rows.
@@ -212,13 +189,9 @@ class HFEngine:
         text_end: int | None,
     ) -> Thought:
         """Cut a row where its thought ended, and say why it did."""
-        end, reason = len(ids), FinishReason.LENGTH
-        for step, token in enumerate(ids):
-            if token in prompt.stop_ids or step == text_end or token in params.eos_ids:
-                end = step + 1
-                closed = token in prompt.stop_ids or step == text_end
-                reason = FinishReason.CLOSE if closed else FinishReason.EOS
-                break
+        ends = (*prompt.stop_ids, *params.eos_ids)
+        end = next((step + 1 for step, token in enumerate(ids) if token in ends or step == text_end), len(ids))
+        reason = ending(ids[:end], prompt, params, text_end == end - 1)
         if not all(map(math.isfinite, logps[:end])):
             raise RuntimeError(
                 f"the model gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} tokens "

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlpretrain import Pretrainer
 from rlpretrain.config_io import build
 from rlpretrain.loop import train
-from rlpretrain.pretrainer import Run
+from rlpretrain.run import Run
 
 ROOT = Path(__file__).parents[1]
 

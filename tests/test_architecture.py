@@ -43,9 +43,9 @@ LAYERS = [
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},
-    {"policy", "baseline", "models", "batches", "checkpoint", "memory"},
-    {"loop", "evaluate"},
-    {"pretrainer", "trl", "report", "compare"},
+    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
+    {"loop", "evaluate", "engines"},
+    {"run", "pretrainer", "trl", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},
 ]
 

@@ -16,13 +16,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlpretrain import Pretrainer, batches, checkpoint, cli, pretrainer
+from rlpretrain import Pretrainer, batches, checkpoint, cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
 from rlpretrain.corpora import dial
 from rlpretrain.loop import train
-from rlpretrain.pretrainer import Run
 from rlpretrain.ranks import Ranks
+from rlpretrain.run import Run
 from tests.helpers import merged, same, trained
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -112,7 +112,7 @@ def test_a_stream_needs_max_steps(values):
 
 
 def test_positions_that_do_not_divide_over_ranks(values, monkeypatch):
-    monkeypatch.setattr(pretrainer, "join", lambda device: Ranks(0, 3))
+    monkeypatch.setattr("rlpretrain.run.join", lambda device: Ranks(0, 3))
     with pytest.raises(ConfigError, match="positions_per_step 4 does not divide over 3 ranks"):
         start(values)
 

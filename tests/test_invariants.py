@@ -14,7 +14,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.loop import judge
 from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.packing import count
-from rlpretrain.pretrainer import Run
+from rlpretrain.run import Run
 from rlpretrain.types import Batch, Scores
 from rollout.types import FinishReason
 from tests.helpers import merged, one_step, same, trained

@@ -16,8 +16,8 @@ from rlpretrain.config_io import build
 from rlpretrain.console import Console, thought_table
 from rlpretrain.loop import train
 from rlpretrain.metrics import METRICS, StepMetrics, Trackers
-from rlpretrain.pretrainer import Run
 from rlpretrain.ranks import Ranks
+from rlpretrain.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import merged
 

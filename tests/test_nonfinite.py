@@ -15,7 +15,7 @@ from rlpretrain import cli
 from rlpretrain.config_io import build
 from rlpretrain.loop import train
 from rlpretrain.packing import Layout, count, pack
-from rlpretrain.pretrainer import Diverged, Run
+from rlpretrain.run import Diverged, Run
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import launch, merged, same, weights

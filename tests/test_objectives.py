@@ -14,7 +14,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
 from rlpretrain.loop import judge, train
 from rlpretrain.objectives import available, parse_section
-from rlpretrain.pretrainer import Run
+from rlpretrain.run import Run
 from tests.helpers import merged, same, trained, weights
 from tests.tiny import tiny_model
 

@@ -52,7 +52,7 @@ def test_torch_bf16_keeps_a_float32_copy(values, tmp_path):
     run = merged(values, optim__lr=1e-5, max_steps=3)
     run["model"] = {"path": run["model"], "dtype": "bfloat16"}
     from rlpretrain.loop import train
-    from rlpretrain.pretrainer import Run
+    from rlpretrain.run import Run
 
     held = Run(build(merged(run, output_dir=str(tmp_path / "r"))), None)
     before = [m.detach().clone() for _, m in held.policy.masters]

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlpretrain import Pretrainer
 from rlpretrain.config_io import build
 from rlpretrain.loop import train
-from rlpretrain.pretrainer import Run
+from rlpretrain.run import Run
 from tests.test_nonfinite import poison
 
 faulthandler.dump_traceback_later(100, exit=True)  # a hang shows where, and ends

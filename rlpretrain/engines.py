@@ -1,0 +1,101 @@
+"""From a configuration to the engine that samples its thoughts, and the probe that watches its weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.models import save_start
+from rlpretrain.objectives import Objective
+from rlpretrain.packing import Layout, count, pack
+from rlpretrain.ranks import Ranks
+from rlpretrain.types import Batch, Document
+from rollout.engine import Engine
+from rollout.hf import HFEngine
+from rollout.types import Group, Position
+from rollout.weights import Probe
+
+ROOM = 16
+"""Tokens that a context may be longer than the document's part of it, its template aside: tags, beginning of text."""
+
+
+def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, objective: Objective, ranks: Ranks, *,
+                shares: bool, start: Path | None = None) -> Engine:  # fmt: skip
+    """The engine that `engine.name` names, with the run's starting weights.
+
+    `shares`: the hf engine may read the model's own parameters. `start`: where an engine that loads from disk finds weights
+    and tokenizer; the model's own path by default. Raises ConfigError or ImportError for what cannot work.
+    """
+    e = config.engine
+    if e.name == "hf":
+        return HFEngine(model, tokenizer=tokenizer, shares_weights=shares, batch_size=e.batch_size)
+    if ranks.size > 1:
+        raise ConfigError(f"engine vllm_local trains on one rank, not {ranks.size}: use engine hf there")
+    from rollout.vllm_local import VLLMEngine
+
+    where: dict[str, Any] = {"model": config.model.path, "tokenizer": config.model.tokenizer or config.model.path,
+                             "revision": config.model.revision}  # fmt: skip
+    if start:
+        where = {"model": start, "tokenizer": start}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return VLLMEngine(
+        **where, dtype=e.dtype or config.model.dtype, max_model_len=e.max_model_len or longest(config, objective, positions),
+        max_num_seqs=e.batch_size, kv_cache_gib=e.kv_cache_gib, gpu_memory_utilization=e.gpu_memory_utilization,
+        block_size=e.block_size, seed=config.seed, trust_remote_code=config.model.trust_remote_code, options=e.options,
+    )  # fmt: skip
+
+
+def write_start(config: PretrainConfig, model: nn.Module, tokenizer: Any, ranks: Ranks, changed: bool) -> Path | None:
+    """`output_dir`/start with the starting model, where an engine needs it: it loads from disk, and the model is not (`changed`:
+    tags were added, or the weights are from scratch) what its path holds. All ranks call it, before anything shards the model.
+    """
+    if config.engine.name == "hf" or not changed:
+        return None
+    start = Path(config.output_dir) / "start"
+    if ranks.first:
+        save_start(model, tokenizer, start)
+    ranks.barrier()
+    return start
+
+
+def longest(config: PretrainConfig, objective: Objective, positions: int | None) -> int:
+    """The longest context plus thought of a run, but room for the probe, and not over the model's positions."""
+    template = objective.config.template
+    words = 0 if template == "raw" else len(objective.prompt(Position("", 1, (0,), (0,))).token_ids)
+    wanted = max(config.data.max_length + words + config.sampling.max_thought_tokens + ROOM, 512)
+    return min(wanted, positions or wanted)
+
+
+class SyncProbe:
+    """After each sync a few tokens of the engine, scored by the policy; see `rollout.weights.Probe`.
+
+    Engines that read the trainer's own weights need none. `seconds` and `difference` are those of the last one.
+    """
+
+    def __init__(self, config: PretrainConfig, engine: Any, policy: Any, vocabulary: int):
+        half = (config.engine.dtype or config.model.dtype) != "float32" or config.model.dtype != "float32"
+        tolerance = config.engine.probe_tolerance
+        self.engine, self.policy = engine, policy
+        self.probe = Probe(vocabulary, engine.block_size, engine.max_model_len, temperature=config.sampling.temperature or 1.0,
+                           tolerance=tolerance if tolerance is not None else 0.1 if half else 1e-3)  # fmt: skip
+        self.seconds, self.difference = 0.0, 0.0
+
+    @torch.no_grad()
+    def __call__(self, version: int) -> None:
+        """Raises StaleWeights where engine and policy differ."""
+        begin = time.perf_counter()
+        thought = asyncio.run(self.probe.ask(self.engine))
+        ids = self.probe.prompt.token_ids
+        group = Group("probe", Position("probe", len(ids), ids, (ids[0],)), self.probe.prompt, (thought,), version)
+        batch = Batch((group,), (Document("probe", (*ids, ids[0])),))
+        layout = Layout(1, cut="force_close")
+        (micro,) = pack(batch, layout, count(batch, layout.cut))
+        logps = self.policy.score(micro).thought_logps[0, 0, : len(thought.token_ids)].tolist()
+        self.difference = asyncio.run(self.probe.verify(self.engine, thought, logps, version))
+        self.seconds = time.perf_counter() - begin

