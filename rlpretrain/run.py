@@ -100,7 +100,7 @@ class Run:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
-        dropped = stream.dropped if stream else 0
+        dropped = stream.dropped if stream is not None else 0
         self.console.say(f"{dropped} documents shorter than {shortest} tokens left out" if dropped else None)
         self.console.say(f"resumed from {start}" if start else f"no checkpoint in {self.folder} yet" if resume else None)
         self.trackers = (
