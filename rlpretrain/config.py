@@ -102,8 +102,8 @@ class SamplingConfig:
 class EngineConfig:
     """What samples the thoughts."""
 
-    name: Literal["hf", "vllm_local"] = "hf"
-    """hf: transformers inside the training process, sharing its weights. vllm_local: vLLM inside the training process."""
+    name: Literal["hf", "vllm_local", "vllm_server"] = "hf"
+    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server: servers at `urls`."""
     batch_size: Count = 256
     """Most thoughts decoded at once."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -121,7 +121,19 @@ class EngineConfig:
     probe_tolerance: Amount | None = None
     """Largest difference in nats between engine and trainer on the probe after a sync; by default .001, in half precision .1."""
     options: dict[str, Any] = _field(default_factory=dict)
-    """Further arguments of vllm.LLM, as they are."""
+    """Further arguments of vllm.LLM, as they are (vllm_local)."""
+    urls: tuple[str, ...] = ()
+    """The servers of vllm_server, as http://host:port."""
+    weights_dir: str | None = None
+    """Folder, shared with the servers, that weights pass through; output_dir/weights by default."""
+    token_file: str | None = None
+    """File with the servers' API key."""
+    concurrency: Count = 64
+    """Most prompts in flight at a server."""
+    request_timeout: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds to wait for one answer of a server."""
+    deadline: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without any server that works after which a run stops."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -35,8 +35,10 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
     e = config.engine
     if e.name == "hf":
         return HFEngine(model, tokenizer=tokenizer, shares_weights=shares, batch_size=e.batch_size)
+    if e.name == "vllm_server":
+        return _servers(config, start, ranks)
     if ranks.size > 1:
-        raise ConfigError(f"engine vllm_local trains on one rank, not {ranks.size}: use engine hf there")
+        raise ConfigError(f"engine vllm_local trains on one rank, not {ranks.size}: use vllm_server, or hf")
     from rollout.vllm_local import VLLMEngine
 
     where: dict[str, Any] = {"model": config.model.path, "tokenizer": config.model.tokenizer or config.model.path,
@@ -48,6 +50,25 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
         **where, dtype=e.dtype or config.model.dtype, max_model_len=e.max_model_len or longest(config, objective, positions),
         max_num_seqs=e.batch_size, kv_cache_gib=e.kv_cache_gib, gpu_memory_utilization=e.gpu_memory_utilization,
         block_size=e.block_size, seed=config.seed, trust_remote_code=config.model.trust_remote_code, options=e.options,
+    )  # fmt: skip
+
+
+def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine:
+    """The client of vLLM servers; rank 0 hands them the weights."""
+    from rollout.vllm_server import VLLMServerEngine
+
+    e, m = config.engine, config.model
+    if not e.urls:
+        raise ConfigError("engine vllm_server needs engine.urls, the addresses of the servers")
+    try:
+        token = Path(e.token_file).read_text().strip() if e.token_file else None
+    except OSError as error:
+        raise ConfigError(f"engine.token_file {e.token_file}: {error}") from None
+    where = {"model": start} if start else {"model": m.path, "revision": m.revision}
+    folder = Path(e.weights_dir) if e.weights_dir else Path(config.output_dir) / "weights"
+    return VLLMServerEngine(
+        e.urls, **where, weights_dir=folder, trust_remote_code=m.trust_remote_code, token=token, concurrency=e.concurrency,
+        request_timeout=e.request_timeout, deadline=e.deadline, block_size=e.block_size, lead=ranks.first, barrier=ranks.barrier,
     )  # fmt: skip
 
 

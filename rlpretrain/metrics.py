@@ -58,6 +58,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "perf/rollout_s": ("of it, sampling thoughts", ""),
     "perf/train_s": ("of it, scoring and updating", ""),
     "perf/sync_s": ("of it, handing weights to the engine", "near 0 embedded"),
+    "perf/weight_sync_*": ("of the sync, with engines elsewhere: gather, write, drain, load", "small beside the step"),
     "perf/probe_s": ("seconds of the probe after the sync, where the engine has weights of its own", "below 2% of the step"),
     "sampling/probe_difference": ("largest difference in nats between engine and trainer on the probe", "below the tolerance"),
     "batch/padding_frac": ("padding in the micro-batches", "below .5"),

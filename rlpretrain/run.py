@@ -96,7 +96,8 @@ class Run:
         vocabulary = len(self.tokenizer)
         probed = not isinstance(self.engine, HFEngine | Recorded)
         self.probe = SyncProbe(config, self.engine, self.policy, vocabulary) if probed else None
-        if self.probe:
+        if self.probe:  # servers may hold other weights than the checkpoint's
+            self.engine.sync(self.policy.weights, self.step)
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
@@ -189,6 +190,7 @@ class Run:
         if self.probe:
             self.probe(version)
             self.note(**{"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference})
+            self.note(**getattr(self.engine, "timings", {}))
 
     def finish(self, step: int, batch: Batch) -> None:
         """Log, evaluate, checkpoint, and decide whether to go on."""

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from rollout import draws
 from rollout.engine import check_request, ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
 from rollout.weights import complete, parameter_names
@@ -83,8 +82,8 @@ class VLLMEngine:
     ) -> list[list[Thought]]:
         """Draw `n` thoughts for each prompt; see `Engine.sample`.
 
-        Thought k of prompt i is a request of its own with the seed `draws.thought_seed(seeds[i], k)`; its tokens are vLLM's
-        draws, which are not those of other kinds of engine. Raises ValueError for what cannot be sampled, RuntimeError for
+        Thought k of prompt i is drawn with the seed `seeds[i] + k`, which is vLLM's own rule; the tokens are vLLM's draws, not
+        those of other kinds of engine. Raises ValueError for what cannot be sampled, RuntimeError for
         NaN log-probabilities or a closed engine.
         """
         return await asyncio.to_thread(self._sample, list(prompts), params, n, list(seeds))
@@ -99,29 +98,29 @@ class VLLMEngine:
                 return []
             from vllm.inputs import TokensPrompt
 
-            owners = [prompt for prompt in prompts for _ in range(n)]
-            drawn = [draws.thought_seed(seed, k) for seed in seeds for k in range(n)]
             outputs = self.llm.generate(
-                [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in owners],
-                [self._request(prompt, params, seed) for prompt, seed in zip(owners, drawn, strict=True)],
+                [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in prompts],
+                [self._request(prompt, params, n, seed) for prompt, seed in zip(prompts, seeds, strict=True)],
                 use_tqdm=False,
             )
-            thoughts = [self._thought(*row, params) for row in zip(owners, drawn, outputs, strict=True)]
+            groups = [
+                [self._thought(prompt, seed + said.index, said, params) for said in sorted(output.outputs, key=lambda o: o.index)]
+                for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
+            ]
             self._counts["prompts"] += len(prompts)
-            self._counts["thoughts"] += len(thoughts)
-            self._counts["tokens"] += sum(len(t.token_ids) for t in thoughts)
+            self._counts["thoughts"] += n * len(prompts)
+            self._counts["tokens"] += sum(len(t.token_ids) for group in groups for t in group)
             self._counts["cached_tokens"] += sum(o.num_cached_tokens or 0 for o in outputs)
-            return [thoughts[i : i + n] for i in range(0, len(thoughts), n)]
+            return groups
 
-    def _request(self, prompt: Prompt, params: SamplingParams, seed: int) -> Any:
+    def _request(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> Any:
         return self._vllm.SamplingParams(
-            max_tokens=params.max_thought_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            n=n, max_tokens=params.max_thought_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
             seed=seed, logprobs=0, ignore_eos=True, stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
             stop=list(prompt.stop_strings), detokenize=bool(prompt.stop_strings),
         )  # fmt: skip
 
-    def _thought(self, prompt: Prompt, seed: int, output: Any, params: SamplingParams) -> Thought:
-        said = output.outputs[0]
+    def _thought(self, prompt: Prompt, seed: int, said: Any, params: SamplingParams) -> Thought:
         ids = tuple(said.token_ids)
         logps = tuple(float(at[token].logprob) for token, at in zip(ids, said.logprobs, strict=True))
         if not all(map(math.isfinite, logps)):

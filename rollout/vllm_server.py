@@ -1,0 +1,412 @@
+"""Client of one or several vLLM servers, over vLLM's own routes: a stock server is enough.
+
+Start each with
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm \
+        --dtype float32 --max-num-seqs 256
+
+(on a machine with the CPU build: `python -m vllm.entrypoints.openai.api_server --model MODEL ...`). The dev mode opens the
+routes that weights need; keep such a server on a private network. Weights travel as safetensors through `weights_dir`, a
+folder that trainer and servers share (shared memory on one machine).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rollout.engine import check_request, ending
+from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
+from rollout.weights import complete, parameter_names
+
+INSTALL = 'pip install "rlpretrain[server]"'
+SUPPORTED = ((0, 30), (0, 33))
+"""vLLM versions whose routes this file was written for: from, and below."""
+
+
+class EngineUnavailable(RuntimeError):
+    """No server answered within the deadline; the message says what each of them said last."""
+
+
+@dataclass
+class Server:
+    """What the client knows of one server."""
+
+    url: str
+    in_flight: int = 0
+    alive: bool = True
+    last_error: str = ""
+    failures: int = 0
+    client: Any = field(default=None, repr=False)
+
+
+class VLLMServerEngine:
+    """Samples from vLLM servers: least loaded first, at most `concurrency` prompts in flight each.
+
+    `model` is the folder or hub id of the checkpoint that the servers run (its configuration tells which weights there are),
+    `weights_dir` the folder that weights pass through, as trainer and servers see it. A request that fails is tried elsewhere
+    with back-off; a server that fails is left out, asked for its health every `patience` seconds, and taken back with the
+    present weights. `request_timeout` is for one answer; after `deadline` seconds without any server that works, `sample` raises
+    EngineUnavailable. `lead` is false on the ranks that leave weights to rank 0; `barrier` lets them wait for it.
+
+    All calls run on one event loop in a thread of its own, so any thread and any loop may `sample`.
+    """
+
+    shares_weights = False
+
+    def __init__(self, urls: Sequence[str], *, model: str | Path, weights_dir: str | Path, revision: str | None = None,
+                 trust_remote_code: bool = False, token: str | None = None, concurrency: int = 64, request_timeout: float = 120.0,
+                 deadline: float = 300.0, patience: float = 1.0, version: int = 0, block_size: int | None = None,
+                 lead: bool = True, barrier: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+        try:
+            import httpx
+        except ImportError as error:
+            raise ImportError(f"engine vllm_server needs httpx: {INSTALL}") from error
+        if not urls:
+            raise ValueError("engine vllm_server needs the URL of at least one server")
+        self._httpx, self.version = httpx, version
+        self.weights_dir, self.concurrency, self.deadline, self.patience = Path(weights_dir), concurrency, deadline, patience
+        self.request_timeout, self.lead, self.barrier = request_timeout, lead, barrier
+        self.block_size = block_size or 128  # the largest that servers choose by themselves
+        self.timings: dict[str, float] = {}
+        self.counts: Counter[str] = Counter()
+        self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
+        self._file: Path | None = None
+        self._synced = False
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.servers = [Server(url.rstrip("/")) for url in urls]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self._run(self._start(headers), deadline + request_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    # what every engine does
+
+    async def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
+    ) -> list[list[Thought]]:
+        """Draw `n` thoughts for each prompt, a request a prompt; see `Engine.sample`.
+
+        Thought k of prompt i is drawn with the seed `seeds[i] + k`, so it does not matter which server answers. A prompt that
+        servers keep failing on gives thoughts that end in ABORT, which are never trained. Raises ValueError for what a server
+        refuses, EngineUnavailable when none works.
+        """
+        if self._closed:
+            raise RuntimeError("this engine is closed")
+        check_request(prompts, params, n, seeds, vocabulary=math.inf, most=self.max_model_len, strings=True)
+        work = asyncio.run_coroutine_threadsafe(self._sample(list(prompts), params, n, list(seeds)), self._loop)
+        return await asyncio.wrap_future(work)
+
+    def sync(self, weights: WeightSource, version: int) -> None:
+        """Write the weights to `weights_dir` and let every server load them, with requests drained and caches emptied.
+
+        On several ranks all call it; the first one writes and tells the servers. A server that does not manage is left out
+        until it does. Raises ValueError if parameters are missing, EngineUnavailable if no server took the weights.
+        """
+        if self._closed:
+            raise RuntimeError("this engine is closed")
+        begin = time.perf_counter()
+        state = {name: tensor.detach().to("cpu", copy=True).contiguous() if self.lead else None for name, tensor in weights()}
+        self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
+        if self.lead:
+            begin = time.perf_counter()
+            self._write(complete(state, self._names), version)  # type: ignore[arg-type]
+            self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
+        self._run(self._sync(version), self.deadline + 2 * self.request_timeout)
+        self.barrier()
+
+    def reset_prefix_cache(self) -> None:
+        """Let every server forget the contexts it read."""
+        self._run(self._everywhere("POST", "/reset_prefix_cache"), self.request_timeout)
+
+    def health(self) -> dict[str, Any]:
+        """Kind, version, what is known of each server, counters since the start."""
+        names = ("url", "alive", "in_flight", "failures", "last_error")
+        known = [{name: getattr(server, name) for name in names} for server in self.servers]
+        return {"kind": "vllm_server", "version": self.version, "shares_weights": False, "closed": self._closed,
+                "max_model_len": getattr(self, "max_model_len", None), "servers": known, **self.counts}  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the connections; the servers go on. Calling it twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+
+        async def end() -> None:
+            for task in asyncio.all_tasks():
+                if task is not asyncio.current_task():
+                    task.cancel()
+            await asyncio.gather(*(s.client.aclose() for s in self.servers if s.client), return_exceptions=True)
+
+        self._run(end(), 10.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10.0)
+        if self.lead and self._file is not None:
+            shutil.rmtree(self._file.parent, ignore_errors=True)
+
+    # on the client's loop
+
+    def _run(self, work: Coroutine[Any, Any, Any], timeout: float) -> Any:
+        """Run on the client's loop and wait; nothing waits for ever."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            future.cancel()
+            said = self._last_words()
+            raise EngineUnavailable(f"no answer within {timeout:.0f} s from the vLLM servers ({said})") from None
+
+    def _last_words(self) -> str:
+        return "; ".join(f"{s.url}: {s.last_error or 'no error'}" for s in self.servers)
+
+    async def _start(self, headers: dict[str, str]) -> None:
+        self._slots = {s.url: asyncio.Semaphore(self.concurrency) for s in self.servers}
+        self._open = asyncio.Event()
+        self._open.set()
+        limits = self._httpx.Limits(max_connections=self.concurrency + 8)
+        for server in self.servers:
+            server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, timeout=self.request_timeout,
+                                                    limits=limits)  # fmt: skip
+        lengths = []
+        for server in self.servers:
+            await self._wait_for(server)
+            await self._check(server)
+            answer = (await server.client.get("/v1/models")).json()["data"][0]
+            self.model, length = answer["id"], answer["max_model_len"]
+            lengths.append(length)
+        self.max_model_len: int = min(lengths)
+        self._nurse = asyncio.ensure_future(self._take_back())
+
+    async def _wait_for(self, server: Server) -> None:
+        """Until a server that is starting answers."""
+        end = time.monotonic() + self.deadline
+        while True:
+            try:
+                if (await server.client.get("/health")).status_code == 200:
+                    return
+                server.last_error = "not healthy"
+            except self._httpx.TransportError as error:
+                server.last_error = repr(error)
+            if time.monotonic() > end:
+                raise EngineUnavailable(f"{server.url} did not answer within {self.deadline:.0f} s: {server.last_error}")
+            await asyncio.sleep(self.patience)
+
+    async def _check(self, server: Server) -> None:
+        """Refuse at the start what would fail at the first sync."""
+        answer = await server.client.get("/version")
+        said = answer.json().get("version", "") if answer.status_code == 200 else "unknown"
+        number = tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2])
+        if not SUPPORTED[0] <= number < SUPPORTED[1]:
+            low, high = (".".join(map(str, v)) for v in SUPPORTED)
+            raise EngineUnavailable(f"{server.url} runs vLLM {said}; its routes are known from {low} to below {high}")
+        if (await server.client.get("/is_paused")).status_code == 404:
+            raise EngineUnavailable(f"{server.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
+
+    async def _sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]) -> list[list[Thought]]:
+        groups: list[list[Thought]] = [[] for _ in prompts]
+        left, end = list(range(len(prompts))), time.monotonic() + self.deadline
+        while left:  # again for what came from a server that was restarted meanwhile, with other weights
+            await self._confirm()
+            work = [asyncio.ensure_future(self._prompt(prompts[i], params, n, seeds[i], end)) for i in left]
+            try:
+                answers = dict(zip(left, await asyncio.gather(*work), strict=True))
+            finally:
+                for task in work:
+                    task.cancel()
+            lost = await self._confirm()
+            for i, (thoughts, _) in answers.items():
+                groups[i] = thoughts
+            left = [i for i, (_, server) in answers.items() if server in lost]
+            self.counts["resampled_prompts"] += len(left)
+        self.counts.update(prompts=len(prompts), thoughts=n * len(prompts),
+                           tokens=sum(len(t.token_ids) for group in groups for t in group))  # fmt: skip
+        return groups
+
+    async def _confirm(self) -> list[Server]:
+        """Leave out, and return, the servers that work but no longer have the weights they were given: they were restarted."""
+        if not self._synced:
+            return []
+        lost = []
+        for server in [s for s in self.servers if s.alive]:
+            try:
+                if await self._has(server, self.version):
+                    continue
+                self._failed(server, "it was restarted, or another trainer gave it weights")
+            except self._httpx.TransportError as error:
+                self._failed(server, repr(error))
+            lost.append(server)
+        return lost
+
+    async def _prompt(self, prompt: Prompt, params: SamplingParams, n: int, seed: int,
+                      end: float) -> tuple[list[Thought], Server | None]:  # fmt: skip
+        """One prompt's thoughts, from whichever server manages first, and that server."""
+        request = {
+            "model": self.model, "prompt": list(prompt.token_ids), "n": n, "seed": seed, "max_tokens": params.max_thought_tokens,
+            "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "logprobs": 0,
+            "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [*prompt.stop_ids, *params.eos_ids],
+            "stop": list(prompt.stop_strings), "skip_special_tokens": False,
+        }  # fmt: skip
+        refused = 0
+        while True:
+            await self._open.wait()  # closed while weights are loaded
+            server = await self._least_loaded(end)
+            async with self._slots[server.url]:
+                if not server.alive or not self._open.is_set():
+                    continue
+                server.in_flight += 1
+                version = self.version
+                try:
+                    answer = await server.client.post("/v1/completions", json=request)
+                    if answer.status_code == 200:
+                        said = sorted(answer.json()["choices"], key=lambda c: c["index"])
+                        if all(c["finish_reason"] != "abort" for c in said):
+                            return [self._thought(prompt, params, seed, version, c) for c in said], server
+                        server.last_error = "it aborted a request"
+                    elif answer.status_code < 500 and answer.status_code not in (408, 429):
+                        raise ValueError(f"{server.url} refused a prompt of {len(prompt.token_ids)} tokens: {answer.text[:300]}")
+                    elif answer.status_code == 429:
+                        server.last_error = "429: too many requests"
+                    else:
+                        refused += 1
+                        self._failed(server, f"{answer.status_code} {answer.text[:300]}")
+                except (self._httpx.TransportError, KeyError) as error:
+                    self._failed(server, repr(error))
+                finally:
+                    server.in_flight -= 1
+            self.counts["retries"] += 1
+            if time.monotonic() > end:
+                raise EngineUnavailable(f"a prompt had no answer within {self.deadline:.0f} s: {self._last_words()}")
+            await asyncio.sleep(self.patience / 10)
+            if refused >= 3 * len(self.servers):  # every server fails on this prompt while it answers others
+                self.counts["aborted_prompts"] += 1
+                return [Thought((), (), FinishReason.ABORT, self.version, seed + k) for k in range(n)], None
+
+    async def _least_loaded(self, end: float) -> Server:
+        while not (working := [s for s in self.servers if s.alive]):
+            if time.monotonic() > end:
+                raise EngineUnavailable(f"no vLLM server works, for {self.deadline:.0f} s ({self._last_words()})")
+            await asyncio.sleep(self.patience / 4)
+        return min(working, key=lambda s: s.in_flight)
+
+    def _thought(self, prompt: Prompt, params: SamplingParams, seed: int, version: int, choice: dict[str, Any]) -> Thought:
+        ids = tuple(choice["token_ids"])
+        logps = tuple(map(float, choice["logprobs"]["token_logprobs"]))
+        if len(ids) != len(logps) or not all(map(math.isfinite, logps)):
+            raise RuntimeError(f"a vLLM server gave {len(logps)} log-probs, some not finite, for {len(ids)} tokens")
+        by_string = isinstance(choice.get("stop_reason"), str)
+        return Thought(ids, logps, ending(ids, prompt, params, by_string), version, seed + choice["index"])
+
+    def _failed(self, server: Server, why: str) -> None:
+        """Leave a server out until it is healthy again."""
+        server.alive, server.last_error = False, why
+        server.failures += 1
+        self.counts["server_failures"] += 1
+
+    async def _take_back(self) -> None:
+        """Ask servers that are left out for their health, give them the present weights, and take them back."""
+        waits: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(self.patience)
+            for server in (s for s in self.servers if not s.alive):
+                wait = waits.get(server.url, 0.0)
+                if time.monotonic() < wait or not self._open.is_set():
+                    continue
+                waits[server.url] = time.monotonic() + min(30.0, self.patience * 2 ** min(server.failures, 5))
+                try:
+                    if (await server.client.get("/health", timeout=10.0)).status_code != 200:
+                        continue
+                    if self._synced and not await self._has(server, self.version):
+                        if not self.lead:
+                            continue  # rank 0 will give it the weights
+                        await self._load(server, self.version)
+                    server.alive = True
+                    waits.pop(server.url)
+                    self.counts["servers_taken_back"] += 1
+                except (self._httpx.HTTPError, EngineUnavailable) as error:
+                    server.last_error = repr(error)
+
+    # weights
+
+    def _write(self, state: dict[str, Any], version: int) -> None:
+        from safetensors.torch import save_file
+
+        folder, work = self.weights_dir / f"version-{version}", self.weights_dir / f".version-{version}.tmp"
+        for old in (folder, work):
+            shutil.rmtree(old, ignore_errors=True)
+        work.mkdir(parents=True)
+        seen: set[int] = set()
+        for name, tensor in state.items():  # the file format has no shared memory
+            if tensor.data_ptr() in seen:
+                state[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        save_file(state, work / "model.safetensors", metadata={"format": "pt"})
+        work.replace(folder)
+        if self._file is not None and self._file.parent != folder:
+            shutil.rmtree(self._file.parent, ignore_errors=True)
+        self._file = folder / "model.safetensors"
+
+    async def _sync(self, version: int) -> None:
+        begin = time.perf_counter()
+        self._open.clear()
+        try:
+            while any(s.in_flight for s in self.servers):
+                await asyncio.sleep(0.002)
+            self.timings["perf/weight_sync_drain_s"] = time.perf_counter() - begin
+            begin = time.perf_counter()
+            if self.lead:
+                await asyncio.gather(*(self._load_or_leave(s, version) for s in self.servers if s.alive))
+                if not any(s.alive for s in self.servers):
+                    raise EngineUnavailable(f"no vLLM server took the weights of version {version} ({self._last_words()})")
+            self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
+            self.version, self._synced = version, True
+        finally:
+            self._open.set()
+
+    async def _load_or_leave(self, server: Server, version: int) -> None:
+        try:
+            await self._load(server, version)
+        except (self._httpx.HTTPError, EngineUnavailable) as error:
+            self._failed(server, repr(error))
+
+    async def _load(self, server: Server, version: int) -> None:
+        """Pause, load, empty the caches, note the version, resume."""
+        assert self._file is not None
+        await self._ask(server, "/pause", params={"mode": "abort"})
+        try:
+            where = {"weights_path": str(self._file.parent.resolve())}
+            await self._ask(server, "/collective_rpc", json={"method": "reload_weights", "kwargs": where})
+            await self._ask(server, "/reset_prefix_cache")
+            await self._ask(server, "/update_weight_version", json={"new_version": self._mark(version)})
+        finally:
+            await self._ask(server, "/resume")
+
+    async def _has(self, server: Server, version: int) -> bool:
+        """Whether a server says that it has these weights."""
+        answer = await server.client.get("/weight_info")
+        return answer.status_code == 200 and answer.json().get("weight_version") == self._mark(version)
+
+    def _mark(self, version: int) -> str:
+        """Names weights across runs and restarts: two runs have a version 3."""
+        return f"{self.weights_dir.resolve()}@{version}"
+
+    async def _ask(self, server: Server, route: str, **what: Any) -> Any:
+        answer = await server.client.post(route, **what)
+        if answer.status_code != 200:
+            raise EngineUnavailable(f"{server.url}{route} answered {answer.status_code}: {answer.text[:300]}")
+        return answer
+
+    async def _everywhere(self, method: str, route: str) -> None:
+        await asyncio.gather(*(s.client.request(method, route) for s in self.servers if s.alive))

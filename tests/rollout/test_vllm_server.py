@@ -1,0 +1,196 @@
+"""The client of vLLM servers against a real one: the same log-probs as the trainer, and faults that lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rollout import FinishReason, HFEngine, Prompt, SamplingParams
+from rollout.weights import Probe, StaleWeights
+from tests.rollout.test_hf import prompts_of, sample, tokens
+from tests.servers import Proxy, VLLMServer, free_port
+from tests.tiny import tiny_model
+
+pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
+pytest.importorskip("httpx")
+from rollout.vllm_server import EngineUnavailable, VLLMServerEngine  # noqa: E402
+from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
+
+pytestmark = pytest.mark.slow
+PARAMS = SamplingParams(max_thought_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = tiny_model("qwen3", VOCABULARY, **SHAPE, tie_word_embeddings=True)
+    model.folder = Path(tmp_path_factory.mktemp("served"))
+    model.save_pretrained(model.folder)
+    from tests.tiny import word_tokenizer
+
+    word_tokenizer([f"w{i}" for i in range(VOCABULARY - 3)]).save_pretrained(model.folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory) -> Iterator[VLLMServer]:
+    server = VLLMServer(model.folder, tmp_path_factory.mktemp("log") / "server.log").start().ready()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def make(model, tmp_path):
+    """Engines for given URLs, closed at the end."""
+    made = []
+
+    def start(*urls: str, **settings) -> VLLMServerEngine:
+        settings = {"request_timeout": 10.0, "deadline": 15.0, "patience": 0.2, "block_size": 32} | settings
+        made.append(VLLMServerEngine(urls, model=model.folder, weights_dir=tmp_path / "weights", **settings))
+        made[-1].sync(weights_of(model), 0)
+        return made[-1]
+
+    yield start
+    for engine in made:
+        engine.close()
+
+
+def test_log_probs_are_the_trainers_before_and_after_every_update(make, model, server):
+    engine = make(server.url)
+    prompts = prompts_of([12, 3, 70, 70, 130])
+    assert worst(model, prompts, sample(engine, prompts)) <= 1e-4
+    probe = Probe(VOCABULARY, engine.block_size, engine.max_model_len)
+    assert probe.covers_cache and ask(probe, model, engine, 0) <= 1e-4
+    for version in (1, 2, 3):
+        move(model)
+        assert worst(model, prompts, sample(engine, prompts)) > 1e-2
+        engine.sync(weights_of(model, drop=("lm_head.weight",)), version)  # a tied head is filled in
+        groups = sample(engine, prompts)
+        assert worst(model, prompts, groups) <= 1e-4 and ask(probe, model, engine, version) <= 1e-4
+        assert {t.policy_version for group in groups for t in group} == {version}
+    assert [p.name for p in engine.weights_dir.iterdir()] == ["version-3"]
+    assert set(engine.timings) == {f"perf/weight_sync_{part}_s" for part in ("gather", "write", "drain", "load")}
+
+
+def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch):
+    engine = make(server.url)
+    probe = Probe(VOCABULARY, engine.block_size, engine.max_model_len)
+    ask(probe, model, engine, 0)
+    move(model)
+    ask_route = engine._ask
+
+    async def forgetful(server, route, **what):
+        return None if route == "/reset_prefix_cache" else await ask_route(server, route, **what)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_ask", forgetful)
+        engine.sync(weights_of(model), 1)
+    with pytest.raises(StaleWeights, match="its prefix cache kept contexts"):
+        ask(probe, model, engine, 1)
+    move(model)
+    with monkeypatch.context() as broken:
+        broken.setattr("rollout.vllm_server.complete", lambda state, names: {n: state[n] for n in state if n[:2] != "lm"})
+        engine.sync(weights_of(model), 2)
+    with pytest.raises(StaleWeights, match="a tensor did not arrive"):
+        ask(probe, model, engine, 2)
+
+
+def test_groups_are_the_same_whatever_the_concurrency_and_whoever_answers(make, server):
+    prompts = prompts_of([12, 3, 20, 9, 33, 5, 8])
+    second = Proxy(server.port)
+    try:
+        alone = sample(make(server.url, concurrency=1), prompts)
+        shared = make(server.url, second.url, concurrency=3)
+        assert tokens(sample(shared, prompts)) == tokens(alone)
+        again = asyncio.run(shared.sample([prompts[4]], PARAMS, 1, [alone[4][2].seed]))
+        assert again[0][0].token_ids == alone[4][2].token_ids
+    finally:
+        second.close()
+
+
+def test_greedy_thoughts_agree_with_the_transformers_engine(make, model, server):
+    prompts = prompts_of([12, 3, 20, 9, 33], stop_ids=tuple(range(3, 12)))
+    greedy = SamplingParams(max_thought_tokens=9, temperature=0.0, eos_ids=tuple(range(20, 30)))
+    theirs, ours = sample(make(server.url), prompts, greedy, n=1), sample(HFEngine(model), prompts, greedy, n=1)
+    assert tokens(theirs) == tokens(ours)
+    assert [g[0].finish_reason for g in theirs] == [g[0].finish_reason for g in ours]
+    texts = Prompt(prompts[0].token_ids, stop_ids=(), stop_strings=("w1",))
+    assert sample(make(server.url), [texts], SamplingParams(max_thought_tokens=200))[0][0].finish_reason == FinishReason.CLOSE
+
+
+@pytest.mark.parametrize("fault", ["refuse", "reset", "hang", "slow"])
+def test_one_bad_server_of_two_loses_nothing(make, server, fault):
+    prompts = prompts_of([12, 3, 20, 9, 33, 5, 8])
+    expected = tokens(sample(make(server.url), prompts))
+    bad = Proxy(server.port)
+    try:
+        engine = make(server.url, bad.url, request_timeout=2.0, concurrency=2)
+        bad.mode = fault
+        begin = time.monotonic()
+        assert tokens(sample(engine, prompts)) == expected
+        assert time.monotonic() - begin < 8
+        health = engine.health()
+        if fault == "slow":
+            assert health["server_failures"] == 0 and bad.hit
+        else:
+            assert health["server_failures"] >= 1 and health["servers"][1]["last_error"]
+            bad.mode = "pass"
+            wait_until(lambda: all(s["alive"] for s in engine.health()["servers"]))
+            assert engine.health()["servers_taken_back"] >= 1 and tokens(sample(engine, prompts)) == expected
+    finally:
+        bad.close()
+
+
+def wait_until(true, timeout: float = 20.0) -> None:
+    end = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+def test_a_server_that_was_killed_comes_back_with_the_present_weights(make, model, tmp_path):
+    """Killed while it answers: within the deadline a clear error; started again with the old checkpoint, it gets our weights."""
+    server = VLLMServer(model.folder, tmp_path / "server.log").start().ready()
+    try:
+        engine = make(server.url, deadline=4.0)
+        move(model)
+        engine.sync(weights_of(model), 1)
+        prompts = prompts_of([12, 3, 20])
+        expected = tokens(sample(engine, prompts))
+        server.kill()
+        begin = time.monotonic()
+        with pytest.raises(EngineUnavailable, match=f"no vLLM server works, for 4 s .*{server.url}"):
+            sample(engine, prompts)
+        assert time.monotonic() - begin < 10
+        server.start().ready()
+        wait_until(lambda: engine.health()["servers"][0]["alive"])
+        assert tokens(sample(engine, prompts)) == expected and worst(model, prompts, sample(engine, prompts)) <= 1e-4
+        server.kill()
+        server.start().ready()  # this time nobody asked it for anything while it was away
+        assert worst(model, prompts, sample(engine, prompts)) <= 1e-4
+        assert engine.health()["servers_taken_back"] == 2
+    finally:
+        server.kill()
+
+
+def test_what_a_server_refuses_is_the_callers_error(make, server):
+    engine = make(server.url)
+    with pytest.raises(ValueError, match=r"refused a prompt of 1 tokens: .*out of vocabulary"):
+        sample(engine, [Prompt((VOCABULARY + 5,), stop_ids=())])
+    with pytest.raises(ValueError, match="over the model's 512 positions"):
+        sample(engine, [Prompt((1,) * 510, stop_ids=())])
+    assert sample(engine, prompts_of([4]))
+
+
+def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, monkeypatch):
+    settings = {"model": model.folder, "weights_dir": tmp_path, "deadline": 1.0, "patience": 0.2}
+    with pytest.raises(EngineUnavailable, match=r"did not answer within 1 s: ConnectError"):
+        VLLMServerEngine([f"http://127.0.0.1:{free_port()}"], **settings)
+    monkeypatch.setattr("rollout.vllm_server.SUPPORTED", ((0, 1), (0, 2)))
+    with pytest.raises(EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+; its routes are known from 0.1 to below 0.2"):
+        VLLMServerEngine([server.url], **settings)
+    with pytest.raises(ValueError, match="needs the URL of at least one server"):
+        VLLMServerEngine([], **settings)

@@ -1,0 +1,107 @@
+"""A real vLLM server as a child process, and a proxy that breaks connections in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class VLLMServer:
+    """`vllm serve` on loopback with the flags of rollout/vllm_server.py."""
+
+    def __init__(self, model: Path, log: Path, port: int | None = None):
+        self.model, self.log, self.port = model, log, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> VLLMServer:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--host", "127.0.0.1",
+                   "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs",
+                   "32", "--kv-cache-memory-bytes", str(64 << 20), "--block-size", "32", "--logprobs-mode", "processed_logprobs",
+                   "--generation-config", "vllm"]  # fmt: skip
+        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return self
+
+    def ready(self, timeout: float = 180.0) -> VLLMServer:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            assert self.process is not None and self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                    return self
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-3000:])
+
+    def kill(self) -> None:
+        """Like the kernel's out-of-memory killer: the server and its engine process, at once."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+class Proxy:
+    """Passes TCP on to `target`; `mode` pass | refuse | reset (mid-answer) | hang (says nothing) | slow, for /v1/completions."""
+
+    def __init__(self, target: int):
+        self.target, self.mode, self.hit = target, "pass", 0
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", self.port), self.loop).result(10)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        state = {"completion": False}
+
+        async def up() -> None:
+            while data := await reader.read(65536):
+                if data.startswith(b"POST /v1/completions"):
+                    state["completion"] = True
+                    if self.mode == "refuse":
+                        break
+                elif data.startswith((b"POST ", b"GET ")):
+                    state["completion"] = False
+                up_writer.write(data)
+                await up_writer.drain()
+            up_writer.close()
+
+        async def down() -> None:
+            while data := await up_reader.read(65536):
+                if state["completion"] and self.mode != "pass":
+                    self.hit += 1
+                    if self.mode == "hang":
+                        await asyncio.sleep(3600)
+                    if self.mode == "reset":
+                        writer.write(data[: len(data) // 2])
+                        await writer.drain()
+                        break
+                    if self.mode == "slow":
+                        await asyncio.sleep(0.3)
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+        await asyncio.gather(up(), down(), return_exceptions=True)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
