@@ -101,9 +101,9 @@ def compare(model: Qwen3ForCausalLM, contexts: int, n: int, repeats: int) -> dic
 
 
 def main() -> None:
-    """Run the comparison and print it: a table, or with --json one JSON object and the table."""
+    """Run the comparison and print it: a table, or with --json one JSON object."""
     parser = argparse.ArgumentParser(description="The engine against batched model.generate.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object before the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--repeats", type=int, default=31)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -113,6 +113,7 @@ def main() -> None:
     if options.json:
         facts = {"benchmark": "engine", "threads": 1, "repeats": options.repeats, "torch": torch.__version__}
         print(json.dumps({**facts, "transformers": transformers.__version__, "results": results}))
+        return
     print(f"{'contexts x thoughts':>19} {'generate ms':>12} {'engine ms':>10} {'ratio':>7} {'asked':>6}   mean lengths")
     for name, r in results.items():
         print(
