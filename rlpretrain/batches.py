@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.engine import Engine
+from rollout.queue import Rollout, RolloutQueue, Ticket
 from rollout.store import Store, StoreError
 from rollout.types import Group, Position
 
@@ -31,24 +35,56 @@ class BatchSource:
     """
 
     def __init__(self, objective: Objective, stream: DocumentStream, engine: Engine | None, policy: Any, *, seed: int, rank: int,
-                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384):  # fmt: skip
+                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384, in_flight: int = 4,
+                 deadline: float = 600.0):  # fmt: skip
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
         self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
         self.token_budget = token_budget
+        self.queue = RolloutQueue(in_flight, deadline)
+        self._ahead: list[tuple[list[tuple[Document, Position, int]], Ticket]] = []  # submitted, not yet taken
         self.drawn = 0  # documents this rank has drawn
         self.without = 0  # of those, documents with no position
         self._spare: list[tuple[Document, Position, int]] = []
 
-    def take(self, n: int) -> Batch:
-        """`n` groups of this rank with their documents; for an objective without positions, `n` documents."""
+    def take(self, n: int, ahead: int = 0) -> Batch:
+        """`n` groups of this rank with their documents; for an objective without positions, `n` documents.
+
+        `ahead`: how many coming batches of `n` to have sampled meanwhile. Positions are drawn here, in the trainer's thread,
+        since they may need the policy.
+        """
         if not self.objective.has_positions:
             return Batch((), self.stream.take(n))
-        chosen = self._positions(n)
-        groups = roll_out(self.objective, self.engine, [p for _, p, _ in chosen], [s for *_, s in chosen])
+        while len(self._ahead) <= ahead:
+            chosen = self._positions(n)
+            self._ahead.append((chosen, self.queue.submit(self._pieces(chosen, ahead))))
+        chosen, ticket = self._ahead.pop(0)
+        try:
+            groups = self.queue.result(ticket)
+        except ValueError as error:
+            raise ConfigError(f"cannot sample thoughts: {error}") from error
         documents = list({d.id: d for d, *_ in chosen}.values())
         if self.ntp_stream is not None:
             documents = self.ntp_stream.take(len(documents))
         return Batch(tuple(groups), tuple(documents))
+
+    def _pieces(self, chosen: Sequence[tuple[Document, Position, int]], ahead: int) -> list[Rollout]:
+        """The rollouts of a batch: one call of the engine, or several if weights may change between them."""
+        size = math.ceil(len(chosen) / self.queue.in_flight) if ahead else len(chosen)
+        parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        return [partial(self.objective.rollout, self.engine, [p for _, p, _ in part], [s for *_, s in part]) for part in parts]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While weights change: what is being sampled is finished first, and nothing else is begun."""
+        self.queue.pause()
+        try:
+            yield
+        finally:
+            self.queue.resume()
+
+    def close(self) -> None:
+        """Give up what is being sampled."""
+        self.queue.close()
 
     def _positions(self, n: int) -> list[tuple[Document, Position, int]]:
         chosen, self._spare = self._spare[:n], self._spare[n:]
@@ -81,7 +117,8 @@ class BatchSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
-        spare = [(d.id, d.token_ids, d.source, p.index, s) for d, p, s in self._spare]
+        waiting = [place for chosen, _ in self._ahead for place in chosen]  # a resumed run samples them anew
+        spare = [(d.id, d.token_ids, d.source, p.index, s) for d, p, s in waiting + self._spare]
         return {
             "stream": self.stream.state_dict(), "drawn": self.drawn, "without": self.without, "spare": spare,
             "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
@@ -111,7 +148,7 @@ class ReplaySource:
         missing = next((i for i, step in enumerate(self.steps, 1) if i != step), 1)
         self.facts = self._read(missing)[2]
 
-    def take(self, n: int) -> Batch:
+    def take(self, n: int, ahead: int = 0) -> Batch:
         """The groups and documents of the next step, however many there are."""
         self.done += 1
         groups, documents, _ = self._read(self.done)
@@ -124,6 +161,14 @@ class ReplaySource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a cursor that `state_dict` gave."""
         self.done = state["done"]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is being sampled."""
+        yield
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     def _read(self, step: int) -> Any:
         try:

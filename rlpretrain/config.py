@@ -118,6 +118,10 @@ class EngineConfig:
     """Tokens per block of vLLM's prefix cache; its own choice on a GPU, 32 on a CPU."""
     sleep: bool = False
     """Let vLLM give its device memory back while the model trains (GPU)."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Steps that thoughts may be sampled ahead of the update that uses them; 0 is synchronous and deterministic."""
+    in_flight: Count = 4
+    """With max_staleness above 0, calls of the engine at a time; each samples a part of a step's positions."""
     probe_tolerance: Amount | None = None
     """Largest difference in nats between engine and trainer on the probe after a sync; by default .001, in half precision .1."""
     options: dict[str, Any] = _field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
     """
     e = config.engine
     if e.name == "hf":
+        if e.max_staleness and shares:  # sampling goes on while the trainer's parameters change
+            model, shares = copy.deepcopy(model).requires_grad_(False), False
         return HFEngine(model, tokenizer=tokenizer, shares_weights=shares, batch_size=e.batch_size)
     if e.name == "vllm_server":
         return _servers(config, start, ranks)

@@ -9,6 +9,7 @@ import importlib
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from rewards.controls import repetition, target_leakage
 from rlpretrain.ranks import Ranks
 from rlpretrain.types import MicroBatch, Scores
+from rollout.types import Group
 
 METRICS: dict[str, tuple[str, str]] = {
     "loss": ("the whole loss of the step", "falls slowly; jumps mean trouble"),
@@ -58,6 +60,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "perf/rollout_s": ("of it, sampling thoughts", ""),
     "perf/train_s": ("of it, scoring and updating", ""),
     "perf/sync_s": ("of it, handing weights to the engine", "near 0 embedded"),
+    "sample/staleness_mean": ("steps between sampling thoughts and training on them", "0 synchronous, else up to max_staleness"),
+    "sample/staleness_max": ("the oldest of them", "at most max_staleness"),
     "perf/weight_sync_*": ("of the sync, with engines elsewhere: gather, write, drain, load", "small beside the step"),
     "perf/probe_s": ("seconds of the probe after the sync, where the engine has weights of its own", "below 2% of the step"),
     "sampling/probe_difference": ("largest difference in nats between engine and trainer on the probe", "below the tolerance"),
@@ -71,6 +75,12 @@ METRICS: dict[str, tuple[str, str]] = {
         "eval/gain_frozen rises, eval/no_think_loss does not",
     ),
 }
+
+
+def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How many steps ago the thoughts of a batch were sampled."""
+    ages = [version - t.policy_version for g in groups for t in g.thoughts]
+    return {"sample/staleness_mean": sum(ages) / len(ages), "sample/staleness_max": max(ages)} if ages else {}
 
 
 class StepMetrics:

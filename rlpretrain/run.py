@@ -24,7 +24,7 @@ from rlpretrain.console import Console
 from rlpretrain.documents import DocumentStream, read_all
 from rlpretrain.engines import SyncProbe, make_engine, write_start
 from rlpretrain.evaluate import Evaluation, evaluate
-from rlpretrain.metrics import StepMetrics, Trackers
+from rlpretrain.metrics import StepMetrics, Trackers, staleness
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.objectives import parse_section
 from rlpretrain.packing import Layout, count, idle, pack
@@ -78,7 +78,7 @@ class Run:
         self.source = replayed or BatchSource(
             self.objective, stream, self.engine, self.policy, seed=config.seed, rank=self.ranks.rank, size=self.ranks.size,
             ntp_stream=DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None,
-            token_budget=config.token_budget,
+            token_budget=config.token_budget, in_flight=config.engine.in_flight, deadline=2 * config.engine.deadline,
         )  # fmt: skip
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -122,7 +122,9 @@ class Run:
     def take(self) -> Batch:
         """This rank's share of the step's groups, and their documents."""
         begin = time.perf_counter()
-        batch = self.source.take(self.config.positions_per_step // self.ranks.size)
+        ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
+        batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
+        self.note(**staleness(batch.groups, self.engine.version))
         self.timer["rollout"] = time.perf_counter() - begin
         if self.store:
             facts = {"engine": self.engine.health(), "shares_weights": self.engine.shares_weights, **compat.versions()}
@@ -185,12 +187,13 @@ class Run:
     def sync(self, version: int) -> None:
         """Hand the new weights to the engine."""
         begin = time.perf_counter()
-        self.engine.sync(self.policy.weights, version)
+        with self.source.paused():
+            self.engine.sync(self.policy.weights, version)
         self.timer["sync"] = time.perf_counter() - begin
         if self.probe:
             self.probe(version)
-            self.note(**{"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference})
-            self.note(**getattr(self.engine, "timings", {}))
+            seen = {"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference}
+            self.note(**seen, **getattr(self.engine, "timings", {}))
 
     def finish(self, step: int, batch: Batch) -> None:
         """Log, evaluate, checkpoint, and decide whether to go on."""
@@ -254,7 +257,8 @@ class Run:
         return self.last | {"stopped": self.stopped, "model": str(self.folder / "model"), "steps": self.step}
 
     def close(self) -> None:
-        """Release engine, trackers and console."""
+        """Release source, engine, trackers and console."""
+        self.source.close()
         self.engine.close()
         self.console.close()
         if self.trackers:

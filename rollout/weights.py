@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,23 @@ def complete(state: dict[str, torch.Tensor], names: Sequence[tuple[str, ...]]) -
         tensor = next(state[name] for name in group if name in state)
         whole |= {name: state.get(name, tensor) for name in group}
     return whole
+
+
+def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write `folder`/model.safetensors (aside, then renamed), tied weights under every name, as engines elsewhere load it."""
+    from safetensors.torch import save_file
+
+    work = folder.with_name(f".{folder.name}.tmp")
+    for old in (folder, work):
+        shutil.rmtree(old, ignore_errors=True)
+    work.mkdir(parents=True)
+    seen: set[int] = set()
+    whole = {}
+    for name, tensor in state.items():  # the file format knows no shared memory
+        whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    save_file(whole, work / "model.safetensors", metadata={"format": "pt"})
+    work.replace(folder)
 
 
 class StaleWeights(RuntimeError):

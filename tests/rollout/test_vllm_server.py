@@ -83,7 +83,7 @@ def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch)
     ask_route = engine._ask
 
     async def forgetful(server, route, **what):
-        return None if route == "/reset_prefix_cache" else await ask_route(server, route, **what)
+        return None if route in ("/reset_prefix_cache", "/pause") else await ask_route(server, route, **what)  # both empty it
 
     with monkeypatch.context() as broken:
         broken.setattr(engine, "_ask", forgetful)
@@ -134,7 +134,7 @@ def test_one_bad_server_of_two_loses_nothing(make, server, fault):
         assert time.monotonic() - begin < 8
         health = engine.health()
         if fault == "slow":
-            assert health["server_failures"] == 0 and bad.hit
+            assert "server_failures" not in health and bad.hit
         else:
             assert health["server_failures"] >= 1 and health["servers"][1]["last_error"]
             bad.mode = "pass"
