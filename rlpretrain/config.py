@@ -102,8 +102,9 @@ class SamplingConfig:
 class EngineConfig:
     """What samples the thoughts."""
 
-    name: Literal["hf", "vllm_local", "vllm_server"] = "hf"
-    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server: servers at `urls`."""
+    name: Literal["hf", "vllm_local", "vllm_server", "ray"] = "hf"
+    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server: servers at `urls`.
+    ray: `num_engines` of kind `of` as Ray actors."""
     batch_size: Count = 256
     """Most thoughts decoded at once."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -126,6 +127,16 @@ class EngineConfig:
     """Largest difference in nats between engine and trainer on the probe after a sync; by default .001, in half precision .1."""
     options: dict[str, Any] = _field(default_factory=dict)
     """Further arguments of vllm.LLM, as they are (vllm_local)."""
+    num_engines: Count = 1
+    """Actors of engine ray."""
+    of: Literal["hf", "vllm_local"] = "vllm_local"
+    """What runs in each of them."""
+    resources: dict[str, float] = _field(default_factory=dict)
+    """What each of them takes: num_cpus (1 by default), num_gpus."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places them over machines."""
+    address: str | None = None
+    """Ray cluster to join (auto, or host:port); a local one is started by default."""
     urls: tuple[str, ...] = ()
     """The servers of vllm_server, as http://host:port."""
     weights_dir: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -40,19 +41,46 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
         return HFEngine(model, tokenizer=tokenizer, shares_weights=shares, batch_size=e.batch_size)
     if e.name == "vllm_server":
         return _servers(config, start, ranks)
+    if e.name == "ray":
+        return _pool(config, model, objective, start, ranks)
     if ranks.size > 1:
-        raise ConfigError(f"engine vllm_local trains on one rank, not {ranks.size}: use vllm_server, or hf")
+        raise ConfigError(f"engine vllm_local trains on one rank, not {ranks.size}: use vllm_server, ray or hf")
     from rollout.vllm_local import VLLMEngine
 
-    where: dict[str, Any] = {"model": config.model.path, "tokenizer": config.model.tokenizer or config.model.path,
-                             "revision": config.model.revision}  # fmt: skip
+    return VLLMEngine(**_vllm(config, model, objective, start))
+
+
+def _where(config: PretrainConfig, start: Path | None) -> dict[str, Any]:
+    """What an engine that loads from disk loads; folders as absolute paths, since actors have a working folder of their own."""
+    m = config.model
     if start:
-        where = {"model": start, "tokenizer": start}
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return VLLMEngine(
-        **where, dtype=e.dtype or config.model.dtype, max_model_len=e.max_model_len or longest(config, objective, positions),
-        max_num_seqs=e.batch_size, kv_cache_gib=e.kv_cache_gib, gpu_memory_utilization=e.gpu_memory_utilization,
-        block_size=e.block_size, seed=config.seed, trust_remote_code=config.model.trust_remote_code, options=e.options,
+        return {"model": str(start.resolve()), "tokenizer": str(start.resolve())}
+    paths = {"model": m.path, "tokenizer": m.tokenizer or m.path}
+    found = {k: str(Path(p).resolve()) if Path(p).exists() else p for k, p in paths.items()}
+    return found | {"revision": m.revision, "trust_remote_code": m.trust_remote_code}
+
+
+def _vllm(config: PretrainConfig, model: nn.Module, objective: Objective, start: Path | None) -> dict[str, Any]:
+    """The arguments of a VLLMEngine."""
+    e, positions = config.engine, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _where(config, start) | {
+        "dtype": e.dtype or config.model.dtype, "max_model_len": e.max_model_len or longest(config, objective, positions),
+        "max_num_seqs": e.batch_size, "kv_cache_gib": e.kv_cache_gib, "gpu_memory_utilization": e.gpu_memory_utilization,
+        "block_size": e.block_size, "seed": config.seed, "options": e.options,
+    }  # fmt: skip
+
+
+def _pool(config: PretrainConfig, model: nn.Module, objective: Objective, start: Path | None, ranks: Ranks) -> Engine:
+    """The pool of Ray actors; rank 0 hands them the weights."""
+    from rollout.ray_pool import RayEngine
+
+    e = config.engine
+    small = _where(config, start) | {"dtype": e.dtype or config.model.dtype, "batch_size": e.batch_size}
+    name = f"{Path(config.output_dir).resolve()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    return RayEngine(
+        e.of, _vllm(config, model, objective, start) if e.of == "vllm_local" else small, num_engines=e.num_engines,
+        resources=e.resources or None, strategy=e.strategy, address=e.address, request_timeout=e.request_timeout,
+        deadline=e.deadline, lead=ranks.first, barrier=ranks.barrier, name=name.replace("/", "_"),
     )  # fmt: skip
 
 
@@ -60,17 +88,17 @@ def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine
     """The client of vLLM servers; rank 0 hands them the weights."""
     from rollout.vllm_server import VLLMServerEngine
 
-    e, m = config.engine, config.model
+    e = config.engine
     if not e.urls:
         raise ConfigError("engine vllm_server needs engine.urls, the addresses of the servers")
     try:
         token = Path(e.token_file).read_text().strip() if e.token_file else None
     except OSError as error:
         raise ConfigError(f"engine.token_file {e.token_file}: {error}") from None
-    where = {"model": start} if start else {"model": m.path, "revision": m.revision}
     folder = Path(e.weights_dir) if e.weights_dir else Path(config.output_dir) / "weights"
     return VLLMServerEngine(
-        e.urls, **where, weights_dir=folder, trust_remote_code=m.trust_remote_code, token=token, concurrency=e.concurrency,
+        e.urls, **{k: v for k, v in _where(config, start).items() if k != "tokenizer"}, weights_dir=folder, token=token,
+        concurrency=e.concurrency,
         request_timeout=e.request_timeout, deadline=e.deadline, block_size=e.block_size, lead=ranks.first, barrier=ranks.barrier,
     )  # fmt: skip
 

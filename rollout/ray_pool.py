@@ -1,0 +1,250 @@
+"""Engines as Ray actors: as many as there are machines or devices for, started again when they die.
+
+The trainer may live in Ray or outside it. Weights go through Ray's object store, once for all actors. An actor that was started
+again has its checkpoint's weights; it refuses to sample under another version, and is given the present ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rollout.engine import check_request
+from rollout.types import Prompt, SamplingParams, Thought, WeightSource
+from rollout.weights import complete, parameter_names
+
+INSTALL = 'pip install "rlpretrain[ray]"'
+NAMESPACE = "rlpretrain"
+
+
+class OtherVersion(RuntimeError):
+    """An actor has other weights than it was asked to sample from: it was started again."""
+
+
+class Worker:
+    """What runs in an actor: one engine. `kind` is hf or vllm_local, `settings` its arguments (`model` a hub id or folder)."""
+
+    def __init__(self, kind: str, settings: Mapping[str, Any], environment: Mapping[str, str]):
+        os.environ.update(environment)
+        self.engine: Any
+        if kind == "hf":
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            from rollout.hf import HFEngine
+
+            where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=settings.get("dtype", "float32"), **where)
+            rest = {k: v for k, v in settings.items() if k in ("batch_size",)}
+            tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], **where) if settings.get("tokenizer") else None
+            self.engine = HFEngine(model.eval().to(device), tokenizer=tokenizer, shares_weights=False, **rest)
+            self.facts = {"block_size": 1, "max_model_len": getattr(model.config, "max_position_embeddings", 1 << 20)}
+        else:
+            from rollout.vllm_local import VLLMEngine
+
+            self.engine = VLLMEngine(**settings)
+            self.facts = {"block_size": self.engine.block_size, "max_model_len": self.engine.max_model_len}
+        self.engine.version = -1  # none of the trainer's yet
+
+    def about(self) -> dict[str, Any]:
+        return {**self.facts, "pid": os.getpid(), "node": os.uname().nodename}
+
+    def sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int],
+               version: int) -> list[list[Thought]]:  # fmt: skip
+        if self.engine.version != version:
+            raise OtherVersion(f"has version {self.engine.version}, not {version}")
+        return asyncio.run(self.engine.sample(prompts, params, n, seeds))
+
+    def sync(self, state: dict[str, Any], version: int) -> None:
+        own = {name: tensor.clone() for name, tensor in state.items()}  # what comes from the object store is read-only
+        self.engine.sync(lambda: own.items(), version)
+
+    def reset_prefix_cache(self) -> None:
+        if hasattr(self.engine, "reset_prefix_cache"):
+            self.engine.reset_prefix_cache()
+
+    def health(self) -> dict[str, Any]:
+        return self.engine.health()
+
+
+class RayEngine:
+    """A pool of `num_engines` engines, each an actor with `resources` (num_cpus, num_gpus, ...) of a placement group.
+
+    Prompts are dealt out evenly. A call that fails, because its actor died or does not answer within `request_timeout`
+    seconds, is made again on another one; an actor that hangs is killed, and Ray starts it anew. After `deadline` seconds
+    without an answer `sample` raises TimeoutError. On several trainer ranks all give the same `name` and share the actors;
+    `lead` hands over the weights and ends the actors, `barrier` lets the others wait.
+    """
+
+    shares_weights = False
+
+    def __init__(self, kind: str, settings: Mapping[str, Any], *, num_engines: int = 1,
+                 resources: Mapping[str, float] | None = None, strategy: str = "PACK", address: str | None = None,
+                 name: str | None = None, request_timeout: float = 300.0, deadline: float = 600.0, version: int = 0,
+                 lead: bool = True, barrier: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError(f"engine ray needs Ray: {INSTALL}") from error
+        self._ray, self.version, self.lead, self.barrier = ray, version, lead, barrier
+        self.request_timeout, self.deadline = request_timeout, deadline
+        self.counts: Counter[str] = Counter()
+        self.timings: dict[str, float] = {}
+        if not lead:
+            barrier()  # until rank 0 has the actors
+        self._began = not ray.is_initialized()
+        if self._began:
+            address = address or (None if lead else "auto")
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, namespace=NAMESPACE,
+                     **({} if address else {"num_cpus": max(num_engines + 1, os.cpu_count() or 1)}))  # fmt: skip
+        self._names = parameter_names(settings["model"], revision=settings.get("revision"),
+                                      trust_remote_code=bool(settings.get("trust_remote_code")))  # fmt: skip
+        names = [f"{name or f'engines-{os.getpid()}-{id(self)}'}-{i}" for i in range(num_engines)]
+        if lead:
+            self.actors = self._start(names, kind, settings, dict(resources or {"num_cpus": 1}), strategy)
+        else:
+            self.actors = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+        facts = ray.get([a.about.remote() for a in self.actors], timeout=deadline)
+        self.block_size = max(f["block_size"] for f in facts)
+        self.max_model_len = min(f["max_model_len"] for f in facts)
+        self._state: Any = None  # the present weights in the object store
+        self._closed = False
+        if lead:
+            barrier()
+
+    def _start(self, names: Sequence[str], kind: str, settings: Mapping[str, Any], resources: dict[str, float],
+               strategy: str) -> list[Any]:  # fmt: skip
+        """The actors, in a placement group."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
+
+        ray = self._ray
+        self._group = ray.util.placement_group([_bundle(resources)] * len(names), strategy=strategy)
+        if not self._group.wait(self.deadline):
+            ray.util.remove_placement_group(self._group)
+            raise TimeoutError(f"Ray has no room for {len(names)} engines with {resources} each: {ray.available_resources()}")
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+        actor = ray.remote(max_restarts=-1, max_task_retries=0)(Worker)
+        return [
+            actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=InGroup(self._group, i), **resources)
+            .remote(kind, dict(settings), environment)
+            for i, name in enumerate(names)
+        ]  # fmt: skip
+
+    async def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
+    ) -> list[list[Thought]]:
+        """Draw `n` thoughts for each prompt; see `Engine.sample`. Which actor draws them does not matter.
+
+        Raises ValueError for what cannot be sampled, TimeoutError when nothing answers.
+        """
+        if self._closed:
+            raise RuntimeError("this engine is closed")
+        check_request(prompts, params, n, seeds, vocabulary=float("inf"), most=self.max_model_len, strings=True)
+        parts = [range(i, len(prompts), len(self.actors)) for i in range(min(len(prompts), len(self.actors)))]
+        answers = await asyncio.gather(*(
+            self._part(k, [prompts[i] for i in part], params, n, [seeds[i] for i in part]) for k, part in enumerate(parts)
+        ))  # fmt: skip
+        found = {i: group for part, answer in zip(parts, answers, strict=True) for i, group in zip(part, answer, strict=True)}
+        self.counts.update(prompts=len(prompts), thoughts=n * len(prompts),
+                           tokens=sum(len(t.token_ids) for group in found.values() for t in group))  # fmt: skip
+        return [found[i] for i in range(len(prompts))]
+
+    async def _part(self, first: int, prompts: list[Prompt], params: SamplingParams, n: int,
+                    seeds: list[int]) -> list[list[Thought]]:  # fmt: skip
+        errors, end, k = self._ray.exceptions, time.monotonic() + self.deadline, first
+        while True:
+            actor = self.actors[k % len(self.actors)]
+            try:
+                call = actor.sample.remote(prompts, params, n, seeds, self.version)
+                return await asyncio.wait_for(_answer(call), self.request_timeout)
+            except OtherVersion as error:
+                why, k = repr(error), k - 1  # the same actor again, once it has the weights
+                if self._state is not None:
+                    await self._give(actor)
+            except errors.RayActorError as error:
+                why = repr(error)
+                self.counts["actor_deaths"] += 1
+            except TimeoutError:
+                why = f"no answer within {self.request_timeout:.0f} s"
+                self.counts["actor_hangs"] += 1
+                self._ray.kill(actor, no_restart=False)
+            self.counts["retries"] += 1
+            if time.monotonic() > end:
+                raise TimeoutError(f"no engine answered within {self.deadline:.0f} s; the last one: {why}")
+            await asyncio.sleep(0.2)
+            k += 1
+
+    async def _give(self, actor: Any) -> None:
+        try:
+            await asyncio.wait_for(_answer(actor.sync.remote(self._state, self.version)), self.request_timeout)
+            self.counts["actors_taken_back"] += 1
+        except (TimeoutError, self._ray.exceptions.RayActorError):
+            self.counts["actor_deaths"] += 1
+
+    def sync(self, weights: WeightSource, version: int) -> None:
+        """Put the weights into the object store and let every actor load them; one that cannot now gets them before it samples.
+
+        On several ranks all call it, the first one puts. Raises ValueError if parameters are missing.
+        """
+        if self._closed:
+            raise RuntimeError("this engine is closed")
+        begin = time.perf_counter()
+        state = {name: tensor.detach().to("cpu", copy=True) if self.lead else None for name, tensor in weights()}
+        self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
+        self.version = version
+        if self.lead:
+            begin = time.perf_counter()
+            self._state = self._ray.put(complete(state, self._names))  # type: ignore[arg-type]
+            self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
+            begin = time.perf_counter()
+            for call in [actor.sync.remote(self._state, version) for actor in self.actors]:
+                try:
+                    self._ray.get(call, timeout=self.request_timeout)
+                except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+                    self.counts["missed_syncs"] += 1
+            self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
+        self.barrier()
+
+    def reset_prefix_cache(self) -> None:
+        """Let every engine forget the contexts it read."""
+        self._ray.get([actor.reset_prefix_cache.remote() for actor in self.actors], timeout=self.request_timeout)
+
+    def health(self) -> dict[str, Any]:
+        """Kind, version, number of actors, counters since the start."""
+        return {"kind": "ray", "version": self.version, "shares_weights": False, "closed": getattr(self, "_closed", True),
+                "num_engines": len(self.actors), "ray": self._ray.__version__, **self.counts}  # fmt: skip
+
+    def close(self) -> None:
+        """End the actors, and Ray if it was started here; calling it twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._state = None
+        if self.lead:
+            for actor in self.actors:
+                self._ray.kill(actor)
+            self._ray.util.remove_placement_group(self._group)
+        if self._began:
+            self._ray.shutdown()
+
+
+async def _answer(call: Any) -> Any:
+    """A call's result; what the engine raised comes as itself."""
+    try:
+        return await call
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OtherVersion | ValueError | RuntimeError):
+            raise cause from error
+        raise
+
+
+def _bundle(resources: Mapping[str, float]) -> dict[str, float]:
+    """Ray's names for an actor's resources in a placement group."""
+    known = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    return {known.get(name, name): amount for name, amount in resources.items() if name in known}

@@ -1,0 +1,125 @@
+"""Engines as Ray actors: real Ray on this machine, actors that die and hang, and weights that follow them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rollout import HFEngine, Prompt, SamplingParams
+from rollout.weights import Probe
+from tests.rollout.test_hf import prompts_of, sample, tokens
+from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst
+from tests.tiny import tiny_model
+
+pytest.importorskip("ray", reason="needs Ray: make env LOCK=test-cpu")
+from rollout.ray_pool import RayEngine  # noqa: E402
+
+pytestmark = pytest.mark.slow
+PARAMS = SamplingParams(max_thought_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = tiny_model("qwen3", VOCABULARY, **SHAPE, tie_word_embeddings=True)
+    model.folder = Path(tmp_path_factory.mktemp("pool"))
+    model.save_pretrained(model.folder)
+    return model
+
+
+@pytest.fixture
+def make(model, cluster):
+    made = []
+
+    def start(kind="hf", num_engines=2, **settings) -> RayEngine:
+        more = {"max_model_len": 512, "max_num_seqs": 32, "kv_cache_gib": 0.05} if kind == "vllm_local" else {}
+        engine = RayEngine(kind, {"model": str(model.folder), **more}, num_engines=num_engines,
+                           **{"request_timeout": 60.0, "deadline": 90.0} | settings)  # fmt: skip
+        made.append(engine)
+        engine.sync(weights_of(model), 0)
+        return engine
+
+    yield start
+    for engine in made:
+        engine.close()
+        engine.close()
+
+
+def test_a_pool_samples_what_one_engine_would(make, model):
+    prompts = prompts_of([12, 3, 20, 9, 33])
+    pool = make()
+    assert tokens(sample(pool, prompts)) == tokens(sample(HFEngine(model), prompts))
+    move(model)
+    assert worst(model, prompts, sample(pool, prompts)) > 1e-2
+    pool.sync(weights_of(model, drop=("lm_head.weight",)), 1)
+    assert tokens(sample(pool, prompts)) == tokens(sample(HFEngine(model), prompts))
+    assert worst(model, prompts, sample(pool, prompts)) <= 1e-4
+    assert set(pool.timings) == {f"perf/weight_sync_{part}_s" for part in ("gather", "write", "load")}
+    with pytest.raises(ValueError, match="id 99 is outside the model's vocabulary of 40"):
+        sample(pool, [Prompt((99,), stop_ids=())])
+
+
+def test_an_actor_that_is_killed_comes_back_with_the_present_weights(make, model):
+    import ray
+
+    pool = make()
+    move(model)
+    pool.sync(weights_of(model), 1)
+    prompts = prompts_of([12, 3, 20, 9])
+    expected = tokens(sample(pool, prompts))
+    for actor in pool.actors:  # both, so that no one is left who had the weights
+        os.kill(ray.get(actor.about.remote())["pid"], signal.SIGKILL)
+    groups = sample(pool, prompts)
+    assert tokens(groups) == expected and worst(model, prompts, groups) <= 1e-4
+    health = pool.health()
+    assert health["actor_deaths"] >= 1 and health["actors_taken_back"] >= 1
+
+
+def test_an_actor_that_hangs_is_replaced(make, model):
+    import ray
+
+    pool = make(request_timeout=8.0)
+    prompts = prompts_of([12, 3, 20, 9])
+    expected = tokens(sample(pool, prompts))
+    os.kill(ray.get(pool.actors[1].about.remote())["pid"], signal.SIGSTOP)
+    begin = time.monotonic()
+    assert tokens(sample(pool, prompts)) == expected
+    assert time.monotonic() - begin < 40 and pool.health()["actor_hangs"] >= 1
+
+
+def test_vllm_in_actors(make, model):
+    pool = make("vllm_local", num_engines=1)
+    probe = Probe(VOCABULARY, pool.block_size, pool.max_model_len)
+    assert ask(probe, model, pool, 0) <= 1e-4
+    for version in (1, 2):
+        move(model)
+        pool.sync(weights_of(model), version)
+        assert ask(probe, model, pool, version) <= 1e-4
+    prompts = prompts_of([12, 70])
+    assert worst(model, prompts, sample(pool, prompts)) <= 1e-4
+
+
+def test_no_room_is_said(model, cluster):
+    with pytest.raises(TimeoutError, match=r"Ray has no room for 1 engines with \{'num_cpus': 99\} each"):
+        RayEngine("hf", {"model": str(model.folder)}, resources={"num_cpus": 99}, deadline=2.0)
+
+
+def test_a_closed_pool_says_so(make):
+    pool = make(num_engines=1)
+    pool.close()
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        asyncio.run(pool.sample(prompts_of([4]), PARAMS, 1, [0]))
