@@ -18,7 +18,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Server:
     """What the client knows of one server."""
 
     url: str
+    load: int = 0  # prompts that were given to it, those that wait for room included
     in_flight: int = 0
     alive: bool = True
     last_error: str = ""
@@ -93,8 +95,6 @@ class VLLMServerEngine:
             self.close()
             raise
 
-    # what every engine does
-
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
     ) -> list[list[Thought]]:
@@ -133,16 +133,13 @@ class VLLMServerEngine:
 
     def reset_prefix_cache(self) -> None:
         """Let every server forget the contexts it read."""
-
-        async def everywhere() -> None:
-            await asyncio.gather(*(self._ask(s, "/reset_prefix_cache") for s in self.servers if s.alive))
-
-        self._run(everywhere(), self.request_timeout)
+        for server in self.servers:
+            if server.alive:
+                self._run(self._ask(server, "/reset_prefix_cache"), self.request_timeout)
 
     def health(self) -> dict[str, Any]:
         """Kind, version, what is known of each server, counters since the start."""
-        names = ("url", "alive", "in_flight", "failures", "last_error")
-        known = [{name: getattr(server, name) for name in names} for server in self.servers]
+        known = [{k: v for k, v in vars(server).items() if k != "client"} for server in self.servers]
         return {"kind": "vllm_server", "version": self.version, "shares_weights": False, "closed": self._closed,
                 "max_model_len": getattr(self, "max_model_len", None), "servers": known, **self.counts}  # fmt: skip
 
@@ -165,8 +162,6 @@ class VLLMServerEngine:
         if self.lead and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    # on the client's loop
-
     def _run(self, work: Coroutine[Any, Any, Any], timeout: float) -> Any:
         """Run on the client's loop and wait; nothing waits for ever."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -174,8 +169,8 @@ class VLLMServerEngine:
             return future.result(timeout)
         except TimeoutError:
             future.cancel()
-            said = self._last_words()
-            raise EngineUnavailable(f"no answer within {timeout:.0f} s from the vLLM servers ({said})") from None
+            why = f"no answer within {timeout:.0f} s from the vLLM servers ({self._last_words()})"
+            raise EngineUnavailable(why) from None
 
     def _last_words(self) -> str:
         return "; ".join(f"{s.url}: {s.last_error or 'no error'}" for s in self.servers)
@@ -184,12 +179,10 @@ class VLLMServerEngine:
         self._slots = {s.url: asyncio.Semaphore(self.concurrency) for s in self.servers}
         self._open = asyncio.Event()
         self._open.set()
-        settings = {"headers": headers, "timeout": self.request_timeout,
-                    "limits": self._httpx.Limits(max_connections=self.concurrency + 8)}  # fmt: skip
+        limits, facts = self._httpx.Limits(max_connections=self.concurrency + 8), []
         for server in self.servers:
-            server.client = self._httpx.AsyncClient(base_url=server.url, **settings)
-        facts = []
-        for server in self.servers:
+            server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits,
+                                                    timeout=self.request_timeout)  # fmt: skip
             await self._wait_for(server)
             await self._check(server)
             facts.append((await server.client.get("/v1/models")).json()["data"][0])
@@ -215,9 +208,8 @@ class VLLMServerEngine:
         """Refuse at the start what would fail at the first sync."""
         answer = await server.client.get("/version")
         said = answer.json().get("version", "") if answer.status_code == 200 else "unknown"
-        number = tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2])
-        if not SUPPORTED[0] <= number < SUPPORTED[1]:
-            low, high = (".".join(map(str, v)) for v in SUPPORTED)
+        low, high = (".".join(map(str, v)) for v in SUPPORTED)
+        if not SUPPORTED[0] <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < SUPPORTED[1]:
             raise EngineUnavailable(f"{server.url} runs vLLM {said}; its routes are known from {low} to below {high}")
         if (await server.client.get("/is_paused")).status_code == 404:
             raise EngineUnavailable(f"{server.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
@@ -248,13 +240,14 @@ class VLLMServerEngine:
             return []
         lost = []
         for server in [s for s in self.servers if s.alive]:
+            why = "it was restarted, or another trainer gave it weights"
             try:
-                if await self._has(server, self.version):
-                    continue
-                self._failed(server, "it was restarted, or another trainer gave it weights")
+                why = "" if await self._has(server, self.version) else why
             except self._httpx.TransportError as error:
-                self._failed(server, repr(error))
-            lost.append(server)
+                why = repr(error)
+            if why:
+                self._failed(server, why)
+                lost.append(server)
         return lost
 
     async def _prompt(self, prompt: Prompt, params: SamplingParams, n: int, seed: int,
@@ -270,7 +263,7 @@ class VLLMServerEngine:
         while True:
             await self._open.wait()  # closed while weights are loaded
             server = await self._least_loaded(end)
-            async with self._slots[server.url]:
+            async with self._room(server):
                 if not server.alive or not self._open.is_set():
                     continue
                 server.in_flight += 1
@@ -282,10 +275,10 @@ class VLLMServerEngine:
                         if all(c["finish_reason"] != "abort" for c in said):
                             return [self._thought(prompt, params, seed, version, c) for c in said], server
                         server.last_error = "it aborted a request"
-                    elif answer.status_code < 500 and answer.status_code not in (408, 429):
-                        raise ValueError(f"{server.url} refused a prompt of {len(prompt.token_ids)} tokens: {answer.text[:300]}")
                     elif answer.status_code == 429:
                         server.last_error = "429: too many requests"
+                    elif answer.status_code < 500 and answer.status_code != 408:
+                        raise ValueError(f"{server.url} refused a prompt of {len(prompt.token_ids)} tokens: {answer.text[:300]}")
                     else:
                         refused += 1
                         self._failed(server, f"{answer.status_code} {answer.text[:300]}")
@@ -301,12 +294,22 @@ class VLLMServerEngine:
                 self.counts["aborted_prompts"] += 1
                 return [Thought((), (), FinishReason.ABORT, self.version, seed + k) for k in range(n)], None
 
+    @asynccontextmanager
+    async def _room(self, server: Server) -> AsyncIterator[None]:
+        """One of the server's slots; waiting for it counts as load."""
+        server.load += 1
+        try:
+            async with self._slots[server.url]:
+                yield
+        finally:
+            server.load -= 1
+
     async def _least_loaded(self, end: float) -> Server:
         while not (working := [s for s in self.servers if s.alive]):
             if time.monotonic() > end:
                 raise EngineUnavailable(f"no vLLM server works, for {self.deadline:.0f} s ({self._last_words()})")
             await asyncio.sleep(self.patience / 4)
-        return min(working, key=lambda s: s.in_flight)
+        return min(working, key=lambda s: s.load)
 
     def _thought(self, prompt: Prompt, params: SamplingParams, seed: int, version: int, choice: dict[str, Any]) -> Thought:
         ids = tuple(choice["token_ids"])
@@ -328,8 +331,7 @@ class VLLMServerEngine:
         while True:
             await asyncio.sleep(self.patience)
             for server in (s for s in self.servers if not s.alive):
-                wait = waits.get(server.url, 0.0)
-                if time.monotonic() < wait or not self._open.is_set():
+                if time.monotonic() < waits.get(server.url, 0.0) or not self._open.is_set():
                     continue
                 waits[server.url] = time.monotonic() + min(30.0, self.patience * 2 ** min(server.failures, 5))
                 try:
@@ -342,10 +344,8 @@ class VLLMServerEngine:
                     server.alive = True
                     waits.pop(server.url)
                     self.counts["servers_taken_back"] += 1
-                except (self._httpx.HTTPError, EngineUnavailable) as error:
+                except Exception as error:  # whatever it says, the others go on
                     server.last_error = repr(error)
-
-    # weights
 
     async def _sync(self, version: int) -> None:
         begin = time.perf_counter()
@@ -357,8 +357,8 @@ class VLLMServerEngine:
             begin = time.perf_counter()
             if self.lead:
                 await asyncio.gather(*(self._load_or_leave(s, version) for s in self.servers if s.alive))
-                if not any(s.alive for s in self.servers):
-                    raise EngineUnavailable(f"no vLLM server took the weights of version {version} ({self._last_words()})")
+            if self.lead and not any(s.alive for s in self.servers):
+                raise EngineUnavailable(f"no vLLM server took the weights of version {version} ({self._last_words()})")
             self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
             self.version, self._synced = version, True
         finally:

@@ -103,8 +103,10 @@ def test_groups_are_the_same_whatever_the_concurrency_and_whoever_answers(make, 
     second = Proxy(server.port)
     try:
         alone = sample(make(server.url, concurrency=1), prompts)
-        shared = make(server.url, second.url, concurrency=3)
+        shared = make(server.url, second.url, concurrency=1)
+        second.mode = "slow"  # so that hits are counted
         assert tokens(sample(shared, prompts)) == tokens(alone)
+        assert second.hit >= 2  # of 7 prompts, dealt out before the first answer came
         again = asyncio.run(shared.sample([prompts[4]], PARAMS, 1, [alone[4][2].seed]))
         assert again[0][0].token_ids == alone[4][2].token_ids
     finally:
