@@ -35,12 +35,11 @@ class BatchSource:
     """
 
     def __init__(self, objective: Objective, stream: DocumentStream, engine: Engine | None, policy: Any, *, seed: int, rank: int,
-                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384, in_flight: int = 4,
-                 deadline: float = 600.0):  # fmt: skip
+                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384, in_flight: int = 4):  # fmt: skip
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
         self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
         self.token_budget = token_budget
-        self.queue = RolloutQueue(in_flight, deadline)
+        self.queue = RolloutQueue(in_flight)
         self._ahead: list[tuple[list[tuple[Document, Position, int]], Ticket]] = []  # submitted, not yet taken
         self.drawn = 0  # documents this rank has drawn
         self.without = 0  # of those, documents with no position

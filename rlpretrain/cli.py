@@ -39,8 +39,6 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--fields", action="store_true", help="list every field with default and meaning")
     p.set_defaults(command=train)
 
-    p.add_argument("--replay", help="folder of kept rollouts to train on; nothing is sampled")
-
     p = commands.add_parser("rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False)
     p.add_argument("config", help="YAML file; --section.field value as in train")
     p.set_defaults(command=rollout)
@@ -92,7 +90,7 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if not args.config:
         raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
-    config = c.load(args.config, [*rest, *(["--replay", args.replay] if args.replay else [])])
+    config = c.load(args.config, rest)
     if args.dry_run:
         from rlpretrain.dry_run import dry_run
 

@@ -145,9 +145,9 @@ class EngineConfig:
     """File with the servers' API key."""
     concurrency: Count = 64
     """Most prompts in flight at a server."""
-    request_timeout: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds to wait for one answer of a server."""
-    deadline: Annotated[float, Field(gt=0)] = 300.0
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to wait for one answer of a server or actor; one that takes longer counts as hung."""
+    deadline: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without any server that works after which a run stops."""
 
 

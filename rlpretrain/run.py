@@ -78,7 +78,7 @@ class Run:
         self.source = replayed or BatchSource(
             self.objective, stream, self.engine, self.policy, seed=config.seed, rank=self.ranks.rank, size=self.ranks.size,
             ntp_stream=DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None,
-            token_budget=config.token_budget, in_flight=config.engine.in_flight, deadline=2 * config.engine.deadline,
+            token_budget=config.token_budget, in_flight=config.engine.in_flight,
         )  # fmt: skip
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -96,8 +96,8 @@ class Run:
         vocabulary = len(self.tokenizer)
         probed = not isinstance(self.engine, HFEngine | Recorded)
         self.probe = SyncProbe(config, self.engine, self.policy, vocabulary) if probed else None
-        if self.probe:  # servers may hold other weights than the checkpoint's
-            self.engine.sync(self.policy.weights, self.step)
+        self.engine.sync(self.policy.weights, self.step)  # a resumed run's; and servers may hold those of another run
+        if self.probe:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
@@ -379,7 +379,6 @@ class Run:
         self.baseline.load_state_dict(mine["baseline"])
         torch.set_rng_state(mine["rng"])
         self.policy.load(path)
-        self.engine.sync(self.policy.weights, self.step)
 
     def _keep_batch(self, step: int, groups: Sequence[Group], documents: Sequence[Document]) -> None:
         records.keep_batch(self.folder, step, self.ranks.rank, self._bad, groups, documents)

@@ -33,11 +33,12 @@ class Ticket:
 class RolloutQueue:
     """Runs submitted pieces, at most `in_flight` of them at a time.
 
-    `deadline` in seconds bounds every wait: for a result, for what runs when the queue is paused. What a piece raises is raised
+    `deadline` in seconds bounds every wait: for a result, for what runs when the queue is paused. None, the default, leaves that
+    to the engine: one that computes here may take long, one elsewhere has a deadline of its own. What a piece raises is raised
     by `result`. Raises TimeoutError, saying what was waited for, and RuntimeError once closed.
     """
 
-    def __init__(self, in_flight: int = 4, deadline: float = 600.0):
+    def __init__(self, in_flight: int = 4, deadline: float | None = None):
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         self.in_flight, self.deadline = in_flight, deadline
@@ -58,11 +59,11 @@ class RolloutQueue:
 
     def result(self, ticket: Ticket) -> list[Group]:
         """The groups of a ticket, in the order of its pieces."""
-        end = time.monotonic() + self.deadline
+        end = None if self.deadline is None else time.monotonic() + self.deadline
         groups: list[Group] = []
         for i, piece in enumerate(ticket.pieces):
             try:
-                groups += piece.result(max(0.0, end - time.monotonic()))
+                groups += piece.result(None if end is None else max(0.0, end - time.monotonic()))
             except Late:
                 if piece.done():
                     raise  # the work's own
