@@ -82,7 +82,7 @@ class VLLMServerEngine:
         self.counts: Counter[str] = Counter()
         self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
         self._folder: Path | None = None
-        self._synced = False
+        self._synced, self._answered = False, 0.0  # when a server answered last: a deadline counts from there
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self._loop = asyncio.new_event_loop()
@@ -271,6 +271,7 @@ class VLLMServerEngine:
                 try:
                     answer = await server.client.post("/v1/completions", json=request)
                     if answer.status_code == 200:
+                        self._answered = time.monotonic()
                         said = sorted(answer.json()["choices"], key=lambda c: c["index"])
                         if all(c["finish_reason"] != "abort" for c in said):
                             return [self._thought(prompt, params, seed, version, c) for c in said], server
@@ -287,7 +288,7 @@ class VLLMServerEngine:
                 finally:
                     server.in_flight -= 1
             self.counts["retries"] += 1
-            if time.monotonic() > end:
+            if time.monotonic() > max(end, self._answered + self.deadline):
                 raise EngineUnavailable(f"a prompt had no answer within {self.deadline:.0f} s: {self._last_words()}")
             await asyncio.sleep(self.patience / 10)
             if refused >= 3 * len(self.servers):  # every server fails on this prompt while it answers others
@@ -306,7 +307,7 @@ class VLLMServerEngine:
 
     async def _least_loaded(self, end: float) -> Server:
         while not (working := [s for s in self.servers if s.alive]):
-            if time.monotonic() > end:
+            if time.monotonic() > max(end, self._answered + self.deadline):
                 raise EngineUnavailable(f"no vLLM server works, for {self.deadline:.0f} s ({self._last_words()})")
             await asyncio.sleep(self.patience / 4)
         return min(working, key=lambda s: s.load)
