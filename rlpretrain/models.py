@@ -47,7 +47,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ConfigError(f"no tokenizer in '{where}': {_reason(where, error)}") from error
+        raise ConfigError(f"no tokenizer in '{where}': {reason(where, error)}") from error
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         try:
             shape = AutoConfig.from_pretrained(config.path, **common)
         except Exception as error:
-            raise ConfigError(f"no model configuration in '{config.path}': {_reason(config.path, error)}") from error
+            raise ConfigError(f"no model configuration in '{config.path}': {reason(config.path, error)}") from error
         model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code, **form)
     else:
         try:
@@ -85,7 +85,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
                 if _only_config(config.path)
                 else ""
             )
-            why = _reason(config.path, error)
+            why = reason(config.path, error)
             raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {why}") from error
         if lacking := sorted(found["missing_keys"]):
             raise ConfigError(f"the checkpoint '{config.path}' lacks {len(lacking)} weights of its model, for instance "
@@ -163,7 +163,8 @@ def _only_config(path: str) -> bool:
     return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))
 
 
-def _reason(path: str, error: BaseException) -> str:
+def reason(path: str, error: BaseException) -> str:
+    """Why nothing could be loaded from `path`, in a line."""
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
         return "no such folder"  # transformers would speak of hub ids
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

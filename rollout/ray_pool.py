@@ -15,7 +15,7 @@ from typing import Any
 
 from rollout.engine import check_request
 from rollout.types import Prompt, SamplingParams, Thought, WeightSource
-from rollout.weights import complete, parameter_names
+from rollout.weights import complete, parameters_of
 
 INSTALL = 'pip install "rlpretrain[ray]"'
 NAMESPACE = "rlpretrain"
@@ -102,7 +102,7 @@ class RayEngine:
             address = address or (None if lead else "auto")
             ray.init(address=address, include_dashboard=False, log_to_driver=False, namespace=NAMESPACE,
                      **({} if address else {"num_cpus": max(num_engines + 1, os.cpu_count() or 1)}))  # fmt: skip
-        self._names = parameter_names(settings["model"], revision=settings.get("revision"),
+        self._parameters = parameters_of(settings["model"], revision=settings.get("revision"),
                                       trust_remote_code=bool(settings.get("trust_remote_code")))  # fmt: skip
         names = [f"{name or f'engines-{os.getpid()}-{id(self)}'}-{i}" for i in range(num_engines)]
         if lead:
@@ -199,7 +199,7 @@ class RayEngine:
         self.version = version
         if self.lead:
             begin = time.perf_counter()
-            self._state = self._ray.put(complete(state, self._names))  # type: ignore[arg-type]
+            self._state = self._ray.put(complete(state, self._parameters))  # type: ignore[arg-type]
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
             begin = time.perf_counter()
             for call in [actor.sync.remote(self._state, version) for actor in self.actors]:

