@@ -152,6 +152,20 @@ class EngineConfig:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) instead of all weights. No dropout: sampled and trained log-probs must agree."""
+
+    r: Count = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter is scaled by alpha / r."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get one: all-linear (all but the output head), or the ends of their names (q_proj, v_proj, ...)."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What the engine gets: whole weights with the adapters merged in, or the adapters alone (vllm_local)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class PolicyConfig:
     """How the model is trained."""
 
@@ -161,6 +175,8 @@ class PolicyConfig:
     """DeepSpeed ZeRO stage."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file; its values hold, except those that this library must own (batch sizes, accumulation)."""
+    lora: LoraConfig | None = None
+    """Train adapters, not all weights; `{}` takes the defaults."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Run the forward in bfloat16 over float32 weights (torch backend)."""
 

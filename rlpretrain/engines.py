@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlpretrain.adapters import adapter_config, has_lora, plain_copy
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.models import save_start
 from rlpretrain.objectives import Objective
@@ -34,10 +34,12 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
     `shares`: the hf engine may read the model's own parameters. `start`: where an engine that loads from disk finds weights
     and tokenizer; the model's own path by default. Raises ConfigError or ImportError for what cannot work.
     """
-    e = config.engine
-    if e.name == "hf":
+    e, lora = config.engine, config.policy.lora
+    if lora and lora.sync == "adapter" and e.name != "vllm_local":
+        raise ConfigError(f"policy.lora.sync: adapter is for engine vllm_local; engine {e.name} takes merged weights")
+    if e.name == "hf" or not objective.has_positions:  # without positions nothing is ever sampled
         if e.max_staleness and shares:  # sampling goes on while the trainer's parameters change
-            model, shares = copy.deepcopy(model).requires_grad_(False), False
+            model, shares = plain_copy(model), False
         return HFEngine(model, tokenizer=tokenizer, shares_weights=shares, batch_size=e.batch_size)
     if e.name == "vllm_server":
         return _servers(config, start, ranks)
@@ -67,6 +69,7 @@ def _vllm(config: PretrainConfig, model: nn.Module, objective: Objective, start:
         "dtype": e.dtype or config.model.dtype, "max_model_len": e.max_model_len or longest(config, objective, positions),
         "max_num_seqs": e.batch_size, "kv_cache_gib": e.kv_cache_gib, "gpu_memory_utilization": e.gpu_memory_utilization,
         "block_size": e.block_size, "seed": config.seed, "options": e.options,
+        "lora": adapter_config(model) if has_lora(model) and config.policy.lora.sync == "adapter" else None,
     }  # fmt: skip
 
 

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from rlpretrain import __version__
+from rlpretrain.adapters import adapter_config, has_lora
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.scoring import check_head
+from rollout.weights import write_adapter
 
 __all__ = ["check_head", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model", "save_start"]
 
@@ -111,7 +113,12 @@ def load(config: ModelConfig, delimiters: Delimiters | None, seed: int = 0) -> t
 
 
 def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
-    """Write the policy's weights and the tokenizer to `path` (aside, then renamed). All ranks call it, the first one writes."""
+    """Write the policy's weights and the tokenizer to `path` (aside, then renamed). All ranks call it, the first one writes.
+
+    With LoRA the weights are merged; the adapter alone goes to `adapter` beside it, as PEFT's `from_pretrained` reads it.
+    """
+    lora = has_lora(policy.model)
+    adapter = {name: tensor.to("cpu", copy=True) for name, tensor in policy.adapter()} if lora else {}
     state = {}
     for name, tensor in policy.weights():
         if first:
@@ -123,6 +130,10 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
     with _no_bars():
         policy.model.save_pretrained(work, state_dict=state)
     tokenizer.save_pretrained(work)
+    if lora:
+        shutil.rmtree(path.with_name("adapter"), ignore_errors=True)
+        path.with_name("adapter").mkdir()
+        write_adapter(path.with_name("adapter"), adapter, adapter_config(policy.model))
     if path.exists():
         shutil.rmtree(path)
     work.replace(path)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlpretrain import compat
+from rlpretrain.adapters import Piece, adapter_pieces, add_lora, pieces
 from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring import Scorer, score
@@ -125,9 +126,12 @@ class TorchPolicy:
             p.grad = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) pairs as transformers names them; tied tensors under every name."""
-        for name, p in self.model.named_parameters(remove_duplicate=False):
-            yield name, p.detach()
+        """(name, full tensor) pairs as transformers names them, adapters merged in; tied tensors under every name."""
+        return ((piece.name, piece.make()) for piece in pieces(self.model))
+
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters alone, as PEFT names them in files."""
+        return ((piece.name, piece.make()) for piece in adapter_pieces(self.model))
 
     def save(self, path: Path) -> None:
         """Everything a bit-identical continuation needs, under `path`."""
@@ -206,14 +210,20 @@ class DeepSpeedPolicy:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As TorchPolicy.weights; under ZeRO 3 gathered a few layers at a time, by all ranks together."""
-        pairs = list(self.model.named_parameters(remove_duplicate=False))
-        size = 16 if self.stage == 3 else len(pairs)
-        for i in range(0, len(pairs), size):
-            part = pairs[i : i + size]
-            unique = list({id(p): p for _, p in part}.values())
+        return self._gathered(list(pieces(self.model)))
+
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """As TorchPolicy.adapter."""
+        return self._gathered(list(adapter_pieces(self.model)))
+
+    def _gathered(self, found: list[Piece]) -> Iterator[tuple[str, Tensor]]:
+        size = 16 if self.stage == 3 else len(found)
+        for i in range(0, len(found), size):
+            part = found[i : i + size]
+            unique = list({id(p): p for piece in part for p in piece.needs}.values())
             with self.gathered(unique, enabled=self.stage == 3):
-                for name, p in part:
-                    yield name, p.detach()
+                for piece in part:
+                    yield piece.name, piece.make()
 
     def save(self, path: Path) -> None:
         """As TorchPolicy.save; every rank writes its shard."""
@@ -265,5 +275,7 @@ def make_policy(model: nn.Module, config: PolicyConfig, optim: OptimConfig, tota
         backend = "deepspeed" if compat.has_deepspeed() else "torch"
     if backend == "torch" and (config.zero_stage or config.deepspeed_config):
         raise ConfigError("policy.zero_stage and policy.deepspeed_config need policy.backend deepspeed")
+    if config.lora is not None:
+        add_lora(model, config.lora)
     owner = TorchPolicy if backend == "torch" else DeepSpeedPolicy
     return owner(model.to(ranks.device), config, optim, total_steps, ranks, temperature)

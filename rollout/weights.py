@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,14 @@ def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         seen.add(tensor.data_ptr())
     save_file(whole, work / "model.safetensors", metadata={"format": "pt"})
     work.replace(folder)
+
+
+def write_adapter(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Write a LoRA adapter as PEFT does, into a folder of its own."""
+    from safetensors.torch import save_file
+
+    save_file({n: t.contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(dict(config)))
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ LAYERS = [
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},
-    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
+    {"adapters", "policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines"},
     {"run", "pretrainer", "serve", "trl", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},
