@@ -2,7 +2,8 @@
 
     python -m benchmarks.parity [--updates 20] [--json]
 
-Families, tied and untied heads, each with random weights and random updates that every log-prob feels. The largest difference
+Families, tied and untied heads, LoRA merged and as an adapter beside vLLM's own weights, each with random weights and random
+updates that every log-prob feels. The largest difference
 over all sampled tokens is reported, and what it would be without the sync (so that the test can fail). Needs vLLM.
 """
 
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 
+from rlpretrain.adapters import adapter_config, adapter_pieces, add_lora, pieces
+from rlpretrain.config import LoraConfig
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm_local import VLLMEngine
 from rollout.weights import Probe
@@ -35,18 +38,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, tied": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "qwen3, hidden 512": ("qwen3", LARGER | {"head_dim": 64, "tie_word_embeddings": True}),
 }
+LORA = {"qwen3, LoRA merged": "merged", "qwen3, LoRA adapter": "adapter", "llama, LoRA merged": "merged",
+        "llama, LoRA adapter": "adapter"}  # fmt: skip
 VOCABULARY = 1024
 
 
-def measure(family: str, shape: dict[str, Any], updates: int) -> dict[str, Any]:
+def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None = None) -> dict[str, Any]:
     """One family: differences with and without syncs, and the medians of what sync, copy and probe take."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=VOCABULARY, **shape)).eval()
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=VOCABULARY, **shape)).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder))
-        engine = VLLMEngine(folder, max_model_len=512, max_num_seqs=32, kv_cache_gib=0.1)
+        if lora:
+            add_lora(model, LoraConfig(r=8, sync=lora))
+        alone = adapter_config(model) if lora == "adapter" else None
+        engine = VLLMEngine(folder, max_model_len=512, max_num_seqs=32, kv_cache_gib=0.1, lora=alone)
+    parts = adapter_pieces if lora == "adapter" else pieces
+    moved = [p for p in model.parameters() if p.requires_grad]
     prompts = [Prompt(tuple(torch.randint(VOCABULARY, (k,)).tolist()), stop_ids=()) for k in (12, 3, 70, 130)]
     params, probe = SamplingParams(max_thought_tokens=16), Probe(VOCABULARY, engine.block_size, engine.max_model_len)
 
@@ -58,15 +68,14 @@ def measure(family: str, shape: dict[str, Any], updates: int) -> dict[str, Any]:
     stale, seconds = [], {"sync": [], "copy": [], "probe": []}
     for version in range(1, updates + 1):
         with torch.no_grad():
-            for p in model.parameters():
-                p += 0.02 * torch.randn_like(p)
+            for p in moved:
+                p += (0.05 if lora else 0.02) * torch.randn_like(p)
         stale.append(worst())
-        named = list(model.named_parameters(remove_duplicate=False))
         begin = time.perf_counter()
-        kept = {n: p.detach().clone() for n, p in named}
+        kept = {part.name: part.make().clone() for part in parts(model)}
         seconds["copy"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        engine.sync(lambda named=named: ((n, p.detach()) for n, p in named), version)
+        engine.sync(lambda: ((part.name, part.make()) for part in parts(model)), version)
         seconds["sync"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
         thought = asyncio.run(probe.ask(engine))
@@ -98,6 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = {name: measure(family, shape, options.updates) for name, (family, shape) in FAMILIES.items()}
+    for name, how in LORA.items():
+        results[name] = measure(*FAMILIES[f"{name.split(',')[0]}, tied"], options.updates, lora=how)
     if options.json:
         facts = {"benchmark": "parity", "updates": options.updates, "torch": torch.__version__}
         print(json.dumps(facts | {"results": results}))

@@ -37,6 +37,8 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
     e, lora = config.engine, config.policy.lora
     if lora and lora.sync == "adapter" and e.name != "vllm_local":
         raise ConfigError(f"policy.lora.sync: adapter is for engine vllm_local; engine {e.name} takes merged weights")
+    if e.sleep and (e.name != "vllm_local" or e.max_staleness):
+        raise ConfigError("engine.sleep is for engine vllm_local with max_staleness 0: only that rests while the model trains")
     if e.name == "hf" or not objective.has_positions:  # without positions nothing is ever sampled
         if e.max_staleness and shares:  # sampling goes on while the trainer's parameters change
             model, shares = plain_copy(model), False
@@ -68,7 +70,7 @@ def _vllm(config: PretrainConfig, model: nn.Module, objective: Objective, start:
     return _where(config, start) | {
         "dtype": e.dtype or config.model.dtype, "max_model_len": e.max_model_len or longest(config, objective, positions),
         "max_num_seqs": e.batch_size, "kv_cache_gib": e.kv_cache_gib, "gpu_memory_utilization": e.gpu_memory_utilization,
-        "block_size": e.block_size, "seed": config.seed, "options": e.options,
+        "block_size": e.block_size, "seed": config.seed, "options": e.options, "sleep": e.sleep,
         "lora": adapter_config(model) if has_lora(model) and config.policy.lora.sync == "adapter" else None,
     }  # fmt: skip
 
@@ -104,6 +106,18 @@ def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine
         concurrency=e.concurrency,
         request_timeout=e.request_timeout, deadline=e.deadline, block_size=e.block_size, lead=ranks.first, barrier=ranks.barrier,
     )  # fmt: skip
+
+
+def lie_down(config: PretrainConfig, engine: Any) -> None:
+    """Let the engine give its device memory back while the model trains, where `engine.sleep` asks for it."""
+    if config.engine.sleep:
+        engine.sleep()
+
+
+def wake_up(config: PretrainConfig, engine: Any) -> None:
+    """Before new weights: the engine takes its memory again."""
+    if config.engine.sleep:
+        engine.wake()
 
 
 def write_start(config: PretrainConfig, model: nn.Module, tokenizer: Any, ranks: Ranks, changed: bool) -> Path | None:

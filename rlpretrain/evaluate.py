@@ -18,7 +18,8 @@ from torch import nn
 
 from rewards.controls import other_document, shuffled
 from rlpretrain.batches import roll_out, token_entropies
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.documents import read_all
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.scoring import Scorer, score
@@ -157,6 +158,22 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
         for kind in ("empty", "shuffled", "other"):
             values[kind] = targets(scorer, contrast(groups, kind, seed), *context)[0].mean(1) - base
     return Evaluation(values, kept, losses, tokens, groups)
+
+
+def held_out(config: PretrainConfig, tokenizer: Any, objective: Objective, ranks: int) -> list[Document] | None:
+    """The documents of `eval.data`; ConfigError now rather than at the first evaluation if they would not do."""
+    path = config.eval.data
+    if not path:
+        return None
+    data = replace(config.data, path=path, name=None, split="train", streaming=False)
+    found = read_all(data, tokenizer, limit=config.eval.documents)
+    usable = [not objective.has_positions
+              or bool(objective.positions(d, np.random.default_rng(config.seed), torch.zeros(len(d.token_ids))))
+              for d in found]  # fmt: skip
+    if min(sum(usable[r::ranks]) for r in range(ranks)) < 2:
+        raise ConfigError(f"eval.data {path}: {sum(usable)} of {len(found)} documents can be used (have a position); "
+                          "evaluation needs 2 for each rank")  # fmt: skip
+    return found
 
 
 def _number(document_id: str) -> int:

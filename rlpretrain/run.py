@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,9 +20,9 @@ from rlpretrain.batches import BatchSource, ReplaySource
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config_io import to_dict
 from rlpretrain.console import Console
-from rlpretrain.documents import DocumentStream, read_all
-from rlpretrain.engines import SyncProbe, make_engine, write_start
-from rlpretrain.evaluate import Evaluation, evaluate
+from rlpretrain.documents import DocumentStream
+from rlpretrain.engines import SyncProbe, lie_down, make_engine, wake_up, write_start
+from rlpretrain.evaluate import Evaluation, evaluate, held_out
 from rlpretrain.metrics import StepMetrics, Trackers, staleness
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.objectives import parse_section
@@ -66,7 +65,7 @@ class Run:
         place = {"rank": self.ranks.rank, "world_size": self.ranks.size, "seed": config.seed}
         replayed = ReplaySource(Store(config.replay, self.ranks.rank)) if config.replay else None
         stream = None if replayed else DocumentStream(config.data, self.tokenizer, min_length=max(2, shortest), **place)
-        self.held_out = self._held_out()
+        self.held_out = held_out(config, self.tokenizer, self.objective, self.ranks.size)
         self.total_steps = self._total_steps(stream, replayed)
 
         wants_frozen = owner.has_positions and (config.baseline.frozen_every or self.held_out)
@@ -127,6 +126,7 @@ class Run:
         ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
         self.note(**staleness(batch.groups, self.engine.version))
+        lie_down(self.config, self.engine)
         self.timer["rollout"] = time.perf_counter() - begin
         if self.store:
             facts = {"engine": self.engine.health(), "shares_weights": self.engine.shares_weights, **compat.versions()}
@@ -189,6 +189,7 @@ class Run:
     def sync(self, version: int) -> None:
         """Hand the new weights to the engine."""
         begin = time.perf_counter()
+        wake_up(self.config, self.engine)
         with self.source.paused():
             self.engine.sync(self.handed_over, version)
         self.timer["sync"] = time.perf_counter() - begin
@@ -300,21 +301,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir {self.folder} cannot be made: {error}") from None
-        return found
-
-    def _held_out(self) -> list[Document] | None:
-        """The documents of `eval.data`; ConfigError now rather than at the first evaluation if they would not do."""
-        c = self.config
-        if not c.eval.data:
-            return None
-        found = read_all(replace(c.data, path=c.eval.data, name=None, split="train", streaming=False), self.tokenizer,
-                         limit=c.eval.documents)  # fmt: skip
-        usable = [not self.objective.has_positions
-                  or bool(self.objective.positions(d, np.random.default_rng(c.seed), torch.zeros(len(d.token_ids))))
-                  for d in found]  # fmt: skip
-        if min(sum(usable[r :: self.ranks.size]) for r in range(self.ranks.size)) < 2:
-            raise ConfigError(f"eval.data {c.eval.data}: {sum(usable)} of {len(found)} documents can be used (have a position); "
-                              "evaluation needs 2 for each rank")  # fmt: skip
         return found
 
     def _total_steps(self, stream: DocumentStream | None, replayed: ReplaySource | None) -> int:

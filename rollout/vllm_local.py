@@ -34,7 +34,7 @@ class VLLMEngine:
     are and win. With `lora`, PEFT's configuration of an adapter (r, lora_alpha, target_modules, ...), the base stays as it was
     loaded and `sync` takes the adapter's tensors. Raises ImportError with the install line where vLLM is missing.
 
-    vLLM runs on a thread of its own; calls that overlap are decoded together.
+    `sleep` makes room for `sleep` and `wake`. vLLM runs on a thread of its own; calls that overlap are decoded together.
     """
 
     shares_weights = False
@@ -43,7 +43,7 @@ class VLLMEngine:
                  max_model_len: int | None = None, max_num_seqs: int = 256, kv_cache_gib: float | None = 0.5,
                  gpu_memory_utilization: float = 0.3, block_size: int | None = None, seed: int = 0, version: int = 0,
                  trust_remote_code: bool = False, revision: str | None = None, lora: dict[str, Any] | None = None,
-                 options: dict[str, Any] | None = None) -> None:  # fmt: skip
+                 sleep: bool = False, options: dict[str, Any] | None = None) -> None:  # fmt: skip
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights need no second copy
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
@@ -65,6 +65,8 @@ class VLLMEngine:
         on_cpu = self._on_cpu = current_platform.is_cpu()
         if on_cpu:
             settings["enforce_eager"] = True
+        elif sleep:
+            settings["enable_sleep_mode"] = True
         if block_size or on_cpu:
             settings["block_size"] = block_size or 32  # vLLM's own choice on a CPU, 128, would cache few contexts
         self.lora = lora

@@ -47,6 +47,21 @@ def test_vllm_in_the_loop_samples_from_the_weights_that_are_trained(run, tmp_pat
     assert not same(weights(tmp_path / "run" / "model"), weights(Path(run["model"])))
 
 
+def test_vllm_rests_while_the_model_trains(run, tmp_path, monkeypatch):
+    """On a CPU sleep and wake give nothing back; their order is the GPU's."""
+    from rollout.vllm_local import VLLMEngine
+
+    said = []
+    for name in ("sample", "sleep", "wake", "sync"):
+        inner = getattr(VLLMEngine, name)
+        monkeypatch.setattr(VLLMEngine, name, lambda self, *a, name=name, inner=inner: (said.append(name), inner(self, *a))[1])
+    trained(run, max_steps=2, engine__sleep=True)
+    begin = ["sync", "sample"]  # the starting weights and their probe
+    assert said == begin + ["sample", "sleep", "wake", "sync", "sample"] * 2
+    with pytest.raises(ConfigError, match="engine.sleep is for engine vllm_local with max_staleness 0"):
+        trained(run, output_dir=str(tmp_path / "other"), engine__sleep=True, engine__max_staleness=1)
+
+
 def test_zero_3_evaluation_and_resume(run, corpus, tmp_path):
     """The policy is sharded, so the engine gets gathered weights and the evaluation a copy of its own."""
     more = merged(run, policy={"backend": "deepspeed", "zero_stage": 3}, max_steps=4, checkpoint={"every": 2},

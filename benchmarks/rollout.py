@@ -1,0 +1,296 @@
+"""Speed of the rollout service: over HTTP against vLLM alone, ahead of the trainer, and what a weight sync and its probe cost.
+
+    python -m benchmarks.rollout [service async sync probe] [--json]
+
+service  tokens/s of `rlpretrain serve` with 32 clients, over vLLM's offline engine, and over vLLM's own server, same requests
+async    step time with max_staleness 1 over the longer of rollout and training, which run on two engines at once
+sync     in-process weight sync over a copy of the state dict, and vLLM's packing of its linear layers alone
+probe    the probe's share of a step, hidden 512, a hundred positions
+
+Every part alternates what it compares and reports medians of ratios. Needs vLLM and Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks.bad_input import free_port
+
+VOCABULARY, LONGEST = 8192, 512
+SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": LONGEST, "tie_word_embeddings": True}  # fmt: skip
+CLIENTS, REQUESTS, N, CONTEXT, TOKENS = 32, 4, 8, 128, 48
+FLAGS = {"dtype": "float32", "max_model_len": LONGEST, "max_num_seqs": 256, "block_size": 32,
+         "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "kv_cache_memory_bytes": 2 << 30}  # fmt: skip
+
+
+def make_model(folder: Path, **changes: Any) -> Any:
+    """A random model, saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", vocab_size=VOCABULARY, **SHAPE | changes))
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def requests() -> list[tuple[list[int], int]]:
+    """(prompt, seed) of every request."""
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randint(VOCABULARY, (CONTEXT,), generator=generator).tolist(), k) for k in range(CLIENTS * REQUESTS)]
+
+
+# service
+
+
+OFFLINE = """
+import json, sys, time
+from benchmarks.rollout import FLAGS, N, TOKENS, requests
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+    llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, seed=0, enable_prefix_caching=True,
+              distributed_executor_backend="uni", disable_log_stats=True, **FLAGS)
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        found = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids, _ in requests()],
+                             [SamplingParams(n=N, max_tokens=TOKENS, seed=seed, logprobs=0, ignore_eos=True, detokenize=False)
+                              for _, seed in requests()], use_tqdm=False)
+        tokens = sum(len(o.token_ids) for r in found for o in r.outputs)
+        print("DONE", tokens / (time.perf_counter() - begin), flush=True)
+        llm.reset_prefix_cache()
+"""
+
+
+def service(rounds: int = 3) -> dict[str, Any]:
+    """Tokens/s of the three, in turns; every round starts with an empty prefix cache."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_SERVER_DEV_MODE": "1",
+                                "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        ours, theirs = free_port(), free_port()
+        flags = [x for k, v in FLAGS.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+        alone = subprocess.Popen([sys.executable, "-c", OFFLINE, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 text=True, env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})  # fmt: skip
+        servers = [
+            subprocess.Popen([sys.executable, "-m", "rlpretrain.cli", "serve", folder, "--port", str(ours), "--max-model-len",
+                              str(LONGEST), "--kv-cache-gib", "2", "--batch-size", "256"], env=environment,
+                             stdout=subprocess.DEVNULL),
+            subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port",
+                              str(theirs), "--skip-tokenizer-init", "--enforce-eager", *flags],
+                             env=environment, stdout=subprocess.DEVNULL),
+        ]  # fmt: skip
+        found: dict[str, list[float]] = {"offline": [], "service": [], "vllm_server": []}
+        try:
+            for port in (ours, theirs):
+                _wait(port)
+            for turn in range(rounds + 1):
+                speeds = {"offline": _offline(alone), "service": asyncio.run(_over_http(ours, "/rollout")),
+                          "vllm_server": asyncio.run(_over_http(theirs, "/v1/completions", folder))}  # fmt: skip
+                for name, speed in speeds.items() if turn else ():  # the first warms up
+                    found[name].append(speed)
+        finally:
+            for process in (alone, *servers):
+                process.kill()
+    ratios = {f"over_{other}": statistics.median(a / b for a, b in zip(found["service"], found[other], strict=True))
+              for other in ("offline", "vllm_server")}  # fmt: skip
+    return ratios | {"tokens_per_s": {name: statistics.median(speeds) for name, speeds in found.items()}, "rounds": rounds}
+
+
+def _wait(port: int) -> None:
+    end = time.monotonic() + 300
+    while True:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.5)
+
+
+def _offline(process: subprocess.Popen[str]) -> float:
+    assert process.stdin and process.stdout
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    while not (line := process.stdout.readline()).startswith("DONE"):
+        pass
+    return float(line.split()[1])
+
+
+async def _over_http(port: int, route: str, model: str | None = None) -> float:
+    """Tokens/s of all clients together."""
+    queue = requests()
+    limits = httpx.Limits(max_connections=CLIENTS)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
+        async def one(mine: list[tuple[list[int], int]]) -> int:
+            tokens = 0
+            for ids, seed in mine:
+                if model is None:
+                    body = {"prompts": [{"token_ids": ids}], "params": {"max_thought_tokens": TOKENS}, "n": N, "seeds": [seed]}
+                    answer = (await client.post(route, json=body)).json()
+                    tokens += sum(len(t["token_ids"]) for t in answer["groups"][0]["thoughts"])
+                else:
+                    body = {"model": model, "prompt": ids, "n": N, "seed": seed, "max_tokens": TOKENS, "logprobs": 0,
+                            "return_token_ids": True, "ignore_eos": True, "detokenize": False}  # fmt: skip
+                    answer = (await client.post(route, json=body)).json()
+                    tokens += sum(len(c["token_ids"]) for c in answer["choices"])
+            return tokens
+
+        begin = time.perf_counter()
+        tokens = sum(await asyncio.gather(*(one(queue[k::CLIENTS]) for k in range(CLIENTS))))
+        speed = tokens / (time.perf_counter() - begin)
+        await client.post("/reset_prefix_cache")
+        return speed
+
+
+# async
+
+
+def asynchronous(steps: int = 14) -> dict[str, Any]:
+    """Median step of a run with max_staleness 1, over the longer of what the same run's rollouts and training take."""
+    from rlpretrain import Pretrainer
+    from rlpretrain.config_io import build
+    from rlpretrain.corpora import dial
+
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = dial.write(Path(folder) / "data", base=10, train=2000, held_out=10, seed=0)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shape = SHAPE | {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2,
+                         "head_dim": 32}  # fmt: skip
+        config = AutoConfig.for_model("qwen3", vocab_size=len(dial.WORDS), **shape)
+        AutoModelForCausalLM.from_config(config).save_pretrained(Path(folder) / "base")
+        dial.tokenizer().save_pretrained(Path(folder) / "base")
+        for name, staleness in (("synchronous", 0), ("asynchronous", 1)):
+            values = {
+                "model": f"{folder}/base", "data": {"path": str(paths["train"]), "max_length": 128},
+                "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+                "sampling": {"thoughts": 8, "max_thought_tokens": 24},
+                "engine": {"name": "ray", "of": "vllm_local", "kv_cache_gib": 0.25, "max_staleness": staleness, "in_flight": 1},
+                "positions_per_step": 24, "max_steps": steps, "threads": 1, "console": False, "checkpoint": {"every": 0},
+                "output_dir": f"{folder}/{name}", "baseline": {"frozen_every": 0},
+            }  # fmt: skip
+            Pretrainer(build(values)).train()
+            rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()][4:]
+            found[name] = {k: statistics.median(r[k] for r in rows) for k in ("step_time", "perf/rollout_s", "perf/train_s",
+                                                                            "perf/sync_s", "perf/probe_s")}  # fmt: skip
+    alone = found["synchronous"]
+    longer = max(alone["perf/rollout_s"], alone["step_time"] - alone["perf/rollout_s"])
+    return {"step_over_the_longer": found["asynchronous"]["step_time"] / longer, "longer_s": longer,
+            "over_synchronous": found["asynchronous"]["step_time"] / alone["step_time"], **found}  # fmt: skip
+
+
+# sync
+
+
+def sync(rounds: int = 15) -> dict[str, Any]:
+    """Medians of an in-process sync over a copy of the same tensors, and of vLLM's packing alone over that copy."""
+    from rollout.vllm_local import VLLMEngine
+
+    torch.set_num_threads(1)
+    found = {}
+    for name, changes in {"hidden 128": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 32,
+                                        "num_key_value_heads": 2}, "hidden 512": {}}.items():  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            model = make_model(Path(folder), **changes)
+            engine = VLLMEngine(folder, max_model_len=LONGEST, max_num_seqs=32, kv_cache_gib=0.1)
+        named = [(n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False)]
+        ratios, packing, seconds = [], [], []
+        for version in range(1, rounds + 1):
+            begin = time.perf_counter()
+            kept = {n: p.clone() for n, p in named}
+            copying = time.perf_counter() - begin
+            begin = time.perf_counter()
+            engine.sync(lambda kept=kept: kept.items(), version)
+            seconds.append(time.perf_counter() - begin)
+            ratios.append(seconds[-1] / copying)
+            packing.append(_pack(kept) / copying)
+        engine.close()
+        found[name] = {"parameters": sum(p.numel() for p in model.parameters()), "over_copy": statistics.median(ratios),
+                       "packing_over_copy": statistics.median(packing), "sync_ms": 1e3 * statistics.median(seconds)}  # fmt: skip
+    return found
+
+
+def _pack(state: dict[str, torch.Tensor]) -> float:
+    """Seconds that oneDNN takes to pack the matrices, which vLLM's CPU kernels want; a GPU needs none of it."""
+    from vllm import _custom_ops as ops
+
+    matrices = [t for n, t in state.items() if t.ndim == 2 and "embed" not in n]
+    begin = time.perf_counter()
+    handlers = [ops.create_onednn_mm(t.t(), 32) for t in matrices]
+    seconds = time.perf_counter() - begin
+    del handlers
+    return seconds
+
+
+# probe
+
+
+def probe() -> dict[str, Any]:
+    """The probe's share of a step: hidden 512, a hundred positions, 8 thoughts of up to 64 tokens."""
+    from rlpretrain import Pretrainer
+    from rlpretrain.config_io import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        from rlpretrain.corpora import dial
+
+        paths = dial.write(Path(folder) / "data", base=10, train=600, held_out=10, seed=0)
+        make_model(Path(folder) / "base", hidden_size=512)
+        dial.tokenizer().save_pretrained(Path(folder) / "base")
+        values = {
+            "model": f"{folder}/base", "data": {"path": str(paths["train"]), "max_length": 128},
+            "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+            "sampling": {"thoughts": 8, "max_thought_tokens": 64}, "engine": {"name": "vllm_local", "kv_cache_gib": 0.5},
+            "positions_per_step": 100, "max_steps": 4, "console": False, "checkpoint": {"every": 0},
+            "output_dir": f"{folder}/run", "baseline": {"frozen_every": 0},
+        }  # fmt: skip
+        Pretrainer(build(values)).train()
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    shares = [r["perf/probe_s"] / r["step_time"] for r in rows]
+    return {"share": statistics.median(shares), "probe_ms": 1e3 * statistics.median(r["perf/probe_s"] for r in rows),
+            "step_s": statistics.median(r["step_time"] for r in rows)}  # fmt: skip
+
+
+PARTS = {"service": service, "async": asynchronous, "sync": sync, "probe": probe}
+
+
+def main() -> None:
+    """Run the parts asked for, each in a process of its own, and print what they found."""
+    parser = argparse.ArgumentParser(description="Speed of the rollout service.")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--here", help=argparse.SUPPRESS)  # a part, in this process; its result goes to the file in `parts`
+    options, rest = parser.parse_known_args()
+    if options.here:
+        Path(rest[0] if rest else os.environ["RESULT"]).write_text(json.dumps(PARTS[options.here]()))
+        return
+    results = {}
+    for part in options.parts:
+        with tempfile.NamedTemporaryFile(suffix=".json") as result:
+            subprocess.run([sys.executable, "-m", "benchmarks.rollout", "--here", part], check=True, stdout=sys.stderr,
+                           env=os.environ | {"RESULT": result.name, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            results[part] = json.loads(Path(result.name).read_text())
+        if not options.json:
+            print(part, json.dumps(results[part], indent=1), flush=True)
+    if options.json:
+        print(json.dumps({"benchmark": "rollout", "torch": torch.__version__, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
