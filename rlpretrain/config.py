@@ -141,6 +141,10 @@ class EngineConfig:
     """The servers of vllm_server, as http://host:port."""
     weights_dir: str | None = None
     """Folder, shared with the servers, that weights pass through; output_dir/weights by default."""
+    transfer: Literal["file", "nccl"] = "file"
+    """How weights reach the servers: through weights_dir, or from GPU to GPU (started with --weight-transfer-config)."""
+    master_address: str | None = None
+    """With nccl, the address at which the servers reach the trainer; this machine's name by default."""
     token_file: str | None = None
     """File with the servers' API key."""
     concurrency: Count = 64

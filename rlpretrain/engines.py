@@ -100,11 +100,13 @@ def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine
         token = Path(e.token_file).read_text().strip() if e.token_file else None
     except OSError as error:
         raise ConfigError(f"engine.token_file {e.token_file}: {error}") from None
+    if e.transfer == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
     folder = Path(e.weights_dir) if e.weights_dir else Path(config.output_dir) / "weights"
     return VLLMServerEngine(
         e.urls, **{k: v for k, v in _where(config, start).items() if k != "tokenizer"}, weights_dir=folder, token=token,
-        concurrency=e.concurrency,
-        request_timeout=e.request_timeout, deadline=e.deadline, block_size=e.block_size, lead=ranks.first, barrier=ranks.barrier,
+        concurrency=e.concurrency, transfer=e.transfer, master_address=e.master_address, request_timeout=e.request_timeout,
+        deadline=e.deadline, block_size=e.block_size, lead=ranks.first, barrier=ranks.barrier,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Server:
     last_error: str = ""
     failures: int = 0
     client: Any = field(default=None, repr=False)
+    group: Any = field(default=None, repr=False)  # its NCCL group
 
     async def healthy(self, timeout: float | None = None) -> bool:
         """Whether it says so; connection errors are the caller's."""
@@ -60,6 +62,21 @@ class Server:
         await self.ask("/pause", params={"mode": "abort"})
         try:
             await self.ask("/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            await self.ask("/reset_prefix_cache")
+            await self.ask("/update_weight_version", json={"new_version": mark})
+        finally:
+            await self.ask("/resume")
+
+    async def receive_weights(self, state: dict[str, Any], mark: str, host: str | None, timeout: float) -> None:
+        """`load_weights` over NCCL. TimeoutError where the broadcast hangs; the group is then given up."""
+        from rollout.vllm_nccl import NCCLTransfer
+
+        await self.ask("/pause", params={"mode": "abort"})
+        try:
+            if self.group is None:
+                size = (await self.client.get("/get_world_size")).json()["world_size"]
+                self.group = NCCLTransfer(self.url, size, host=host, timeout=timeout)
+            await asyncio.wait_for(asyncio.to_thread(self.group.send, state), timeout)
             await self.ask("/reset_prefix_cache")
             await self.ask("/update_weight_version", json={"new_version": mark})
         finally:

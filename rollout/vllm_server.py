@@ -23,6 +23,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rollout.engine import check_request
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
 from rollout.vllm_routes import EngineUnavailable, Server, completion, thoughts
@@ -38,7 +40,8 @@ class VLLMServerEngine:
     `weights_dir` the folder that weights pass through, as trainer and servers see it. A request that fails is tried elsewhere
     with back-off; a server that fails is left out, asked for its health every `patience` seconds, and taken back with the
     present weights. `request_timeout` is for one answer; after `deadline` seconds without any server that works, `sample` raises
-    EngineUnavailable. `lead` is false on the ranks that leave weights to rank 0; `barrier` lets them wait for it.
+    EngineUnavailable. `transfer` nccl sends weights from GPU to GPU instead (see `vllm_nccl`; the servers reach this process at
+    `master_address`). `lead` is false on the ranks that leave weights to rank 0; `barrier` lets them wait for it.
 
     All calls run on one event loop in a thread of its own, so any thread and any loop may `sample`.
     """
@@ -48,13 +51,16 @@ class VLLMServerEngine:
     def __init__(self, urls: Sequence[str], *, model: str | Path, weights_dir: str | Path, revision: str | None = None,
                  trust_remote_code: bool = False, token: str | None = None, concurrency: int = 64, request_timeout: float = 120.0,
                  deadline: float = 300.0, patience: float = 1.0, version: int = 0, block_size: int | None = None,
-                 lead: bool = True, barrier: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+                 transfer: str = "file", master_address: str | None = None, lead: bool = True,
+                 barrier: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         try:
             import httpx
         except ImportError as error:
             raise ImportError(f"engine vllm_server needs httpx: {INSTALL}") from error
         if not urls:
             raise ValueError("engine vllm_server needs the URL of at least one server")
+        if transfer == "nccl" and not torch.cuda.is_available():
+            raise ValueError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
         self._httpx, self.version = httpx, version
         self.weights_dir, self.concurrency, self.deadline, self.patience = Path(weights_dir), concurrency, deadline, patience
         self.request_timeout, self.lead, self.barrier = request_timeout, lead, barrier
@@ -63,6 +69,8 @@ class VLLMServerEngine:
         self.counts: Counter[str] = Counter()
         self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
         self._folder: Path | None = None
+        self._state: dict[str, Any] = {}  # the present weights, for transfers that need them again
+        self.transfer, self.master_address = transfer, master_address
         self._synced, self._answered = False, 0.0  # when a server answered last: a deadline counts from there
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.servers = [Server(url.rstrip("/")) for url in urls]
@@ -105,7 +113,11 @@ class VLLMServerEngine:
         if self.lead:
             begin = time.perf_counter()
             before, self._folder = self._folder, self.weights_dir / f"version-{version}"
-            write_weights(self._folder, complete(state, self._parameters))  # type: ignore[arg-type]
+            whole = complete(state, self._parameters)  # type: ignore[arg-type]
+            if self.transfer == "nccl":
+                self._state = whole
+            else:
+                write_weights(self._folder, whole)
             if before not in (None, self._folder):
                 shutil.rmtree(before, ignore_errors=True)
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
@@ -120,7 +132,7 @@ class VLLMServerEngine:
 
     def health(self) -> dict[str, Any]:
         """Kind, version, what is known of each server, counters since the start."""
-        known = [{k: v for k, v in vars(server).items() if k != "client"} for server in self.servers]
+        known = [{k: v for k, v in vars(server).items() if k not in ("client", "group")} for server in self.servers]
         return {"kind": "vllm_server", "version": self.version, "shares_weights": False, "closed": self._closed,
                 "max_model_len": getattr(self, "max_model_len", None), "servers": known, **self.counts}  # fmt: skip
 
@@ -280,7 +292,7 @@ class VLLMServerEngine:
 
     def _failed(self, server: Server, why: str) -> None:
         """Leave a server out until it is healthy again."""
-        server.alive, server.last_error = False, why
+        server.alive, server.last_error, server.group = False, why, None
         server.failures += 1
         self.counts["server_failures"] += 1
 
@@ -326,10 +338,12 @@ class VLLMServerEngine:
     async def _load_or_leave(self, server: Server, version: int) -> None:
         try:
             await self._load(server, version)
-        except (self._httpx.HTTPError, EngineUnavailable) as error:
+        except (self._httpx.HTTPError, EngineUnavailable, TimeoutError) as error:
             self._failed(server, repr(error))
 
     async def _load(self, server: Server, version: int) -> None:
+        if self.transfer == "nccl":
+            return await server.receive_weights(self._state, self._mark(version), self.master_address, self.request_timeout)
         assert self._folder is not None
         await server.load_weights(self._folder.resolve(), self._mark(version))
 

@@ -26,6 +26,7 @@ ALLOWED = {
 # The one file that needs a library, and the library. deepspeed and peft never: weights come from an iterator.
 SPECIAL = {
     "rollout/vllm_local.py": {"vllm"},
+    "rollout/vllm_nccl.py": {"vllm"},
     "rollout/vllm_server.py": {"httpx", "aiohttp", "safetensors"},
     "rollout/weights.py": {"safetensors"},
     "rollout/service.py": {"fastapi", "starlette", "prometheus_client", "pydantic_core"},
