@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_workers(args.out, args.seeds)
     results = collect(args.out, args.seeds)
     results["seconds"] |= seconds | {"total": time.perf_counter() - begin}
+    from rlpretrain.records import write_json
+
     write_json(args.out / "results.json", results)
     show(results)
     print(f"numbers: {args.out / 'results.json'}; {results['seconds']['total']:.0f} seconds in all")
@@ -130,6 +132,8 @@ def run_workers(out: Path, seeds: Sequence[int]) -> None:
 
 def worker(out: Path, seed: int) -> int:
     """RLP and both controls for one seed, and their evaluation."""
+    from rlpretrain.records import write_json
+
     seconds: dict[str, float] = {}
     corpus, base = out / "corpus", out / "base" / "model"
     for name in ("rlp", "ntp_tokens", "ntp_compute"):
@@ -247,12 +251,6 @@ def show(results: dict[str, Any]) -> None:
     c = results["controls"]
     console.print("gain of thoughts that should not help (nats): " + ", ".join(f"{n} {cell(c, n)}" for n in CONTROLS))
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    work = path.with_suffix(".tmp")
-    work.write_text(json.dumps(value, indent=1))
-    work.replace(path)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpretrain.config import ConfigError
+from rlpretrain.records import write_json
 
 if TYPE_CHECKING:
     from rlpretrain.config import PretrainConfig
@@ -273,12 +274,6 @@ def show(results: dict[str, Any]) -> None:
         verdict = "helps" if low > 0 else "hurts" if high < 0 else "makes no measurable difference"
         console.print(f"{said}: {verdict}, {cell(results['after'], name)} nats.")
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    work = path.with_suffix(".tmp")
-    work.write_text(json.dumps(value, indent=1))
-    work.replace(path)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.objectives import load as load_objective
     from rlpretrain.prompts import Delimiters
     from rlpretrain.ranks import join
+    from rlpretrain.records import write_json
 
     model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     try:
@@ -204,9 +205,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
             table.add_row(name, *cells, MEANING[name])
     Console().print(table)
     if args.json:
-        work = Path(args.json).with_suffix(".tmp")
-        work.write_text(json.dumps(results, indent=1))
-        work.replace(args.json)
+        write_json(Path(args.json), results)
     return 0
 
 
