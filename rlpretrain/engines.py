@@ -85,7 +85,8 @@ def _pool(config: PretrainConfig, model: nn.Module, objective: Objective, start:
     return RayEngine(
         e.of, _vllm(config, model, objective, start) if e.of == "vllm_local" else small, num_engines=e.num_engines,
         resources=e.resources or None, strategy=e.strategy, address=e.address, request_timeout=e.request_timeout,
-        deadline=e.deadline, lead=ranks.first, barrier=ranks.barrier, name=name.replace("/", "_"),
+        deadline=e.deadline, lead=ranks.first, barrier=ranks.barrier, share=lambda value: ranks.gather(value)[0],
+        name=name.replace("/", "_"),
     )  # fmt: skip
 
 

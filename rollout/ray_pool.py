@@ -44,12 +44,12 @@ class Worker:
             tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], **where) if settings.get("tokenizer") else None
             self.engine = HFEngine(model.eval().to(device), tokenizer=tokenizer, shares_weights=False, **rest)
             self.facts = {"block_size": 1, "max_model_len": getattr(model.config, "max_position_embeddings", 1 << 20)}
+            self.engine.version = -1
         else:
             from rollout.vllm_local import VLLMEngine
 
-            self.engine = VLLMEngine(**settings)
+            self.engine = VLLMEngine(**settings, version=-1)
             self.facts = {"block_size": self.engine.block_size, "max_model_len": self.engine.max_model_len}
-        self.engine.version = -1  # none of the trainer's yet
 
     def about(self) -> dict[str, Any]:
         return {**self.facts, "pid": os.getpid(), "node": os.uname().nodename}
@@ -78,7 +78,7 @@ class RayEngine:
     Prompts are dealt out evenly. A call that fails, because its actor died or does not answer within `request_timeout`
     seconds, is made again on another one; an actor that hangs is killed, and Ray starts it anew. After `deadline` seconds
     without an answer `sample` raises TimeoutError. On several trainer ranks all give the same `name` and share the actors;
-    `lead` hands over the weights and ends the actors, `barrier` lets the others wait.
+    `lead` hands over the weights and ends the actors, `barrier` lets the others wait, `share` gives all the value of `lead`.
     """
 
     shares_weights = False
@@ -86,7 +86,11 @@ class RayEngine:
     def __init__(self, kind: str, settings: Mapping[str, Any], *, num_engines: int = 1,
                  resources: Mapping[str, float] | None = None, strategy: str = "PACK", address: str | None = None,
                  name: str | None = None, request_timeout: float = 300.0, deadline: float = 600.0, version: int = 0,
-                 lead: bool = True, barrier: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+                 lead: bool = True, barrier: Callable[[], None] = lambda: None,
+                 share: Callable[[Any], Any] = lambda value: value) -> None:  # fmt: skip
+        where, mode = (None, None) if lead else share(None)  # waits until rank 0 has the actors
+        if mode:
+            os.environ.setdefault("RAY_AUTH_MODE", mode)  # Ray reads it when it is imported
         try:
             import ray
         except ImportError as error:
@@ -95,13 +99,11 @@ class RayEngine:
         self.request_timeout, self.deadline = request_timeout, deadline
         self.counts: Counter[str] = Counter()
         self.timings: dict[str, float] = {}
-        if not lead:
-            barrier()  # until rank 0 has the actors
         self._began = not ray.is_initialized()
         if self._began:
-            address = address or (None if lead else "auto")
+            address = where or address or "local"  # None would join what RAY_ADDRESS or `ray start` left behind
             ray.init(address=address, include_dashboard=False, log_to_driver=False, namespace=NAMESPACE,
-                     **({} if address else {"num_cpus": max(num_engines + 1, os.cpu_count() or 1)}))  # fmt: skip
+                     **({"num_cpus": max(num_engines + 1, os.cpu_count() or 1)} if address == "local" else {}))  # fmt: skip
         self._parameters = parameters_of(settings["model"], revision=settings.get("revision"),
                                       trust_remote_code=bool(settings.get("trust_remote_code")))  # fmt: skip
         names = [f"{name or f'engines-{os.getpid()}-{id(self)}'}-{i}" for i in range(num_engines)]
@@ -115,7 +117,7 @@ class RayEngine:
         self._state: Any = None  # the present weights in the object store
         self._closed = False
         if lead:
-            barrier()
+            share((ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE")))
 
     def _start(self, names: Sequence[str], kind: str, settings: Mapping[str, Any], resources: dict[str, float],
                strategy: str) -> list[Any]:  # fmt: skip
