@@ -78,8 +78,8 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
         engine.sync(lambda: ((part.name, part.make()) for part in parts(model)), version)
         seconds["sync"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        thought = asyncio.run(probe.ask(engine))
-        asyncio.run(probe.verify(engine, thought, logps(model, probe.prompt, thought).tolist(), version))
+        thoughts = asyncio.run(probe.ask(engine))
+        asyncio.run(probe.verify(engine, thoughts, [logps(model, probe.prompt, t).tolist() for t in thoughts], version))
         seconds["probe"].append(time.perf_counter() - begin)
         found["after"] = max(found["after"], worst())
         del kept

@@ -125,7 +125,8 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     except Diverged as error:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
     return 0
 
 

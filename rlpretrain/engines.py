@@ -162,12 +162,13 @@ class SyncProbe:
     def __call__(self, version: int) -> None:
         """Raises StaleWeights where engine and policy differ."""
         begin = time.perf_counter()
-        thought = asyncio.run(self.probe.ask(self.engine))
+        thoughts = asyncio.run(self.probe.ask(self.engine))
         ids = self.probe.prompt.token_ids
-        group = Group("probe", Position("probe", len(ids), ids, (ids[0],)), self.probe.prompt, (thought,), version)
+        group = Group("probe", Position("probe", len(ids), ids, (ids[0],)), self.probe.prompt, tuple(thoughts), version)
         batch = Batch((group,), (Document("probe", (*ids, ids[0])),))
         layout = Layout(1, cut="force_close")
         (micro,) = pack(batch, layout, count(batch, layout.cut))
-        logps = self.policy.score(micro).thought_logps[0, 0, : len(thought.token_ids)].tolist()
-        self.difference = asyncio.run(self.probe.verify(self.engine, thought, logps, version))
+        scored = self.policy.score(micro).thought_logps[0].tolist()
+        logps = [row[: len(t.token_ids)] for row, t in zip(scored, thoughts, strict=True)]
+        self.difference = asyncio.run(self.probe.verify(self.engine, thoughts, logps, version))
         self.seconds = time.perf_counter() - begin

@@ -167,7 +167,11 @@ class DeepSpeedPolicy:
         self.stage = settings["zero_optimization"]["stage"]
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         scorer = Scorer(model.to(ranks.device))
+        self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
         optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=optim.betas)
+        if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
+            settings["gradient_clipping"], self.clips = 0.0, True  # DeepSpeed would clip, and forget the norm
+            optimizer.register_step_pre_hook(self._clip)
         self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
         self.factor, self.steps = schedule(optim, total_steps), 0
         self.gathered = deepspeed.zero.GatheredParameters
@@ -198,10 +202,14 @@ class DeepSpeedPolicy:
                 self.discard()
                 return StepInfo(math.nan, lr, False)
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = self.norm if self.clips else float(self.engine.get_global_grad_norm() or 0.0)
         applied = self.engine.was_step_applied() and math.isfinite(norm)
         self.steps += applied
         return StepInfo(norm, lr, applied)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Between DeepSpeed's reduction and the update."""
+        self.norm = float(nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.limit))
 
     def discard(self) -> None:
         """Forget the gradients gathered so far."""

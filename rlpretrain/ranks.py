@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rlpretrain.config import ConfigError
+
+PATIENCE = timedelta(hours=1)
+"""How long ranks wait for each other: longer than any wait for an engine, NCCL's own ten minutes are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ def join(device: str = "auto") -> Ranks:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE)
     return Ranks(rank, size, where)
 
 

@@ -114,6 +114,7 @@ class RayEngine:
         facts = ray.get([a.about.remote() for a in self.actors], timeout=deadline)
         self.block_size = max(f["block_size"] for f in facts)
         self.max_model_len = min(f["max_model_len"] for f in facts)
+        self.num_engines = num_engines
         self._state: Any = None  # the present weights in the object store
         self._closed = False
         if lead:

@@ -124,6 +124,11 @@ class VLLMServerEngine:
         self._run(self._sync(version), self.deadline + 2 * self.request_timeout)
         self.barrier()
 
+    @property
+    def num_engines(self) -> int:
+        """Servers that work."""
+        return max(1, sum(s.alive for s in self.servers))
+
     def reset_prefix_cache(self) -> None:
         """Let every server forget the contexts it read."""
         for server in self.servers:

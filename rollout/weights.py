@@ -157,33 +157,39 @@ class Probe:
         self.tolerance = tolerance
         self.covers_cache = length > 2 * block_size
 
-    async def ask(self, engine: Engine) -> Thought:
-        """What the engine says after the prompt, with its log-probs."""
-        ((thought,),) = await engine.sample([self.prompt], self.params, 1, [engine.version])
-        return thought
+    async def ask(self, engine: Engine) -> list[Thought]:
+        """What the engine says after the prompt, with its log-probs; from each engine of a pool, since those deal evenly."""
+        copies = getattr(engine, "num_engines", 1)
+        groups = await engine.sample([self.prompt] * copies, self.params, 1, [engine.version] * copies)
+        return [thought for (thought,) in groups]
 
-    async def verify(self, engine: Engine, thought: Thought, logps: Sequence[float], version: int) -> float:
-        """The largest difference (nats) between the engine's log-probs and the trainer's.
+    async def verify(self, engine: Engine, thoughts: Sequence[Thought], logps: Sequence[Sequence[float]], version: int) -> float:
+        """The largest difference (nats) between the engine's log-probs and the trainer's, of all thoughts.
 
         Raises StaleWeights above the tolerance, with the likely cause: the thought is sampled again after the engine's prefix
         cache was emptied, and if the log-probs then change the cache was to blame.
         """
-        said = thought.behaviour_logps
-        worst = max((abs(a - b) for a, b in zip(said, logps, strict=True)), default=0.0)
-        if thought.policy_version != version:
-            raise StaleWeights(f"the engine answers with version {thought.policy_version} where {version} was handed over")
-        if not worst <= self.tolerance:  # NaN too
+        if stale := [t.policy_version for t in thoughts if t.policy_version != version]:
+            raise StaleWeights(f"the engine answers with version {stale[0]} where {version} was handed over")
+        apart = [max((abs(a - b) for a, b in zip(t.behaviour_logps, own, strict=True)), default=0.0)
+                 for t, own in zip(thoughts, logps, strict=True)]  # fmt: skip
+        worst = next((d for d in apart if d != d), max(apart))  # NaN is worse than anything
+        if not worst <= self.tolerance:
             cause = ("a tensor did not arrive, or the engine runs in another "
                      "dtype than the trainer (then raise engine.probe_tolerance)")  # fmt: skip
+            which = [i for i, d in enumerate(apart) if not d <= self.tolerance]
+            many = f"; {len(which)} of {len(apart)} engines" if len(apart) > 1 else ""
+            thought = thoughts[which[0]]
             if hasattr(engine, "reset_prefix_cache"):
                 engine.reset_prefix_cache()
-                again = await self.ask(engine)
+                again = (await self.ask(engine))[which[0]]
                 same = again.token_ids == thought.token_ids and all(
-                    abs(a - b) <= self.tolerance for a, b in zip(again.behaviour_logps, said, strict=True)
+                    abs(a - b) <= self.tolerance for a, b in zip(again.behaviour_logps, thought.behaviour_logps, strict=True)
                 )
                 cause = cause if same else "its prefix cache kept contexts that were read with the old weights"
             raise StaleWeights(
                 f"after the sync of version {version} the engine's log-probs of a fixed probe are up to {worst:.3g} nats off the "
-                f"trainer's (tolerance {self.tolerance:g}), so it does not sample from these weights. Likely cause: {cause}"
+                f"trainer's (tolerance {self.tolerance:g}{many}), "
+                f"so it does not sample from these weights. Likely cause: {cause}"
             )
         return worst

@@ -164,6 +164,6 @@ def test_positions_divide_over_the_ranks(values: dict[str, Any], tmp_path: Path,
         dry_run(build(values), tmp_path)
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda f: f.stem)
 def test_every_example_parses(file: Path):
     parse_section(load(file).objective)

@@ -16,6 +16,7 @@ from rlpretrain.ranks import Ranks
 from rollout.weights import StaleWeights
 from tests.helpers import launch, merged, same, trained, weights
 from tests.servers import VLLMServer
+from tests.test_policies import SHARDED
 from tests.tiny import tiny_model, word_tokenizer
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
@@ -64,7 +65,7 @@ def test_vllm_rests_while_the_model_trains(run, tmp_path, monkeypatch):
 
 def test_zero_3_evaluation_and_resume(run, corpus, tmp_path):
     """The policy is sharded, so the engine gets gathered weights and the evaluation a copy of its own."""
-    more = merged(run, policy={"backend": "deepspeed", "zero_stage": 3}, max_steps=4, checkpoint={"every": 2},
+    more = merged(run, policy={"backend": "deepspeed", "deepspeed_config": SHARDED}, max_steps=4, checkpoint={"every": 2},
                   eval={"data": str(corpus / "held_out.jsonl"), "every": 2, "documents": 8, "thoughts": 2})  # fmt: skip
     trained(more, max_steps=2)
     trained(more, resume="auto")
@@ -88,7 +89,7 @@ def test_zero_3_on_two_ranks_feeds_one_vllm_server(run, tmp_path):
     """Rank 0 hands over the gathered weights, both ranks sample, the probe agrees after every sync."""
     server = VLLMServer(Path(run["model"]), tmp_path / "server.log").start().ready()
     try:
-        config = merged(run, policy={"backend": "deepspeed", "zero_stage": 3}, positions_per_step=4, max_steps=3,
+        config = merged(run, policy={"backend": "deepspeed", "deepspeed_config": SHARDED}, positions_per_step=4, max_steps=3,
                         engine={"name": "vllm_server", "urls": [server.url], "block_size": 32})  # fmt: skip
         launch([{"config": config}], tmp_path)
     finally:

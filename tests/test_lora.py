@@ -16,6 +16,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.pretrainer import Pretrainer
 from tests.helpers import launch, merged, same, trained, weights
 from tests.test_engines import SHAPE, rows_of
+from tests.test_policies import SHARDED
 from tests.tiny import tiny_model
 
 peft = pytest.importorskip("peft", reason="needs PEFT: make env LOCK=test-cpu")
@@ -129,7 +130,7 @@ def test_an_adapter_that_loses_a_tensor_is_found_by_the_probe(run, monkeypatch):
 def test_zero_3_on_two_ranks_hands_over_merged_weights(values, tmp_path):
     run = merged(values, optim__lr=1e-2, max_steps=2, policy={"lora": LORA, "backend": "deepspeed"})
     one = trained(run, output_dir=str(tmp_path / "one"), policy={"lora": LORA, "backend": "torch"})
-    launch([{"config": merged(run, policy__zero_stage=3, output_dir=str(tmp_path / "two"))}], tmp_path)
+    launch([{"config": merged(run, policy__deepspeed_config=SHARDED, output_dir=str(tmp_path / "two"))}], tmp_path)
     two = weights(tmp_path / "two" / "model")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)

@@ -16,8 +16,17 @@ from tests.helpers import launch, merged, same, trained, weights
 STAGES = (0, 1, 2, 3)
 
 
+SHARDED = str(Path(__file__).parent / "zero3.json")
+"""Without it DeepSpeed keeps parameters as small as these whole on every rank, and ZeRO 3 shards nothing."""
+
+
 def deepspeed(stage: int, **changes) -> dict:
-    return {"policy": {"backend": "deepspeed", "zero_stage": stage}, **changes}
+    own = {"deepspeed_config": SHARDED} if stage == 3 else {"zero_stage": stage}
+    return {"policy": {"backend": "deepspeed", **own}, **changes}
+
+
+def norms(folder: Path) -> list[float]:
+    return [json.loads(line)["grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -26,6 +35,7 @@ def test_deepspeed_trains_like_torch(values, tmp_path, stage):
     ours = trained(values, output_dir=str(tmp_path / "ds"), **deepspeed(stage))
     for name, tensor in torch_weights.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=2e-5)
+    assert norms(tmp_path / "ds") == pytest.approx(norms(tmp_path / "torch"), rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", (0, 3))
@@ -73,6 +83,7 @@ def test_two_ranks_train_like_one(values, tmp_path):
     jobs.append({"config": merged(halves, output_dir=str(tmp_path / "again"))})
     launch(jobs[:-1], tmp_path)
     for name in kinds:
+        assert norms(tmp_path / name) == pytest.approx(norms(tmp_path / "one"), rel=1e-2), name
         two = weights(tmp_path / name / "model")
         for parameter, tensor in one.items():
             torch.testing.assert_close(two[parameter], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -184,9 +184,9 @@ def probed(pair):
 
 
 def ask(probe: Probe, model, engine: VLLMEngine, version: int) -> float:
-    thought = asyncio.run(probe.ask(engine))
-    logps = logps_of(model, probe.prompt.token_ids, thought.token_ids).tolist()
-    return asyncio.run(probe.verify(engine, thought, logps, version))
+    thoughts = asyncio.run(probe.ask(engine))
+    logps = [logps_of(model, probe.prompt.token_ids, t.token_ids).tolist() for t in thoughts]
+    return asyncio.run(probe.verify(engine, thoughts, logps, version))
 
 
 def test_the_probe_agrees_after_a_good_sync(probed):
