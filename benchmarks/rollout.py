@@ -63,7 +63,7 @@ if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
     llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, seed=0, enable_prefix_caching=True,
-              distributed_executor_backend="uni", disable_log_stats=True, **FLAGS)
+              enable_chunked_prefill=False, distributed_executor_backend="uni", disable_log_stats=True, **FLAGS)
     for line in sys.stdin:
         begin = time.perf_counter()
         found = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids, _ in requests()],
@@ -90,7 +90,7 @@ def service(rounds: int = 3) -> dict[str, Any]:
                               str(LONGEST), "--kv-cache-gib", "2", "--batch-size", "256"], env=environment,
                              stdout=subprocess.DEVNULL),
             subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port",
-                              str(theirs), "--skip-tokenizer-init", "--enforce-eager", *flags],
+                              str(theirs), "--skip-tokenizer-init", "--enforce-eager", "--no-enable-chunked-prefill", *flags],
                              env=environment, stdout=subprocess.DEVNULL),
         ]  # fmt: skip
         found: dict[str, list[float]] = {"offline": [], "service": [], "vllm_server": []}
@@ -273,18 +273,20 @@ PARTS = {"service": service, "async": asynchronous, "sync": sync, "probe": probe
 def main() -> None:
     """Run the parts asked for, each in a process of its own, and print what they found."""
     parser = argparse.ArgumentParser(description="Speed of the rollout service.")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--here", help=argparse.SUPPRESS)  # a part, in this process; its result goes to the file in `parts`
-    options, rest = parser.parse_known_args()
+    parser.add_argument("--here", help=argparse.SUPPRESS)  # a file: the one part is done in this process, its result goes there
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there are {', '.join(PARTS)}, not {', '.join(unknown)}")
     if options.here:
-        Path(rest[0] if rest else os.environ["RESULT"]).write_text(json.dumps(PARTS[options.here]()))
+        Path(options.here).write_text(json.dumps(PARTS[options.parts[0]]()))
         return
     results = {}
-    for part in options.parts:
+    for part in options.parts or PARTS:
         with tempfile.NamedTemporaryFile(suffix=".json") as result:
-            subprocess.run([sys.executable, "-m", "benchmarks.rollout", "--here", part], check=True, stdout=sys.stderr,
-                           env=os.environ | {"RESULT": result.name, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            command = [sys.executable, "-m", "benchmarks.rollout", part, "--here", result.name]
+            subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
             results[part] = json.loads(Path(result.name).read_text())
         if not options.json:
             print(part, json.dumps(results[part], indent=1), flush=True)

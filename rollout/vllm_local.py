@@ -63,8 +63,8 @@ class VLLMEngine:
         if kv_cache_gib is not None:
             settings["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         on_cpu = self._on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            settings["enforce_eager"] = True
+        if on_cpu:  # a prompt read in pieces sets back its seed's generator, which dies on a CPU (vLLM 0.32): read it whole
+            settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
         elif sleep:
             settings["enable_sleep_mode"] = True
         if block_size or on_cpu:

@@ -5,7 +5,8 @@ Start each with
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm \
         --dtype float32 --max-num-seqs 256
 
-(on a machine with the CPU build: `python -m vllm.entrypoints.openai.api_server --model MODEL ...`). The dev mode opens the
+(with the CPU build: `python -m vllm.entrypoints.openai.api_server --model MODEL ... --no-enable-chunked-prefill`, without which
+vLLM 0.32 dies of seeded requests on a CPU as soon as it reads a prompt in pieces). The dev mode opens the
 routes that weights need; keep such a server on a private network. Weights travel as safetensors through `weights_dir`, a
 folder that trainer and servers share (shared memory on one machine).
 """

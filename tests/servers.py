@@ -32,7 +32,7 @@ class VLLMServer:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--host", "127.0.0.1",
                    "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs",
                    "32", "--kv-cache-memory-bytes", str(64 << 20), "--block-size", "32", "--logprobs-mode", "processed_logprobs",
-                   "--generation-config", "vllm"]  # fmt: skip
+                   "--generation-config", "vllm", "--no-enable-chunked-prefill"]  # fmt: skip
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -64,7 +64,7 @@ train_on_two_nodes actors
 echo "== a vLLM server on the second node, ZeRO 3 over two ranks"
 port=$(free_port)
 VLLM_SERVER_DEV_MODE=1 background node-2-server "$PYTHON" -m vllm.entrypoints.openai.api_server --model $OUT/base/model \
-    --host $OTHER --port "$port" --dtype float32 --enforce-eager --block-size 32 --kv-cache-memory-bytes 67108864 --max-num-seqs 64 \
+    --host $OTHER --port "$port" --dtype float32 --enforce-eager --no-enable-chunked-prefill --block-size 32 --kv-cache-memory-bytes 67108864 --max-num-seqs 64 \
     --logprobs-mode processed_logprobs --generation-config vllm
 train_on_two_nodes servers --engine.name vllm_server --engine.urls "[http://$OTHER:$port]"
 

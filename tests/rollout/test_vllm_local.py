@@ -127,6 +127,15 @@ def test_what_is_given_up_is_aborted(pair):
     assert not vllm.has_unfinished_requests()
 
 
+def test_more_context_than_vllm_reads_at_once(pair):
+    """vLLM would read one of these prompts in pieces, and on a CPU die of its seed."""
+    model, engine = pair
+    engine.sync(weights_of(model), engine.version)
+    prompts = prompts_of([300] * 16)
+    assert sum(len(p.token_ids) for p in prompts) > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert worst(model, prompts, sample(engine, prompts, n=1)) <= 1e-4
+
+
 def test_thoughts_end_as_with_the_transformers_engine(pair):
     """Greedy thoughts, log-probs and reasons agree across engines; the ending token stays in the thought."""
     model, engine = pair
