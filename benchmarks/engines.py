@@ -151,7 +151,8 @@ def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     flags = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-num-seqs 256 --block-size 32"
-    flags += f" --no-enable-chunked-prefill --kv-cache-memory-bytes {100 << 20} --logprobs-mode processed_logprobs --generation-config vllm"
+    flags += f" --no-enable-chunked-prefill --kv-cache-memory-bytes {100 << 20}"
+    flags += " --logprobs-mode processed_logprobs --generation-config vllm"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags.split()]
     log.unlink(missing_ok=True)
     with child(command, log, VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="WARNING") as process:
