@@ -32,7 +32,7 @@ from benchmarks.bad_input import free_port
 VOCABULARY, LONGEST = 8192, 512
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
          "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": LONGEST, "tie_word_embeddings": True}  # fmt: skip
-CLIENTS, REQUESTS, N, CONTEXT, TOKENS = 32, 4, 8, 128, 48
+CLIENTS, REQUESTS, N, CONTEXT, TOKENS = 32, 2, 4, 64, 32
 FLAGS = {"dtype": "float32", "max_model_len": LONGEST, "max_num_seqs": 256, "block_size": 32,
          "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "kv_cache_memory_bytes": 2 << 30}  # fmt: skip
 

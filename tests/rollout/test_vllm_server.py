@@ -199,7 +199,7 @@ def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, mon
     settings = {"model": model.folder, "weights_dir": tmp_path, "deadline": 1.0, "patience": 0.2}
     with pytest.raises(EngineUnavailable, match=r"did not answer within 1 s: ConnectError"):
         VLLMServerEngine([f"http://127.0.0.1:{free_port()}"], **settings)
-    monkeypatch.setattr("rollout.vllm_server.SUPPORTED", ((0, 1), (0, 2)))
+    monkeypatch.setattr("rollout.vllm_routes.SUPPORTED", ((0, 1), (0, 2)))
     with pytest.raises(EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+; its routes are known from 0.1 to below 0.2"):
         VLLMServerEngine([server.url], **settings)
     with pytest.raises(ValueError, match="needs the URL of at least one server"):
