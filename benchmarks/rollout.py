@@ -16,11 +16,13 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,30 +86,40 @@ def service(rounds: int = 3) -> dict[str, Any]:
         ours, theirs = free_port(), free_port()
         flags = [x for k, v in FLAGS.items() for x in (f"--{k.replace('_', '-')}", str(v))]
         alone = subprocess.Popen([sys.executable, "-c", OFFLINE, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 text=True, env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})  # fmt: skip
+                                 text=True, env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                                 start_new_session=True)  # fmt: skip
         servers = [
             subprocess.Popen([sys.executable, "-m", "rlpretrain.cli", "serve", folder, "--port", str(ours), "--max-model-len",
                               str(LONGEST), "--kv-cache-gib", "2", "--batch-size", "256"], env=environment,
-                             stdout=subprocess.DEVNULL),
+                             stdout=subprocess.DEVNULL, start_new_session=True),
             subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port",
                               str(theirs), "--skip-tokenizer-init", "--enforce-eager", "--no-enable-chunked-prefill", *flags],
-                             env=environment, stdout=subprocess.DEVNULL),
+                             env=environment, stdout=subprocess.DEVNULL, start_new_session=True),
         ]  # fmt: skip
         found: dict[str, list[float]] = {"offline": [], "service": [], "vllm_server": []}
         try:
             for port in (ours, theirs):
                 _wait(port)
+            kinds = {"offline": (alone, lambda: _offline(alone)),
+                     "service": (servers[0], lambda: asyncio.run(_over_http(ours, "/rollout"))),
+                     "vllm_server": (servers[1], lambda: asyncio.run(_over_http(theirs, "/v1/completions", folder)))}  # fmt: skip
             for turn in range(rounds + 1):
-                speeds = {"offline": _offline(alone), "service": asyncio.run(_over_http(ours, "/rollout")),
-                          "vllm_server": asyncio.run(_over_http(theirs, "/v1/completions", folder))}  # fmt: skip
-                for name, speed in speeds.items() if turn else ():  # the first warms up
-                    found[name].append(speed)
+                for name, (process, measured) in kinds.items():
+                    _only(process, (alone, *servers))
+                    speed = measured()
+                    found[name] += [speed] if turn else []  # the first warms up
         finally:
             for process in (alone, *servers):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
     ratios = {f"over_{other}": statistics.median(a / b for a, b in zip(found["service"], found[other], strict=True))
               for other in ("offline", "vllm_server")}  # fmt: skip
     return ratios | {"tokens_per_s": {name: statistics.median(speeds) for name, speeds in found.items()}, "rounds": rounds}
+
+
+def _only(process: subprocess.Popen[Any], all_of_them: Sequence[subprocess.Popen[Any]]) -> None:
+    """Let the others stand still: an idle vLLM server takes a good part of a core."""
+    for other in all_of_them:
+        os.killpg(other.pid, signal.SIGCONT if other is process else signal.SIGSTOP)
 
 
 def _wait(port: int) -> None:

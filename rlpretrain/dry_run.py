@@ -138,8 +138,14 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
         raise ConfigError(f"the model has {most} positions: sampling.max_thought_tokens leaves no room for a context")
     if room < config.data.max_length:
         notes.append(f"a document over {room} tokens leaves no room in the model's {most} positions: lower data.max_length")
-    micro, parameters = max(config.token_budget, row, group), count_parameters(shape, config.model.trust_remote_code)
-    return Sizes(parameters, ranks, backend, stage, device, prompt, row, micro)
+    if objective.has_positions and config.engine.name in ("vllm_server", "ray"):
+        notes.append(f"engine {config.engine.name}: what it needs on its own devices is not in this table")
+    if objective.has_positions and config.engine.name == "vllm_local" and config.engine.kv_cache_gib is None:
+        notes.append(f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the device, "
+                     "its weights included")  # fmt: skip
+    micro = max(config.token_budget, row, group)
+    parameters, trained = count_parameters(shape, config.model.trust_remote_code, policy.lora)
+    return Sizes(parameters, trained, ranks, backend, stage, device, prompt, row, micro)
 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:

@@ -85,7 +85,7 @@ def _pool(config: PretrainConfig, model: nn.Module, objective: Objective, start:
     return RayEngine(
         e.of, _vllm(config, model, objective, start) if e.of == "vllm_local" else small, num_engines=e.num_engines,
         resources=e.resources or None, strategy=e.strategy, address=e.address, request_timeout=e.request_timeout,
-        deadline=e.deadline, lead=ranks.first, barrier=ranks.barrier, share=lambda value: ranks.gather(value)[0],
+        deadline=e.deadline, lead=ranks.first, share=lambda value: ranks.gather(value)[0],
         name=name.replace("/", "_"),
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine
     return VLLMServerEngine(
         e.urls, **{k: v for k, v in _where(config, start).items() if k != "tokenizer"}, weights_dir=folder, token=token,
         concurrency=e.concurrency, transfer=e.transfer, master_address=e.master_address, request_timeout=e.request_timeout,
-        deadline=e.deadline, block_size=e.block_size, lead=ranks.first, barrier=ranks.barrier,
+        deadline=e.deadline, block_size=e.block_size, lead=ranks.first, share=lambda value: ranks.gather(value)[0],
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.adapters import add_lora
+from rlpretrain.config import ConfigError, EngineConfig, LoraConfig, PretrainConfig
 from rlpretrain.objectives import parse_section
 
 GIB = 2**30
@@ -33,6 +34,8 @@ class Sizes:
     """What the estimate depends on, beside the settings: the backend is torch or deepspeed, `stage` its ZeRO stage."""
 
     parameters: int
+    trained: int
+    """Parameters that the optimizer changes: those of the adapters under LoRA."""
     ranks: int
     backend: str
     stage: int
@@ -45,38 +48,47 @@ class Sizes:
     """Most tokens of one micro-batch."""
 
 
-def count_parameters(shape: Any, trust_remote_code: bool = False) -> int:
-    """Parameters of the model that transformers builds from a configuration, tied ones once; nothing is allocated."""
+def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None) -> tuple[int, int]:
+    """Parameters of the model that transformers builds from a configuration, tied ones once, and those that are trained.
+
+    Nothing is allocated. `lora` puts its adapters beside the model: they are in both numbers.
+    """
     try:
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ConfigError(f"{type(shape).__name__} is no causal language model that transformers builds: {error}") from error
-    return sum(p.numel() for p in built.parameters())
+    if lora:
+        with torch.device("meta"):
+            add_lora(built, lora)
+    parameters = list(built.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     """The parts of one rank's memory, each with its formula: P parameters, b bytes each, W ranks, h hidden, V vocabulary.
 
+    Under LoRA, T are those of the adapters, in P too. Engines on servers or Ray actors have memory of their own.
+
     `shape` is the model's Hugging Face configuration. Activations are what autograd keeps for a decoder with a gated MLP,
     norms on queries and keys, and fused attention; per token and layer b (4 ff + 4 q) + (2 b + 4) 2 h + (b + 4)(q + kv)
     bytes, with the MLP's width ff and those of queries and keys, q and kv. Plainer layers need less.
     """
-    p, w, stage = sizes.parameters, sizes.ranks, sizes.stage
+    p, t, w, stage = sizes.parameters, sizes.trained, sizes.ranks, sizes.stage
+    what = "P" if t == p else "T"
     b = getattr(torch, config.model.dtype).itemsize
     over = ["" if stage < k else " / W" for k in range(4)]  # what ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights
     share = [w if text else 1 for text in over]
     gradient = 4 if b == 2 and sizes.backend == "torch" else b
     items = [
         Item("weights", b * p / share[3], f"{b} P{over[3]}"),
-        Item("gradients", gradient * p / share[2], f"{gradient} P{over[2]}"),
-        Item("AdamW's two moments", 8 * p / share[1], f"8 P{over[1]}"),
+        Item("gradients", gradient * t / share[2], f"{gradient} {what}{over[2]}"),
+        Item("AdamW's two moments", 8 * t / share[1], f"8 {what}{over[1]}"),
     ]
     if b == 2 or stage:
-        items.append(Item("fp32 master weights", 4 * p / share[1], f"4 P{over[1]}"))
+        items.append(Item("fp32 master weights", 4 * t / share[1], f"4 {what}{over[1]}"))
     thinks = parse_section(config.objective)[0].has_positions
-    if thinks and stage == 3:
-        items.append(Item("engine's own weights", b * p, f"{b} P: the policy's are sharded"))
+    items += engine_weights(config.engine, config.model.dtype, p, stage) if thinks else []
     if thinks and config.baseline.name in ("ema", "frozen"):
         size = 4 if config.baseline.name == "ema" else b
         items.append(Item(f"baseline {config.baseline.name}", size * p, f"{size} P, whole on every rank"))
@@ -96,7 +108,10 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     items.append(Item("activations", sizes.micro * each, f"{sizes.micro:,} tokens x {how}", "training"))
     tiles = 2 * (1024 if sizes.device == "cpu" else 8192) * 2048 * 4
     items.append(Item("head and its loss", tiles + vocabulary * h * b, f"two fp32 tiles, gradient {b} V h", "training"))
-    if thinks:
+    if thinks and config.engine.name == "vllm_local" and config.engine.kv_cache_gib:
+        when = "sampling" if config.engine.sleep else "always"
+        items.append(Item("keys and values", config.engine.kv_cache_gib * GIB, "engine.kv_cache_gib", when))
+    elif thinks and config.engine.name == "hf":
         rows = min(config.engine.batch_size, config.positions_per_step // w * config.sampling.thoughts)
         tokens = int(1.5 * (sizes.prompt + config.sampling.max_thought_tokens))
         items.append(Item("keys and values", rows * tokens * layers * 2 * kv * b,
@@ -104,6 +119,16 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
                           "sampling"))  # fmt: skip
         items.append(Item("logits of sampling", 2 * rows * vocabulary * 4, f"two fp32 copies of {rows} rows x V", "sampling"))
     return items
+
+
+def engine_weights(engine: EngineConfig, dtype: str, p: int, stage: int) -> list[Item]:
+    """The engine's own copy of the weights, where it has one in the trainer's process."""
+    why = {"hf": "the policy's are sharded" if stage == 3 else "they sample while the policy's change" if engine.max_staleness
+           else "", "vllm_local": "vLLM's"}.get(engine.name)  # fmt: skip
+    if not why:
+        return []
+    b = getattr(torch, (engine.name == "vllm_local" and engine.dtype) or dtype).itemsize
+    return [Item("engine's own weights", b * p, f"{b} P: {why}", "sampling" if engine.sleep else "always")]
 
 
 def peak(items: list[Item]) -> float:

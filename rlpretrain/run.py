@@ -101,7 +101,8 @@ class Run:
         if self.probe:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
-        self.console.say(f"added to the tokenizer: {', '.join(added)}" if added else None)
+        frozen = "; policy.lora leaves their embeddings as they begin, untrained" if lora else ""
+        self.console.say(f"added to the tokenizer: {', '.join(added)}{frozen}" if added else None)
         dropped = stream.dropped if stream is not None else 0
         self.console.say(f"{dropped} documents shorter than {shortest} tokens left out" if dropped else None)
         self.console.say(f"resumed from {start}" if start else f"no checkpoint in {self.folder} yet" if resume else None)
@@ -367,6 +368,8 @@ class Run:
         self.baseline.load_state_dict(mine["baseline"])
         torch.set_rng_state(mine["rng"])
         self.policy.load(path)
+        if self.store:
+            self.store.cut(self.step)
 
     def _keep_batch(self, step: int, groups: Sequence[Group], documents: Sequence[Document]) -> None:
         records.keep_batch(self.folder, step, self.ranks.rank, self._bad, groups, documents)

@@ -1,13 +1,14 @@
 """Engines as Ray actors: as many as there are machines or devices for, started again when they die.
 
-The trainer may live in Ray or outside it. Weights go through Ray's object store, once for all actors. An actor that was started
-again has its checkpoint's weights; it refuses to sample under another version, and is given the present ones.
+The trainer may live in Ray or outside it. Weights go through Ray's object store, once for all actors. Every request names the
+weights it is for: an actor that was started again, or missed a sync, loads them before it samples.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +22,14 @@ INSTALL = 'pip install "rlpretrain[ray]"'
 NAMESPACE = "rlpretrain"
 
 
-class OtherVersion(RuntimeError):
-    """An actor has other weights than it was asked to sample from: it was started again."""
-
-
 class Worker:
     """What runs in an actor: one engine. `kind` is hf or vllm_local, `settings` its arguments (`model` a hub id or folder)."""
 
     def __init__(self, kind: str, settings: Mapping[str, Any], environment: Mapping[str, str]):
         os.environ.update(environment)
         self.engine: Any
+        self.held: list[Any] = []  # a reference to the weights it has
+        self.lock = threading.Lock()
         if kind == "hf":
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,15 +53,29 @@ class Worker:
     def about(self) -> dict[str, Any]:
         return {**self.facts, "pid": os.getpid(), "node": os.uname().nodename}
 
-    def sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int],
-               version: int) -> list[list[Thought]]:  # fmt: skip
-        if self.engine.version != version:
-            raise OtherVersion(f"has version {self.engine.version}, not {version}")
-        return asyncio.run(self.engine.sample(prompts, params, n, seeds))
+    def sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int], weights: list[Any],
+               version: int) -> tuple[list[list[Thought]], bool]:  # fmt: skip
+        """The thoughts, and whether weights had to be loaded first. Newer ones than asked for are fine: thoughts say theirs."""
+        with self.lock:
+            if late := self.engine.version < version:
+                self._load(weights, version)
+        return asyncio.run(self.engine.sample(prompts, params, n, seeds)), late
 
-    def sync(self, state: dict[str, Any], version: int) -> None:
-        own = {name: tensor.clone() for name, tensor in state.items()}  # what comes from the object store is read-only
+    def sync(self, weights: list[Any], version: int) -> None:
+        with self.lock:
+            self._load(weights, version)
+
+    def _load(self, weights: list[Any], version: int) -> None:
+        import ray
+
+        if not weights:
+            raise RuntimeError("this pool was given no weights yet: call sync first")
+        own = {name: tensor.clone() for name, tensor in ray.get(weights[0]).items()}  # the object store's are read-only
         self.engine.sync(lambda: own.items(), version)
+        self.held = weights
+
+    def weights(self) -> tuple[list[Any], int]:
+        return self.held, self.engine.version
 
     def reset_prefix_cache(self) -> None:
         if hasattr(self.engine, "reset_prefix_cache"):
@@ -76,9 +89,9 @@ class RayEngine:
     """A pool of `num_engines` engines, each an actor with `resources` (num_cpus, num_gpus, ...) of a placement group.
 
     Prompts are dealt out evenly. A call that fails, because its actor died or does not answer within `request_timeout`
-    seconds, is made again on another one; an actor that hangs is killed, and Ray starts it anew. After `deadline` seconds
-    without an answer `sample` raises TimeoutError. On several trainer ranks all give the same `name` and share the actors;
-    `lead` hands over the weights and ends the actors, `barrier` lets the others wait, `share` gives all the value of `lead`.
+    seconds, is made again on another one; an actor that hangs is killed, and Ray starts it anew. `deadline` seconds after calls
+    began to fail, if none was answered since, `sample` raises TimeoutError. On several trainer ranks all give the same `name` and
+    share the actors; `lead` hands over the weights and ends the actors, `share` gives all its value, and lets the others wait.
     """
 
     shares_weights = False
@@ -86,8 +99,7 @@ class RayEngine:
     def __init__(self, kind: str, settings: Mapping[str, Any], *, num_engines: int = 1,
                  resources: Mapping[str, float] | None = None, strategy: str = "PACK", address: str | None = None,
                  name: str | None = None, request_timeout: float = 300.0, deadline: float = 600.0, version: int = 0,
-                 lead: bool = True, barrier: Callable[[], None] = lambda: None,
-                 share: Callable[[Any], Any] = lambda value: value) -> None:  # fmt: skip
+                 lead: bool = True, share: Callable[[Any], Any] = lambda value: value) -> None:  # fmt: skip
         where, mode = (None, None) if lead else share(None)  # waits until rank 0 has the actors
         if mode:
             os.environ.setdefault("RAY_AUTH_MODE", mode)  # Ray reads it when it is imported
@@ -95,7 +107,7 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise ImportError(f"engine ray needs Ray: {INSTALL}") from error
-        self._ray, self.version, self.lead, self.barrier = ray, version, lead, barrier
+        self._ray, self.version, self.lead, self.share = ray, version, lead, share
         self.request_timeout, self.deadline = request_timeout, deadline
         self.counts: Counter[str] = Counter()
         self.timings: dict[str, float] = {}
@@ -115,7 +127,8 @@ class RayEngine:
         self.block_size = max(f["block_size"] for f in facts)
         self.max_model_len = min(f["max_model_len"] for f in facts)
         self.num_engines = num_engines
-        self._state: Any = None  # the present weights in the object store
+        self._answered = 0.0  # when an actor answered last
+        self._weights: list[Any] = []  # a reference to the present ones in the object store
         self._closed = False
         if lead:
             share((ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE")))
@@ -131,7 +144,8 @@ class RayEngine:
             ray.util.remove_placement_group(self._group)
             raise TimeoutError(f"Ray has no room for {len(names)} engines with {resources} each: {ray.available_resources()}")
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-        actor = ray.remote(max_restarts=-1, max_task_retries=0)(Worker)
+        at_once = 256 if kind == "vllm_local" else 1  # calls of several ranks are decoded together
+        actor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=at_once)(Worker)
         return [
             actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=InGroup(self._group, i), **resources)
             .remote(kind, dict(settings), environment)
@@ -159,16 +173,15 @@ class RayEngine:
 
     async def _part(self, first: int, prompts: list[Prompt], params: SamplingParams, n: int,
                     seeds: list[int]) -> list[list[Thought]]:  # fmt: skip
-        errors, end, k = self._ray.exceptions, time.monotonic() + self.deadline, first
+        errors, failing, k = self._ray.exceptions, 0.0, first
         while True:
             actor = self.actors[k % len(self.actors)]
             try:
-                call = actor.sample.remote(prompts, params, n, seeds, self.version)
-                return await asyncio.wait_for(_answer(call), self.request_timeout)
-            except OtherVersion as error:
-                why, k = repr(error), k - 1  # the same actor again, once it has the weights
-                if self._state is not None:
-                    await self._give(actor)
+                call = actor.sample.remote(prompts, params, n, seeds, self._weights, self.version)
+                found, late = await asyncio.wait_for(_answer(call), self.request_timeout)
+                self._answered = time.monotonic()
+                self.counts["actors_taken_back"] += late
+                return found
             except errors.RayActorError as error:
                 why = repr(error)
                 self.counts["actor_deaths"] += 1
@@ -177,17 +190,11 @@ class RayEngine:
                 self.counts["actor_hangs"] += 1
                 self._ray.kill(actor, no_restart=False)
             self.counts["retries"] += 1
-            if time.monotonic() > end:
+            failing = failing or time.monotonic()
+            if time.monotonic() > max(failing, self._answered) + self.deadline:
                 raise TimeoutError(f"no engine answered within {self.deadline:.0f} s; the last one: {why}")
             await asyncio.sleep(0.2)
             k += 1
-
-    async def _give(self, actor: Any) -> None:
-        try:
-            await asyncio.wait_for(_answer(actor.sync.remote(self._state, self.version)), self.request_timeout)
-            self.counts["actors_taken_back"] += 1
-        except (TimeoutError, self._ray.exceptions.RayActorError):
-            self.counts["actor_deaths"] += 1
 
     def sync(self, weights: WeightSource, version: int) -> None:
         """Put the weights into the object store and let every actor load them; one that cannot now gets them before it samples.
@@ -202,16 +209,24 @@ class RayEngine:
         self.version = version
         if self.lead:
             begin = time.perf_counter()
-            self._state = self._ray.put(complete(state, self._parameters))  # type: ignore[arg-type]
+            self._weights = [self._ray.put(complete(state, self._parameters))]  # type: ignore[arg-type]
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
             begin = time.perf_counter()
-            for call in [actor.sync.remote(self._state, version) for actor in self.actors]:
-                try:
-                    self._ray.get(call, timeout=self.request_timeout)
-                except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
-                    self.counts["missed_syncs"] += 1
+            self.counts["missed_syncs"] += self._all("sync", self._weights, version).count(None)
             self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
-        self.barrier()
+        self.share(None)
+        if not self.lead:  # a reference travels through Ray only
+            self._weights = next((a[0][0] for a in self._all("weights") if a and a[0][1] == version), [])
+
+    def _all(self, method: str, *given: Any) -> list[Any]:
+        """What each actor answers, in a list of one; None for one that does not."""
+        answers: list[Any] = []
+        for call in [getattr(actor, method).remote(*given) for actor in self.actors]:
+            try:
+                answers.append([self._ray.get(call, timeout=self.request_timeout)])
+            except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+                answers.append(None)
+        return answers
 
     def reset_prefix_cache(self) -> None:
         """Let every engine forget the contexts it read."""
@@ -227,7 +242,7 @@ class RayEngine:
         if self._closed:
             return
         self._closed = True
-        self._state = None
+        self._weights = []
         if self.lead:
             for actor in self.actors:
                 self._ray.kill(actor)
@@ -242,7 +257,7 @@ async def _answer(call: Any) -> Any:
         return await call
     except Exception as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, OtherVersion | ValueError | RuntimeError):
+        if isinstance(cause, ValueError | RuntimeError):
             raise cause from error
         raise
 

@@ -91,6 +91,12 @@ class Store:
         documents = [(d["id"], tuple(d["token_ids"]), d["source"]) for d in tables["documents"].to_pylist()]
         return groups, documents, json.loads(tables["groups"].schema.metadata[b"facts"])
 
+    def cut(self, step: int) -> None:
+        """Forget what this rank wrote after `step`: a run that goes on from there writes it again."""
+        for later in (s for s in self.steps() if s > step):
+            for kind in ("groups", "documents"):  # the groups first: a step without them is none
+                self._path(later, kind).unlink(missing_ok=True)
+
     def steps(self) -> list[int]:
         """The steps that are whole, for this rank, in order."""
         return sorted(int(p.name.split("-")[1]) for p in self.folder.glob(f"step-*-rank-{self.rank}.groups.parquet"))

@@ -30,6 +30,7 @@ class Server:
     alive: bool = True
     last_error: str = ""
     failures: int = 0
+    card: dict[str, Any] = field(default_factory=dict)  # what it says of its model: id and max_model_len
     client: Any = field(default=None, repr=False)
     group: Any = field(default=None, repr=False)  # its NCCL group
 
@@ -39,23 +40,19 @@ class Server:
         return answer.status_code == 200
 
     async def check(self) -> None:
-        """Refuse at the start what would fail at the first sync."""
+        """Refuse at the start what would fail at the first sync, and note its model's card."""
         answer = await self.client.get("/version")
         if answer.status_code in (401, 403):
             raise EngineUnavailable(f"{self.url} refuses the token (engine.token_file): {answer.text[:200]}")
         facts = answer.json() if answer.status_code == 200 else {}
-        if facts.get("server") == "rlpretrain":  # rollout/service.py: the same routes
-            return
+        ours = facts.get("server") == "rlpretrain"  # rollout/service.py: the same routes
         said, (low, high) = facts.get("version", "unknown"), SUPPORTED
-        if not low <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < high:
+        if not ours and not low <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < high:
             words = " to below ".join(".".join(map(str, version)) for version in SUPPORTED)
             raise EngineUnavailable(f"{self.url} runs vLLM {said}; its routes are known from {words}")
-        if (await self.client.get("/is_paused")).status_code == 404:
+        if not ours and (await self.client.get("/is_paused")).status_code == 404:
             raise EngineUnavailable(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
-
-    async def model(self) -> dict[str, Any]:
-        """Its model's card: id and max_model_len."""
-        return (await self.client.get("/v1/models")).json()["data"][0]
+        self.card = (await self.client.get("/v1/models")).json()["data"][0]
 
     async def load_weights(self, folder: Path, mark: str) -> None:
         """Pause, load, empty the caches, note the mark, resume."""
@@ -82,9 +79,9 @@ class Server:
         finally:
             await self.ask("/resume")
 
-    async def has_weights(self, mark: str) -> bool:
+    async def has_weights(self, mark: str, timeout: float) -> bool:
         """Whether it says that it has the weights of this mark."""
-        answer = await self.client.get("/weight_info")
+        answer = await self.client.get("/weight_info", timeout=timeout)
         return answer.status_code == 200 and answer.json().get("weight_version") == mark
 
     async def ask(self, route: str, **what: Any) -> Any:

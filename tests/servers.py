@@ -60,14 +60,15 @@ class VLLMServer:
 class Proxy:
     """Passes TCP on to `target`; `mode` pass | refuse | reset (mid-answer) | hang (says nothing) | slow, for /v1/completions."""
 
-    def __init__(self, target: int):
+    def __init__(self, target: int, port: int | None = None):
         self.target, self.mode, self.hit = target, "pass", 0
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", self.port), self.loop).result(10)
+        opening = asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.server = asyncio.run_coroutine_threadsafe(opening, self.loop).result(10)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
@@ -101,7 +102,22 @@ class Proxy:
                 await writer.drain()
             writer.close()
 
-        await asyncio.gather(up(), down(), return_exceptions=True)
+        try:
+            await asyncio.gather(up(), down(), return_exceptions=True)
+        finally:
+            writer.transport.abort()
+            up_writer.transport.abort()
 
     def close(self) -> None:
+        """Who connects from now on is refused."""
+
+        async def end() -> None:
+            self.server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0.05)  # connections close in the turn after
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(10)
         self.loop.call_soon_threadsafe(self.loop.stop)

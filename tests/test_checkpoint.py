@@ -15,6 +15,7 @@ from rlpretrain.config_io import build
 from rlpretrain.loop import train
 from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
+from rollout.store import Store
 from tests.helpers import merged, same, trained, weights
 
 STEPS = 6
@@ -137,6 +138,14 @@ def test_resume_by_name_from_an_older_checkpoint_rewrites_what_came_after(values
     Pretrainer(config).train(resume=str(folder / "checkpoint-2"))
     assert same(weights(folder / "model"), weights(finished / "model"))
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_forgets_the_rollouts_that_came_after(values, tmp_path):
+    run = merged(values, output_dir=str(tmp_path / "run"), save_rollouts=True, **LONG)
+    Pretrainer(build(run)).train()
+    shorter = build(merged(run, max_steps=4))
+    Pretrainer(shorter).train(resume=str(tmp_path / "run" / "checkpoint-2"))
+    assert Store(tmp_path / "run" / "rollouts").steps() == [1, 2, 3, 4]
 
 
 def test_half_a_line_of_metrics_is_dropped(values, finished, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from transformers import AutoConfig
 
 from rlpretrain.cli import main
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config_io import build, load
 from rlpretrain.dry_run import dry_run, make_objective, make_sizes, model_shape
 from rlpretrain.memory import Item, Sizes, count_parameters, memory, peak
@@ -64,9 +65,13 @@ def test_the_papers_recipe_resolves_offline(offline: None, capsys: pytest.Captur
 
 
 def test_parameters_are_counted_exactly_and_tied_ones_once(corpus: Path):
-    assert count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b")) == PARAMETERS
+    assert count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b")) == (PARAMETERS, PARAMETERS)
     built = tiny_model("llama")
-    assert count_parameters(built.config) == sum(p.numel() for p in built.parameters())
+    whole = sum(p.numel() for p in built.parameters())
+    assert count_parameters(built.config) == (whole, whole)
+    lora = LoraConfig(r=3, target_modules=("q_proj",))
+    adapters = 2 * 3 * (built.config.hidden_size + built.config.hidden_size)  # two layers
+    assert count_parameters(built.config, lora=lora) == (whole + adapters, adapters)
 
 
 def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch):
@@ -86,6 +91,18 @@ def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch):
     assert eight["AdamW's two moments"].bytes == p
     whole = planned(None, "--policy.zero_stage", "3")
     assert whole["weights"].bytes == p / 4 and whole["engine's own weights"].bytes == 2 * p
+
+
+def test_lora_and_the_engine_count():
+    lora = planned(None, "--policy.lora", '{"r": 8, "target_modules": ["q_proj", "v_proj"]}')
+    adapters = 28 * 8 * (2048 + 2048 + 2048 + 1024)
+    assert lora["AdamW's two moments"].bytes == 8 * adapters and lora["weights"].bytes == 2 * (PARAMETERS + adapters)
+    hf, vllm, servers = (planned(None, "--engine", json.dumps(e)) for e in (
+        {"name": "hf", "max_staleness": 1}, {"name": "vllm_local", "kv_cache_gib": 2, "dtype": "float32"},
+        {"name": "vllm_server", "urls": ["http://x"]}))  # fmt: skip
+    assert hf["engine's own weights"].bytes == 2 * PARAMETERS and vllm["engine's own weights"].bytes == 4 * PARAMETERS
+    assert vllm["keys and values"].bytes == 2 << 30 and "logits of sampling" not in vllm
+    assert not {"engine's own weights", "keys and values"} & servers.keys()
 
 
 def test_plain_settings_cost_no_copies():
@@ -109,7 +126,7 @@ def test_activations_are_close_to_what_autograd_keeps():
         hidden = model.base_model(input_ids=torch.ones(4, 64, dtype=torch.long), use_cache=False).last_hidden_state
     found = sum(s.nbytes() for s in kept.values())
     config = build({"model": "here", "data": "docs.jsonl", "token_budget": 256, "objective": "ntp"})
-    sizes = Sizes(parameters=1, ranks=1, backend="torch", stage=0, device="cpu", prompt=64, row=64, micro=256)
+    sizes = Sizes(parameters=1, trained=1, ranks=1, backend="torch", stage=0, device="cpu", prompt=64, row=64, micro=256)
     said = next(i.bytes for i in memory(config, model.config, sizes) if i.name == "activations")
     assert hidden.requires_grad and 0.8 < said / found < 1.25
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rollout import HFEngine, Prompt, SamplingParams
-from rollout.weights import Probe
+from rollout.weights import Probe, StaleWeights
 from tests.rollout.test_hf import prompts_of, sample, tokens
 from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst
 from tests.tiny import tiny_model
@@ -101,6 +101,37 @@ def test_an_actor_that_hangs_is_replaced(make, model):
     assert time.monotonic() - begin < 40 and pool.health()["actor_hangs"] >= 1
 
 
+def test_the_probe_finds_one_stale_actor_of_several(make, model):
+    import ray
+
+    pool = make()
+    probe, old = Probe(VOCABULARY, pool.block_size, pool.max_model_len), dict(weights_of(model)())
+    stale = ray.put({name: tensor.detach().clone() for name, tensor in old.items()})
+    move(model)
+    pool.sync(weights_of(model), 1)
+    assert ask(probe, model, pool, 1) <= 1e-4
+    ray.get(pool.actors[1].sync.remote([stale], 1))
+    with pytest.raises(StaleWeights, match="1 of 2 engines"):
+        ask(probe, model, pool, 1)
+
+
+def test_an_actor_that_missed_a_sync_loads_the_weights_before_it_samples(make, model):
+    import ray
+
+    pool = make()
+    move(model)
+    pool.sync(weights_of(model), 1)
+    prompts = prompts_of([12, 3, 20, 9])
+    expected = tokens(sample(pool, prompts))
+    ray.get(pool.actors[0].__ray_call__.remote(lambda worker: setattr(worker.engine, "version", 0)))
+    assert tokens(sample(pool, prompts)) == expected and pool.health()["actors_taken_back"] == 1
+    other = RayEngine.__new__(RayEngine)  # what a rank knows that is not the first
+    other.__dict__ |= pool.__dict__ | {"lead": False, "_weights": []}
+    other.sync(weights_of(model), 1)
+    ray.get(pool.actors[0].__ray_call__.remote(lambda worker: setattr(worker.engine, "version", 0)))
+    assert tokens(sample(other, prompts)) == expected
+
+
 def test_vllm_in_actors(make, model):
     pool = make("vllm_local", num_engines=1)
     probe = Probe(VOCABULARY, pool.block_size, pool.max_model_len)
@@ -111,6 +142,12 @@ def test_vllm_in_actors(make, model):
         assert ask(probe, model, pool, version) <= 1e-4
     prompts = prompts_of([12, 70])
     assert worst(model, prompts, sample(pool, prompts)) <= 1e-4
+
+    async def two_ranks():
+        return await asyncio.gather(*(pool.sample(prompts, PARAMS, 2, [i, i]) for i in range(2)))
+
+    for groups in asyncio.run(two_ranks()):  # decoded together
+        assert worst(model, prompts, groups) <= 1e-4
 
 
 def test_no_room_is_said(model, cluster):

@@ -94,6 +94,40 @@ def test_a_trainer_samples_from_it_and_gives_it_weights(serving, trainer):
                         json={"method": "reload_weights", "kwargs": {"weights_path": "good"}})  # fmt: skip
 
 
+def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from rollout.vllm_routes import Server
+    from rollout.weights import Probe, StaleWeights
+    from tests.rollout.test_vllm_local import ask, move, weights_of
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first = Serving(tmp_path / "a", "hf")
+    second = Serving(tmp_path / "b", "hf", "--weights-dir", str(first.weights))
+    model, load = AutoModelForCausalLM.from_pretrained(first.model).eval(), Server.load_weights
+
+    async def forgetful(server, folder, mark):
+        if server.url == second.url:
+            return await server.ask("/update_weight_version", json={"new_version": mark})
+        await load(server, folder, mark)
+
+    try:
+        engine = VLLMServerEngine([first.url, second.url], model=first.model, weights_dir=first.weights / "run", token=TOKEN)
+        probe = Probe(VOCABULARY, engine.block_size, engine.max_model_len)
+        engine.sync(weights_of(model), 0)
+        assert ask(probe, model, engine, 0) <= 1e-4
+        move(model)
+        monkeypatch.setattr(Server, "load_weights", forgetful)
+        engine.sync(weights_of(model), 1)
+        with pytest.raises(StaleWeights, match="1 of 2 engines"):
+            ask(probe, model, engine, 1)
+        engine.close()
+    finally:
+        first.close()
+        second.close()
+
+
 def test_a_trainer_with_another_token_is_told(serving, tmp_path):
     from rollout.vllm_routes import EngineUnavailable
 

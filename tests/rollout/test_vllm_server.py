@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,67 @@ def test_a_server_that_was_killed_comes_back_with_the_present_weights(make, mode
     assert engine.health()["servers_taken_back"] == 1
 
 
+def test_a_sync_waits_for_the_only_server(make, model, server):
+    """Killed between sampling and a sync: the run goes on with the new weights once the server is there again."""
+    engine = make(server.url, deadline=120.0)
+    server.kill()
+    move(model)
+    syncing = threading.Thread(target=engine.sync, args=(weights_of(model), 1))
+    syncing.start()
+    syncing.join(1.0)
+    assert syncing.is_alive()
+    server.start().ready()
+    syncing.join(20.0)
+    assert not syncing.is_alive() and engine.version == 1
+    prompts = prompts_of([12, 3, 20])
+    assert worst(model, prompts, sample(engine, prompts)) <= 1e-4
+    assert engine.health()["servers_taken_back"] == 1
+
+
+def test_a_sync_without_any_server_ends(make, model, server):
+    bad = Proxy(server.port)
+    engine = make(bad.url, deadline=2.0)
+    bad.close()
+    begin = time.monotonic()
+    with pytest.raises(EngineUnavailable, match=f"no vLLM server took the weights of version 1 .*{bad.url}"):
+        engine.sync(weights_of(model), 1)
+    assert 2 <= time.monotonic() - begin < 10
+
+
+def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, monkeypatch):
+    """A run that was killed after its sync of version 1, and its resumption, whose own sync of version 1 fails at first."""
+    make(server.url).sync(weights_of(model), 1)
+    resumed, load, failed = make(server.url), Server.load_weights, []
+
+    async def breaks_once(server, folder, mark):
+        if not failed:
+            failed.append(mark)
+            raise EngineUnavailable("not now")
+        await load(server, folder, mark)
+
+    monkeypatch.setattr(Server, "load_weights", breaks_once)
+    move(model)
+    resumed.sync(weights_of(model), 1)
+    prompts = prompts_of([12, 3, 20])
+    assert failed and worst(model, prompts, sample(resumed, prompts)) <= 1e-4
+
+
+def test_a_run_begins_with_the_servers_there_are(make, model, server, monkeypatch):
+    """A resumed run does not wait for a server that is down, and takes it in when it comes."""
+    monkeypatch.setattr("rollout.vllm_server.GRACE", 0.5)
+    late = free_port()
+    engine = make(f"http://127.0.0.1:{late}", server.url)
+    assert [s["alive"] for s in engine.health()["servers"]] == [False, True]
+    prompts = prompts_of([12, 3, 20])
+    expected = tokens(sample(engine, prompts))
+    proxy = Proxy(server.port, late)
+    try:
+        wait_until(lambda: engine.health()["servers"][0]["alive"])
+        assert tokens(sample(engine, prompts)) == expected
+    finally:
+        proxy.close()
+
+
 def test_a_restart_that_nobody_saw_is_noticed(make, model, server):
     """Killed and started again between two requests: it answers, but with the weights of its checkpoint."""
     engine = make(server.url)
@@ -197,7 +259,7 @@ def test_what_a_server_refuses_is_the_callers_error(make, server):
 
 def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, monkeypatch):
     settings = {"model": model.folder, "weights_dir": tmp_path, "deadline": 1.0, "patience": 0.2}
-    with pytest.raises(EngineUnavailable, match=r"did not answer within 1 s: ConnectError"):
+    with pytest.raises(EngineUnavailable, match=r"no vLLM server answered within 1 s .*ConnectError"):
         VLLMServerEngine([f"http://127.0.0.1:{free_port()}"], **settings)
     monkeypatch.setattr("rollout.vllm_routes.SUPPORTED", ((0, 1), (0, 2)))
     with pytest.raises(EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+; its routes are known from 0.1 to below 0.2"):
