@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -272,19 +271,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Faults in real runs.")
     parser.add_argument("--injections", type=int, default=20, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--keep", action="store_true", help="leave the temporary folder, to look into a run that failed")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    try:
-        with site(folder, any(KINDS[k].engine in ("servers", "proxies") for k in options.kinds)) as here:
-            results = {name: measure(name, here, options.injections) for name in options.kinds}
-    finally:
-        if options.keep:
-            print(folder, file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+    served = any(KINDS[k].engine in ("servers", "proxies") for k in options.kinds)
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder, site(Path(folder), served) as here:
+        results = {name: measure(name, here, options.injections) for name in options.kinds}
     good = all(map(fine, results.values()))
     print(json.dumps({"benchmark": "faults", "torch": torch.__version__, "fine": good, "results": results})
           if options.json else table(results))  # fmt: skip

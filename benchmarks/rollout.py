@@ -3,7 +3,7 @@
     python -m benchmarks.rollout [service async sync probe] [--json]
 
 service  tokens/s of `rlpretrain serve` with 32 clients, over vLLM's offline engine, and over vLLM's own server, same requests
-async    step time with max_staleness 1 over the longer of rollout and training, which run on two engines at once
+async    step time with max_staleness 1 over the longer of rollout and training, with thoughts from another machine and from this
 sync     in-process weight sync over a copy of the state dict, and vLLM's packing of its linear layers alone
 probe    the probe's share of a step, hidden 512, a hundred positions
 
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,16 @@ import httpx
 import torch
 
 from benchmarks.bad_input import free_port
+from rlpretrain.corpora import dial
+from rlpretrain.objectives import rlp
+from rollout import FinishReason, Group, Prompt, SamplingParams, Thought
+from rollout.vllm_routes import completion
+from tests.tiny import word_tokenizer
 
 VOCABULARY, LONGEST = 8192, 512
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
          "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": LONGEST, "tie_word_embeddings": True}  # fmt: skip
-CLIENTS, REQUESTS, N, CONTEXT, TOKENS = 32, 2, 4, 64, 32
+CLIENTS, REQUESTS, N, CONTEXT, TOKENS = 32, 1, 8, 64, 32
 FLAGS = {"dtype": "float32", "max_model_len": LONGEST, "max_num_seqs": 256, "block_size": 32,
          "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "kv_cache_memory_bytes": 2 << 30}  # fmt: skip
 
@@ -77,12 +84,12 @@ if __name__ == "__main__":
 """
 
 
-def service(rounds: int = 3) -> dict[str, Any]:
+def service(rounds: int = 5) -> dict[str, Any]:
     """Tokens/s of the three, in turns; every round starts with an empty prefix cache."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_SERVER_DEV_MODE": "1",
-                                "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_SERVER_DEV_MODE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
+        word_tokenizer(f"w{i}" for i in range(VOCABULARY - 3)).save_pretrained(folder)
         ours, theirs = free_port(), free_port()
         flags = [x for k, v in FLAGS.items() for x in (f"--{k.replace('_', '-')}", str(v))]
         alone = subprocess.Popen([sys.executable, "-c", OFFLINE, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -93,7 +100,7 @@ def service(rounds: int = 3) -> dict[str, Any]:
                               str(LONGEST), "--kv-cache-gib", "2", "--batch-size", "256"], env=environment,
                              stdout=subprocess.DEVNULL, start_new_session=True),
             subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port",
-                              str(theirs), "--skip-tokenizer-init", "--enforce-eager", "--no-enable-chunked-prefill", *flags],
+                              str(theirs), "--enforce-eager", "--no-enable-chunked-prefill", *flags],
                              env=environment, stdout=subprocess.DEVNULL, start_new_session=True),
         ]  # fmt: skip
         found: dict[str, list[float]] = {"offline": [], "service": [], "vllm_server": []}
@@ -153,12 +160,12 @@ async def _over_http(port: int, route: str, model: str | None = None) -> float:
             for ids, seed in mine:
                 if model is None:
                     body = {"prompts": [{"token_ids": ids}], "params": {"max_thought_tokens": TOKENS}, "n": N, "seeds": [seed]}
-                    answer = (await client.post(route, json=body)).json()
+                    answer = (await client.post(route, json=body)).raise_for_status().json()
                     tokens += sum(len(t["token_ids"]) for t in answer["groups"][0]["thoughts"])
                 else:
-                    body = {"model": model, "prompt": ids, "n": N, "seed": seed, "max_tokens": TOKENS, "logprobs": 0,
-                            "return_token_ids": True, "ignore_eos": True, "detokenize": False}  # fmt: skip
-                    answer = (await client.post(route, json=body)).json()
+                    params = SamplingParams(max_thought_tokens=TOKENS)
+                    body = completion(model, Prompt(tuple(ids), stop_ids=()), params, N, seed)
+                    answer = (await client.post(route, json=body)).raise_for_status().json()
                     tokens += sum(len(c["token_ids"]) for c in answer["choices"])
             return tokens
 
@@ -172,40 +179,87 @@ async def _over_http(port: int, route: str, model: str | None = None) -> float:
 # async
 
 
+@dataclass(kw_only=True)
+class Config(rlp.Config):
+    """RLP's fields, and how long a rollout takes."""
+
+    seconds: float = 0.0
+
+
+class Elsewhere(rlp.RLP):
+    """RLP whose thoughts come from a machine of its own: made up, after a while, at no cost to this one."""
+
+    Config = Config
+
+    async def rollout(self, engine: Any, positions: Any, seeds: Any) -> list[Group]:
+        """Random thoughts of 24 tokens."""
+        version = engine.version
+        await asyncio.sleep(self.config.seconds)
+        groups = []
+        for position, seed in zip(positions, seeds, strict=True):
+            words = random.Random(seed)
+            thoughts = tuple(Thought(tuple(words.choices(range(30), k=24)), (-3.4,) * 24, FinishReason.LENGTH, version, g)
+                             for g in range(self.setting.thoughts))  # fmt: skip
+            groups.append(Group(f"{position.document_id}@{position.index}", position, self.prompt(position), thoughts, version))
+        return groups
+
+
 def asynchronous(steps: int = 14) -> dict[str, Any]:
-    """Median step of a run with max_staleness 1, over the longer of what the same run's rollouts and training take."""
+    """Median step with max_staleness 1 over the longer of rollout and training: with rollouts on another machine that take
+    about as long as training, and with a vLLM actor on this one, where the two compete for its cores."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        make_model(folder / "base", **shape)
+        dial.write(folder / "data", base=10, train=2000, held_out=10, seed=0)
+        dial.tokenizer().save_pretrained(folder / "base")
+        before = _paced(folder, "before", steps, {"name": "hf"}, 0.3)
+        same = before["step_time"] - before["perf/rollout_s"]
+        apart = {kind: _paced(folder, f"apart-{kind}", steps, {"name": "hf", "max_staleness": ahead, "in_flight": 1}, same)
+                 for kind, ahead in (("synchronous", 0), ("asynchronous", 1))}  # fmt: skip
+        actor = {"name": "ray", "of": "vllm_local", "kv_cache_gib": 0.25, "in_flight": 1}
+        here = {kind: _paced(folder, f"here-{kind}", steps, actor | {"max_staleness": ahead})
+                for kind, ahead in (("synchronous", 0), ("asynchronous", 1))}  # fmt: skip
+    return {"another_machine": _compared(apart), "this_machine": _compared(here), "two_processes_at_once": _contention()}
+
+
+def _paced(folder: Path, name: str, steps: int, engine: dict[str, Any], seconds: float | None = None) -> dict[str, float]:
+    """Medians of a run; with `seconds` its rollouts take so long, elsewhere."""
     from rlpretrain import Pretrainer
     from rlpretrain.config_io import build
-    from rlpretrain.corpora import dial
 
-    torch.set_num_threads(1)
-    found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = dial.write(Path(folder) / "data", base=10, train=2000, held_out=10, seed=0)
-        from transformers import AutoConfig, AutoModelForCausalLM
+    far = {} if seconds is None else {"name": "benchmarks.rollout:Elsewhere", "seconds": seconds}
+    values = {
+        "model": f"{folder}/base", "data": {"path": f"{folder}/data/train.jsonl", "max_length": 128},
+        "objective": {"name": "rlp", "positions": "after", "marker": "shows"} | far, "engine": engine,
+        "sampling": {"thoughts": 8, "max_thought_tokens": 24, "cut": "force_close"},
+        "positions_per_step": 24, "max_steps": steps, "threads": 1, "console": False, "checkpoint": {"every": 0},
+        "output_dir": f"{folder}/{name}", "baseline": {"frozen_every": 0},
+    }  # fmt: skip
+    Pretrainer(build(values)).train()
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()][4:]
+    names = ("step_time", "perf/rollout_s", "perf/train_s", "perf/sync_s", "perf/probe_s")
+    return {k: statistics.median(r.get(k, 0.0) for r in rows) for k in names}
 
-        shape = SHAPE | {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2,
-                         "head_dim": 32}  # fmt: skip
-        config = AutoConfig.for_model("qwen3", vocab_size=len(dial.WORDS), **shape)
-        AutoModelForCausalLM.from_config(config).save_pretrained(Path(folder) / "base")
-        dial.tokenizer().save_pretrained(Path(folder) / "base")
-        for name, staleness in (("synchronous", 0), ("asynchronous", 1)):
-            values = {
-                "model": f"{folder}/base", "data": {"path": str(paths["train"]), "max_length": 128},
-                "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
-                "sampling": {"thoughts": 8, "max_thought_tokens": 24},
-                "engine": {"name": "ray", "of": "vllm_local", "kv_cache_gib": 0.25, "max_staleness": staleness, "in_flight": 1},
-                "positions_per_step": 24, "max_steps": steps, "threads": 1, "console": False, "checkpoint": {"every": 0},
-                "output_dir": f"{folder}/{name}", "baseline": {"frozen_every": 0},
-            }  # fmt: skip
-            Pretrainer(build(values)).train()
-            rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()][4:]
-            found[name] = {k: statistics.median(r[k] for r in rows) for k in ("step_time", "perf/rollout_s", "perf/train_s",
-                                                                            "perf/sync_s", "perf/probe_s")}  # fmt: skip
-    alone = found["synchronous"]
+
+def _compared(found: dict[str, dict[str, float]]) -> dict[str, Any]:
+    alone, ahead = found["synchronous"], found["asynchronous"]
     longer = max(alone["perf/rollout_s"], alone["step_time"] - alone["perf/rollout_s"])
-    return {"step_over_the_longer": found["asynchronous"]["step_time"] / longer, "longer_s": longer,
-            "over_synchronous": found["asynchronous"]["step_time"] / alone["step_time"], **found}  # fmt: skip
+    return {"step_over_the_longer": ahead["step_time"] / longer, "over_synchronous": ahead["step_time"] / alone["step_time"],
+            "longer_s": longer, **found}  # fmt: skip
+
+
+def _contention() -> float:
+    """How much longer a process takes on this machine when a second one works beside it."""
+    work = "import time, torch; torch.set_num_threads(1); x = torch.randn(512, 512); b = time.perf_counter()\n"
+    work += "for _ in range(600): x @ x\nprint(time.perf_counter() - b)"
+
+    def at_once(n: int) -> float:
+        running = [subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True) for _ in range(n)]
+        return statistics.mean(float(process.communicate()[0]) for process in running)
+
+    return statistics.median(at_once(2) / at_once(1) for _ in range(5))
 
 
 # sync
@@ -260,8 +314,6 @@ def probe() -> dict[str, Any]:
     from rlpretrain.config_io import build
 
     with tempfile.TemporaryDirectory() as folder:
-        from rlpretrain.corpora import dial
-
         paths = dial.write(Path(folder) / "data", base=10, train=600, held_out=10, seed=0)
         make_model(Path(folder) / "base", hidden_size=512)
         dial.tokenizer().save_pretrained(Path(folder) / "base")

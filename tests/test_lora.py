@@ -44,7 +44,7 @@ def test_merged_weights_compute_what_the_adapters_do(family):
     assert found.keys() == dict(plain.named_parameters(remove_duplicate=False)).keys()
     assert (model(IDS).logits - plain(IDS).logits).abs().max() > 0.1
     plain.load_state_dict(found)
-    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_plain_copy_has_the_base_and_no_adapters():
@@ -60,7 +60,7 @@ def test_peft_reads_the_adapter_as_one_of_its_own(values, tmp_path):
     trained(run)
     adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run["model"]), tmp_path / "run" / "adapter")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, ours(IDS).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, ours(IDS).logits, atol=1e-4, rtol=1e-4)
     changed = {n for n, p in weights(tmp_path / "run" / "model").items() if not torch.equal(p, weights(Path(run["model"]))[n])}
     assert changed and all(any(t in n for t in LORA["target_modules"]) for n in changed)
 
