@@ -55,16 +55,12 @@ class Frozen(Baseline):
     def logps(self, micro: MicroBatch) -> Tensor:
         """log p(target | context) [B, T] under this model, without a thought."""
         device = next(self.model.parameters()).device
-        micro = micro.to(device)
-        seen = micro.target_mask & (micro.baseline_rows >= 0)
+        ids, mask, rows = (t.to(device) for t in (micro.arm.input_ids, micro.arm.attention_mask, micro.arm.rows))
+        seen = rows >= 0
         out = torch.zeros(seen.shape, device=device)
         if not seen.any():
             return out
-        width = micro.input_ids.shape[1]
-        used, inverse = torch.unique(micro.baseline_rows[seen] // width, return_inverse=True)
-        rows = inverse * width + micro.baseline_rows[seen] % width
-        ids, mask = micro.input_ids[used], micro.attention_mask[used]
-        logps, _ = self.scorer(ids, mask, None, rows, micro.target_labels[seen])
+        logps, _ = self.scorer(ids, mask, None, rows[seen], micro.target_labels.to(device)[seen])
         return out.masked_scatter(seen, logps)
 
 

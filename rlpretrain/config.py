@@ -314,7 +314,9 @@ class PretrainConfig:
     positions_per_step: Count = 512
     """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents per step."""
     token_budget: Count = 16384
-    """Padded tokens per micro-batch."""
+    """Tokens per micro-batch, padding included."""
+    packing: Literal["tree", "padded"] = "tree"
+    """tree: what contexts share goes through the model once (models that cannot, run padded, and the run says why)."""
     max_steps: Count | None = None
     """Optimizer steps; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None

@@ -66,6 +66,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "perf/probe_s": ("seconds of the probe after the sync, where the engine has weights of its own", "below 2% of the step"),
     "sampling/probe_difference": ("largest difference in nats between engine and trainer on the probe", "below the tolerance"),
     "batch/padding_frac": ("padding in the micro-batches", "below .5"),
+    "batch/packing_ratio": ("tokens of all rows over those put through the model, where shared ones are one", "above 1"),
     "batch/micro_batches": ("micro-batches in the step", ""),
     "run/epoch": ("passes over the data so far", ""),
     "run/skipped_steps": ("steps skipped for NaN or inf", "0"),
@@ -109,6 +110,7 @@ class StepMetrics:
     def observe(self, micro: MicroBatch, scores: Scores, reward: torch.Tensor, self_logps: torch.Tensor) -> None:
         """What one micro-batch shows; `self_logps` [B, T] are the current model's without a thought."""
         self.add("batch/padding_frac", 1 - float(micro.attention_mask.float().mean()), micro.attention_mask.numel())
+        self.add("batch/packing_ratio", micro.row_tokens / micro.input_ids.numel(), micro.input_ids.numel())
         if scores.trunk_logps.numel():
             self.add("ntp/loss", -scores.trunk_logps.detach())
         if not micro.groups:

@@ -1,7 +1,7 @@
 """Groups and documents → micro-batches. A group never straddles two of them, a document's trunk loss counts once.
 
-The padded layout: one row per thought (prompt + thought + target), one row per document (its next-token loss and the
-no-think arm). Rows are padded on the right, so default position ids are right for any architecture.
+A row per thought (prompt + thought + target), a row per document (its next-token loss and the no-think arm). The padded layout
+pads them on the right, so default position ids are right for any architecture; the tree layout holds what rows share once.
 Legend: see rlpretrain/types.py.
 """
 
@@ -13,8 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rlpretrain.types import Batch, Document, MicroBatch, Totals
+from rlpretrain.tree import common, grow
+from rlpretrain.types import Arm, Batch, Document, MicroBatch, Totals
 from rollout.types import FinishReason, Group, Thought
+
+Unit = tuple[list[Group], Document | None]
+"""Groups that are laid together, with their document where its loss is taken."""
 
 
 @dataclass(slots=True)
@@ -26,6 +30,7 @@ class Layout:
     cut_penalty: float = 0.0
     reduction: str = "thought_mean"
     pad_id: int = 0
+    tree: bool = False
     no_think_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)  # group id → context of the no-think arm
 
 
@@ -45,29 +50,32 @@ def count(batch: Batch, cut: str = "mask") -> Totals:
 
 
 def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
-    """Lay a batch out in micro-batches of at most `token_budget` padded tokens, each with whole groups.
+    """Lay a batch out in micro-batches of at most `token_budget` tokens, padding included, each with whole groups.
 
-    A single group (with its document) larger than the budget gets a micro-batch of its own. Units of similar length go
-    together, so that little is padding.
+    A single group (with its document) larger than the budget gets a micro-batch of its own. Padded, units of similar length go
+    together, so that little is padding; in a tree the groups of a document stay with it as far as the budget allows.
     """
     trunk = {d.id: d for d in batch.documents}
-    units: list[tuple[list[Group], Document | None]] = []
+    units: list[Unit] = []
     by_document: dict[str, list[Group]] = {d.id: [] for d in batch.documents}
     for group in batch.groups:
         by_document.setdefault(group.position.document_id, []).append(group)
     for document_id, groups in by_document.items():
         if not groups:
             units.append(([], trunk[document_id]))
-        for group in groups:
-            units.append(([group], trunk.get(document_id)))
-    units.sort(key=lambda u: _size(u)[1])
+        elif layout.tree:
+            units += _split(groups, trunk.get(document_id), layout)
+        else:
+            units += [([group], trunk.get(document_id)) for group in groups]
+    units.sort(key=lambda u: _size(u, layout)[1])
 
-    pending: list[tuple[list[Group], Document | None]] = []
+    pending: list[Unit] = []
     rows = width = 0
     told: set[str] = set()
     for unit in units:
-        more, longest = _size(unit)
-        if pending and (rows + more) * max(width, longest) > layout.token_budget:
+        more, longest = _size(unit, layout)
+        size = rows + more if layout.tree else (rows + more) * max(width, longest)
+        if pending and size > layout.token_budget:
             yield _lay(pending, layout, totals, told)
             pending, rows, width = [], 0, 0
         pending.append(unit)
@@ -76,8 +84,35 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
         yield _lay(pending, layout, totals, told)
 
 
-def _size(unit: tuple[list[Group], Document | None]) -> tuple[int, int]:
-    """Rows, and the longest of them."""
+def _split(groups: Sequence[Group], document: Document | None, layout: Layout) -> Iterator[Unit]:
+    """A document with as many of its groups at a time as the budget takes."""
+    part: list[Group] = []
+    for group in groups:
+        if part and _branches(([*part, group], document), layout) > layout.token_budget:
+            yield part, document
+            part = []
+        part.append(group)
+    yield part, document
+
+
+def _branches(unit: Unit, layout: Layout) -> int:
+    """Tokens of a unit as a tree, at most: heads that prompts share among each other are counted for each."""
+    groups, document = unit
+    ids = np.asarray(document.token_ids if document else ())
+    total = len(ids)
+    for g in groups:
+        after = 1 + len(g.prompt.close_ids) + len(g.prompt.join_ids) + len(g.position.target_ids)
+        total += len(g.prompt.token_ids) - common(ids, np.asarray(g.prompt.token_ids))
+        total += sum(after + len(t.token_ids) for t in g.thoughts)
+        if (arm := layout.no_think_ids.get(g.id)) is not None or document is None:
+            total += len(arm or g.position.context_ids) + len(g.position.target_ids)
+    return total
+
+
+def _size(unit: Unit, layout: Layout) -> tuple[int, int]:
+    """Rows, and the longest of them; for a tree its tokens, twice."""
+    if layout.tree:
+        return (_branches(unit, layout),) * 2
     groups, document = unit
     lengths = [len(document.token_ids)] if document else []
     for g in groups:
@@ -87,7 +122,7 @@ def _size(unit: tuple[list[Group], Document | None]) -> tuple[int, int]:
     return len(lengths), max(lengths)
 
 
-def _lay(units: Sequence[tuple[list[Group], Document | None]], layout: Layout, totals: Totals, told: set[str]) -> MicroBatch:
+def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str]) -> MicroBatch:
     groups = [g for gs, _ in units for g in gs]
     rows: list[tuple[int, ...]] = []
     trunk_at: dict[str, int] = {}
@@ -138,27 +173,51 @@ def _lay(units: Sequence[tuple[list[Group], Document | None]], layout: Layout, t
             target_at[b, g, :size] = [(len(rows), len(row) + k - 1) for k in range(size)]
             rows.append((*row, *target))
 
-    width = max(len(r) for r in rows)
-    input_ids, attention = np.full((len(rows), width), layout.pad_id), np.zeros((len(rows), width), np.int64)
-    for r, ids in enumerate(rows):
-        input_ids[r, : len(ids)], attention[r, : len(ids)] = ids, 1
+    if layout.tree:  # the state after a row's last token predicts nothing
+        ids, tree, where = grow([row[:-1] for row in rows])
+        input_ids, attention = torch.from_numpy(ids)[None], torch.ones(1, len(ids), dtype=torch.int64)
+        places = torch.from_numpy(tree.positions)[None]
+    else:
+        (input_ids, attention), tree, places = _pad(rows, layout.pad_id), None, None
+        where = [np.arange(len(row)) + r * input_ids.shape[1] for r, row in enumerate(rows)]
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids.astype(np.int64)), attention_mask=torch.from_numpy(attention),
-        position_ids=None, tree=None, groups=groups, documents=[d for _, d in units if d is not None],
-        thought_rows=_flat(thought_at, width), thought_labels=torch.from_numpy(thought_labels),
+        input_ids=input_ids, attention_mask=attention, position_ids=places, tree=tree, row_tokens=sum(map(len, rows)),
+        arm=_arm(rows, baseline_at, layout.pad_id), groups=groups, documents=[d for _, d in units if d is not None],
+        thought_rows=_flat(thought_at, where), thought_labels=torch.from_numpy(thought_labels),
         thought_mask=torch.from_numpy(thought_mask), token_weights=torch.from_numpy(weights.astype(np.float32)),
         behaviour_logps=torch.from_numpy(behaviour.astype(np.float32)), counted=torch.from_numpy(counted),
         penalty=torch.from_numpy(penalty),
-        target_rows=_flat(target_at, width), target_labels=torch.from_numpy(target_labels),
-        target_mask=torch.from_numpy(target_mask), baseline_rows=_flat(baseline_at, width),
-        trunk_rows=torch.tensor([r * width + k for r, n in trunk for k in range(n - 1)], dtype=torch.int64),
+        target_rows=_flat(target_at, where), target_labels=torch.from_numpy(target_labels),
+        target_mask=torch.from_numpy(target_mask), baseline_rows=_flat(baseline_at, where),
+        trunk_rows=torch.from_numpy(np.concatenate([where[r][: n - 1] for r, n in trunk] or [np.zeros(0, np.int64)])),
         trunk_labels=torch.tensor([x for r, _ in trunk for x in rows[r][1:]], dtype=torch.int64),
     )  # fmt: skip
 
 
-def _flat(at: np.ndarray, width: int) -> torch.Tensor:
-    """(row, column) pairs → indices into the flattened states; (-1, -1) stays -1."""
-    return torch.from_numpy(np.where(at[..., 0] < 0, -1, at[..., 0] * width + at[..., 1]).astype(np.int64))
+def _flat(at: np.ndarray, where: Sequence[np.ndarray]) -> torch.Tensor:
+    """(row, column) pairs → indices into the flattened states; (-1, -1) stays -1. `where` has those of each row's tokens."""
+    begins = np.cumsum([0, *map(len, where)])
+    inside = at[..., 0] >= 0
+    return torch.from_numpy(np.where(inside, np.concatenate(where)[np.where(inside, begins[at[..., 0]] + at[..., 1], 0)], -1))
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids, padded on the right, and a mask of what is none."""
+    width = max(map(len, rows), default=0)
+    ids, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.int64)
+    for r, row in enumerate(rows):
+        ids[r, : len(row)], mask[r, : len(row)] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _arm(rows: Sequence[Sequence[int]], at: np.ndarray, pad_id: int) -> Arm:
+    """The rows of the no-think arm, up to what is asked of them."""
+    used, inverse = np.unique(at[..., 0][at[..., 0] >= 0], return_inverse=True)
+    ends = [int(at[..., 1][at[..., 0] == r].max()) + 1 for r in used]
+    ids, mask = _pad([rows[r][:end] for r, end in zip(used, ends, strict=True)], pad_id)
+    flat = np.full(at.shape[:-1], -1)
+    flat[at[..., 0] >= 0] = inverse * ids.shape[1] + at[..., 1][at[..., 0] >= 0]
+    return Arm(ids, mask, torch.from_numpy(flat))
 
 
 def idle(pad_id: int) -> MicroBatch:
@@ -167,7 +226,8 @@ def idle(pad_id: int) -> MicroBatch:
     ids = torch.full((1, 2), pad_id, dtype=torch.int64)
     bgl, bgt, bt = none.reshape(0, 0, 0), none.reshape(0, 0, 0), none.reshape(0, 0)
     return MicroBatch(
-        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=None, tree=None, groups=(), documents=(),
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=None, tree=None, row_tokens=2, groups=(), documents=(),
+        arm=Arm(ids[:0], ids[:0], bt),
         thought_rows=bgl, thought_labels=bgl, thought_mask=bgl.bool(), token_weights=bgl.float(),
         behaviour_logps=bgl.float(), counted=bt.bool(), penalty=bt.float(), target_rows=bgt, target_labels=bt,
         target_mask=bt.bool(), baseline_rows=bt, trunk_rows=none, trunk_labels=none,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rewards.controls import CollapseMonitor
-from rlpretrain import checkpoint, compat, models, records
+from rlpretrain import attention, checkpoint, compat, models, records
 from rlpretrain.baseline import Frozen, make_baseline
 from rlpretrain.batches import BatchSource, ReplaySource
 from rlpretrain.config import ConfigError, PretrainConfig
@@ -30,6 +30,7 @@ from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.policy import make_policy
 from rlpretrain.prompts import Delimiters
 from rlpretrain.ranks import Ranks, join
+from rlpretrain.scoring import check_tree
 from rlpretrain.types import Batch, Document, MicroBatch, Scores, Totals
 from rollout.engine import Engine
 from rollout.hf import HFEngine
@@ -84,7 +85,11 @@ class Run:
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         s = config.sampling
-        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad)
+        padded = attention.why_not(model) if config.packing == "tree" else "packing: padded asks for it"
+        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree=padded is None)
+        if self.layout.tree:
+            attention.install(model)
+        self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
         self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
         self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.model.parameters())
@@ -103,6 +108,7 @@ class Run:
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         frozen = "; policy.lora leaves their embeddings as they begin, untrained" if lora else ""
         self.console.say(f"added to the tokenizer: {', '.join(added)}{frozen}" if added else None)
+        self.console.say(f"rows are padded, not packed in trees: {padded}" if padded and config.packing == "tree" else None)
         dropped = stream.dropped if stream is not None else 0
         self.console.say(f"{dropped} documents shorter than {shortest} tokens left out" if dropped else None)
         self.console.say(f"resumed from {start}" if start else f"no checkpoint in {self.folder} yet" if resume else None)
@@ -143,11 +149,16 @@ class Run:
         """Micro-batches, as many on every rank."""
         arms = {g.id: ids for g in batch.groups if (ids := self.objective.no_think(g.position)) is not None}
         fresh = self.engine.shares_weights and all(g.policy_version == self.engine.version for g in batch.groups)
-        micros = [replace(m, on_policy=fresh) for m in pack(batch, replace(self.layout, no_think_ids=arms), totals)]
+        layout = replace(self.layout, no_think_ids=arms)
+        micros = [replace(m, on_policy=fresh) for m in pack(batch, layout, totals)]
         most = int(self.ranks.max([float(len(micros))])[0])
         self.metrics.add("batch/micro_batches", most)
         self._account(batch, micros)
-        return micros + [idle(self.layout.pad_id)] * (most - len(micros))
+        micros += [idle(self.layout.pad_id)] * (most - len(micros))
+        if layout.tree and "tree_difference" not in self.facts:
+            self.facts["tree_difference"] = check_tree(self.policy.score, micros[0], layout, totals, self.ranks, self.half)
+            self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")
+        return micros
 
     def note(self, **values: Any) -> None:
         """Numbers for the log: losses are summed over micro-batches, everything else averaged."""

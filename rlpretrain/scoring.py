@@ -6,13 +6,21 @@ Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from rewards import token_logps
 from rewards.likelihood import row_entropies
+from rlpretrain.attention import placeholder
 from rlpretrain.compat import backbone_of, head_of
-from rlpretrain.types import MicroBatch, Scores
+from rlpretrain.packing import Layout, idle, pack
+from rlpretrain.ranks import Ranks
+from rlpretrain.tree import Tree
+from rlpretrain.types import Batch, MicroBatch, Scores, Totals
 
 
 class Scorer(nn.Module):
@@ -26,9 +34,12 @@ class Scorer(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, rows: Tensor, labels: Tensor,
-                temperature: Tensor | float = 1.0, want: str = "logps") -> tuple[Tensor, Tensor | None]:  # fmt: skip
+                temperature: Tensor | float = 1.0, want: str = "logps",
+                tree: Tree | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds entropies or argmaxes [K]."""
-        extra = {} if position_ids is None else {"position_ids": position_ids}
+        extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if tree is not None:
+            attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
@@ -37,7 +48,7 @@ class Scorer(nn.Module):
             return logps, row_entropies(hidden, head.weight, **form)
         return logps, top_tokens(hidden, head.weight, head.bias) if want == "top" else None
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, **extra: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, **extra: Any) -> Tensor:
         """Final hidden states [R, S, H]."""
         out = backbone_of(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
         return out.last_hidden_state
@@ -67,7 +78,7 @@ def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: 
     labels = torch.cat([y[m] for _, y, m in parts])
     heat = torch.ones(len(rows), device=rows.device)
     heat[: int(micro.thought_mask.sum())] = temperature or 1.0
-    logps, more = scorer(micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want)
+    logps, more = scorer(micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want, micro.tree)
 
     sizes = [int(m.sum()) for _, _, m in parts]
     flat = logps.split(sizes)
@@ -81,6 +92,42 @@ def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: 
     elif want == "entropies":
         more = more.split(sizes)[3]
     return scores, more
+
+
+@torch.no_grad()
+def check_tree(score: Callable[[MicroBatch], Scores], micro: MicroBatch, layout: Layout, totals: Totals, ranks: Ranks,
+               half: bool = False) -> float:  # fmt: skip
+    """Largest difference (nats) over all ranks between the log-probs of a tree and of the same rows padded.
+
+    All ranks call it. Raises ValueError above 1e-3 (.3 with `half` precision): the model lets tokens meet elsewhere than in
+    attention, or attends by rules that the tree does not know.
+    """
+    padded = list(pack(Batch(micro.groups, micro.documents), replace(layout, tree=False), totals))
+    padded += [idle(layout.pad_id)] * int(ranks.max([float(len(padded))])[0] - len(padded))
+    ours, theirs = _collected(score, [micro]), _collected(score, padded)
+    apart = [float((a[: len(b)] - b).abs().max()) for name, b in theirs.items() if (a := ours[name]).numel()]
+    worst = ranks.max([max(apart, default=0.0)])[0]
+    if not worst <= (0.3 if half else 1e-3):
+        raise ValueError(f"this model gives other log-probs on packed trees than on padded rows (up to {worst:.2e} nats): it "
+                         "lets tokens meet by rules that tree attention does not know. Train it with packing: padded")
+    return worst
+
+
+def _collected(score: Callable[[MicroBatch], Scores], micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    """Log-probs by group and kind, those of the trunk sorted."""
+    found: dict[str, Tensor] = {}
+    trunk = []
+    for micro in micros:
+        scores = score(micro)
+        trunk.append(scores.trunk_logps.float())
+        for b, group in enumerate(micro.groups):
+            size = len(group.position.target_ids)
+            for g, thought in enumerate(group.thoughts):
+                found[f"{group.id} thought {g}"] = scores.thought_logps[b, g, : len(thought.token_ids)].float()
+                found[f"{group.id} target {g}"] = scores.target_logps[b, g, :size].float()
+            found[f"{group.id} baseline"] = scores.baseline_logps[b, :size].float()
+    found["trunk"] = torch.cat(trunk).sort().values
+    return found
 
 
 @torch.no_grad()

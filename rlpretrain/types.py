@@ -1,7 +1,7 @@
 """What flows inside the trainer. Ids until a MicroBatch, tensors from there on.
 
 Legend: B positions (one a group), G thoughts, L thought tokens, T target tokens, M trunk tokens, R rows and S columns of the
-padded input. "Row indices" point into the flattened [R*S] hidden states: the state that *predicts* the token in question.
+input (a tree is one row). "Row indices" point into the flattened [R*S] hidden states: the state that *predicts* the token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlpretrain.tree import Tree
 from rollout.types import Group
 
 
@@ -44,6 +45,15 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Arm:
+    """The no-think arm alone, padded: what a model needs that scores nothing else (frozen and EMA baselines)."""
+
+    input_ids: Tensor  # [A, W] int64
+    attention_mask: Tensor  # [A, W] int64
+    rows: Tensor  # [B, T] int64 into the flattened states; -1 beyond a target
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Whole groups and their documents, laid out for one forward.
 
@@ -54,7 +64,9 @@ class MicroBatch:
     input_ids: Tensor  # [R, S] int64
     attention_mask: Tensor  # [R, S] int64, 1 counts
     position_ids: Tensor | None  # [R, S], or None where the model's own 0..S-1 is right
-    tree: Any
+    tree: Tree | None
+    arm: Arm
+    row_tokens: int  # tokens of all thoughts with their contexts, targets and documents, as if nothing were shared or padded
     groups: Sequence[Group]
     documents: Sequence[Document]
     thought_rows: Tensor  # [B, G, L] int64

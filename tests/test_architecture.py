@@ -46,7 +46,7 @@ APPS = {"rollout.service"}
 
 # Inside rlpretrain a module may import its own layer and those above it in this list, without cycles.
 LAYERS = [
-    {"types", "config", "config_io", "compat", "ranks"},
+    {"tree", "types", "config", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},

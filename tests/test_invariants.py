@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from rlpretrain.loop import judge
 from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.packing import count
 from rlpretrain.run import Run
-from rlpretrain.types import Batch, Scores
+from rlpretrain.types import Batch, MicroBatch, Scores
 from rollout.types import FinishReason
 from tests.helpers import merged, one_step, same, trained
 from tests.tiny import tiny_model
@@ -53,6 +54,15 @@ def test_1_only_sampled_thought_tokens_are_trained_when_both_coefficients_are_ze
     assert bool(trained_tokens.any())
 
 
+def read_by(micro: MicroBatch, state: int) -> list[int]:
+    """The tokens that a state of a micro-batch has read, in order."""
+    row, column = divmod(state, micro.input_ids.shape[1])
+    if micro.tree is None:
+        return micro.input_ids[row, : column + 1].tolist()
+    seen = np.flatnonzero(micro.tree.dense()[column])
+    return micro.input_ids[0, seen[micro.tree.positions[seen].argsort()]].tolist()
+
+
 def test_1_the_sampled_close_tag_is_trained_and_injected_tags_are_not(values):
     run, batch, totals, micros = batch_of(values)
     open_id, close_id = run.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
@@ -62,10 +72,10 @@ def test_1_the_sampled_close_tag_is_trained_and_injected_tags_are_not(values):
             for g, thought in enumerate(group.thoughts):
                 labels = micro.thought_labels[b, g][micro.thought_mask[b, g]].tolist()
                 assert labels == list(thought.token_ids)  # exactly what was sampled: no open tag, no injected close tag
-                row = int(micro.target_rows[b, g, 0]) // micro.input_ids.shape[1]
-                ids = micro.input_ids[row][micro.attention_mask[row].bool()].tolist()
+                target = group.position.target_ids
                 injected = [] if thought.finish_reason is FinishReason.CLOSE else [close_id]
-                assert ids == [*group.prompt.token_ids, *thought.token_ids, *injected, *group.position.target_ids]
+                ids = read_by(micro, int(micro.target_rows[b, g, len(target) - 1]))
+                assert ids == [*group.prompt.token_ids, *thought.token_ids, *injected, *target[:-1]]
 
 
 def test_1_a_closed_thought_ends_in_a_trained_close_tag(values):
