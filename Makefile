@@ -2,7 +2,7 @@
 SHELL := bash
 PY := .venv/bin/python
 WORKERS ?= 2
-BENCHMARKS ?= token_logps engine step
+BENCHMARKS ?= token_logps engine demo_step step
 
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONDONTWRITEBYTECODE =  # torch and transformers compile for half a minute; do that once

@@ -1,0 +1,86 @@
+"""Where the time of a demo RLP step goes: rollout, scoring and update.
+
+    python -m benchmarks.demo_step [--json]
+
+A freshly initialised model of the demo's size on dial documents, 16 positions × 8 thoughts, one thread; medians over steps.
+Thoughts of an untrained model are cut at 10 tokens, the mean length of the trained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args()
+    result = measure(args.steps)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+def measure(steps: int) -> dict[str, float | int | str]:
+    """Median seconds of each part, and its share of the step."""
+    from rlpretrain.config_io import build
+    from rlpretrain.corpora import dial
+    from rlpretrain.loop import train
+    from rlpretrain.run import Run
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = dial.write(folder, base=10, train=4000, held_out=12)
+        values = {
+            "model": {"path": str(paths["model"]), "from_scratch": True}, "data": {"path": str(paths["train"])},
+            "objective": {"name": "rlp", "positions": "after", "marker": "shows"}, "positions_per_step": 16,
+            "sampling": {"thoughts": 8, "max_thought_tokens": 10, "cut": "force_close"}, "max_steps": steps,
+            "baseline": {"name": "self", "frozen_every": 0}, "checkpoint": {"every": 0}, "stop": {"collapse": False},
+            "policy": {"backend": "torch"}, "console": False, "device": "cpu", "output_dir": str(Path(folder) / "run"),
+        }  # fmt: skip
+        run = Run(build(values), None)
+        parts: dict[str, list[float]] = {}
+        for name, owner, method in (
+            ("rollout", run, "take"), ("pack", run, "pack"), ("score (forward)", run.policy, "score"),
+            ("backward", run.policy, "backward"), ("optimizer step", run, "update"), ("observe", run, "observe"),
+            ("whole step", run, "finish"),
+        ):  # fmt: skip
+            parts[name] = clock(owner, method)
+        begin = time.perf_counter()
+        train(run)
+        total = (time.perf_counter() - begin) / steps
+        run.close()
+    median = {name: statistics.median(times[3:]) for name, times in parts.items() if name != "whole step"}
+    known = sum(median.values())
+    out: dict[str, float | int | str] = {"steps": steps, "seconds_per_step": total, "threads": 1}
+    out |= {f"{name} s": value for name, value in median.items()} | {"other s": total - known}
+    return out | {f"{name} share": value / total for name, value in median.items()}
+
+
+def clock(owner: object, method: str) -> list[float]:
+    """Seconds of every call of a method, from now on."""
+    times: list[float] = []
+    call = getattr(owner, method)
+
+    def timed(*args, **kwargs):
+        begin = time.perf_counter()
+        out = call(*args, **kwargs)
+        times.append(time.perf_counter() - begin)
+        return out
+
+    setattr(owner, method, timed)
+    return times
+
+
+if __name__ == "__main__":
+    main()
