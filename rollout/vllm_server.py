@@ -21,7 +21,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,8 @@ class VLLMServerEngine:
             clients = [s.client.aclose() for s in self.servers if s.client]
             await asyncio.gather(*tasks, *clients, return_exceptions=True)
 
-        self._run(end(), 10.0)
+        with suppress(EngineUnavailable):  # what does not end now ends with the process
+            self._run(end(), 10.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
         if self.lead and self._folder is not None:
@@ -316,7 +317,7 @@ class VLLMServerEngine:
     async def _take_back(self, server: Server) -> None:
         """Whenever a server is left out: ask for its health, with back-off, give it the present weights, and take it back."""
         wait = self.patience
-        while True:
+        while not self._closed:  # an HTTP client may swallow a cancellation
             await asyncio.sleep(wait)
             if server.alive or not self._open.is_set():
                 wait = self.patience

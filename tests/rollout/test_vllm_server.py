@@ -200,6 +200,28 @@ def test_a_sync_without_any_server_ends(make, model, server):
     assert 2 <= time.monotonic() - begin < 10
 
 
+def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
+    """Cancelled in the middle of a question, which swallows it: closing neither hangs nor raises."""
+    bad = Proxy(server.port)
+    engine, asked = make(bad.url, server.url), threading.Event()
+    healthy = Server.healthy
+
+    async def swallows(server, timeout=None):
+        asked.set()
+        try:
+            return await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return await healthy(server, timeout)
+
+    monkeypatch.setattr(Server, "healthy", swallows)
+    bad.close()
+    sample(engine, prompts_of([12, 3, 20]))
+    assert asked.wait(5.0)
+    begin = time.monotonic()
+    engine.close()
+    assert time.monotonic() - begin < 9 and not engine._thread.is_alive()
+
+
 def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, monkeypatch):
     """A run that was killed after its sync of version 1, and its resumption, whose own sync of version 1 fails at first."""
     make(server.url).sync(weights_of(model), 1)
