@@ -25,6 +25,8 @@ import httpx
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.servers import free_port
+
 TOKEN = "a-token-that-only-the-trainer-knows"
 VOCABULARY, LONGEST = 300, 512
 
@@ -197,15 +199,6 @@ class Serving:
         self.client.close()
         self.process.terminate()
         self.process.wait(60)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def small_model(folder: Path) -> None:

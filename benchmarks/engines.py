@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 
 from examples.demo import BASE_SEEDS, DEPTHS, HERE, evaluation, make_base, make_corpus, numbers, train
 from rlpretrain.records import write_json
+from tests.servers import free_port
 
 VLLM = {"kv_cache_gib": 0.1, "block_size": 32}
 SERVER = {"name": "vllm_server", "block_size": 32}
@@ -147,9 +147,7 @@ def child(command: list[str], log: Path, **environment: str) -> Iterator[subproc
 @contextmanager
 def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
     """A vLLM server on loopback, as a child process; its address once it answers."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     flags = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-num-seqs 256 --block-size 32"
     flags += f" --no-enable-chunked-prefill --kv-cache-memory-bytes {100 << 20}"
     flags += " --logprobs-mode processed_logprobs --generation-config vllm"

@@ -31,11 +31,11 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.bad_input import free_port
 from rlpretrain.corpora import dial
 from rlpretrain.objectives import rlp
 from rollout import FinishReason, Group, Prompt, SamplingParams, Thought
 from rollout.vllm_routes import completion
+from tests.servers import free_port
 from tests.tiny import word_tokenizer
 
 VOCABULARY, LONGEST = 8192, 512

@@ -88,13 +88,13 @@ class _TreeAttention(torch.autograd.Function):
         ahead, _ = _kernels(scale, softcap)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_exact(q))
         for at, real in _bins(tree, q.device):
-            seen = _window(at, at, tree, window, causal=True)
+            seen = _near(tree, window, at) if window else None
             some, sums = ahead(*(_take(x, at) for x in (q, k, v)), True, seen)
             out[0].index_copy_(1, at[real], some.transpose(0, 1)[:, real])
             lse[0].index_copy_(1, at[real], sums.transpose(0, 1)[:, real])
         for fork in tree.forks:
             own = slice(fork.start, fork.stop)
-            seen = _window(torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None], tree, window)
+            seen = _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None]) if window else None
             some, sums = ahead(q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), False, seen)
             both = torch.logaddexp(sums, lse[:, :, own])
             share = (sums - both).exp().unsqueeze(-1).to(q.dtype)
@@ -111,14 +111,14 @@ class _TreeAttention(torch.autograd.Function):
         _, back = _kernels(scale, softcap)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for at, real in _bins(tree, q.device):
-            seen = _window(at, at, tree, window, causal=True)
+            seen = _near(tree, window, at) if window else None
             g, o, s = _take(grad, at) * real[:, None, :, None], _take(out, at), _take(lse, at)
             parts = back(g, *(_take(x, at) for x in (q, k, v)), o, s, True, seen)
             for whole, part in zip((dq, dk, dv), parts, strict=True):
                 whole[0].index_copy_(1, at[real], part.transpose(0, 1)[:, real])
         for fork in tree.forks:
             own = slice(fork.start, fork.stop)
-            seen = _window(torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None], tree, window)
+            seen = _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None]) if window else None
             some, *pair = back(grad[:, :, own], q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), out[:, :, own],
                                lse[:, :, own], False, seen)  # fmt: skip
             dq[:, :, own] += some
@@ -130,6 +130,7 @@ class _TreeAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
+@lru_cache(maxsize=4)  # every layer asks
 def _bins(tree: Tree, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(tokens [n, L], which of them are real) of each bin."""
     found = [torch.from_numpy(at).to(device) for at in tree.bins]
@@ -152,17 +153,12 @@ def _along(path: tuple[Piece, ...]) -> Tensor:
     return torch.cat([torch.arange(a, b) for a, b in path])
 
 
-def _window(queries: Tensor, keys: Tensor, tree: Tree, window: int | None, causal: bool = False) -> Tensor | None:
-    """[n, 1, queries, keys] who sees whom under a sliding window; None without one."""
-    if window is None:
-        return None
+def _near(tree: Tree, window: int, queries: Tensor, keys: Tensor | None = None) -> Tensor:
+    """[n, 1, queries, keys] which keys before them queries see through a window; without `keys` their own segment up to them."""
     depth = torch.from_numpy(tree.positions)
-    mine, theirs = depth[queries][:, None, :, None], depth[keys][:, None, None, :]
+    mine, theirs = depth[queries][:, None, :, None], depth[queries if keys is None else keys][:, None, None, :]
     seen = mine - theirs < window
-    if causal:
-        order = torch.arange(queries.shape[1])
-        seen = seen & (order[:, None] >= order[None])
-    return seen
+    return seen.tril() if keys is None else seen
 
 
 def _exact(x: Tensor) -> torch.dtype:

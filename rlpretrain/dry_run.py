@@ -129,7 +129,11 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
         template = len(objective.template.head) + len(objective.template.tail)
         prompt = template + config.data.max_length - c.target_length + 1
         row = prompt + thought + 1 + c.target_length
-        group = (config.sampling.thoughts + 1 + (c.no_think != "raw" or config.ntp_data is not None)) * row
+        arm = c.no_think != "raw" or config.ntp_data is not None  # a row of its own for the arm without a thought
+        group = (config.sampling.thoughts + 1 + arm) * row
+        if config.packing == "tree":  # the trunk, what a prompt adds to it, and the branches
+            added = prompt if objective.template.head else template
+            group = config.data.max_length + added + config.sampling.thoughts * (row - prompt) + arm * (prompt + c.target_length)
         if group > config.token_budget:
             notes.append(f"a group at its longest has {group:,} tokens: it is a micro-batch of its own, above token_budget")
     most = getattr(shape.get_text_config(), "max_position_embeddings", None)

@@ -74,8 +74,7 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
     told: set[str] = set()
     for unit in units:
         more, longest = _size(unit, layout)
-        size = rows + more if layout.tree else (rows + more) * max(width, longest)
-        if pending and size > layout.token_budget:
+        if pending and (rows + more) * max(width, longest) > layout.token_budget:
             yield _lay(pending, layout, totals, told)
             pending, rows, width = [], 0, 0
         pending.append(unit)
@@ -86,34 +85,36 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
 
 def _split(groups: Sequence[Group], document: Document | None, layout: Layout) -> Iterator[Unit]:
     """A document with as many of its groups at a time as the budget takes."""
+    room = layout.token_budget - (len(document.token_ids) if document else 0)
     part: list[Group] = []
+    left = room
     for group in groups:
-        if part and _branches(([*part, group], document), layout) > layout.token_budget:
+        size = _branches(group, document, layout)
+        if part and size > left:
             yield part, document
-            part = []
+            part, left = [], room
         part.append(group)
+        left -= size
     yield part, document
 
 
-def _branches(unit: Unit, layout: Layout) -> int:
-    """Tokens of a unit as a tree, at most: heads that prompts share among each other are counted for each."""
-    groups, document = unit
-    ids = np.asarray(document.token_ids if document else ())
-    total = len(ids)
-    for g in groups:
-        after = 1 + len(g.prompt.close_ids) + len(g.prompt.join_ids) + len(g.position.target_ids)
-        total += len(g.prompt.token_ids) - common(ids, np.asarray(g.prompt.token_ids))
-        total += sum(after + len(t.token_ids) for t in g.thoughts)
-        if (arm := layout.no_think_ids.get(g.id)) is not None or document is None:
-            total += len(arm or g.position.context_ids) + len(g.position.target_ids)
+def _branches(group: Group, document: Document | None, layout: Layout) -> int:
+    """Tokens that a group adds to its document's trunk, at most: heads that prompts share among each other count for each."""
+    prompt, target = group.prompt, group.position.target_ids
+    shared = common(np.asarray(document.token_ids), np.asarray(prompt.token_ids)) if document else 0
+    after = 1 + len(prompt.close_ids) + len(prompt.join_ids) + len(target)
+    total = len(prompt.token_ids) - shared + sum(after + len(t.token_ids) for t in group.thoughts)
+    arm = layout.no_think_ids.get(group.id)
+    if arm is not None or document is None:
+        total += len(group.position.context_ids if arm is None else arm) + len(target)
     return total
 
 
 def _size(unit: Unit, layout: Layout) -> tuple[int, int]:
-    """Rows, and the longest of them; for a tree its tokens, twice."""
-    if layout.tree:
-        return (_branches(unit, layout),) * 2
+    """Rows, and the longest of them; a tree's tokens are rows of one."""
     groups, document = unit
+    if layout.tree:
+        return sum(_branches(g, document, layout) for g in groups) + (len(document.token_ids) if document else 0), 1
     lengths = [len(document.token_ids)] if document else []
     for g in groups:
         around = len(g.prompt.token_ids) + len(g.prompt.close_ids) + len(g.prompt.join_ids) + len(g.position.target_ids)

@@ -85,9 +85,10 @@ class Run:
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         s = config.sampling
-        padded = attention.why_not(model) if config.packing == "tree" else "packing: padded asks for it"
-        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree=padded is None)
-        if self.layout.tree:
+        why = attention.why_not(model) if config.packing == "tree" else None
+        tree = config.packing == "tree" and why is None
+        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree)
+        if tree:
             attention.install(model)
         self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
         self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
@@ -108,7 +109,7 @@ class Run:
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         frozen = "; policy.lora leaves their embeddings as they begin, untrained" if lora else ""
         self.console.say(f"added to the tokenizer: {', '.join(added)}{frozen}" if added else None)
-        self.console.say(f"rows are padded, not packed in trees: {padded}" if padded and config.packing == "tree" else None)
+        self.console.say(f"rows are padded, not packed in trees: {why}" if why else None)
         dropped = stream.dropped if stream is not None else 0
         self.console.say(f"{dropped} documents shorter than {shortest} tokens left out" if dropped else None)
         self.console.say(f"resumed from {start}" if start else f"no checkpoint in {self.folder} yet" if resume else None)

@@ -191,8 +191,9 @@ class VLLMServerEngine:
             server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits,
                                                     timeout=self.request_timeout)  # fmt: skip
         begun = [asyncio.ensure_future(self._wait_for(server)) for server in self.servers]
-        await asyncio.wait(begun, timeout=self.deadline, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait(begun, timeout=min(GRACE, self.deadline))
+        first, _ = await asyncio.wait(begun, timeout=self.deadline, return_when=asyncio.FIRST_COMPLETED)
+        if first:
+            await asyncio.wait(begun, timeout=GRACE)
         there = [s for s, task in zip(self.servers, begun, strict=True) if task.done()]
         for task in begun:
             task.result() if task.done() else task.cancel()
