@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,8 @@ class BatchSource:
             raise ConfigError(f"cannot sample thoughts: {error}") from error
         documents = list({d.id: d for d, *_ in chosen}.values())
         if self.ntp_stream is not None:
-            documents = self.ntp_stream.take(len(documents))
+            others = self.ntp_stream.take(len(documents))
+            documents = [replace(d, id=f"ntp {d.id}") for d in others]  # rows of both are numbered from 0
         return Batch(tuple(groups), tuple(documents))
 
     def _pieces(self, chosen: Sequence[tuple[Document, Position, int]], ahead: int) -> list[Rollout]:

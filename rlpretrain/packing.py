@@ -154,7 +154,10 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str]) 
         ids = layout.no_think_ids.get(group.id)
         home = trunk_at.get(group.position.document_id)
         if ids is None and home is not None:  # raw no-think arm: the document's own row
-            baseline_at[b, :size] = [(home, group.position.index + k - 1) for k in range(size)]
+            at = group.position.index
+            if rows[home][at : at + size] != tuple(target):
+                raise ValueError(f"group {group.id}: document {group.position.document_id!r} goes on otherwise at token {at}")
+            baseline_at[b, :size] = [(home, at + k - 1) for k in range(size)]
         else:
             ids = group.position.context_ids if ids is None else ids
             baseline_at[b, :size] = [(len(rows), len(ids) + k - 1) for k in range(size)]

@@ -29,10 +29,19 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on: groups, and the documents whose next-token loss it takes."""
+    """What one step trains on: groups, and the documents whose next-token loss it takes, each once.
+
+    Raises ValueError for two documents with one id: groups are joined to their document by it.
+    """
 
     groups: Sequence[Group]
     documents: Sequence[Document]
+
+    def __post_init__(self) -> None:
+        known: dict[str, Document] = {}
+        for document in self.documents:
+            if known.setdefault(document.id, document).token_ids != document.token_ids:
+                raise ValueError(f"two documents of a batch have the id {document.id!r}, and other tokens: ids must be unique")
 
 
 @dataclass(frozen=True, slots=True)

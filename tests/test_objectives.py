@@ -148,7 +148,7 @@ def test_the_ema_baseline_lags_the_policy_and_is_logged(values):
 def test_documents_for_next_token_loss_may_come_from_elsewhere(values, corpus, tmp_path):
     run = Run(build(merged(values, ntp_data={"path": str(corpus / "base.jsonl")})), None)
     batch = run.take()
-    assert not {d.source for d in batch.documents} & {g.position.document_id for g in batch.groups}
+    assert not {d.id for d in batch.documents} & {g.position.document_id for g in batch.groups}  # rows of both begin at 0
     micros = run.pack(batch, run.count(batch))
     assert all(bool((m.baseline_rows[m.target_mask] >= 0).all()) for m in micros)
     train(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,3 +132,17 @@ def test_an_idle_micro_batch_adds_nothing_but_can_run():
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(p.grad is None or torch.count_nonzero(p.grad) == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_documents_that_are_mixed_up_are_refused(tree):
+    batch = random_batch(random.Random(0), 1, 1, 2, 1)
+    (document,), (group,) = batch.documents, batch.groups
+    with pytest.raises(ValueError, match="two documents of a batch have the id"):
+        Batch((), (document, replace(document, token_ids=(*document.token_ids, 3))))
+    at = group.position.index
+    other = replace(document, token_ids=(*document.token_ids[:at], CLOSE, *document.token_ids[at + 1 :]))
+    for wrong in (other, replace(document, token_ids=document.token_ids[:at])):
+        mixed = Batch((group,), (wrong,))
+        with pytest.raises(ValueError, match=f"goes on otherwise at token {at}"):
+            list(pack(mixed, Layout(1000, tree=tree), count(mixed)))
