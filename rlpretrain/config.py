@@ -11,8 +11,10 @@ from dataclasses import field as _field
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+
+from rollout.types import sane_temperature
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Count = Annotated[int, Field(ge=1)]
@@ -84,8 +86,8 @@ class SamplingConfig:
 
     thoughts: int = 16
     """G, thoughts per position."""
-    temperature: Amount = 1.0
-    """Sampling temperature; targets are always scored at 1."""
+    temperature: Annotated[float, AfterValidator(sane_temperature)] = 1.0
+    """Sampling temperature, at least .01 (0: greedy); targets are always scored at 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus; below 1 the importance ratios are biased."""
     top_k: Annotated[int, Field(ge=0)] = 0

@@ -58,9 +58,19 @@ class Prompt:
     stop_strings: tuple[str, ...] = ()
 
 
+def sane_temperature(value: float) -> float:
+    """The temperature itself, 0 (greedy) or a finite one of at least .01; ValueError for any other.
+
+    Logits divided by less can leave float32's range, and vLLM would silently take .01 instead.
+    """
+    if value == 0 or 0.01 <= value < math.inf:
+        return value
+    raise ValueError(f"temperature must be 0 (greedy) or finite and at least 0.01, got temperature={value}")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How thoughts are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `temperature` 0 is greedy."""
+    """How thoughts are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `temperature` is 0 (greedy) or at least .01."""
 
     max_thought_tokens: int
     temperature: float = 1.0
@@ -71,11 +81,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_thought_tokens < 1:
             raise ValueError(f"max_thought_tokens must be at least 1, got {self.max_thought_tokens}")
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"need finite temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
-                f"got temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}"
-            )
+        sane_temperature(self.temperature)
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"need 0 < top_p <= 1 and top_k >= 0; got top_p={self.top_p}, top_k={self.top_k}")
 
 
 @dataclass(frozen=True, slots=True)

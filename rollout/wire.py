@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from rollout.types import Position, Prompt, SamplingParams
+from rollout.types import Position, Prompt, SamplingParams, sane_temperature
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**62)]
 """Thought k of a request has a seed of its own, which must still fit 63 bits."""
-Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(sane_temperature)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 """One complaint is enough: a large body of nothing but errors would cost more memory than a good one."""
 Short = Annotated[str, Field(min_length=1, max_length=256)]

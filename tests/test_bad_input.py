@@ -57,6 +57,11 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(values, change, key, near)
         start(values, **change)
 
 
+def test_a_temperature_too_small_is_refused(values):
+    with pytest.raises(ConfigError, match=r"sampling\.temperature.*at least 0\.01, got temperature=0\.001"):
+        start(values, sampling__temperature=0.001)
+
+
 def test_a_key_like_no_other_lists_those_there_are(values):
     with pytest.raises(ConfigError, match="unknown key 'baseline.qqq': known here: name, decay, frozen_every"):
         start(values, baseline={"qqq": 1})

@@ -362,6 +362,13 @@ def test_an_engine_that_fails_says_nothing_of_why(model):
         assert 'rlpretrain_requests_total{route="/rollout",status="500"} 1.0' in client.get("/metrics").text
 
 
+@pytest.mark.parametrize("heat", [1e-154, 0.009, -1, 101])
+def test_temperatures_no_float32_stands_are_refused(client, heat):
+    body = {"prompts": [{"token_ids": [5]}], "params": {"max_thought_tokens": 2, "temperature": heat}, "seeds": [0]}
+    for answer in (client.post("/rollout", json=body), client.post("/v1/completions", json={"prompt": [5], "temperature": heat})):
+        assert answer.status_code == 400 and "temperature" in answer.text
+
+
 ids = st.lists(st.integers(-2, 60) | st.integers(), max_size=6)
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

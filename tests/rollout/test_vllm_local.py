@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,17 @@ def test_calls_that_overlap_do_not_mix(pair):
     assert [tokens(part)[0] for part in asyncio.run(both())] == tokens(sample(engine, prompts, n=2))
 
 
-def test_a_sync_waits_for_what_is_being_sampled(pair):
+def test_a_sync_waits_for_what_is_being_sampled(pair, monkeypatch):
     model, engine = pair
     engine.sync(weights_of(model), 5)
+    put, asked = engine._driver._put, threading.Event()
+
+    def watched(kind, what):
+        put(kind, what)
+        if kind == "run":
+            asked.set()
+
+    monkeypatch.setattr(engine._driver, "_put", watched)
     long, (prompt,) = SamplingParams(max_thought_tokens=200), prompts_of([10], stop_ids=())
 
     async def both():
@@ -101,7 +110,7 @@ def test_a_sync_waits_for_what_is_being_sampled(pair):
             await asyncio.sleep(0.001)
         change = asyncio.to_thread(engine.sync, weights_of(model), 6)
         changed = asyncio.ensure_future(change)
-        await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(asked.wait, 60)
         late = await engine.sample([prompt], PARAMS, 2, [0])
         await changed
         return (await early)[0], late[0]
