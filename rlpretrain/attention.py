@@ -38,17 +38,21 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
-def install(model: nn.Module) -> None:
-    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did before."""
+def install(model: nn.Module) -> str | None:
+    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did before.
+
+    Returns why it cannot, having done nothing, or None.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     before = model.config._attn_implementation
-    if before.startswith(PREFIX):
-        return
+    if (why := why_not(model)) is not None or before.startswith(PREFIX):
+        return why
     AttentionInterface.register(PREFIX + before, partial(_attend, before))
     AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.set_attn_implementation(PREFIX + before)
+    return None
 
 
 def placeholder(device: torch.device) -> Tensor:

@@ -316,7 +316,7 @@ class PretrainConfig:
     positions_per_step: Count = 512
     """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents per step."""
     token_budget: Count = 16384
-    """Tokens per micro-batch, padding included."""
+    """Tokens per micro-batch, padding included. Thoughts of a larger group are scored first, then trained, part by part."""
     packing: Literal["tree", "padded"] = "tree"
     """tree: what contexts share goes through the model once (models that cannot, run padded, and the run says why)."""
     max_steps: Count | None = None

@@ -123,19 +123,21 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
     stage = ds_settings(policy, config.optim, dtype)["zero_optimization"]["stage"] if backend == "deepspeed" else 0
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     prompt = row = config.data.max_length
-    group = template = 0
+    piece = template = 0
     if objective.has_positions:
         c, thought = objective.config, config.sampling.max_thought_tokens
         template = len(objective.template.head) + len(objective.template.tail)
         prompt = template + config.data.max_length - c.target_length + 1
         row = prompt + thought + 1 + c.target_length
         arm = c.no_think != "raw" or config.ntp_data is not None  # a row of its own for the arm without a thought
-        group = (config.sampling.thoughts + 1 + arm) * row
-        if config.packing == "tree":  # the trunk, what a prompt adds to it, and the branches
+        each, around = row, (1 + arm) * row  # tokens a thought, and those that all of them share
+        if config.packing == "tree":  # the trunk and what a prompt adds to it; a thought is a branch
             added = prompt if objective.template.head else template
-            group = config.data.max_length + added + config.sampling.thoughts * (row - prompt) + arm * (prompt + c.target_length)
+            each, around = row - prompt, config.data.max_length + added + arm * (prompt + c.target_length)
+        group, piece = around + config.sampling.thoughts * each, around + each
         if group > config.token_budget:
-            notes.append(f"a group at its longest has {group:,} tokens: it is a micro-batch of its own, above token_budget")
+            notes.append(f"a group at its longest has {group:,} tokens, more than token_budget: there its thoughts are "
+                         "spread over micro-batches, and the step scores everything once more")  # fmt: skip
     most = getattr(shape.get_text_config(), "max_position_embeddings", None)
     room = most - (row - template - config.data.max_length) if most else config.data.max_length
     if room < 2:
@@ -147,7 +149,7 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
     if objective.has_positions and config.engine.name == "vllm_local" and config.engine.kv_cache_gib is None:
         notes.append(f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the device, "
                      "its weights included")  # fmt: skip
-    micro = max(config.token_budget, row, group)
+    micro = max(config.token_budget, row, piece)
     parameters, trained = count_parameters(shape, config.model.trust_remote_code, policy.lora)
     return Sizes(parameters, trained, ranks, backend, stage, device, prompt, row, micro)
 

@@ -217,8 +217,8 @@ def targets(scorer: nn.Module, groups: Sequence[Group], documents: Sequence[Docu
         total = (scores.target_logps * micro.target_mask[:, None]).sum(-1).double().cpu().numpy()
         alone = (scores.baseline_logps * micro.target_mask).sum(-1).double().cpu().numpy()
         for b, group in enumerate(micro.groups):
-            i, g = place[group.id], len(group.thoughts)
-            logps[i, :g], hits[i, :g], own[i], own_hits[i] = total[b, :g], hit[b, :g], alone[b], hit[b, -1]
+            i, k, g = place[group.id], micro.offsets[b], len(group.thoughts)
+            logps[i, k : k + g], hits[i, k : k + g], own[i], own_hits[i] = total[b, :g], hit[b, :g], alone[b], hit[b, -1]
     return logps, hits, own, own_hits
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
+from rlpretrain.packing import joined
 from rlpretrain.types import MicroBatch, Scores
+from rollout.types import Group
 
 Judgement = tuple[Tensor, Tensor, Tensor | None]
 """Rewards [B, G], advantages [B, G], and old log-probs [B, G, L] (None: those of the forward that trains)."""
@@ -23,15 +26,26 @@ def judge(objective: Any, micro: MicroBatch, scores: Scores) -> Judgement:
 
 
 def judge_first(run: Any, micros: Sequence[MicroBatch]) -> list[Judgement]:
-    """Judge a whole batch before any update: for several inner epochs, and for objectives that compare groups."""
+    """Judge a whole batch before any update: for several inner epochs, for objectives that compare groups, and where a group is
+    spread over micro-batches."""
     with torch.no_grad():
         scored = [run.baseline(run.policy.score(micro), micro) for micro in micros]
     rewards = [rewards_of(run.objective, m.to(s.counted.device), s) for m, s in zip(micros, scored, strict=True)]
-    sizes, width = [len(r) for r in rewards], max(r.shape[1] for r in rewards)
-    padded = torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=math.nan) for r in rewards])
-    groups = [g for m in micros for g in m.groups]
-    advantages = run.objective.advantage(padded, groups).float().split(sizes)
-    return [(r, a[:, : r.shape[1]], s.thought_logps) for r, a, s in zip(rewards, advantages, scored, strict=True)]
+    whole: dict[str, Group] = {}
+    rows: dict[str, Tensor] = {}
+    for micro, reward in zip(micros, rewards, strict=True):
+        for group, row in zip(micro.groups, reward, strict=True):
+            before, row = whole.get(group.id), row[: len(group.thoughts)]
+            whole[group.id] = group if before is None else joined(before, group)
+            rows[group.id] = row if before is None else torch.cat([rows[group.id], row])
+    advantages = [torch.zeros_like(r, dtype=torch.float32) for r in rewards]
+    if whole:
+        matrix = pad_sequence(list(rows.values()), batch_first=True, padding_value=math.nan)
+        found = dict(zip(whole, run.objective.advantage(matrix, list(whole.values())).float(), strict=True))
+        for micro, advantage in zip(micros, advantages, strict=True):
+            for b, (group, first) in enumerate(zip(micro.groups, micro.offsets, strict=True)):
+                advantage[b, : len(group.thoughts)] = found[group.id][first : first + len(group.thoughts)]
+    return [(r, a, s.thought_logps) for r, a, s in zip(rewards, advantages, scored, strict=True)]
 
 
 def rewards_of(objective: Any, micro: MicroBatch, scores: Scores) -> Tensor:
@@ -47,9 +61,9 @@ def train(run: Any) -> None:
     for step in run.remaining_steps():
         batch = run.take()  # thoughts sampled under the present weights
         total = run.count(batch)  # global denominators, one all-reduce
-        micros = run.pack(batch, total)  # a group never straddles two of them; as many on every rank
-        first = config.inner_epochs > 1 or "batch" in objective.needs
-        judged = judge_first(run, micros) if first and batch.groups else [None] * len(micros)
+        micros = run.pack(batch, total)  # a group straddles two only if it fits into none; as many on every rank
+        first = objective.has_positions and (config.inner_epochs > 1 or "batch" in objective.needs or run.spread)
+        judged = judge_first(run, micros) if first else [None] * len(micros)
         for _ in range(config.inner_epochs):
             for micro, known in zip(micros, judged, strict=True):
                 micro = micro.to(run.ranks.device)

@@ -1,4 +1,4 @@
-"""Groups and documents → micro-batches. A group never straddles two of them, a document's trunk loss counts once.
+"""Groups and documents → micro-batches. A group straddles two of them only if it fits into none; a trunk's loss counts once.
 
 A row per thought (prompt + thought + target), a row per document (its next-token loss and the no-think arm). The padded layout
 pads them on the right, so default position ids are right for any architecture; the tree layout holds what rows share once.
@@ -8,11 +8,12 @@ Legend: see rlpretrain/types.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from rlpretrain.ranks import Ranks
 from rlpretrain.tree import common, grow
 from rlpretrain.types import Arm, Batch, Document, MicroBatch, Totals
 from rollout.types import FinishReason, Group, Thought
@@ -52,21 +53,21 @@ def count(batch: Batch, cut: str = "mask") -> Totals:
 def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
     """Lay a batch out in micro-batches of at most `token_budget` tokens, padding included, each with whole groups.
 
-    A single group (with its document) larger than the budget gets a micro-batch of its own. Padded, units of similar length go
-    together, so that little is padding; in a tree the groups of a document stay with it as far as the budget allows.
+    A group that is larger than the budget (with its document) is laid in several, as many of its thoughts at a time as fit, at
+    least one; `offsets` says which. Padded, units of similar length go together, so that little is padding; in a tree the groups
+    of a document stay with it as far as the budget allows.
     """
-    trunk = {d.id: d for d in batch.documents}
     units: list[Unit] = []
-    by_document: dict[str, list[Group]] = {d.id: [] for d in batch.documents}
-    for group in batch.groups:
-        by_document.setdefault(group.position.document_id, []).append(group)
-    for document_id, groups in by_document.items():
+    large: list[Unit] = []
+    for groups, document in families(batch):
+        fit = [g for g in groups if cost(([g], document), layout) <= layout.token_budget]
+        large += [([g], document) for g in groups if cost(([g], document), layout) > layout.token_budget]
         if not groups:
-            units.append(([], trunk[document_id]))
-        elif layout.tree:
-            units += _split(groups, trunk.get(document_id), layout)
+            units.append(([], document))
+        elif layout.tree and fit:
+            units += _split(fit, document, layout)
         else:
-            units += [([group], trunk.get(document_id)) for group in groups]
+            units += [([group], document) for group in fit]
     units.sort(key=lambda u: _size(u, layout)[1])
 
     pending: list[Unit] = []
@@ -81,6 +82,80 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
         rows, width = rows + more, max(width, longest)
     if pending:
         yield _lay(pending, layout, totals, told)
+    for (group,), document in large:
+        for first, part in _parts(group, document, layout):
+            yield _lay([([part], document)], layout, totals, told, first)
+
+
+def families(batch: Batch) -> list[Unit]:
+    """Each document with its groups; groups without a document of theirs, and documents without groups, by themselves."""
+    trunk = {d.id: d for d in batch.documents}
+    by_document: dict[str, list[Group]] = {d.id: [] for d in batch.documents}
+    for group in batch.groups:
+        by_document.setdefault(group.position.document_id, []).append(group)
+    return [(groups, trunk.get(document_id)) for document_id, groups in by_document.items()]
+
+
+def cost(unit: Unit, layout: Layout) -> int:
+    """Tokens that a unit puts through the model, padding included; of a tree at most."""
+    rows, longest = _size(unit, layout)
+    return rows * longest
+
+
+def balanced(batch: Batch, layout: Layout, ranks: Ranks) -> Batch:
+    """The batch with documents, and their groups, handed from ranks that have more to do to those that have less.
+
+    All ranks call it. Nothing moves while the largest share is within 5% of the mean. The loss does not see who has what: its
+    denominators are those of all ranks.
+    """
+    if ranks.size == 1:
+        return batch
+    units = families(batch)
+    moves = handed_over(ranks.gather([cost(unit, layout) for unit in units]))
+    given = {i: to for (rank, i), to in moves.items() if rank == ranks.rank}
+    if moves:
+        sent = ranks.gather([(to, units[i]) for i, to in given.items()])
+        units = [unit for i, unit in enumerate(units) if i not in given]
+        units += [unit for part in sent for to, unit in part if to == ranks.rank]
+    return Batch([g for groups, _ in units for g in groups], [d for _, d in units if d is not None])
+
+
+def handed_over(costs: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
+    """(rank, unit) → the rank that takes it over, given the units' costs on each rank; few of them move."""
+    here = {(rank, i): rank for rank, own in enumerate(costs) for i in range(len(own))}
+    loads = [sum(own) for own in costs]
+    while max(loads) > 1.05 * sum(loads) / len(loads):
+        most, least = loads.index(max(loads)), loads.index(min(loads))
+        gap = loads[most] - loads[least]
+        fit = [u for u, rank in here.items() if rank == most and 0 < costs[u[0]][u[1]] < gap]
+        if not fit:
+            break
+        unit = min(fit, key=lambda u: abs(2 * costs[u[0]][u[1]] - gap))
+        here[unit] = least
+        loads[most] -= costs[unit[0]][unit[1]]
+        loads[least] += costs[unit[0]][unit[1]]
+    return {unit: rank for unit, rank in here.items() if rank != unit[0]}
+
+
+def _parts(group: Group, document: Document | None, layout: Layout) -> Iterator[tuple[int, Group]]:
+    """A group in pieces that fit, each with the place of its first thought."""
+
+    def piece(first: int, last: int) -> Group:
+        kept = None if group.rewards is None else group.rewards[first:last]
+        return replace(group, thoughts=group.thoughts[first:last], rewards=kept)
+
+    first = 0
+    for last in range(2, len(group.thoughts) + 1):
+        if last - first > 1 and cost(([piece(first, last)], document), layout) > layout.token_budget:
+            yield first, piece(first, last - 1)
+            first = last - 1
+    yield first, piece(first, len(group.thoughts))
+
+
+def joined(group: Group, part: Group) -> Group:
+    """A group with the thoughts of the part that follows it."""
+    rewards = None if group.rewards is None or part.rewards is None else group.rewards + part.rewards
+    return replace(group, thoughts=group.thoughts + part.thoughts, rewards=rewards)
 
 
 def _split(groups: Sequence[Group], document: Document | None, layout: Layout) -> Iterator[Unit]:
@@ -123,7 +198,7 @@ def _size(unit: Unit, layout: Layout) -> tuple[int, int]:
     return len(lengths), max(lengths)
 
 
-def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str]) -> MicroBatch:
+def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], first: int = 0) -> MicroBatch:
     groups = [g for gs, _ in units for g in gs]
     rows: list[tuple[int, ...]] = []
     trunk_at: dict[str, int] = {}
@@ -187,7 +262,7 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str]) 
     return MicroBatch(
         input_ids=input_ids, attention_mask=attention, position_ids=places, tree=tree, row_tokens=sum(map(len, rows)),
         arm=_arm(rows, baseline_at, layout.pad_id), groups=groups, documents=[d for _, d in units if d is not None],
-        thought_rows=_flat(thought_at, where), thought_labels=torch.from_numpy(thought_labels),
+        offsets=[first] * len(groups), thought_rows=_flat(thought_at, where), thought_labels=torch.from_numpy(thought_labels),
         thought_mask=torch.from_numpy(thought_mask), token_weights=torch.from_numpy(weights.astype(np.float32)),
         behaviour_logps=torch.from_numpy(behaviour.astype(np.float32)), counted=torch.from_numpy(counted),
         penalty=torch.from_numpy(penalty),
@@ -231,7 +306,7 @@ def idle(pad_id: int) -> MicroBatch:
     bgl, bgt, bt = none.reshape(0, 0, 0), none.reshape(0, 0, 0), none.reshape(0, 0)
     return MicroBatch(
         input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=None, tree=None, row_tokens=2, groups=(), documents=(),
-        arm=Arm(ids[:0], ids[:0], bt),
+        offsets=(), arm=Arm(ids[:0], ids[:0], bt),
         thought_rows=bgl, thought_labels=bgl, thought_mask=bgl.bool(), token_weights=bgl.float(),
         behaviour_logps=bgl.float(), counted=bt.bool(), penalty=bt.float(), target_rows=bgt, target_labels=bt,
         target_mask=bt.bool(), baseline_rows=bt, trunk_rows=none, trunk_labels=none,

@@ -26,7 +26,7 @@ from rlpretrain.evaluate import Evaluation, evaluate, held_out
 from rlpretrain.metrics import StepMetrics, Trackers, staleness
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.objectives import parse_section
-from rlpretrain.packing import Layout, count, idle, pack
+from rlpretrain.packing import Layout, balanced, count, idle, pack
 from rlpretrain.policy import make_policy
 from rlpretrain.prompts import Delimiters
 from rlpretrain.ranks import Ranks, join
@@ -85,11 +85,9 @@ class Run:
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         s = config.sampling
-        why = attention.why_not(model) if config.packing == "tree" else None
+        why = attention.install(model) if config.packing == "tree" else None
         tree = config.packing == "tree" and why is None
         self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree)
-        if tree:
-            attention.install(model)
         self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
         self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
         self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
@@ -147,15 +145,17 @@ class Run:
         return Totals(*self.ranks.sum([here.thoughts, here.thought_tokens, here.trunk]))
 
     def pack(self, batch: Batch, totals: Totals) -> list[MicroBatch]:
-        """Micro-batches, as many on every rank."""
+        """Micro-batches, as many on every rank and of much the same cost."""
+        batch = balanced(batch, self.layout, self.ranks)
         arms = {g.id: ids for g in batch.groups if (ids := self.objective.no_think(g.position)) is not None}
         fresh = self.engine.shares_weights and all(g.policy_version == self.engine.version for g in batch.groups)
         layout = replace(self.layout, no_think_ids=arms)
         micros = [replace(m, on_policy=fresh) for m in pack(batch, layout, totals)]
-        most = int(self.ranks.max([float(len(micros))])[0])
+        most, spread = self.ranks.max([float(len(micros)), float(any(k for m in micros for k in m.offsets))])
+        self.spread = bool(spread)  # a group fits into no micro-batch, on some rank
         self.metrics.add("batch/micro_batches", most)
         self._account(batch, micros)
-        micros += [idle(self.layout.pad_id)] * (most - len(micros))
+        micros += [idle(self.layout.pad_id)] * (int(most) - len(micros))
         if layout.tree and "tree_difference" not in self.facts:
             self.facts["tree_difference"] = check_tree(self.policy.score, micros[0], layout, totals, self.ranks, self.half)
             self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")

@@ -123,8 +123,9 @@ def _collected(score: Callable[[MicroBatch], Scores], micros: Sequence[MicroBatc
         for b, group in enumerate(micro.groups):
             size = len(group.position.target_ids)
             for g, thought in enumerate(group.thoughts):
-                found[f"{group.id} thought {g}"] = scores.thought_logps[b, g, : len(thought.token_ids)].float()
-                found[f"{group.id} target {g}"] = scores.target_logps[b, g, :size].float()
+                name = f"{group.id} thought {micro.offsets[b] + g}"
+                found[name] = scores.thought_logps[b, g, : len(thought.token_ids)].float()
+                found[f"{name} target"] = scores.target_logps[b, g, :size].float()
             found[f"{group.id} baseline"] = scores.baseline_logps[b, :size].float()
     found["trunk"] = torch.cat(trunk).sort().values
     return found

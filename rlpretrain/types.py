@@ -31,7 +31,8 @@ class Document:
 class Batch:
     """What one step trains on: groups, and the documents whose next-token loss it takes, each once.
 
-    Raises ValueError for two documents with one id: groups are joined to their document by it.
+    Raises ValueError for two documents, or two groups, with one id: by it groups are joined to their document, and parts of a
+    group to each other.
     """
 
     groups: Sequence[Group]
@@ -42,6 +43,10 @@ class Batch:
         for document in self.documents:
             if known.setdefault(document.id, document).token_ids != document.token_ids:
                 raise ValueError(f"two documents of a batch have the id {document.id!r}, and other tokens: ids must be unique")
+        ids = [group.id for group in self.groups]
+        if len(set(ids)) < len(ids):
+            twice = next(id_ for id_ in ids if ids.count(id_) > 1)
+            raise ValueError(f"two groups of a batch have the id {twice!r}: ids must be unique")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Whole groups and their documents, laid out for one forward.
+    """Groups and their documents, laid out for one forward.
 
     `tree` is None for the padded layout. A thought that is not `counted` (cut off under `cut: mask`, aborted) is
     nowhere in the input and nowhere in the loss. `token_weights` carries the reduction within and over thoughts.
@@ -78,6 +83,7 @@ class MicroBatch:
     row_tokens: int  # tokens of all thoughts with their contexts, targets and documents, as if nothing were shared or padded
     groups: Sequence[Group]
     documents: Sequence[Document]
+    offsets: Sequence[int]  # [B] the first thought's place in its whole group; above 0 only in parts of one that fits nowhere
     thought_rows: Tensor  # [B, G, L] int64
     thought_labels: Tensor  # [B, G, L] int64
     thought_mask: Tensor  # [B, G, L] bool, true for sampled tokens of counted thoughts

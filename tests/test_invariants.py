@@ -164,7 +164,7 @@ def test_4_masked_thoughts_count_nowhere(values):
 def test_4_a_document_split_over_micro_batches_counts_its_trunk_once(values):
     run, batch, totals, micros = batch_of(
         values, objective={"name": "rlp", "positions_per_document": 3}, positions_per_step=6, token_budget=1)  # fmt: skip
-    assert len(micros) == 6 and len(batch.documents) == 2
+    assert len(micros) == 6 * 4 and len(batch.documents) == 2  # a thought in each
     assert sum(len(m.trunk_rows) for m in micros) == totals.trunk == sum(len(d.token_ids) - 1 for d in batch.documents)
     for micro in micros:  # while each has the no-think arm of its own position
         assert bool((micro.baseline_rows[micro.target_mask] >= 0).all())

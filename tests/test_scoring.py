@@ -78,17 +78,18 @@ def test_scores_equal_full_logits_row_by_row(architecture):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(1, 400))
-def test_packing_keeps_groups_whole_and_counts_everything_once(seed, documents, positions, thoughts, budget):
+def test_packing_splits_only_what_fits_nowhere_and_counts_everything_once(seed, documents, positions, thoughts, budget):
     batch = random_batch(random.Random(seed), documents, positions, thoughts, target=3)
     totals = count(batch, "mask")
     micros = list(pack(batch, Layout(budget, cut="mask"), totals))
-    packed = [g.id for m in micros for g in m.groups]
-    assert sorted(packed) == sorted(g.id for g in batch.groups)
+    packed = [(g.id, k + i) for m in micros for g, k in zip(m.groups, m.offsets, strict=True) for i in range(len(g.thoughts))]
+    assert sorted(packed) == sorted((g.id, i) for g in batch.groups for i in range(thoughts))
     assert sum(int(m.counted.sum()) for m in micros) == totals.thoughts
     assert sum(int(m.thought_mask.sum()) for m in micros) == totals.thought_tokens
     assert sum(len(m.trunk_rows) for m in micros) == totals.trunk
     for m in micros:
-        assert len(m.groups) == 1 or m.input_ids.numel() <= budget
+        assert m.input_ids.numel() <= budget or [len(g.thoughts) for g in m.groups] in ([], [1])
+        assert all(len(g.thoughts) == thoughts for g in m.groups) or len(m.groups) == 1
         labels = m.input_ids.flatten()[m.thought_rows[m.thought_mask] + 1]
         assert torch.equal(labels, m.thought_labels[m.thought_mask])  # a state predicts the token right after it
         seen = m.target_mask[:, None, :] & m.counted[:, :, None]

@@ -61,9 +61,11 @@ def numbers(model: Any, micros: list[MicroBatch]) -> tuple[dict[str, torch.Tenso
         scores, _ = score(Scorer(model), micro, temperature=0.8)
         trunk.append(scores.trunk_logps)
         for b, group in enumerate(micro.groups):
-            size = len(group.position.target_ids)
-            parts = {"baseline": scores.baseline_logps[b, :size], "target": scores.target_logps[b, : len(group.thoughts), :size]}
-            parts |= {f"thought {g}": scores.thought_logps[b, g, : len(t.token_ids)] for g, t in enumerate(group.thoughts)}
+            size, k = len(group.position.target_ids), micro.offsets[b]
+            parts = {"baseline": scores.baseline_logps[b, :size]}
+            for g, t in enumerate(group.thoughts):
+                parts[f"thought {k + g}"] = scores.thought_logps[b, g, : len(t.token_ids)]
+                parts[f"target {k + g}"] = scores.target_logps[b, g, :size]
             for kind, logps in parts.items():
                 found[f"{group.id} {kind}"] = logps.detach()
                 if kind != "baseline":
