@@ -1,0 +1,8 @@
+"""Measurements that tests do not take: `python -m benchmarks.NAME --json`; results are in results/, what they say in README.md."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says on stdout that it found no other
