@@ -1,4 +1,4 @@
-"""Measurements that tests do not take: `python -m benchmarks.NAME --json`; results are in results/, what they say in README.md."""
+"""Measurements that tests do not take: `python -m benchmarks.NAME --json`; README.md says what came out."""
 
 import os
 

@@ -8,12 +8,15 @@ trl       TRL's GRPOTrainer (fused head) with an information-gain reward that sc
 ntp       next-token training on documents of the same length, for the cost of a token
 
 A Qwen3-shaped model on random documents and random thoughts, float32, one process for each kind and round, in turns; medians of
-ratios within a round. Memory is the peak of a step beyond what the process held before its first one.
+ratios within a round. All have the same budget of tokens in a micro-batch. Memory is the peak of the steps after the first beyond
+what the process held at their beginning (weights and optimizer states), with what malloc keeps for itself given back before.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import random
@@ -36,6 +39,8 @@ from tests.tiny import word_tokenizer
 
 KINDS = ("tree", "padded", "scored_first", "trl", "ntp")
 CLOSE, FIRST = 4, 5  # <think> 3, </think> 4; words from 5
+BUDGET = 32768
+"""Tokens of a micro-batch, padding included."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def ours(kind: str, folder: Path, shape: Shape, steps: int) -> list[float]:
 
     values: dict[str, Any] = {
         "model": str(folder / "model"), "data": {"path": str(folder / "documents.jsonl"), "max_length": shape.document},
-        "objective": "ntp", "max_steps": steps, "token_budget": 1 << 20, "policy": {"backend": "torch"}, "device": "cpu",
+        "objective": "ntp", "max_steps": steps, "token_budget": BUDGET, "policy": {"backend": "torch"}, "device": "cpu",
         "checkpoint": {"every": 0}, "stop": {"collapse": False}, "console": False, "output_dir": str(folder / f"run-{kind}"),
         "optim": {"lr": 1e-6}, "packing": "padded" if kind in ("padded", "scored_first") else "tree",
         "positions_per_step": max(1, tokens(shape, "tree") // shape.document),
@@ -133,8 +138,11 @@ class Gain:
         self.model: Any = None
 
     def logps(self, rows: list[list[int]], sizes: list[int]) -> torch.Tensor:
-        """log p of the last tokens of each row, summed: one padded batch, only these rows through the fused head."""
+        """log p of the last tokens of each row, summed: padded batches, only these rows through the fused head."""
         width = max(map(len, rows))
+        if len(rows) * width > BUDGET and len(rows) > 1:
+            half = len(rows) // 2
+            return torch.cat([self.logps(rows[:half], sizes[:half]), self.logps(rows[half:], sizes[half:])])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         labels = torch.full_like(ids, -100)
@@ -185,11 +193,13 @@ def trl(folder: Path, shape: Shape, steps: int) -> list[float]:
                 "target": [list(g.position.target_ids) for g, _ in made]}  # fmt: skip
 
     size = shape.positions * shape.thoughts
+    longest = (2 * shape.positions - 1) * shape.document // (2 * shape.positions) + 1 + shape.thought
+    parts = next(k for k in range(1, size + 1) if size % k == 0 and size // k * longest <= BUDGET)
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=size, num_generations=shape.thoughts, max_steps=steps,
-        max_completion_length=shape.thought, gradient_accumulation_steps=1, num_iterations=1, beta=0.0, learning_rate=1e-6,
-        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", logging_strategy="no", save_strategy="no",
-        disable_tqdm=True, shuffle_dataset=False, scale_rewards="none", loss_type="grpo", use_vllm=False,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=size // parts, num_generations=shape.thoughts,
+        max_steps=steps, max_completion_length=shape.thought, gradient_accumulation_steps=parts, num_iterations=1, beta=0.0,
+        learning_rate=1e-6, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", logging_strategy="no",
+        save_strategy="no", disable_tqdm=True, shuffle_dataset=False, scale_rewards="none", loss_type="grpo", use_vllm=False,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), reward_funcs=gain, args=config,
@@ -207,7 +217,7 @@ def tokens(shape: Shape, kind: str) -> int:
 
     ids, groups = batch(shape, 0)
     whole = Batch(tuple(groups), (Document("d0", ids),))
-    return sum(m.input_ids.numel() for m in pack(whole, Layout(1 << 30, tree=kind == "tree"), count(whole)))
+    return sum(m.input_ids.numel() for m in pack(whole, Layout(BUDGET, tree=kind == "tree"), count(whole)))
 
 
 _held: list[int] = []
@@ -215,6 +225,8 @@ _held: list[int] = []
 
 def watch() -> None:
     """Start to watch the peak of memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     _held.append(_status("VmRSS"))
 
@@ -265,11 +277,10 @@ def measure(shape: Shape, rounds: int, steps: int, threads: int, kinds: Sequence
     out: dict[str, Any] = {"shape": asdict(shape), "tokens": {"tree": own, "padded": padded}, "token_ratio": padded / own}
     out["seconds"] = {kind: statistics.median(x["seconds"] for x in rows) for kind, rows in found.items()}
     out["mib"] = {kind: statistics.median(x["bytes"] for x in rows) / 2**20 for kind, rows in found.items()}
-    if "padded" in found:
-        out |= {"ratio_padded": ratio("padded", "tree"), "ratio_scored_first": ratio("scored_first", "tree")}
-    if "ntp" in found:
+    out |= {f"ratio_{kind}": ratio(kind, "tree") for kind in ("padded", "scored_first") if {"tree", kind} <= set(found)}
+    if {"tree", "ntp"} <= set(found):
         out["token_cost"] = ratio("tree", "ntp") * plain / own
-    if "trl" in found:
+    if {"tree", "trl"} <= set(found):
         out |= {"ratio_trl": ratio("trl", "tree"), "memory_ratio_trl": ratio("tree", "trl", "bytes")}
     return out
 
