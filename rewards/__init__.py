@@ -14,11 +14,21 @@ from rewards.controls import (
 from rewards.importance import ImportanceRatio, importance_ratio
 from rewards.information_gain import information_gain
 from rewards.likelihood import row_entropies, token_logps, token_logps_from_logits
+from rewards.probability import (
+    VR_CLI_STEPS,
+    debiased_probability,
+    multi_sample_bound,
+    perplexity_gain,
+    target_logp,
+    target_probability,
+)
 
 __all__ = [
+    "VR_CLI_STEPS",
     "CollapseMonitor",
     "ImportanceRatio",
     "batch_normalized",
+    "debiased_probability",
     "distinct_n",
     "empty",
     "filler",
@@ -26,11 +36,15 @@ __all__ = [
     "importance_ratio",
     "information_gain",
     "leave_one_out",
+    "multi_sample_bound",
     "other_document",
+    "perplexity_gain",
     "repetition",
     "row_entropies",
     "shuffled",
     "target_leakage",
+    "target_logp",
+    "target_probability",
     "token_logps",
     "token_logps_from_logits",
     "zero_variance_fraction",

@@ -65,7 +65,11 @@ class DataConfig:
     split: str = "train"
     """Split to read."""
     column: str = "text"
-    """Column with the text."""
+    """Column with the text, or with the prompt where `answer_column` is set."""
+    answer_column: str | None = None
+    """Column with the answer to the prompt: a document is the two after each other, `positions: answer` think between them."""
+    answer_join: str = "\n"
+    """Text between prompt and answer; it belongs to the prompt."""
     max_length: int = _field(default=2048)
     """Longest document in tokens; `long` says what happens to longer ones."""
     long: Literal["split", "truncate"] = "split"

@@ -88,7 +88,7 @@ class DocumentStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; ConfigError if it belongs to other data, seed, rank or number of ranks."""
         saved, here = state["identity"], self._identity
-        keys = [key for key in {**here, **saved} if saved.get(key) != here.get(key)]
+        keys = [key for key in saved if saved[key] != here.get(key)]  # a field of a later version is in `here` only
         if keys:
             changes = "; ".join(f"{key} was {saved.get(key)!r}, is {here.get(key)!r}" for key in keys)
             raise ConfigError(f"the saved place in the documents is not one in these: {changes}")
@@ -108,7 +108,7 @@ class _Indexed:
     def __init__(self, rows: Dataset, cutter: Cutter, rank: int, world_size: int, seed: int):
         self.cutter, self.rank, self.world_size, self.seed = cutter, rank, world_size, seed
         data, home = cutter.data, Path(datasets.config.HF_DATASETS_CACHE).expanduser()
-        how = [data.column, data.max_length, data.long, cutter.eos]
+        how = [data.column, data.answer_column, data.answer_join, data.max_length, data.long, cutter.eos]
         mark = Hasher.hash([rows._fingerprint, cutter.fingerprint, how])
         file = None
         if rows.cache_files and not Path(rows.cache_files[0]["filename"]).is_relative_to(home):
@@ -119,7 +119,7 @@ class _Indexed:
             with_indices=True,
             batched=True,
             remove_columns=rows.column_names,
-            features=Features(token_ids=List(Value("int32")), row=Value("int64"), piece=Value("int32")),
+            features=Features(token_ids=List(Value("int32")), answer_at=Value("int32"), row=Value("int64"), piece=Value("int32")),
             new_fingerprint=mark,
             cache_file_name=str(file) if file else None,
         )
@@ -133,9 +133,10 @@ class _Indexed:
         self._order: tuple[int, np.ndarray] = (-1, self.kept)
 
     def _tokenise(self, batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        out: dict[str, list] = {"token_ids": [], "row": [], "piece": []}
-        for row, cut in zip(rows, self.cutter.pieces(batch[self.cutter.data.column], rows), strict=True):
-            out["token_ids"] += cut
+        out: dict[str, list] = {"token_ids": [], "answer_at": [], "row": [], "piece": []}
+        for row, cut in zip(rows, self.cutter.pieces(batch, rows), strict=True):
+            out["token_ids"] += [ids for ids, _ in cut]
+            out["answer_at"] += [at for _, at in cut]
             out["row"] += [row] * len(cut)
             out["piece"] += range(len(cut)) if len(cut) > 1 else [-1]
         return out
@@ -163,9 +164,10 @@ class _Indexed:
         self.taken += n
         found = self.tokens[places]
         meta = self.meta[found["row"]] if self.meta is not None else {}
+        columns = (found[name] for name in ("row", "piece", "token_ids", "answer_at"))
         return [
-            self.cutter.document(row, piece, ids, {name: column[k] for name, column in meta.items()})
-            for k, (row, piece, ids) in enumerate(zip(found["row"], found["piece"], found["token_ids"], strict=True))
+            self.cutter.document(row, piece, ids, at, {name: column[k] for name, column in meta.items()})
+            for k, (row, piece, ids, at) in enumerate(zip(*columns, strict=True))
         ]
 
     def one_pass(self) -> Iterator[Document]:
@@ -213,11 +215,11 @@ class _Streamed:
             if not values:
                 return False
             rows = [(self.read + k) * self.world_size + self.rank for k in range(len(values))]
-            cuts = self.cutter.pieces([value[self.cutter.data.column] for value in values], rows)
+            cuts = self.cutter.pieces({name: [value[name] for value in values] for name in values[0]}, rows)
             for value, row, cut in zip(values, rows, cuts, strict=True):
                 whole = len(cut) == 1
-                long = [(k, ids) for k, ids in enumerate(cut) if len(ids) >= self.cutter.min_length]
-                self.chunk += [self.cutter.document(row, -1 if whole else k, ids, value) for k, ids in long]
+                long = [(k, *piece) for k, piece in enumerate(cut) if len(piece[0]) >= self.cutter.min_length]
+                self.chunk += [self.cutter.document(row, -1 if whole else k, ids, at, value) for k, ids, at in long]
                 self.dropped += len(cut) - len(long)
             self.read += len(values)
             self.found += len(self.chunk)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlpretrain.config import ConfigError
 from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.packing import joined
 from rlpretrain.types import MicroBatch, Scores
@@ -62,6 +63,9 @@ def train(run: Any) -> None:
         batch = run.take()  # thoughts sampled under the present weights
         total = run.count(batch)  # global denominators, one all-reduce
         micros = run.pack(batch, total)  # a group straddles two only if it fits into none; as many on every rank
+        if run.spread and "group" in objective.needs:
+            raise ConfigError("a group is larger than token_budget, and this objective's loss needs all of its thoughts at once: "
+                              f"raise token_budget ({run.config.token_budget})")  # fmt: skip
         first = objective.has_positions and (config.inner_epochs > 1 or "batch" in objective.needs or run.spread)
         judged = judge_first(run, micros) if first else [None] * len(micros)
         for _ in range(config.inner_epochs):

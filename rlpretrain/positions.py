@@ -19,7 +19,7 @@ import numpy as np
 from rlpretrain.config import ConfigError
 from rlpretrain.types import Document
 
-KINDS = ("random", "every_k", "entropy", "before", "after", "sentence")
+KINDS = ("random", "every_k", "entropy", "before", "after", "sentence", "answer")
 SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*\s+(?=\S)|\n+\s*(?=\S)|[。！？]+(?=\S)")
 CACHED_PIECES = 500_000
 MOST_BYTES = 4
@@ -38,12 +38,14 @@ class PositionPicker:
       where they begin or end with a letter or digit ("is" is not found in "this"); white space at their ends does not
       matter. A marker that starts inside a token: that token starts the target. One that ends inside: the next does.
     - `sentence`: the target starts a sentence or a line.
+    - `answer`: the target starts the answer to a prompt (`data.answer_column`), and may end with the document before it
+      has `target_length` tokens.
     - a function `(document, rng) -> indices`, itself or as "package.module:function".
 
-    Every chosen i has min_context <= i and i + target_length <= len(document); a document without such a place gives an
-    empty list. A special token (end of text, unknown) is never the first target, except where `before` or a function
-    asks for it. Where more places are found than wanted, the generator chooses among them uniformly: the same generator
-    state and document give the same positions.
+    Every chosen i has min_context <= i and, but for `answer`, i + target_length <= len(document); a document without
+    such a place gives an empty list. A special token (end of text, unknown) is never the first target, except where
+    `before` or a function asks for it. Where more places are found than wanted, the generator chooses among them
+    uniformly: the same generator state and document give the same positions.
 
     Raises ConfigError (a ValueError) for settings that cannot work.
     """
@@ -81,7 +83,7 @@ class PositionPicker:
         `entropies[i]` (nats) is that of the model's prediction of token i from those before it; where it is NaN,
         nothing is chosen. ValueError if they are needed and missing, or not one a token.
         """
-        last = len(document.token_ids) - self.target_length
+        last = len(document.token_ids) - (1 if self.kind == "answer" else self.target_length)
         found = sorted({i for i in self._candidates(document, rng) if self.min_context <= i <= last})
         if self.kind not in ("before", "function"):
             found = [i for i in found if document.token_ids[i] not in self.special]
@@ -99,6 +101,10 @@ class PositionPicker:
             return range(self.min_context, len(ids), self.every)
         if self.function is not None:
             return self._checked(document, self.function(document, rng))
+        if self.kind == "answer":
+            if "answer_at" not in (document.meta or {}):
+                raise ConfigError(f"positions 'answer': {document.source} has no answer; set data.answer_column")
+            return [document.meta["answer_at"]]
         text, starts = self.text(ids)
         if self.marker is None:
             return [bisect_right(starts, match.end()) - 1 for match in SENTENCE_END.finditer(text)]

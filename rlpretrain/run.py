@@ -62,10 +62,10 @@ class Run:
         model, self.tokenizer, added = models.load(config.model, self.delimiters, config.seed)
         models.check_head(model.to(self.ranks.device))
         self.objective = load_objective(config, self.tokenizer)
-        shortest = section.min_context + section.target_length if owner.has_positions else 2
+        shortest = self.objective.min_length
         place = {"rank": self.ranks.rank, "world_size": self.ranks.size, "seed": config.seed}
         replayed = ReplaySource(Store(config.replay, self.ranks.rank)) if config.replay else None
-        stream = None if replayed else DocumentStream(config.data, self.tokenizer, min_length=max(2, shortest), **place)
+        stream = None if replayed else DocumentStream(config.data, self.tokenizer, min_length=shortest, **place)
         self.held_out = held_out(config, self.tokenizer, self.objective, self.ranks.size)
         self.total_steps = self._total_steps(stream, replayed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ KINDS = {
     ".arrow": "arrow",
 }
 """File ending to reader of `datasets`."""
+Piece = tuple[list[int], int]
+"""Token ids, and where in them the answer begins (-1: nowhere)."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
@@ -48,7 +50,7 @@ def open_rows(data: DataConfig) -> Dataset | IterableDataset:
     if first is None:
         raise ConfigError(f"{data.path} is empty: it holds no rows")
     names = list(rows.column_names or first)
-    for column in (data.column, *data.meta_columns):
+    for column in (data.column, *([data.answer_column] if data.answer_column else ()), *data.meta_columns):
         if column not in names:
             raise ConfigError(f"{data.path} has no column '{column}'; its columns: {', '.join(names)}")
     return rows
@@ -173,17 +175,35 @@ class Cutter:
         written = json.dumps(state, sort_keys=True)  # hashed as one string: hundreds of thousands of objects are slow
         self.fingerprint = Hasher.hash([type(tokenizer).__name__, written, self.lead])
 
-    def pieces(self, texts: Sequence[Any], rows: Sequence[int]) -> list[list[list[int]]]:
-        """For each text its pieces, at least one; a blank or missing text gives one empty piece."""
+    def pieces(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> list[list[Piece]]:
+        """For each row its pieces, at least one; a blank or missing text gives one empty piece."""
+        data = self.data
+        if data.answer_column is None:
+            return [[(part, -1) for part in self._cut(ids)] for ids in self._ids(columns, data.column, rows)]
+        prompts = self._ids(columns, data.column, rows, after=data.answer_join)
+        answers = self._ids(columns, data.answer_column, rows, add_special_tokens=False)
+        return [[self._joined(prompt, answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _ids(self, columns: Mapping[str, Sequence[Any]], name: str, rows: Sequence[int], after: str = "",
+             **how: Any) -> list[list[int]]:  # fmt: skip
+        texts = columns[name]
         for text, row in zip(texts, rows, strict=True):
             if text is not None and not isinstance(text, str):
-                what = f"column '{self.data.column}' holds {type(text).__name__}, not text"
-                raise ConfigError(f"{self.source(row)}: {what}")
-        full = [text for text in texts if text and not text.isspace()]
-        found = iter(self.tokenizer(full, return_attention_mask=False, verbose=False)["input_ids"] if full else [])
-        return [self._cut(next(found)) if text and not text.isspace() else [[]] for text in texts]
+                raise ConfigError(f"{self.source(row)}: column '{name}' holds {type(text).__name__}, not text")
+        full = [text + after for text in texts if text and not text.isspace()]
+        found = iter(self.tokenizer(full, return_attention_mask=False, verbose=False, **how)["input_ids"] if full else [])
+        return [next(found) if text and not text.isspace() else [] for text in texts]
+
+    def _joined(self, prompt: list[int], answer: list[int]) -> Piece:
+        """Prompt and answer; nothing where one is blank, or both are longer than `max_length`."""
+        if prompt and prompt[-1] == self.tokenizer.eos_token_id:
+            prompt = prompt[:-1]
+        ids = [*prompt, *answer, *([self.eos] if self.eos is not None and answer[-1:] != [self.eos] else ())]
+        return (ids, len(prompt)) if prompt and answer and len(ids) <= self.data.max_length else ([], -1)
 
     def _cut(self, ids: list[int]) -> list[list[int]]:
+        if not ids:
+            return [[]]
         if self.eos is not None and ids[-1:] != [self.eos]:
             ids = [*ids, self.eos]
         most, step = self.data.max_length, self.data.max_length - len(self.lead)
@@ -194,10 +214,11 @@ class Cutter:
         """`file:line` in a text file, where a row is a line; else `data[row]`."""
         return f"{self.data.path}:{row + 1}" if self.lines else f"{self.data.path}[{row}]"
 
-    def document(self, row: int, piece: int, ids: Sequence[int], values: dict[str, Any]) -> Document:
+    def document(self, row: int, piece: int, ids: Sequence[int], answer_at: int, values: Mapping[str, Any]) -> Document:
         """`piece` -1 is a whole text; `values` are the row's columns."""
-        meta = {name: values[name] for name in self.data.meta_columns} if self.data.meta_columns else None
-        return Document(str(row) if piece < 0 else f"{row}.{piece}", tuple(ids), self.source(row), meta)
+        meta = {name: values[name] for name in self.data.meta_columns}
+        meta |= {} if answer_at < 0 else {"answer_at": answer_at}
+        return Document(str(row) if piece < 0 else f"{row}.{piece}", tuple(ids), self.source(row), meta or None)
 
     def all_short(self, dropped: int) -> ConfigError:
         """What to raise when nothing is left."""

@@ -22,7 +22,7 @@ class Config:
     """Fields that every objective with thoughts has; an objective's own `Config` extends it."""
 
     positions: str = "random"
-    """Where to think: random, every_k, entropy, before, after, sentence, or package.module:function."""
+    """Where to think: random, every_k, entropy, before, after, sentence, answer, or package.module:function."""
     positions_per_document: int = 1
     """Positions drawn in each document; the paper uses one."""
     target_length: int = 1
@@ -58,7 +58,8 @@ class Objective:
     """A pretraining objective. Subclass it in a file of its own, name the class `OBJECTIVE`; see objectives/rlp.py.
 
     `needs` says what a run must have ready: "target" (log-probs of targets after thoughts), "baseline", "reference",
-    "entropy" (per-token entropies for `positions`), "text", "batch" (advantages see the whole batch at once).
+    "entropy" (per-token entropies for `positions`), "text", "batch" (advantages see the whole batch at once), "group" (so do
+    `target_weights` a whole group: it may not be spread over micro-batches).
     """
 
     Config: type = Config
@@ -77,6 +78,13 @@ class Objective:
         )  # fmt: skip
         if config.positions == "entropy":
             self.needs = self.needs | {"entropy"}
+
+    @property
+    def min_length(self) -> int:
+        """Tokens of the shortest document that has room for a position."""
+        if not self.has_positions:
+            return 2
+        return max(2, self.config.min_context + (1 if self.config.positions == "answer" else self.config.target_length))
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """Where to think; `trunk[i]` is the entropy (nats) of the model's prediction of token i, where "entropy" is needed."""
