@@ -39,6 +39,7 @@ MEANING = {
     "no_think_loss": "next-token loss on the documents, without thoughts (nats per token)",
     "unclosed": "share of sampled thoughts that did not close themselves",
     "length": "tokens per thought",
+    "reward": "reward of thoughts that the objective can judge without log-probabilities",
 }
 
 
@@ -137,16 +138,20 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
         groups = roll_out(objective, engine, positions, seeds)
     finally:
         objective.setting = setting
+    lengths = np.array([[len(t.token_ids) for t in g.thoughts] for g in groups], float)
+    unclosed = np.array([[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for g in groups], float)
+    values = {"unclosed": unclosed.mean(1), "length": lengths.mean(1)}
+    if groups[0].rewards is not None:
+        values["reward"] = np.array([np.nanmean(g.rewards) for g in groups])
+    if "target" not in objective.needs:
+        return Evaluation(values, kept, losses, tokens, groups)
     no_thinks = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}
     layout = replace(layout, no_think_ids=no_thinks)
     context = (kept, layout)
     sampled, hits, own, own_hits = targets(scorer, groups, *context)
     base = targets(reference, contrast(groups, "empty"), *context)[2] if frozen is not None else own
-    lengths = np.array([[len(t.token_ids) for t in g.thoughts] for g in groups], float)
-    unclosed = np.array([[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for g in groups], float)
-    values = {
+    values |= {
         "think_sampled": hits.mean(1), "direct": own_hits, "gain": sampled.mean(1) - own, "gain_frozen": sampled.mean(1) - base,
-        "unclosed": unclosed.mean(1), "length": lengths.mean(1),
     }  # fmt: skip
     if greedy:
         best = asyncio.run(engine.sample(prompts, replace(setting.params, temperature=0.0), 1, seeds))

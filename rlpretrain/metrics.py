@@ -115,18 +115,9 @@ class StepMetrics:
             self.add("ntp/loss", -scores.trunk_logps.detach())
         if not micro.groups:
             return
-        counted, mask = scores.counted, scores.target_mask
-        target = (scores.target_logps.detach() * mask[:, None]).sum(-1)
-        base, own = (scores.baseline_logps * mask).sum(-1), (self_logps * mask).sum(-1)
-        gain = (target - base[:, None])[counted]
-        self.add("ig/mean", gain)
-        self.add("ig/square", gain**2)
-        self.add("ig/positive_frac", (gain > 0).float())
-        self.add("ig/per_token", (target - base[:, None])[counted] / mask.sum(-1, keepdim=True).expand_as(counted)[counted])
-        self.add("ig/self", (target - own[:, None])[counted])
-        self.add("reader/loss", -target[counted])
-        self.add("baseline/logp", base)
-        self.add("baseline/self", own)
+        counted = scores.counted
+        if scores.target_mask.any():
+            self._gains(scores, self_logps)
         self.add("reward", reward[counted])
         spread = torch.stack(
             [r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan) for r, c in zip(reward, counted, strict=True)]
@@ -146,6 +137,20 @@ class StepMetrics:
             self.add("thought/leakage", target_leakage(t.token_ids, group.position.target_ids))
             self.add("thought/repetition", repetition(t.token_ids))
 
+    def _gains(self, scores: Scores, self_logps: torch.Tensor) -> None:
+        counted, mask = scores.counted, scores.target_mask
+        target = (scores.target_logps.detach() * mask[:, None]).sum(-1)
+        base, own = (scores.baseline_logps * mask).sum(-1), (self_logps * mask).sum(-1)
+        gain = (target - base[:, None])[counted]
+        self.add("ig/mean", gain)
+        self.add("ig/square", gain**2)
+        self.add("ig/positive_frac", (gain > 0).float())
+        self.add("ig/per_token", (target - base[:, None])[counted] / mask.sum(-1, keepdim=True).expand_as(counted)[counted])
+        self.add("ig/self", (target - own[:, None])[counted])
+        self.add("reader/loss", -target[counted])
+        self.add("baseline/logp", base)
+        self.add("baseline/self", own)
+
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Name → mean over all ranks. Every rank must call it with the same names."""
         names = sorted(set().union(*ranks.gather(sorted(self.sums))))
@@ -155,6 +160,7 @@ class StepMetrics:
         out |= dict(zip(totals, ranks.sum([self.totals[n] for n in totals]), strict=True))
         if "ig/square" in out:
             out["ig/std"] = max(0.0, out.pop("ig/square") - out["ig/mean"] ** 2) ** 0.5
+        if "completions/mean_length" in out:
             out["completions/max_length"] = ranks.max([self.longest])[0]
         return out
 

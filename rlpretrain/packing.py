@@ -24,7 +24,10 @@ Unit = tuple[list[Group], Document | None]
 
 @dataclass(slots=True)
 class Layout:
-    """How thoughts are laid out and weighed; `cut` and `reduction` as in the configuration."""
+    """How thoughts are laid out and weighed; `cut` and `reduction` as in the configuration.
+
+    Without `target` nothing is scored after a thought: rewards that need no log-probs of targets are on the groups.
+    """
 
     token_budget: int
     cut: str = "mask"
@@ -32,12 +35,13 @@ class Layout:
     reduction: str = "thought_mean"
     pad_id: int = 0
     tree: bool = False
+    target: bool = True
     no_think_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)  # group id → context of the no-think arm
 
 
 def is_counted(group: Group, thought: Thought, reward_index: int, cut: str) -> bool:
     """Whether a thought takes part in the step: not aborted, not cut off under `mask`, its stored reward not NaN."""
-    if thought.finish_reason is FinishReason.ABORT or not group.position.target_ids:
+    if thought.finish_reason is FinishReason.ABORT:
         return False
     if thought.finish_reason is not FinishReason.CLOSE and cut == "mask":
         return False
@@ -175,12 +179,12 @@ def _split(groups: Sequence[Group], document: Document | None, layout: Layout) -
 
 def _branches(group: Group, document: Document | None, layout: Layout) -> int:
     """Tokens that a group adds to its document's trunk, at most: heads that prompts share among each other count for each."""
-    prompt, target = group.prompt, group.position.target_ids
+    prompt, target = group.prompt, _target(group, layout)
     shared = common(np.asarray(document.token_ids), np.asarray(prompt.token_ids)) if document else 0
     after = 1 + len(prompt.close_ids) + len(prompt.join_ids) + len(target)
     total = len(prompt.token_ids) - shared + sum(after + len(t.token_ids) for t in group.thoughts)
     arm = layout.no_think_ids.get(group.id)
-    if arm is not None or document is None:
+    if target and (arm is not None or document is None):
         total += len(group.position.context_ids if arm is None else arm) + len(target)
     return total
 
@@ -192,10 +196,14 @@ def _size(unit: Unit, layout: Layout) -> tuple[int, int]:
         return sum(_branches(g, document, layout) for g in groups) + (len(document.token_ids) if document else 0), 1
     lengths = [len(document.token_ids)] if document else []
     for g in groups:
-        around = len(g.prompt.token_ids) + len(g.prompt.close_ids) + len(g.prompt.join_ids) + len(g.position.target_ids)
+        around = len(g.prompt.token_ids) + len(g.prompt.close_ids) + len(g.prompt.join_ids) + len(_target(g, layout))
         lengths += [around + len(t.token_ids) for t in g.thoughts]
         lengths.append(around)
     return len(lengths), max(lengths)
+
+
+def _target(group: Group, layout: Layout) -> tuple[int, ...]:
+    return group.position.target_ids if layout.target else ()
 
 
 def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], first: int = 0) -> MicroBatch:
@@ -213,7 +221,7 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
 
     shape_b, shape_g = len(groups), max((len(g.thoughts) for g in groups), default=0)
     shape_l = max((len(t.token_ids) for g in groups for t in g.thoughts), default=0)
-    shape_t = max((len(g.position.target_ids) for g in groups), default=0)
+    shape_t = max((len(_target(g, layout)) for g in groups), default=0)
     thought_at = np.full((shape_b, shape_g, shape_l, 2), 0)
     thought_labels, behaviour = np.zeros((shape_b, shape_g, shape_l), np.int64), np.zeros((shape_b, shape_g, shape_l))
     thought_mask, weights = np.zeros((shape_b, shape_g, shape_l), bool), np.zeros((shape_b, shape_g, shape_l))
@@ -223,12 +231,14 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
     each = totals.thoughts / max(totals.thought_tokens, 1)
 
     for b, group in enumerate(groups):
-        target, prompt = group.position.target_ids, group.prompt
+        target, prompt = _target(group, layout), group.prompt
         size = len(target)
         target_labels[b, :size], target_mask[b, :size] = target, True
         ids = layout.no_think_ids.get(group.id)
         home = trunk_at.get(group.position.document_id)
-        if ids is None and home is not None:  # raw no-think arm: the document's own row
+        if not size:
+            pass
+        elif ids is None and home is not None:  # raw no-think arm: the document's own row
             at = group.position.index
             if rows[home][at : at + size] != tuple(target):
                 raise ValueError(f"group {group.id}: document {group.position.document_id!r} goes on otherwise at token {at}")
@@ -249,7 +259,7 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
             thought_labels[b, g, :length], thought_mask[b, g, :length] = thought.token_ids, True
             weights[b, g, :length] = each if layout.reduction == "token_mean" else 1 / max(length, 1)
             behaviour[b, g, :length] = thought.behaviour_logps
-            target_at[b, g, :size] = [(len(rows), len(row) + k - 1) for k in range(size)]
+            target_at[b, g, :size] = [(len(rows), len(row) + k - 1) for k in range(size)] or target_at[b, g, :0]
             rows.append((*row, *target))
 
     if layout.tree:  # the state after a row's last token predicts nothing

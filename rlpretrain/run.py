@@ -84,10 +84,10 @@ class Run:
         )  # fmt: skip
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        s = config.sampling
+        s, needs = config.sampling, self.objective.needs
         why = attention.install(model) if config.packing == "tree" else None
         tree = config.packing == "tree" and why is None
-        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree)
+        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree, "target" in needs)
         self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
         self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
         self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
@@ -182,7 +182,7 @@ class Run:
         self.note(loss=loss.detach())
         self.metrics.observe(micro, scores, reward, own)
         every = self.config.baseline.frozen_every
-        if micro.groups and self.frozen is not None and every and self.step % every == 0:
+        if micro.target_mask.any() and self.frozen is not None and every and self.step % every == 0:
             base = (self.frozen.logps(micro) * micro.target_mask).sum(-1)
             target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
             self.metrics.add("ig/frozen", (target - base[:, None])[micro.counted])

@@ -26,7 +26,7 @@ def test_objectives_are_found_by_module_name_or_by_path():
     with pytest.raises(ConfigError, match="did you mean 'wanted'"):
         parse_section({"name": "tests.my_objective:LengthObjective", "wantd": 5})
     with pytest.raises(ConfigError, match="did you mean 'rlp'"):
-        parse_section({"name": "rpl"})
+        parse_section({"name": "rrlp"})
     with pytest.raises(ConfigError, match="cannot be loaded"):
         parse_section({"name": "tests.my_objective:Nothing"})
 
