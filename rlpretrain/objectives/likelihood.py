@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rewards import (
@@ -41,7 +40,7 @@ from rewards import (
     target_logp,
     target_probability,
 )
-from rlpretrain.config import ConfigError
+from rlpretrain.config import Amount, ConfigError, Count
 from rlpretrain.objectives import base
 from rlpretrain.types import Scores
 from rollout.types import Group
@@ -53,9 +52,9 @@ class Config(base.Config):
 
     score: Literal["log_prob", "mean_log_prob", "prob", "mean_prob", "debiased_prob", "jepo", "perplexity_gain"] = "log_prob"
     """What a thought earns; see the objective's documentation."""
-    direct: float = Field(default=0.0, ge=0)
+    direct: Amount = 0.0
     """Weight of the derivative of the score by the target's own log-probs; 0 trains thoughts only."""
-    samples: int | None = Field(default=None, ge=1)
+    samples: Count | None = None
     """jepo: thoughts that share a bound; all of a group by default, 1 is log_prob."""
     steps: bool = False
     """perplexity_gain: VR-CLI's 0, .5, .9, 1 above 0, .05, 1, 2 percent, in place of the percentage."""

@@ -1,0 +1,202 @@
+r"""RPT: reinforcement pre-training (arXiv 2506.08007), next-token reasoning.
+
+The model thinks, closes its thought, and says the next token or tokens in `\boxed{}`. The reward looks at nothing but bytes:
+
+    prefix             1 if the prediction is an exact prefix of what follows and ends where one of its tokens ends, else 0
+    first_token        1 if the prediction begins with the next token
+    dense              1 as under prefix, else the probability of the next token after all that was said
+    conditional_dense  the same, but only where no thought of the group is right
+
+Thought and prediction are one sampled sequence and trained alike (`answer_span` marks the prediction): first up to the close
+tag, then up to the end of the box. Nothing is injected between the two.
+
+Ours where the paper is silent: `first_token` on bytes; the dense variants' probability and condition; the entropy threshold of
+the positions; groups that are all right or all wrong are dropped from the start (`dynamic_sampling`; the paper from step 500 on).
+
+Pitfalls: the reward is sparse, and a base model that never saw a box earns nothing: look at the hits of the base first. Tokens
+carry their leading space, so ` the` is not `the` (`strip` forgives white space, for tokenizers that cannot write it in a box). A
+closing bracket ends the prediction. Entropy-filtered positions on noisy text are mostly unpredictable: all groups are then wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rewards.matching import last_between, prefix_match
+from rlpretrain.config import Amount, Count
+from rlpretrain.objectives import base
+from rlpretrain.types import Document, Scores
+from rollout.engine import Engine
+from rollout.types import FinishReason, Group, Position, Prompt, Thought
+
+TEMPLATE = (
+    "Here is the beginning of a text. Work out which token comes next: think between {open} and {close}, look at a few "
+    "candidates, and then write the one you settle on in \\boxed{}, exactly as the text has it, with its leading space if it "
+    "has one and without \\text{}.\n\n### Context\n{context}\n\n"
+)
+"""Says what the paper's prompt says, in our words."""
+
+
+@dataclass(kw_only=True)
+class Config(base.Config):
+    """RPT's own fields."""
+
+    template: str = TEMPLATE
+    """RPT's instruction in our words; raw or another text with {context} as elsewhere."""
+    target_length: Count = 8
+    """Window: tokens of the true continuation that a prediction may cover. A longer prediction is wrong."""
+    match: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
+    """What a prediction earns; see the objective's documentation."""
+    opening: str = "\\boxed{"
+    """Text before a prediction."""
+    closing: str = "}"
+    """Text that ends it, and sampling."""
+    max_prediction_tokens: Annotated[int, Field(ge=2)] = 32
+    """Longest prediction, with its box."""
+    strip: bool = False
+    """Compare without white space around prediction and continuation."""
+    dynamic_sampling: bool = True
+    """Leave out groups that are all right or all wrong."""
+    proxy: str | None = None
+    """Model (hub id or folder, same tokenizer) whose entropies choose positions; without one `min_entropy` asks the policy."""
+    min_entropy: Amount = 0.0
+    """Nats that the next token's entropy must have at a position: over the 16 likeliest tokens of `proxy`, or over all of the
+    policy's. The paper splits at .5, 1 and 1.5."""
+
+
+class RPT(base.Objective):
+    """Reward a thought if the prediction after it is right, to the byte."""
+
+    Config = Config
+    needs = frozenset()
+
+    def __init__(self, config: Any, tokenizer: Any):
+        if config.proxy or config.min_entropy:
+            config = replace(config, positions="entropy", top_fraction=1.0)  # any place that is unsure enough
+        super().__init__(config, tokenizer)
+        if "dense" in config.match:
+            self.needs = self.needs | {"target"}
+        self.proxy = _Proxy(config.proxy) if config.proxy else None
+        if self.proxy:
+            self.needs = self.needs - {"entropy"}
+
+    def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
+        """Places that are unsure enough and whose continuation begins with a whole character."""
+        values = trunk if self.proxy is None else self.proxy(document)
+        if values is not None and self.config.min_entropy:
+            values = values.masked_fill(values < self.config.min_entropy, torch.nan)
+        return [p for p in super().positions(document, rng, values) if self.truth(p)[1]]
+
+    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+        """Thoughts, then the predictions of those that closed; matches are the groups' rewards."""
+        groups = await super().rollout(engine, positions, seeds)
+        closed = [(b, g) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)
+                  if t.finish_reason is FinishReason.CLOSE]  # fmt: skip
+        prompts, again = [], []
+        for b, g in closed:
+            thought = groups[b].thoughts[g]
+            prompts.append(Prompt((*groups[b].prompt.token_ids, *thought.token_ids), (), stop_strings=(self.config.closing,)))
+            again.append((thought.seed * 0x9E3779B97F4A7C15 + 1) % 2**62)  # another stream of random numbers
+        params = replace(self.setting.params, max_thought_tokens=self.config.max_prediction_tokens)
+        sampled = await engine.sample(prompts, params, 1, again) if prompts else []
+        said = {place: joined(groups[place[0]].thoughts[place[1]], s[0]) for place, s in zip(closed, sampled, strict=True)}
+        out = []
+        for b, group in enumerate(groups):
+            thoughts = tuple(said.get((b, g), t) for g, t in enumerate(group.thoughts))
+            truth, ends = self.truth(group.position)
+            hits = tuple(float(self.right(t, truth, ends)) for t in thoughts)
+            out.append(replace(group, thoughts=thoughts, rewards=hits, policy_version=min(t.policy_version for t in thoughts)))
+        return out
+
+    def right(self, thought: Thought, truth: bytes, ends: Sequence[int]) -> bool:
+        """Whether a thought's prediction is."""
+        found = self.prediction(thought)
+        if found is None:
+            return False
+        if self.config.match == "first_token":
+            return found.startswith(truth[: ends[0]])
+        return prefix_match(found, truth, ends)
+
+    def prediction(self, thought: Thought) -> bytes | None:
+        """The bytes in the last box after the close tag; None where there is none."""
+        if thought.answer_span is None:
+            return None
+        text = self.tokenizer.decode(thought.token_ids[slice(*thought.answer_span)], clean_up_tokenization_spaces=False)
+        found = last_between(text, self.config.opening, self.config.closing)
+        return None if found is None else (found.strip() if self.config.strip else found).encode()
+
+    def truth(self, position: Position) -> tuple[bytes, list[int]]:
+        """The text of the target, and the byte lengths of its first 1, 2, ... tokens.
+
+        Lengths that would cut a character in two are left out: no prediction can end there. Where the context ends within a
+        character there are none.
+        """
+        near = position.context_ids[-8:]
+
+        def text(n: int) -> str:
+            return self.tokenizer.decode([*near, *position.target_ids[:n]], clean_up_tokenization_spaces=False)
+
+        before, whole = text(0), text(len(position.target_ids))
+        if not whole.startswith(before):
+            return b"", []
+        after = whole[len(before) :]
+        lead = len(after) - len(after.lstrip()) if self.config.strip else 0
+        ends = []
+        for n in range(1, len(position.target_ids) + 1):
+            part = text(n)
+            if whole.startswith(part) and not part.endswith("\N{REPLACEMENT CHARACTER}"):  # else it cuts a character
+                kept = part[len(before) + lead :]
+                ends.append(len((kept.rstrip() if self.config.strip else kept).encode()))
+        return after[lead:].encode(), [n for n in ends if n]
+
+    def select(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that teach something."""
+        if not self.config.dynamic_sampling or "target" in self.needs:
+            return list(groups)
+        return [g for g in groups if len(set(g.rewards or ())) > 1]
+
+    def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
+        """The matches [B, G]; dense variants put the next token's probability in place of a 0."""
+        hits = super().reward(groups, scores)
+        if "target" not in self.needs:
+            return hits
+        dense = torch.maximum(hits, scores.target_logps[..., 0].double().exp())
+        if self.config.match == "dense":
+            return dense
+        nobody = (hits.nan_to_num(0.0) == 0).all(1, keepdim=True)
+        return torch.where(nobody, dense, hits)
+
+
+def joined(thought: Thought, prediction: Thought) -> Thought:
+    """A thought and what was said after it, as one; of the older weights if they changed in between."""
+    ids = thought.token_ids + prediction.token_ids
+    version, span = min(thought.policy_version, prediction.policy_version), (len(thought.token_ids), len(ids))
+    logps = thought.behaviour_logps + prediction.behaviour_logps
+    return Thought(ids, logps, prediction.finish_reason, version, thought.seed, span)
+
+
+class _Proxy:
+    """A model whose entropies, over its 16 likeliest next tokens, say where text is hard to predict."""
+
+    def __init__(self, path: str):
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, document: Document) -> Tensor:
+        """Nats for each token of a document but the first, which has NaN."""
+        ids = torch.tensor([document.token_ids], device=self.model.device)
+        logits = self.model(input_ids=ids).logits[0, :-1].float()
+        top = logits.topk(min(16, logits.shape[-1])).values.log_softmax(-1)
+        return torch.cat([top.new_full((1,), torch.nan), -(top.exp() * top).sum(-1)]).cpu()
+
+
+OBJECTIVE = RPT
