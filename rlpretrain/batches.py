@@ -53,7 +53,8 @@ class BatchSource:
         since they may need the policy.
         """
         if not self.objective.has_positions:
-            return Batch((), self.stream.take(n))
+            traces = self._others(self.objective.mix(n))
+            return Batch((), self.stream.take(n - len(traces)) + traces)
         while len(self._ahead) <= ahead:
             chosen = self._positions(n)
             self._ahead.append((chosen, self.queue.submit(self._pieces(chosen, ahead))))
@@ -64,9 +65,13 @@ class BatchSource:
             raise ConfigError(f"cannot sample thoughts: {error}") from error
         documents = list({d.id: d for d, *_ in chosen}.values())
         if self.ntp_stream is not None:
-            others = self.ntp_stream.take(len(documents))
-            documents = [replace(d, id=f"ntp {d.id}") for d in others]  # rows of both are numbered from 0
+            documents = self._others(len(documents))
         return Batch(tuple(groups), tuple(documents))
+
+    def _others(self, n: int) -> list[Document]:
+        """The next `n` documents of `ntp_data`, by ids of their own: rows of both streams are numbered from 0."""
+        found = self.ntp_stream.take(n) if self.ntp_stream is not None else []
+        return [replace(d, id=f"ntp {d.id}") for d in found]
 
     def _pieces(self, chosen: Sequence[tuple[Document, Position, int]], ahead: int) -> list[Rollout]:
         """The rollouts of a batch: one call of the engine, or several if weights may change between them."""

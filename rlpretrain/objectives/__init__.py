@@ -58,6 +58,8 @@ def load(run: PretrainConfig, tokenizer: Any) -> Objective:
     s = run.sampling
     if objective.has_positions and s.thoughts < 2:
         raise ConfigError(f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position")
+    if "ntp_data" in objective.needs and run.ntp_data is None:
+        raise ConfigError(f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data")
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
     objective.setting = Setting(params, s.thoughts, run.loss.reader_coef)

@@ -59,7 +59,7 @@ class Objective:
 
     `needs` says what a run must have ready: "target" (log-probs of targets after thoughts), "baseline", "reference",
     "entropy" (per-token entropies for `positions`), "text", "batch" (advantages see the whole batch at once), "group" (so do
-    `target_weights` a whole group: it may not be spread over micro-batches).
+    `target_weights` a whole group: it may not be spread over micro-batches), "ntp_data" (a second stream of documents).
     """
 
     Config: type = Config
@@ -90,6 +90,10 @@ class Objective:
         """Where to think; `trunk[i]` is the entropy (nats) of the model's prediction of token i, where "entropy" is needed."""
         ids, size = document.token_ids, self.config.target_length
         return [Position(document.id, i, ids[:i], ids[i : i + size]) for i in self.picker(document, rng, trunk)]
+
+    def mix(self, documents: int) -> int:
+        """How many of a step's documents come from `ntp_data`, for objectives without positions."""
+        return 0
 
     def prompt(self, position: Position) -> Prompt:
         """The ids before the thought, what ends it, and the ids between thought and target."""

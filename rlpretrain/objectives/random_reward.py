@@ -1,0 +1,45 @@
+"""A control: thoughts are rewarded at random, so whatever improves is not owed to the reward.
+
+Everything else is as in RLP: positions, thoughts, update, next-token loss, reader term. A base model may still change under
+random rewards (clipping and length weights have a direction of their own), which is what this is there to show. The gain is
+logged as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from rlpretrain.objectives import base
+from rollout.engine import Engine
+from rollout.types import Group, Position
+
+
+@dataclass(kw_only=True)
+class Config(base.Config):
+    """One field more."""
+
+    probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of thoughts that earn 1; the others earn 0."""
+
+
+class RandomReward(base.Objective):
+    """Reward thoughts by the toss of a coin."""
+
+    Config = Config
+
+    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+        """Thoughts with rewards that depend on the position's seed alone."""
+        groups = await super().rollout(engine, positions, seeds)
+        out = []
+        for group, seed in zip(groups, seeds, strict=True):
+            tosses = np.random.default_rng((seed, 1)).random(len(group.thoughts)) < self.config.probability
+            out.append(replace(group, rewards=tuple(map(float, tosses))))
+        return out
+
+
+OBJECTIVE = RandomReward

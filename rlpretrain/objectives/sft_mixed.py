@@ -1,0 +1,55 @@
+"""A control, and a strong one: next-token prediction on documents mixed with given reasoning traces.
+
+Plain supervised training on such a mixture beat next-token and next-segment reasoning after RLVR at a fraction of the compute
+(arXiv 2608.23256); who claims a gain for thinking before predicting has to beat it. `data` holds the documents, `ntp_data` the
+traces; those that are prompts with answers (`ntp_data.answer_column`) are trained on their answers only, while the mean is still
+over all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlpretrain.objectives import base
+from rlpretrain.types import MicroBatch, Scores
+from rollout.types import Position
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One field."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of a step's documents that are traces (from `ntp_data`)."""
+
+
+class SFTMixed(base.Objective):
+    """Continue the pretraining on documents and traces."""
+
+    Config = Config
+    needs = frozenset({"ntp_data"})
+    has_positions = False
+
+    def positions(self, document: Any, rng: Any, trunk: Any = None) -> list[Position]:
+        """None: no thoughts are sampled."""
+        return []
+
+    def mix(self, documents: int) -> int:
+        """How many of a step's documents come from `ntp_data`."""
+        return min(documents - 1, max(1, round(self.config.share * documents)))
+
+    def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
+        """Weights [M]: 0 where a prompt is predicted, which nobody has to learn."""
+        weights: Sequence[Tensor] = [
+            (torch.arange(1, len(d.token_ids)) >= (d.meta or {}).get("answer_at", 0)).float() for d in micro.documents
+        ]
+        return torch.cat(list(weights)).to(scores.trunk_logps) if weights else torch.ones_like(scores.trunk_logps)
+
+
+OBJECTIVE = SFTMixed
