@@ -1,6 +1,6 @@
-"""Where the time of a demo RLP step goes: rollout, scoring and update.
+"""Where the time of a demo RLP step goes: rollout, scoring and update, in trees and in padded rows, in turns.
 
-    python -m benchmarks.demo_step [--json]
+    python -m benchmarks.demo_step [--rounds 3] [--json]
 
 A freshly initialised model of the demo's size on dial documents, 16 positions × 8 thoughts, one thread; medians over steps.
 Thoughts of an untrained model are cut at 10 tokens, the mean length of the trained one.
@@ -22,17 +22,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    result = measure(args.steps)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
+    rounds = [{packing: measure(args.steps, packing) for packing in ("tree", "padded")} for _ in range(args.rounds)]
+    result = {packing: {name: statistics.median(r[packing][name] for r in rounds) for name in rounds[0][packing]}
+              for packing in ("tree", "padded")}  # fmt: skip
+    for what in ("training", "step"):
+        name = f"seconds of {what}"
+        result[f"ratio of {what}"] = statistics.median(r["padded"][name] / r["tree"][name] for r in rounds)
+    print(json.dumps(result) if args.json else json.dumps(result, indent=1))
 
 
-def measure(steps: int) -> dict[str, float | int | str]:
-    """Median seconds of each part, and its share of the step."""
+def measure(steps: int, packing: str) -> dict[str, float]:
+    """Median seconds of each part, and its share of the step; training is all but the rollout."""
     from rlpretrain.config_io import build
     from rlpretrain.corpora import dial
     from rlpretrain.loop import train
@@ -46,25 +48,22 @@ def measure(steps: int) -> dict[str, float | int | str]:
             "objective": {"name": "rlp", "positions": "after", "marker": "shows"}, "positions_per_step": 16,
             "sampling": {"thoughts": 8, "max_thought_tokens": 10, "cut": "force_close"}, "max_steps": steps,
             "baseline": {"name": "self", "frozen_every": 0}, "checkpoint": {"every": 0}, "stop": {"collapse": False},
-            "policy": {"backend": "torch"}, "console": False, "device": "cpu", "output_dir": str(Path(folder) / "run"),
+            "packing": packing, "policy": {"backend": "torch"}, "console": False, "device": "cpu",
+            "output_dir": str(Path(folder) / "run"),
         }  # fmt: skip
         run = Run(build(values), None)
         parts: dict[str, list[float]] = {}
         for name, owner, method in (
             ("rollout", run, "take"), ("pack", run, "pack"), ("score (forward)", run.policy, "score"),
             ("backward", run.policy, "backward"), ("optimizer step", run, "update"), ("observe", run, "observe"),
-            ("whole step", run, "finish"),
         ):  # fmt: skip
             parts[name] = clock(owner, method)
-        begin = time.perf_counter()
         train(run)
-        total = (time.perf_counter() - begin) / steps
         run.close()
-    median = {name: statistics.median(times[3:]) for name, times in parts.items() if name != "whole step"}
-    known = sum(median.values())
-    out: dict[str, float | int | str] = {"steps": steps, "seconds_per_step": total, "threads": 1}
-    out |= {f"{name} s": value for name, value in median.items()} | {"other s": total - known}
-    return out | {f"{name} share": value / total for name, value in median.items()}
+    median = {name: statistics.median(times[3:]) for name, times in parts.items()}
+    total = sum(median.values())
+    out = {"seconds of step": total, "seconds of training": total - median["rollout"]}
+    return out | {f"{name} s": value for name, value in median.items()} | {f"{n} share": v / total for n, v in median.items()}
 
 
 def clock(owner: object, method: str) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rlpretrain.positions import PositionPicker
 from rlpretrain.prompts import Delimiters, ThoughtPrompt
 from rlpretrain.types import Document, MicroBatch, Scores
 from rollout.engine import Engine
-from rollout.types import Group, Position, Prompt, SamplingParams
+from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 
 
 @dataclass(kw_only=True)
@@ -52,6 +52,11 @@ class Setting:
     params: SamplingParams
     thoughts: int
     reader_coef: float
+
+
+def other_seed(seed: int, k: int = 1) -> int:
+    """Another stream of random numbers for what is sampled after something with `seed`."""
+    return (seed * 0x9E3779B97F4A7C15 + k) % 2**62
 
 
 class Objective:
@@ -105,12 +110,48 @@ class Objective:
 
     async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
         """G thoughts for each position; rewards that need no live log-probs are computed here and stored on the groups."""
-        prompts = [self.prompt(p) for p in positions]
+        return await self.think(engine, positions, [self.prompt(p) for p in positions], seeds)
+
+    async def think(self, engine: Engine, positions: Sequence[Position], prompts: Sequence[Prompt],
+                    seeds: Sequence[int], role: str = "policy") -> list[Group]:  # fmt: skip
+        """A group of G thoughts for each prompt, without rewards."""
         sampled = await engine.sample(prompts, self.setting.params, self.setting.thoughts, seeds)
         return [
-            Group(f"{p.document_id}@{p.index}:{seed:x}", p, q, tuple(thoughts), thoughts[0].policy_version)
+            Group(f"{p.document_id}@{p.index}:{seed:x}", p, q, tuple(thoughts), thoughts[0].policy_version, role=role)
             for p, q, thoughts, seed in zip(positions, prompts, sampled, seeds, strict=True)
         ]
+
+    async def say(self, engine: Engine, groups: Sequence[Group], closing: str, most: int) -> list[Group]:
+        """After each thought that closed itself, sample on until `closing` or `most` tokens: what it comes to say.
+
+        Thought and answer become one sampled sequence, trained alike; `answer_span` marks the answer. It ends as the answer
+        ended, and is of the older weights if they changed in between. Thoughts that did not close themselves stay as they are.
+        """
+        closed = [(b, g) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)
+                  if t.finish_reason is FinishReason.CLOSE]  # fmt: skip
+        prompts, seeds = [], []
+        for b, g in closed:
+            thought = groups[b].thoughts[g]
+            prompts.append(Prompt((*groups[b].prompt.token_ids, *thought.token_ids), (), stop_strings=(closing,)))
+            seeds.append(other_seed(thought.seed))
+        params = replace(self.setting.params, max_thought_tokens=most)
+        answers = await engine.sample(prompts, params, 1, seeds) if prompts else []
+        thoughts = [list(group.thoughts) for group in groups]
+        for (b, g), (answer,) in zip(closed, answers, strict=True):
+            thought = thoughts[b][g]
+            size = len(thought.token_ids)
+            thoughts[b][g] = Thought(
+                thought.token_ids + answer.token_ids, thought.behaviour_logps + answer.behaviour_logps, answer.finish_reason,
+                min(thought.policy_version, answer.policy_version), thought.seed, (size, size + len(answer.token_ids)),
+            )  # fmt: skip
+        return [replace(g, thoughts=tuple(t), policy_version=min(x.policy_version for x in t))
+                for g, t in zip(groups, thoughts, strict=True)]  # fmt: skip
+
+    def said(self, thought: Thought) -> str:
+        """The text after a thought's close tag, as far as it was sampled; empty where the thought did not close itself."""
+        if thought.answer_span is None:
+            return ""
+        return self.tokenizer.decode(thought.token_ids[slice(*thought.answer_span)], clean_up_tokenization_spaces=False)
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """The groups to train on; dynamic sampling and filters drop here, before anything is counted."""

@@ -33,7 +33,7 @@ from rlpretrain.config import Amount, Count
 from rlpretrain.objectives import base
 from rlpretrain.types import Document, Scores
 from rollout.engine import Engine
-from rollout.types import FinishReason, Group, Position, Prompt, Thought
+from rollout.types import Group, Position, Thought
 
 TEMPLATE = (
     "Here is the beginning of a text. Work out which token comes next: think between {open} and {close}, look at a few "
@@ -96,23 +96,10 @@ class RPT(base.Objective):
     async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
         """Thoughts, then the predictions of those that closed; matches are the groups' rewards."""
         groups = await super().rollout(engine, positions, seeds)
-        closed = [(b, g) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)
-                  if t.finish_reason is FinishReason.CLOSE]  # fmt: skip
-        prompts, again = [], []
-        for b, g in closed:
-            thought = groups[b].thoughts[g]
-            prompts.append(Prompt((*groups[b].prompt.token_ids, *thought.token_ids), (), stop_strings=(self.config.closing,)))
-            again.append((thought.seed * 0x9E3779B97F4A7C15 + 1) % 2**62)  # another stream of random numbers
-        params = replace(self.setting.params, max_thought_tokens=self.config.max_prediction_tokens)
-        sampled = await engine.sample(prompts, params, 1, again) if prompts else []
-        said = {place: joined(groups[place[0]].thoughts[place[1]], s[0]) for place, s in zip(closed, sampled, strict=True)}
-        out = []
-        for b, group in enumerate(groups):
-            thoughts = tuple(said.get((b, g), t) for g, t in enumerate(group.thoughts))
-            truth, ends = self.truth(group.position)
-            hits = tuple(float(self.right(t, truth, ends)) for t in thoughts)
-            out.append(replace(group, thoughts=thoughts, rewards=hits, policy_version=min(t.policy_version for t in thoughts)))
-        return out
+        groups = await self.say(engine, groups, self.config.closing, self.config.max_prediction_tokens)
+        truths = [self.truth(g.position) for g in groups]
+        return [replace(g, rewards=tuple(float(self.right(t, *truth)) for t in g.thoughts))
+                for g, truth in zip(groups, truths, strict=True)]  # fmt: skip
 
     def right(self, thought: Thought, truth: bytes, ends: Sequence[int]) -> bool:
         """Whether a thought's prediction is."""
@@ -125,9 +112,7 @@ class RPT(base.Objective):
 
     def prediction(self, thought: Thought) -> bytes | None:
         """The bytes in the last box after the close tag; None where there is none."""
-        if thought.answer_span is None:
-            return None
-        text = self.tokenizer.decode(thought.token_ids[slice(*thought.answer_span)], clean_up_tokenization_spaces=False)
+        text = self.said(thought)
         found = last_between(text, self.config.opening, self.config.closing)
         return None if found is None else (found.strip() if self.config.strip else found).encode()
 
@@ -171,14 +156,6 @@ class RPT(base.Objective):
             return dense
         nobody = (hits.nan_to_num(0.0) == 0).all(1, keepdim=True)
         return torch.where(nobody, dense, hits)
-
-
-def joined(thought: Thought, prediction: Thought) -> Thought:
-    """A thought and what was said after it, as one; of the older weights if they changed in between."""
-    ids = thought.token_ids + prediction.token_ids
-    version, span = min(thought.policy_version, prediction.policy_version), (len(thought.token_ids), len(ids))
-    logps = thought.behaviour_logps + prediction.behaviour_logps
-    return Thought(ids, logps, prediction.finish_reason, version, thought.seed, span)
 
 
 class _Proxy:
