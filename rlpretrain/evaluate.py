@@ -40,6 +40,7 @@ MEANING = {
     "unclosed": "share of sampled thoughts that did not close themselves",
     "length": "tokens per thought",
     "reward": "reward of thoughts that the objective can judge without log-probabilities",
+    "asked": "the same of groups that these asked for (PretrainZero's predictors: their accuracy)",
 }
 
 
@@ -138,11 +139,18 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
         groups = roll_out(objective, engine, positions, seeds)
     finally:
         objective.setting = setting
+    asked: dict[str, list[float]] = {g.id: [] for g in groups if g.parent_id is None}  # groups that others asked for
+    for group in groups:
+        if group.parent_id is not None:
+            asked[group.parent_id] += group.rewards or ()
+    groups = [g for g in groups if g.parent_id is None]
     lengths = np.array([[len(t.token_ids) for t in g.thoughts] for g in groups], float)
     unclosed = np.array([[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for g in groups], float)
     values = {"unclosed": unclosed.mean(1), "length": lengths.mean(1)}
     if groups[0].rewards is not None:
         values["reward"] = np.array([np.nanmean(g.rewards) for g in groups])
+    if any(asked.values()):
+        values["asked"] = np.array([np.mean(asked[g.id] or [0.0]) for g in groups])
     if "target" not in objective.needs:
         return Evaluation(values, kept, losses, tokens, groups)
     no_thinks = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}
