@@ -124,7 +124,7 @@ class BatchSource:
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
         waiting = [place for chosen, _ in self._ahead for place in chosen]  # a resumed run samples them anew
-        spare = [(d.id, d.token_ids, d.source, p.index, s) for d, p, s in waiting + self._spare]
+        spare = [(d.id, d.token_ids, d.source, p.index, s, len(p.target_ids), p.suffix_ids) for d, p, s in waiting + self._spare]
         return {
             "stream": self.stream.state_dict(), "drawn": self.drawn, "without": self.without, "spare": spare,
             "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
@@ -134,12 +134,10 @@ class BatchSource:
         """Go back to a cursor that `state_dict` gave."""
         self.stream.load_state_dict(state["stream"])
         self.drawn, self.without = state["drawn"], state["without"]
-        size = getattr(self.objective.config, "target_length", 1)
         self._spare = []
-        for id_, ids, source, i, seed in state["spare"]:
-            document = Document(id_, tuple(ids), source)
-            ids = document.token_ids
-            self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size]), seed))
+        for id_, ids, source, i, seed, size, suffix in state["spare"]:
+            document, ids = Document(id_, tuple(ids), source), tuple(ids)
+            self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size], tuple(suffix)), seed))
         if self.ntp_stream is not None:
             self.ntp_stream.load_state_dict(state["ntp_stream"])
 
