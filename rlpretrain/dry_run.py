@@ -125,7 +125,7 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
     prompt = row = config.data.max_length
     piece = template = 0
     if objective.has_positions:
-        c, thought = objective.config, config.sampling.max_thought_tokens
+        c, thought = objective.config, config.sampling.max_thought_tokens + objective.answer_tokens
         template = len(objective.template.head) + len(objective.template.tail)
         prompt = template + config.data.max_length - c.target_length + 1
         row = prompt + thought + 1 + c.target_length

@@ -346,7 +346,7 @@ class Run:
                         token_budget=self.config.token_budget, pad_id=self.layout.pad_id)  # fmt: skip
         whole = Evaluation.join(self.ranks.gather(here))
         row = {f"eval/{k}": v for k, v in whole.summary().items() if not k.endswith("_ci")}
-        score = row.get("eval/gain_frozen", -row["eval/no_think_loss"])
+        score = row.get("eval/gain_frozen", row.get("eval/reward", -row["eval/no_think_loss"]))
         if self.best["gain"] is None or score > self.best["gain"]:
             self.best = {"step": self.step, "gain": score, "stale": 0}
             if self.config.checkpoint.every and self.step % self.config.checkpoint.every:

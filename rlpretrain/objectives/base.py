@@ -70,6 +70,7 @@ class Objective:
     Config: type = Config
     needs: frozenset[str] = frozenset({"target", "baseline"})
     has_positions = True
+    answer_tokens = 0  # most that `say` samples after a thought
 
     def __init__(self, config: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
@@ -121,8 +122,8 @@ class Objective:
             for p, q, thoughts, seed in zip(positions, prompts, sampled, seeds, strict=True)
         ]
 
-    async def say(self, engine: Engine, groups: Sequence[Group], closing: str, most: int) -> list[Group]:
-        """After each thought that closed itself, sample on until `closing` or `most` tokens: what it comes to say.
+    async def say(self, engine: Engine, groups: Sequence[Group], closing: str) -> list[Group]:
+        """After each thought that closed itself, sample on until `closing` or `answer_tokens`: what it comes to say.
 
         Thought and answer become one sampled sequence, trained alike; `answer_span` marks the answer. It ends as the answer
         ended, and is of the older weights if they changed in between. Thoughts that did not close themselves stay as they are.
@@ -134,7 +135,7 @@ class Objective:
             thought = groups[b].thoughts[g]
             prompts.append(Prompt((*groups[b].prompt.token_ids, *thought.token_ids), (), stop_strings=(closing,)))
             seeds.append(other_seed(thought.seed))
-        params = replace(self.setting.params, max_thought_tokens=most)
+        params = replace(self.setting.params, max_thought_tokens=self.answer_tokens)
         answers = await engine.sample(prompts, params, 1, seeds) if prompts else []
         thoughts = [list(group.thoughts) for group in groups]
         for (b, g), (answer,) in zip(closed, answers, strict=True):

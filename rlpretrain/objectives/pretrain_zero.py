@@ -79,6 +79,7 @@ class PretrainZero(base.Objective):
 
     def __init__(self, config: Any, tokenizer: Any):
         super().__init__(config, tokenizer)
+        self.answer_tokens = config.max_answer_tokens
         self.predictor = ThoughtPrompt(tokenizer, self.template.delimiters, config.predictor_template)
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
@@ -93,14 +94,14 @@ class PretrainZero(base.Objective):
         """A generator's group for each paragraph, and a predictor's for each distinct span of it."""
         c = self.config
         makers = await self.think(engine, positions, [self.prompt(p) for p in positions], seeds, role="generator")
-        makers = await self.say(engine, makers, c.closing, c.max_answer_tokens)
+        makers = await self.say(engine, makers, c.closing)
         spans = [[self.span(t, self.text(g.position)) for t in g.thoughts] for g in makers]
         tasks = [(b, span) for b, found in enumerate(spans) for span in dict.fromkeys(s for s in found if s)]
         places = [replace(makers[b].position, context_ids=self.hidden(makers[b].position, span)) for b, span in tasks]
         prompts = [self.predictor(p) for p in places]
         again = [base.other_seed(seeds[b], 2 + k) for k, (b, _) in enumerate(tasks)]
         finders = await self.think(engine, places, prompts, again, role="predictor") if tasks else []
-        finders = await self.say(engine, finders, c.closing, c.max_answer_tokens)
+        finders = await self.say(engine, finders, c.closing)
         accuracy: dict[tuple[int, str], float] = {}
         for k, ((b, span), group) in enumerate(zip(tasks, finders, strict=True)):
             hits = tuple(float(self.prediction(t) == span) for t in group.thoughts)

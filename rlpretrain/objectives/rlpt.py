@@ -92,7 +92,7 @@ class RLPT(base.Objective):
         self.middle = ThoughtPrompt(tokenizer, self.template.delimiters, config.msr_template)
         self.mask = tuple(tokenizer(config.mask, add_special_tokens=False)["input_ids"])
         if config.reward == "match":
-            self.needs = self.needs - {"target", "baseline"}
+            self.needs, self.answer_tokens = self.needs - {"target", "baseline"}, config.max_prediction_tokens
 
     @property
     def min_length(self) -> int:
@@ -147,7 +147,7 @@ class RLPT(base.Objective):
         groups = await super().rollout(engine, positions, seeds)
         if self.config.reward != "match":
             return groups
-        groups = await self.say(engine, groups, self.config.closing, self.config.max_prediction_tokens)
+        groups = await self.say(engine, groups, self.config.closing)
         return [replace(g, rewards=tuple(float(self.right(t, g.position)) for t in g.thoughts)) for g in groups]
 
     def right(self, thought: Thought, position: Position) -> bool:

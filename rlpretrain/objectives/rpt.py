@@ -80,6 +80,7 @@ class RPT(base.Objective):
         if config.proxy or config.min_entropy:
             config = replace(config, positions="entropy", top_fraction=1.0)  # any place that is unsure enough
         super().__init__(config, tokenizer)
+        self.answer_tokens = config.max_prediction_tokens
         if "dense" in config.match:
             self.needs = self.needs | {"target"}
         self.proxy = _Proxy(config.proxy) if config.proxy else None
@@ -96,7 +97,7 @@ class RPT(base.Objective):
     async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
         """Thoughts, then the predictions of those that closed; matches are the groups' rewards."""
         groups = await super().rollout(engine, positions, seeds)
-        groups = await self.say(engine, groups, self.config.closing, self.config.max_prediction_tokens)
+        groups = await self.say(engine, groups, self.config.closing)
         truths = [self.truth(g.position) for g in groups]
         return [replace(g, rewards=tuple(float(self.right(t, *truth)) for t in g.thoughts))
                 for g, truth in zip(groups, truths, strict=True)]  # fmt: skip
