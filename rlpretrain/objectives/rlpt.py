@@ -5,10 +5,12 @@ reasoning) or from what stands before and the sentence after it (MSR, middle seg
 
     information_gain   how much likelier the thought made the segment's own tokens, in nats (our default: no second model)
     match              the model writes the segment between two delimiters; 1 if its words begin what really follows, else 0
+    judge              the same, but a judge model says whether it is a semantic prefix (the paper's reward)
 
-The paper rewards a written prediction that a judge model finds to be a semantic prefix of the reference; `match` is that on
-words. The reference is `window` tokens of what follows, since a prediction may cover more than a sentence; in MSR the segment
-alone. A prediction of fewer than `min_words` words earns nothing, however right: else one safe word would do.
+The judge is any OpenAI-compatible server, or the policy itself (`rlpretrain/judge.py`). The reference is `window` tokens of what
+follows, since a prediction may cover more than a sentence; in MSR the segment alone. A prediction of fewer than `min_words` words
+earns nothing, however right: else one safe word would do. Nor does, with a judge, a piece of the context copied out, nor what the
+judge also accepts for the text of another position of the batch: it fits everywhere.
 
 Ours where the paper is silent: the ratio of the tasks, the shortest segment, the window, the fewest words, the mean over a
 segment's tokens, and segments of a fixed number of tokens (`segments: tokens`, with which one token and no MSR is RLP).
@@ -29,6 +31,7 @@ from torch import Tensor
 from rewards import information_gain
 from rewards.matching import last_between
 from rlpretrain.config import Amount, ConfigError, Count
+from rlpretrain.judge import Judge, endpoint, engine_judge, worth_judging
 from rlpretrain.objectives import base
 from rlpretrain.prompts import ThoughtPrompt
 from rlpretrain.types import Document, Scores
@@ -62,7 +65,7 @@ class Config(base.Config):
     """The prompt of the middle segment: a text with {context}."""
     mask: str = MASK
     """Text that stands for the middle segment."""
-    reward: Literal["information_gain", "match"] = "information_gain"
+    reward: Literal["information_gain", "match", "judge"] = "information_gain"
     """What a thought earns; see the objective's documentation."""
     reduction: Literal["sum", "mean"] = "mean"
     """Gain of a segment: sum or mean over its tokens."""
@@ -78,6 +81,16 @@ class Config(base.Config):
     """Tokens of what follows that a written prediction is compared with."""
     min_words: Count = 3
     """Fewest words of a written prediction that can earn anything."""
+    judge_url: str | None = None
+    """OpenAI-compatible server of the judge, without /v1; none: the policy judges itself."""
+    judge_model: str = "judge"
+    """Its name there."""
+    judge_key: str | None = None
+    """Environment variable that holds the server's token."""
+    judge_timeout: Amount = 60.0
+    """Seconds for a reply, before it is asked for again (three times)."""
+    judge_failure: Literal["zero", "leave_out"] = "zero"
+    """A prediction that could not be judged earns 0, or counts nowhere."""
 
 
 class RLPT(base.Objective):
@@ -91,7 +104,11 @@ class RLPT(base.Objective):
             raise ConfigError("objective.segments tokens has no middle segments: set objective.msr_weight to 0")
         self.middle = ThoughtPrompt(tokenizer, self.template.delimiters, config.msr_template)
         self.mask = tuple(tokenizer(config.mask, add_special_tokens=False)["input_ids"])
-        if config.reward == "match":
+        self.judge: Judge | None = None
+        if config.reward == "judge" and config.judge_url:
+            self.judge = Judge(endpoint(config.judge_url, config.judge_model, key=config.judge_key,
+                                        timeout=config.judge_timeout), config.judge_failure)  # fmt: skip
+        if config.reward != "information_gain":
             self.needs, self.answer_tokens = self.needs - {"target", "baseline"}, config.max_prediction_tokens
 
     @property
@@ -115,7 +132,7 @@ class RLPT(base.Objective):
             (start, stop), (_, after) = found[k], found[k + 1]
             both = rng.random() < c.msr_weight / (1 + c.msr_weight)
             end = min(stop, start + c.target_length)
-            if c.reward == "match":
+            if c.reward != "information_gain":
                 end = stop if both else min(len(ids), start + c.window)
             out.append(Position(document.id, start, ids[:start], ids[start:end], ids[stop:after] if both else ()))
         return out
@@ -143,26 +160,55 @@ class RLPT(base.Objective):
         return replace(position, context_ids=(*position.context_ids, *self.mask, *position.suffix_ids))
 
     async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
-        """Thoughts; for `match` also what is written after them, and whether it is right."""
+        """Thoughts; for `match` and `judge` also what is written after them, and whether it is right."""
         groups = await super().rollout(engine, positions, seeds)
-        if self.config.reward != "match":
+        if self.config.reward == "information_gain":
             return groups
         groups = await self.say(engine, groups, self.config.closing)
-        return [replace(g, rewards=tuple(float(self.right(t, g.position)) for t in g.thoughts)) for g in groups]
+        if self.config.reward == "judge":
+            rewards = await self.judged(engine, groups)
+        else:
+            rewards = [[float(self.right(t, g.position)) for t in g.thoughts] for g in groups]
+        return [replace(g, rewards=tuple(r)) for g, r in zip(groups, rewards, strict=True)]
+
+    async def judged(self, engine: Engine, groups: Sequence[Group]) -> list[list[float]]:
+        """The judge's verdicts on what was written; 0 for what says too little, copies the context, or fits elsewhere too."""
+        if self.judge is None:
+            self.judge = Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure)
+        written = {(b, g): self.written(t) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)}
+        contexts, references = ([self._text(ids(g.position)) for g in groups] for ids in (_around, lambda p: p.target_ids))
+        asked = [(b, g) for (b, g), text in written.items() if worth_judging(text, contexts[b], self.config.min_words)]
+        verdicts = dict(zip(asked, await self.judge([(written[b, g], references[b]) for b, g in asked]), strict=True))
+        others = {b: next((o for o in range(len(groups)) if references[o] != references[b]), None) for b in range(len(groups))}
+        again = [(b, g) for (b, g), verdict in verdicts.items() if verdict == 1 and others[b] is not None]
+        elsewhere = await self.judge([(written[b, g], references[others[b]]) for b, g in again])
+        verdicts |= {place: 0.0 for place, verdict in zip(again, elsewhere, strict=True) if verdict == 1}
+        return [[verdicts.get((b, g), 0.0) for g in range(len(group.thoughts))] for b, group in enumerate(groups)]
+
+    def written(self, thought: Thought) -> str:
+        """What stands between the last pair of delimiters after a thought; empty where there is none."""
+        return (last_between(self.said(thought), self.config.opening, self.config.closing) or "").strip()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def right(self, thought: Thought, position: Position) -> bool:
         """Whether the words written after a thought begin what follows."""
-        said = (last_between(self.said(thought), self.config.opening, self.config.closing) or "").split()
-        true = self.tokenizer.decode(position.target_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).split()
+        said, true = self.written(thought).split(), self._text(position.target_ids).split()
         return len(said) >= self.config.min_words and true[: len(said)] == said
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """The gain in nats, or the matches [B, G]."""
         c = self.config
-        if c.reward == "match":
+        if c.reward != "information_gain":
             return super().reward(groups, scores)
         return information_gain(scores.target_logps, scores.baseline_logps, scores.target_mask, reduction=c.reduction,
                                 clip=c.clip)  # fmt: skip
+
+
+def _around(position: Position) -> tuple[int, ...]:
+    """All that the model could copy."""
+    return (*position.context_ids, *position.suffix_ids)
 
 
 OBJECTIVE = RLPT
