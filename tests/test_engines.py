@@ -13,6 +13,7 @@ from rlpretrain.config_io import build
 from rlpretrain.corpora import dial
 from rlpretrain.pretrainer import Pretrainer
 from rlpretrain.ranks import Ranks
+from rollout.store import Store
 from rollout.weights import StaleWeights
 from tests.helpers import launch, merged, same, trained, weights
 from tests.servers import VLLMServer
@@ -46,6 +47,19 @@ def test_vllm_in_the_loop_samples_from_the_weights_that_are_trained(run, tmp_pat
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["engine"]["kind"] == "vllm_local" and facts["engine"]["vllm"]
     assert not same(weights(tmp_path / "run" / "model"), weights(Path(run["model"])))
+
+
+def test_vllm_samples_what_is_said_after_a_thought_too(run, tmp_path):
+    """RPT in two calls of the engine: over thought and prediction the trainer has the log-probs that vLLM sampled with."""
+    objective = {"name": "rpt", "template": "raw", "positions": "after", "marker": "shows", "opening": "has", "closing": ".",
+                 "target_length": 1, "strip": True, "max_prediction_tokens": 60, "dynamic_sampling": False}  # fmt: skip
+    trained(run, objective=objective, max_steps=2, positions_per_step=8, save_rollouts=True, sampling__max_thought_tokens=99,
+            sampling__cut="force_close")  # fmt: skip
+    assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows_of(tmp_path / "run"))
+    groups, _, _ = Store(tmp_path / "run" / "rollouts", 0).read(1)
+    spans = [(t, t.answer_span) for g in groups for t in g.thoughts if t.answer_span]
+    assert len(spans) > 5 and any(t.finish_reason == "close" for t, _ in spans)
+    assert all(0 < a < b == len(t.token_ids) == len(t.behaviour_logps) for t, (a, b) in spans)
 
 
 def test_vllm_rests_while_the_model_trains(run, tmp_path, monkeypatch):
