@@ -306,7 +306,7 @@ def plot(folder: Path) -> None:
             axes[0].plot([r["shape"]["document"] for r in rows], [r["ratio_trl"] for r in rows], marker="o",
                          label=f"{thoughts} thoughts of {thought}")  # fmt: skip
     axes[0].set(title="TRL's step over ours", xlabel="document (tokens)", ylabel="times", xticks=(512, 1024, 2048), ylim=0)
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper left")
     for axis, name in zip(axes[1:], CURVES, strict=True):
         where = [r["shape"][name] for r in curves[name]]
         axis.plot(where, [r["seconds"]["tree"] for r in curves[name]], marker="o", label="seconds")
