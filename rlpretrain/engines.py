@@ -166,7 +166,7 @@ class SyncProbe:
         ids = self.probe.prompt.token_ids
         group = Group("probe", Position("probe", len(ids), ids, (ids[0],)), self.probe.prompt, tuple(thoughts), version)
         batch = Batch((group,), (Document("probe", (*ids, ids[0])),))
-        layout = Layout(1, cut="force_close")
+        layout = Layout(1 << 30, cut="force_close")  # one micro-batch, however many thoughts
         (micro,) = pack(batch, layout, count(batch, layout.cut))
         scored = self.policy.score(micro).thought_logps[0].tolist()
         logps = [row[: len(t.token_ids)] for row, t in zip(scored, thoughts, strict=True)]
