@@ -29,7 +29,8 @@ def last_between(text: str, opening: str, closing: str) -> str | None:
     if start < 0:
         return None
     start += len(opening)
-    inner = opening[-1] if closing in ("}", "]", ")") and opening[-1:] == {"}": "{", "]": "[", ")": "("}[closing] else None
+    bracket = {"}": "{", "]": "[", ")": "("}.get(closing)
+    inner = bracket if bracket and opening.endswith(bracket) else None
     depth, at = 0, start
     while at < len(text):
         if text.startswith(closing, at):

@@ -215,7 +215,7 @@ class _Streamed:
             if not values:
                 return False
             rows = [(self.read + k) * self.world_size + self.rank for k in range(len(values))]
-            cuts = self.cutter.pieces({name: [value[name] for value in values] for name in values[0]}, rows)
+            cuts = self.cutter.pieces({name: [value[name] for value in values] for name in self.cutter.columns}, rows)
             for value, row, cut in zip(values, rows, cuts, strict=True):
                 whole = len(cut) == 1
                 long = [(k, *piece) for k, piece in enumerate(cut) if len(piece[0]) >= self.cutter.min_length]

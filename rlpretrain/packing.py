@@ -61,24 +61,24 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
     least one; `offsets` says which. Padded, units of similar length go together, so that little is padding; in a tree the groups
     of a document stay with it as far as the budget allows.
     """
-    units: list[Unit] = []
-    large: list[Unit] = []
+    units: list[tuple[Unit, int, int]] = []  # with its rows and the longest of them
+    large: list[tuple[Group, Document | None]] = []
     for groups, document in families(batch):
-        fit = [g for g in groups if cost(([g], document), layout) <= layout.token_budget]
-        large += [([g], document) for g in groups if cost(([g], document), layout) > layout.token_budget]
+        alone = [(([g], document), *_size(([g], document), layout)) for g in groups]
+        fit = [one for one in alone if one[1] * one[2] <= layout.token_budget]
+        large += [(unit[0][0], document) for unit, rows, longest in alone if rows * longest > layout.token_budget]
         if not groups:
-            units.append(([], document))
+            units.append((([], document), *_size(([], document), layout)))
         elif layout.tree and fit:
             units += _split(fit, document, layout)
         else:
-            units += [([group], document) for group in fit]
-    units.sort(key=lambda u: _size(u, layout)[1])
+            units += fit
+    units.sort(key=lambda unit: unit[2])
 
     pending: list[Unit] = []
     rows = width = 0
     told: set[str] = set()
-    for unit in units:
-        more, longest = _size(unit, layout)
+    for unit, more, longest in units:
         if pending and (rows + more) * max(width, longest) > layout.token_budget:
             yield _lay(pending, layout, totals, told)
             pending, rows, width = [], 0, 0
@@ -86,7 +86,7 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
         rows, width = rows + more, max(width, longest)
     if pending:
         yield _lay(pending, layout, totals, told)
-    for (group,), document in large:
+    for group, document in large:
         for first, part in _parts(group, document, layout):
             yield _lay([([part], document)], layout, totals, told, first)
 
@@ -162,19 +162,18 @@ def joined(group: Group, part: Group) -> Group:
     return replace(group, thoughts=group.thoughts + part.thoughts, rewards=rewards)
 
 
-def _split(groups: Sequence[Group], document: Document | None, layout: Layout) -> Iterator[Unit]:
-    """A document with as many of its groups at a time as the budget takes."""
-    room = layout.token_budget - (len(document.token_ids) if document else 0)
+def _split(alone: Sequence[tuple[Unit, int, int]], document: Document | None, layout: Layout) -> Iterator[tuple[Unit, int, int]]:
+    """A document with as many of its groups at a time as the budget takes; `alone` has each with the document, and its tokens."""
+    trunk = len(document.token_ids) if document else 0
     part: list[Group] = []
-    left = room
-    for group in groups:
-        size = _branches(group, document, layout)
-        if part and size > left:
-            yield part, document
-            part, left = [], room
-        part.append(group)
-        left -= size
-    yield part, document
+    size = trunk
+    for (groups, _), tokens, _ in alone:
+        if part and size + tokens - trunk > layout.token_budget:
+            yield (part, document), size, 1
+            part, size = [], trunk
+        part += groups
+        size += tokens - trunk
+    yield (part, document), size, 1
 
 
 def _branches(group: Group, document: Document | None, layout: Layout) -> int:

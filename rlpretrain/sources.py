@@ -168,6 +168,7 @@ class Cutter:
         self.lead = [bos] if bos is not None and probe[:1] == [bos] else []
         whole_file = os.path.isfile(os.path.expanduser(data.path)) and "[" not in data.split
         self.lines = whole_file and data.path.endswith(".txt")
+        self.columns = (data.column, *([data.answer_column] if data.answer_column else ()))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
         for leftover in ("truncation", "padding"):  # of earlier calls

@@ -140,7 +140,6 @@ ATTACKS = [
 def test_a_prediction_cannot_leave_its_quotation(predicted, reference):
     told = prompt_of(predicted, reference).split("\n\n", 1)[1]
     assert json.loads(told) == {"predicted": predicted, "reference": reference}
-    assert told.count("\n") == 1 or "\n" not in told[:-1]
 
 
 def test_a_scripted_adversary_earns_nothing():
@@ -191,5 +190,5 @@ def test_runs_with_a_judge(values, tmp_path, url):
         train(run)
         run.close()
         assert run.step == 3 and (len(asked) > 0) == url
-        if not url:
-            assert run.objective.judge.counts["failed"] == run.objective.judge.counts["asked"]
+        if not url:  # a random model says nothing that is a verdict
+            assert run.last["reward"] == 0

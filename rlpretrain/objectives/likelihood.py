@@ -64,14 +64,13 @@ class Likelihood(base.Objective):
     """Reward each thought by the likelihood of the text that really follows."""
 
     Config = Config
-    needs = base.Objective.needs | {"group"}
 
     def __init__(self, config: Any, tokenizer: Any):
         super().__init__(config, tokenizer)
         if config.direct and config.score == "perplexity_gain":
             raise ConfigError("objective.direct: perplexity_gain has no direct term (its scorer is frozen); set it to 0")
-        if config.score != "jepo":
-            self.needs = self.needs - {"group"}
+        if config.direct and config.score == "jepo":
+            self.needs = self.needs | {"group"}  # its weights are shares of a bound over all thoughts
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """The score [B, G]; for jepo the log-probability, which its advantages are made of."""

@@ -95,9 +95,10 @@ class PretrainZero(base.Objective):
         c = self.config
         makers = await self.think(engine, positions, [self.prompt(p) for p in positions], seeds, role="generator")
         makers = await self.say(engine, makers, c.closing)
-        spans = [[self.span(t, self.text(g.position)) for t in g.thoughts] for g in makers]
+        texts = [self.text(g.position) for g in makers]
+        spans = [[self.span(t, text) for t in g.thoughts] for g, text in zip(makers, texts, strict=True)]
         tasks = [(b, span) for b, found in enumerate(spans) for span in dict.fromkeys(s for s in found if s)]
-        places = [replace(makers[b].position, context_ids=self.hidden(makers[b].position, span)) for b, span in tasks]
+        places = [replace(makers[b].position, context_ids=self.hidden(texts[b], span)) for b, span in tasks]
         prompts = [self.predictor(p) for p in places]
         again = [base.other_seed(seeds[b], 2 + k) for k, (b, _) in enumerate(tasks)]
         finders = await self.think(engine, places, prompts, again, role="predictor") if tasks else []
@@ -125,9 +126,8 @@ class PretrainZero(base.Objective):
             return None
         return found if 0 < len(list(whole_words(found, text))) <= self.config.max_occurrences else None
 
-    def hidden(self, position: Position, span: str) -> tuple[int, ...]:
+    def hidden(self, text: str, span: str) -> tuple[int, ...]:
         """The paragraph's ids with the first occurrence of the span replaced by the mask."""
-        text = self.text(position)
         at = next(whole_words(span, text)).start()
         return self._ids(text[:at] + self.config.mask + text[at + len(span) :])
 

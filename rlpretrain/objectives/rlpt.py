@@ -173,15 +173,14 @@ class RLPT(base.Objective):
 
     async def judged(self, engine: Engine, groups: Sequence[Group]) -> list[list[float]]:
         """The judge's verdicts on what was written; 0 for what says too little, copies the context, or fits elsewhere too."""
-        if self.judge is None:
-            self.judge = Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure)
+        judge = self.judge or Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure)  # the policy changes
         written = {(b, g): self.written(t) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)}
         contexts, references = ([self._text(ids(g.position)) for g in groups] for ids in (_around, lambda p: p.target_ids))
         asked = [(b, g) for (b, g), text in written.items() if worth_judging(text, contexts[b], self.config.min_words)]
-        verdicts = dict(zip(asked, await self.judge([(written[b, g], references[b]) for b, g in asked]), strict=True))
+        verdicts = dict(zip(asked, await judge([(written[b, g], references[b]) for b, g in asked]), strict=True))
         others = {b: next((o for o in range(len(groups)) if references[o] != references[b]), None) for b in range(len(groups))}
         again = [(b, g) for (b, g), verdict in verdicts.items() if verdict == 1 and others[b] is not None]
-        elsewhere = await self.judge([(written[b, g], references[others[b]]) for b, g in again])
+        elsewhere = await judge([(written[b, g], references[others[b]]) for b, g in again])
         verdicts |= {place: 0.0 for place, verdict in zip(again, elsewhere, strict=True) if verdict == 1}
         return [[verdicts.get((b, g), 0.0) for g in range(len(group.thoughts))] for b, group in enumerate(groups)]
 

@@ -8,17 +8,15 @@ over all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlpretrain.objectives import base
+from rlpretrain.objectives.ntp import NTP
 from rlpretrain.types import MicroBatch, Scores
-from rollout.types import Position
 
 
 @dataclass(kw_only=True)
@@ -29,16 +27,11 @@ class Config:
     """Share of a step's documents that are traces (from `ntp_data`)."""
 
 
-class SFTMixed(base.Objective):
+class SFTMixed(NTP):
     """Continue the pretraining on documents and traces."""
 
     Config = Config
     needs = frozenset({"ntp_data"})
-    has_positions = False
-
-    def positions(self, document: Any, rng: Any, trunk: Any = None) -> list[Position]:
-        """None: no thoughts are sampled."""
-        return []
 
     def mix(self, documents: int) -> int:
         """How many of a step's documents come from `ntp_data`."""
@@ -46,10 +39,10 @@ class SFTMixed(base.Objective):
 
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
         """Weights [M]: 0 where a prompt is predicted, which nobody has to learn."""
-        weights: Sequence[Tensor] = [
-            (torch.arange(1, len(d.token_ids)) >= (d.meta or {}).get("answer_at", 0)).float() for d in micro.documents
-        ]
-        return torch.cat(list(weights)).to(scores.trunk_logps) if weights else torch.ones_like(scores.trunk_logps)
+        if not micro.documents:
+            return super().ntp_weights(micro, scores)
+        weights = [torch.arange(1, len(d.token_ids)) >= (d.meta or {}).get("answer_at", 0) for d in micro.documents]
+        return torch.cat(weights).to(scores.trunk_logps)
 
 
 OBJECTIVE = SFTMixed

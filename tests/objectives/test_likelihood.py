@@ -86,14 +86,14 @@ def test_every_score_trains(values, score):
 
 
 def test_a_group_that_jepo_cannot_see_whole_is_refused(values):
-    spread = {"objective": {"name": "likelihood", "score": "jepo", **HERE}, "token_budget": 40}
+    spread = {"objective": {"name": "likelihood", "score": "jepo", "direct": 1.0, **HERE}, "token_budget": 40}
     run = Run(build(merged(values, **spread)), None)
     with pytest.raises(ConfigError, match=r"needs all of its thoughts at once: raise token_budget \(40\)"):
         train(run)
     run.close()
-    spread |= {"objective": {"name": "likelihood", **HERE}, "output_dir": f"{run.folder}2"}
+    spread |= {"objective": {"name": "likelihood", "score": "jepo", **HERE}, "output_dir": f"{run.folder}2"}
     run = Run(build(merged(values, **spread)), None)
-    train(run)  # the others do not mind
+    train(run)  # advantages are judged over whole groups
     run.close()
     assert run.spread
 

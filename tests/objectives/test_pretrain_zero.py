@@ -65,7 +65,7 @@ def test_the_first_occurrence_is_hidden():
     objective = zero()
     (position,) = objective.positions(Document("d", (*ids(TEXT), BPE.eos_token_id)), None)
     assert position.index == len(ids(TEXT)) + 1 and position.target_ids == ()
-    hidden = BPE.decode(objective.hidden(position, "cat"))
+    hidden = BPE.decode(objective.hidden(objective.text(position), "cat"))
     assert hidden == "the [mask] sat on the mat and the catalogue lay by the cat."
 
 

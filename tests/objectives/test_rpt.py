@@ -108,14 +108,11 @@ def said(text: str, span: bool = True) -> Thought:
 ])  # fmt: skip
 def test_what_a_prediction_earns(text, prefix, first):
     tokens = ids("the cat sat")
-    truth = [raw([t]) for t in tokens]
-    assert truth[1:] == [b" cat", b" sat"] or b"".join(truth[1:]) == b" cat sat"
+    assert [raw([t]) for t in tokens][1:] == [b" cat", b" sat"]
     position = Position("d", 1, tokens[:1], tokens[1:])
     for match, wanted in (("prefix", prefix), ("first_token", first)):
         objective = rpt(match=match)
         truth, ends = objective.truth(position)
-        if len(ends) > 2 and text in ("\\boxed{ ca}",):
-            pytest.skip("the tokenizer cut the word")
         assert objective.right(said(text), truth, ends) == bool(wanted)
     assert not objective.right(said(text, span=False), truth, ends)  # no prediction was sampled
 
