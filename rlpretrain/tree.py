@@ -110,7 +110,7 @@ class Tree:
 
 class _Segment:
     def __init__(self, ids: np.ndarray, parent: _Segment | None, at: int):
-        self.ids, self.parent, self.at = ids, parent, at
+        self.ids, self.parent, self.at, self.first = ids, parent, at, int(ids[0])
         self.leaving: dict[int, list[_Segment]] = {}  # by the place where they leave
         self.start = 0
 
@@ -132,7 +132,8 @@ def grow(rows: Sequence[Sequence[int]], least: int = 8) -> tuple[np.ndarray, Tre
     for row in rows:
         left, walk, parent, near = np.asarray(row, dtype=np.int64), [], None, roots
         while True:
-            shared = [common(segment.ids, left) for segment in near]
+            first = int(left[0]) if len(left) else -1  # most siblings share nothing: asked before arrays are compared
+            shared = [common(segment.ids, left) if segment.first == first else 0 for segment in near]
             best = int(np.argmax(shared)) if shared else -1
             if best < 0 or shared[best] < min(least, len(left)):
                 break
