@@ -99,7 +99,7 @@ def read(path: Path, ranks: Ranks, backend: str, config: dict[str, Any]) -> tupl
         )
     now = json.loads(json.dumps(config))
     fixed = [{k: v for k, v in c.items() if k not in FREE_TO_CHANGE} for c in (state["config"], now)]
-    changed = _changes(*fixed)
+    changed = changes(*fixed)
     if changed:
         raise ConfigError(
             f"cannot resume from {path}: {'; '.join(changed)}. Use another output_dir, or set the configuration back"
@@ -114,10 +114,10 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
 
 
-def _changes(old: Any, new: Any, name: str = "") -> list[str]:
+def changes(old: Any, new: Any, name: str = "") -> list[str]:
     """What differs, field by field; a field that is missing counts as null (older versions have fewer)."""
     sides = [side if side is not None else {} for side in (old, new)]
     if old != new and all(isinstance(side, dict) for side in sides):
         keys = sorted({*sides[0], *sides[1]})
-        return [x for k in keys for x in _changes(sides[0].get(k), sides[1].get(k), f"{name}.{k}" if name else k)]
+        return [x for k in keys for x in changes(sides[0].get(k), sides[1].get(k), f"{name}.{k}" if name else k)]
     return [] if old == new else [f"{name} was {old!r}, is {new!r}"]

@@ -1,8 +1,9 @@
-"""`rlpretrain`: train, rollout, serve, eval, corpus, doctor, metrics."""
+"""`rlpretrain`: train, rollout, serve, eval, compare, corpus, doctor, metrics."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from rlpretrain.config import ConfigError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a ConfigError ends with its message and exit code 2, a run that diverged with 1, without traceback."""
+    sys.path.append(os.getcwd())  # objectives, position functions and judges of the user's own, as TRL's command line has it
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in (train, rollout):
@@ -36,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("config", nargs="?", help="YAML file")
     p.add_argument("--resume", nargs="?", const="auto", help="auto (the newest usable checkpoint), or a checkpoint folder")
     p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
-    p.add_argument("--fields", action="store_true", help="list every field with default and meaning")
+    p.add_argument("--fields", action="store_true", help="list every field with default and meaning, those of the file's own objective too")
     p.set_defaults(command=train)
 
     p = commands.add_parser("rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False)
@@ -84,10 +86,16 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", help="write the numbers here too")
     p.set_defaults(command=evaluate)
 
+    p = commands.add_parser("compare", help="objectives and seeds from one base: one table, one plot",
+                            description="Trains and evaluates what is not done yet; results.json, .csv and .svg.")  # fmt: skip
+    p.add_argument("experiment", help="YAML file: methods, seeds, evaluation (examples/dial_family/compare.yaml)")
+    p.add_argument("--jobs", type=int, help="trainings at a time, in place of the file's")
+    p.set_defaults(command=compare)
+
     p = commands.add_parser("corpus", help="make a controlled corpus")
-    p.add_argument("kind", choices=["dial"])
+    p.add_argument("kind", choices=["dial", "dial_family"], help="dial_family: in the formats of all objectives")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--mix", default="c8", help="composition of the base documents: b9, d1, s20, c4, c6, c7, c8")
+    p.add_argument("--mix", help="composition of the base documents (b9, d1, s20, c4, c6, c7, c8; family: f1)")
     p.add_argument("--base", type=int, default=200_000, help="base documents")
     p.add_argument("--train", type=int, default=50_000, help="plain documents for reinforcement pretraining")
     p.add_argument("--held-out", type=int, default=1_200)
@@ -108,7 +116,7 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain import config_io as c
 
     if args.fields:
-        _print_fields(c)
+        _print_fields(c, c.load(args.config, rest).objective.get("name", "rlp") if args.config else None)
         return 0
     if not args.config:
         raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
@@ -210,12 +218,26 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain compare EXPERIMENT.yaml`."""
+    from rich.console import Console
+
+    from rlpretrain.compare import compare as run
+    from rlpretrain.compare import table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    results = run(args.experiment, jobs=args.jobs, say=console.print)
+    console.print(table(results))
+    console.print(f"numbers: {results['folder']}/results.json, .csv, .svg")
+    return 0
+
+
 def corpus(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain corpus dial --out DIR`."""
-    from rlpretrain.corpora import dial
-
+    kind = importlib.import_module(f"rlpretrain.corpora.{args.kind}")
+    mix = {"mix": args.mix} if args.mix else {}
     try:
-        paths = dial.write(args.out, base=args.base, train=args.train, held_out=args.held_out, seed=args.seed, mix=args.mix,
+        paths = kind.write(args.out, base=args.base, train=args.train, held_out=args.held_out, seed=args.seed, **mix,
                            depths=_depths(args.depths), held_out_depths=_depths(args.held_out_depths))  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -251,7 +273,7 @@ def _metrics() -> int:
     return 0
 
 
-def _print_fields(c: Any) -> None:
+def _print_fields(c: Any, used: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -260,7 +282,7 @@ def _print_fields(c: Any) -> None:
     table = Table("field", "default", "meaning")
     for row in c.describe(c.PretrainConfig):
         table.add_row(*row)
-    for name in available():
+    for name in dict.fromkeys([*available(), *filter(None, [used])]):
         for field, default, text in c.describe(find(name).Config):
             table.add_row(f"objective.{field} ({name})", default, text)
     Console().print(table)

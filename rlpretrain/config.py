@@ -21,7 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 
 
-def _headed(head: str) -> BeforeValidator:
+def headed(head: str) -> BeforeValidator:
     """Let a plain string stand for a section whose `head` field it is."""
     return BeforeValidator(lambda value: {head: value} if isinstance(value, str) else value)
 
@@ -283,21 +283,25 @@ class StopConfig:
     """Nats that the no-think loss may rise above the start."""
     nonfinite: Count = 5
     """Skipped steps in a row (NaN or inf) after which the run stops."""
+    input_tokens: Count | None = None
+    """Tokens of documents after which the run ends, the step that reaches them included."""
+    flops: Annotated[float, Field(gt=0)] | None = None
+    """Floating-point operations (`num_flops`) after which it ends."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class PretrainConfig:
     """A whole run. `model` and `data` may be given as plain strings, `objective` as a name."""
 
-    model: Annotated[ModelConfig, _headed("path")]
+    model: Annotated[ModelConfig, headed("path")]
     """The base checkpoint."""
-    data: Annotated[DataConfig, _headed("path")]
+    data: Annotated[DataConfig, headed("path")]
     """The documents."""
-    objective: Annotated[dict[str, Any], _headed("name")] = _field(default_factory=lambda: {"name": "rlp"})
+    objective: Annotated[dict[str, Any], headed("name")] = _field(default_factory=lambda: {"name": "rlp"})
     """`name` (a module of rlpretrain.objectives, or package.module:Class) and that objective's own fields."""
     sampling: SamplingConfig = _field(default_factory=SamplingConfig)
     """How thoughts are drawn."""
-    engine: Annotated[EngineConfig, _headed("name")] = _field(default_factory=EngineConfig)
+    engine: Annotated[EngineConfig, headed("name")] = _field(default_factory=EngineConfig)
     """What samples them."""
     policy: PolicyConfig = _field(default_factory=PolicyConfig)
     """How the model is trained."""
@@ -305,7 +309,7 @@ class PretrainConfig:
     """AdamW and its schedule."""
     loss: LossConfig = _field(default_factory=LossConfig)
     """The terms of the loss."""
-    baseline: Annotated[BaselineConfig, _headed("name")] = _field(default_factory=BaselineConfig)
+    baseline: Annotated[BaselineConfig, headed("name")] = _field(default_factory=BaselineConfig)
     """The no-think arm."""
     eval: EvalConfig = _field(default_factory=EvalConfig)
     """Evaluation during training."""
@@ -313,7 +317,7 @@ class PretrainConfig:
     """What is kept on disk."""
     stop: StopConfig = _field(default_factory=StopConfig)
     """When to stop before the end."""
-    ntp_data: Annotated[DataConfig | None, _headed("path")] = None
+    ntp_data: Annotated[DataConfig | None, headed("path")] = None
     """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
     recipe: Literal["default", "paper"] = "default"
     """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, wherever not set."""

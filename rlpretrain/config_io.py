@@ -59,13 +59,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no such config file: {file} (it comes first: rlpretrain train CONFIG.yaml --field value)")
+    return build(apply_overrides(read_mapping(file), overrides))
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """What a YAML file holds; ConfigError if it cannot be read or is no mapping."""
     try:
         values = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold a mapping of keys, found {type(values).__name__}")
-    return build(apply_overrides(values, overrides))
+    return values
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ or a reply that is none, is scored as the configuration says and counted; it nev
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import json
 import math
 import os
@@ -112,6 +114,18 @@ def endpoint(url: str, model: str, *, key: str | None = None, timeout: float = 6
             return list(await asyncio.gather(*(one(client, room, prompt) for prompt in prompts)))
 
     return ask
+
+
+def by_path(path: str) -> Ask:
+    """The judge that `package.module:function` names: an async function from prompts to replies. ConfigError if there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"objective.judge_function '{path}' cannot be loaded: {error}") from None
+    if not inspect.iscoroutinefunction(found):
+        raise ConfigError(f"objective.judge_function '{path}' must be an async function (prompts) -> replies")
+    return found
 
 
 def engine_judge(engine: Engine, tokenizer: Any) -> Ask:

@@ -54,6 +54,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "clip_ratio/region_mean": ("thought tokens whose ratio was clipped", "below .2"),
     "grad_norm": ("gradient norm before clipping", "no jumps"),
     "learning_rate": ("as scheduled", ""),
+    "num_input_tokens": ("tokens of the documents of all steps so far: what papers count", ""),
     "num_tokens": ("tokens put through the model so far, sampled ones included", ""),
     "num_flops": ("6 N per trained token and 2 N per sampled or scored token, so far", ""),
     "step_time": ("seconds per step", "steady"),

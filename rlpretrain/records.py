@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rlpretrain.types import Document
 from rollout.types import Group
+
+
+@dataclass(slots=True)
+class Spent:
+    """What a run has spent so far, over all ranks: tokens of documents, tokens put through the model, operations."""
+
+    input_tokens: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, documents: float, trained: float, sampled: float, parameters: int, epochs: int) -> None:
+        """A step's tokens; 6 N operations for a trained one in each inner epoch, 2 N for a sampled one."""
+        self.input_tokens += int(documents)
+        self.tokens += int(trained + sampled)
+        self.flops += (6 * trained * epochs + 2 * sampled) * parameters
+
+    def row(self) -> dict[str, float]:
+        """As it is logged."""
+        return {f"num_{name}": value for name, value in asdict(self).items()}
+
+    def over(self, input_tokens: int | None, flops: float | None) -> str | None:
+        """Which of two limits is reached."""
+        if input_tokens is not None and self.input_tokens >= input_tokens:
+            return f"budget: {self.input_tokens} tokens of documents"
+        return f"budget: {self.flops:.4g} operations" if flops is not None and self.flops >= flops else None
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -89,7 +89,7 @@ class Run:
         tree = config.packing == "tree" and why is None
         self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree, "target" in needs)
         self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
-        self.step, self.tokens, self.flops, self.skipped, self.skipped_in_row = 0, 0, 0.0, 0, 0
+        self.step, self.spent, self.skipped, self.skipped_in_row = 0, records.Spent(), 0, 0
         self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.model.parameters())
         self.monitor, self.stopped, self.last = self._monitor(), None, {}
@@ -226,15 +226,15 @@ class Run:
         row = self.metrics.means(self.ranks) | {
             "step_time": total, "perf/rollout_s": self.timer["rollout"], "perf/sync_s": self.timer["sync"],
             "perf/train_s": total - self.timer["rollout"] - self.timer["sync"],
-            "num_tokens": self.tokens, "num_flops": self.flops,
-            "run/epoch": self.source.epoch, "run/skipped_steps": self.skipped,
+            **self.spent.row(), "run/epoch": self.source.epoch, "run/skipped_steps": self.skipped,
             "run/documents_without_position": self.source.without,
         }  # fmt: skip
         if self.skipped_in_row >= c.stop.nonfinite:
             self.stopped = (
                 f"nonfinite: {self.skipped_in_row} steps in a row skipped; the batches are in {self.folder / 'nonfinite'}"
             )
-        last = step == self.total_steps
+        over = self.spent.over(c.stop.input_tokens, c.stop.flops)
+        self.stopped, last = self.stopped or over, over is not None or step == self.total_steps
         if c.stop.collapse and "ntp/loss" in row and self.objective.has_positions:
             # ig/frozen is the honest gain but known only now and then; where ig/self flatters, the no-think loss rises
             why = self.monitor.observe(gain=row.get("ig/self", 0.0), no_think_loss=row["ntp/loss"],
@@ -335,9 +335,8 @@ class Run:
         """Tokens and floating-point operations so far, over all ranks: 6 N per trained token, 2 N per sampled one."""
         trained = sum(float(m.attention_mask.sum()) for m in micros)
         sampled = sum(len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in batch.groups)
-        trained, sampled = self.ranks.sum([trained, float(sampled)])
-        self.tokens += int(trained + sampled)
-        self.flops += (6 * trained * self.config.loss.inner_epochs + 2 * sampled) * self.parameters
+        here = [float(sum(len(d.token_ids) for d in batch.documents)), trained, float(sampled)]
+        self.spent.add(*self.ranks.sum(here), self.parameters, self.config.loss.inner_epochs)
 
     def _evaluate(self) -> dict[str, float]:
         c, mine = self.config.eval, self.held_out[self.ranks.rank :: self.ranks.size]
@@ -359,7 +358,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         state = {"config": self._resolved(), "backend": type(self.policy).__name__, "best": self.best,
-                 "tokens": self.tokens, "flops": self.flops, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
+                 "spent": asdict(self.spent), "skipped": self.skipped, "skipped_in_row": self.skipped_in_row,
                  "monitor": self.monitor.state_dict()}  # fmt: skip
         mine = {"source": self.source.state_dict(), "baseline": self.baseline.state_dict(), "rng": torch.get_rng_state()}
         checkpoint.save(self.folder, self.step, self.ranks, {"policy": self.policy}, state, mine)
@@ -373,7 +372,8 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         state, mine = checkpoint.read(path, self.ranks, type(self.policy).__name__, self._resolved())
-        self.step, self.best, self.tokens, self.flops = state["step"], state["best"], state["tokens"], state["flops"]
+        self.step, self.best, self.spent = state["step"], state["best"], records.Spent(**state["spent"])
+        self.stopped = self.spent.over(self.config.stop.input_tokens, self.config.stop.flops)
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
         self.monitor.load_state_dict(state["monitor"])
         self.source.load_state_dict(mine["source"])

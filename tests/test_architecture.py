@@ -51,7 +51,7 @@ LAYERS = [
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},
     {"adapters", "policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
-    {"loop", "evaluate", "engines"},
+    {"loop", "evaluate", "engines", "experiment"},
     {"run", "pretrainer", "serve", "trl", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},
 ]

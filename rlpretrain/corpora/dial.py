@@ -171,16 +171,20 @@ def worked(rng: random.Random, mix: Mix) -> list[str]:
 
 def think(rng: random.Random, mix: Mix) -> list[str]:
     """A problem with a thought before its answer: a full trace, a part of one, or useless words."""
+    problem, words = thought(rng, mix)
+    return [*problem.question(), "shows", OPEN, *words, CLOSE, str(problem.answer), "."]
+
+
+def thought(rng: random.Random, mix: Mix) -> tuple[Problem, list[str]]:
+    """A problem, and what somebody thinks about it."""
     deep = mix.deep > 0 and rng.random() < mix.deep
     problem, u = draw(rng, mix.deep_depths if deep else mix.think_depths), rng.random()
     if u < mix.full_trace:
-        thought = problem.trace(rng, mix.slip)
-    elif u < mix.full_trace + mix.part_trace:
+        return problem, problem.trace(rng, mix.slip)
+    if u < mix.full_trace + mix.part_trace:
         full = problem.trace(rng, mix.slip)
-        thought = full[: rng.randrange(1, len(full))]
-    else:
-        thought = [rng.choice(HMM) for _ in range(rng.randint(1, 5))]
-    return [*problem.question(), "shows", OPEN, *thought, CLOSE, str(problem.answer), "."]
+        return problem, full[: rng.randrange(1, len(full))]
+    return problem, [rng.choice(HMM) for _ in range(rng.randint(1, 5))]
 
 
 def plain(rng: random.Random, mix: Mix) -> list[str]:
@@ -189,18 +193,19 @@ def plain(rng: random.Random, mix: Mix) -> list[str]:
     return [*problem.question(), "shows", str(problem.answer), "."]
 
 
-FORMATS: Mapping[str, Callable[[random.Random, Mix], list[str]]] = {
+Formats = Mapping[str, Callable[[random.Random, Any], list[str]]]
+FORMATS: Formats = {
     "prose": prose, "chain": chain, "worked": worked, "think": think, "plain": plain,
 }  # fmt: skip
 """Document formats of a base mix; the share of each is the field of `Mix` with its name."""
 
 
-def base_documents(count: int, seed: int, mix: Mix) -> Iterator[str]:
+def base_documents(count: int, seed: int, mix: Mix, formats: Formats = FORMATS) -> Iterator[str]:
     """`count` documents of a base mix."""
     rng = random.Random(f"dial base {seed}")
-    names = list(FORMATS)
+    names = list(formats)
     for kind in rng.choices(names, [getattr(mix, n) for n in names], k=count):
-        yield " ".join(FORMATS[kind](rng, mix))
+        yield " ".join(formats[kind](rng, mix))
 
 
 def problems(count: int, seed: int, depths: Sequence[int], role: str) -> Iterator[Problem]:
@@ -230,12 +235,12 @@ def verify(trace: str, thought: str) -> tuple[bool, float]:
     return gold == said, right / len(gold)
 
 
-def tokenizer():
-    """The dial's word-level tokenizer as a Hugging Face tokenizer."""
+def tokenizer(words: Sequence[str] = WORDS):
+    """The word-level tokenizer of a dial corpus as a Hugging Face tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=UNK))
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNK))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token=UNK, pad_token=PAD, eos_token=EOS, additional_special_tokens=[OPEN, CLOSE],
@@ -243,14 +248,14 @@ def tokenizer():
     )  # fmt: skip
 
 
-def model_config():
-    """The small Qwen3 that learns the dial on one CPU thread (340 thousand parameters)."""
+def model_config(words: Sequence[str] = WORDS):
+    """The small Qwen3 that learns a dial corpus on one CPU thread (340 thousand parameters)."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
-        vocab_size=len(WORDS), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=len(words), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         head_dim=32, intermediate_size=256, max_position_embeddings=256, tie_word_embeddings=True,
-        pad_token_id=WORDS.index(PAD), eos_token_id=WORDS.index(EOS), bos_token_id=None, attention_dropout=0.0,
+        pad_token_id=words.index(PAD), eos_token_id=words.index(EOS), bos_token_id=None, attention_dropout=0.0,
     )  # fmt: skip
 
 
@@ -264,16 +269,25 @@ def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out
     """
     if mix not in MIXES:
         raise ValueError(f"unknown mix '{mix}': one of {', '.join(MIXES)}")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept_out = list(problems(held_out, seed, held_out_depths, "held_out"))
-    seen = {p for p in kept_out if p.depth > 2}  # depths 1 and 2 are too few to keep apart
-    training = (p for p in problems(train, seed, depths, "train") if p not in seen)
-    files = {
+    kept_out, training = apart(train, held_out, seed, depths, held_out_depths)
+    return save(Path(out), {
         "base": ({"text": t} for t in base_documents(base, seed, MIXES[mix])),
         "train": (record(p) for p in training),
         "held_out": (record(p) for p in kept_out),
-    }
+    }, WORDS)  # fmt: skip
+
+
+def apart(train: int, held_out: int, seed: int, depths: Sequence[int],
+          held_out_depths: Sequence[int]) -> tuple[list[Problem], Iterator[Problem]]:  # fmt: skip
+    """(held-out problems, training problems), none of them in both."""
+    kept_out = list(problems(held_out, seed, held_out_depths, "held_out"))
+    seen = {p for p in kept_out if p.depth > 2}  # depths 1 and 2 are too few to keep apart
+    return kept_out, (p for p in problems(train, seed, depths, "train") if p not in seen)
+
+
+def save(folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Sequence[str]) -> dict[str, Path]:
+    """Write each of `files` as NAME.jsonl, and model/ with the tokenizer of `words` and the small model's configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, rows in files.items():
         paths[name] = folder / f"{name}.jsonl"
@@ -281,14 +295,17 @@ def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out
         with temporary.open("w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
         temporary.replace(paths[name])
-    tokenizer().save_pretrained(folder / "model")
-    model_config().save_pretrained(folder / "model")
+    tokenizer(words).save_pretrained(folder / "model")
+    model_config(words).save_pretrained(folder / "model")
     paths["model"] = folder / "model"
     return paths
 
 
-def trace_skill(model: Any, tokenizer: Any, *, depths: tuple[int, int] = (1, 4), count: int = 200, seed: int = 0) -> float:
-    """Teacher-forced skill in true traces after `shows <think>`, 0 to 1: can the model compute if it tries?
+def trace_skill(model: Any, tokenizer: Any, *, depths: tuple[int, int] = (1, 4), count: int = 200, seed: int = 0,
+                before: Sequence[str] = (), after: Sequence[str] = ("shows",)) -> float:  # fmt: skip
+    """Teacher-forced skill in true traces, 0 to 1: can the model compute if it tries?
+
+    A trace stands behind the words `before`, the question, the words `after` it, and the open tag.
 
     The lowest of three accuracies, since a chain is as strong as its weakest link: the start digit, copied from the question
     (judged among the digits, a thought may also begin otherwise); the operations, copied; the values, computed. The gate of
@@ -302,7 +319,7 @@ def trace_skill(model: Any, tokenizer: Any, *, depths: tuple[int, int] = (1, 4),
     digits = torch.tensor(tokenizer.convert_tokens_to_ids([str(d) for d in range(10)]), device=device)
     with torch.no_grad():
         for problem in problems(count, seed, range(depths[0], depths[1] + 1), "skill"):
-            head, trace = [*problem.question(), "shows", OPEN], problem.trace()
+            head, trace = [*before, *problem.question(), *after, OPEN], problem.trace()
             ids = torch.tensor([tokenizer.convert_tokens_to_ids(head + trace)], device=device)
             logits = model(input_ids=ids).logits[0]
             said = logits.argmax(-1)

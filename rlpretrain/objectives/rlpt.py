@@ -31,7 +31,7 @@ from torch import Tensor
 from rewards import information_gain
 from rewards.matching import last_between
 from rlpretrain.config import Amount, ConfigError, Count
-from rlpretrain.judge import Judge, endpoint, engine_judge, worth_judging
+from rlpretrain.judge import Judge, by_path, endpoint, engine_judge, worth_judging
 from rlpretrain.objectives import base
 from rlpretrain.prompts import ThoughtPrompt
 from rlpretrain.types import Document, Scores
@@ -82,7 +82,9 @@ class Config(base.Config):
     min_words: Count = 3
     """Fewest words of a written prediction that can earn anything."""
     judge_url: str | None = None
-    """OpenAI-compatible server of the judge, without /v1; none: the policy judges itself."""
+    """OpenAI-compatible server of the judge, without /v1; none, and no `judge_function`: the policy judges itself."""
+    judge_function: str | None = None
+    """Or a judge of your own: package.module:function, an async function from prompts to replies."""
     judge_model: str = "judge"
     """Its name there."""
     judge_key: str | None = None
@@ -105,7 +107,9 @@ class RLPT(base.Objective):
         self.middle = ThoughtPrompt(tokenizer, self.template.delimiters, config.msr_template)
         self.mask = tuple(tokenizer(config.mask, add_special_tokens=False)["input_ids"])
         self.judge: Judge | None = None
-        if config.reward == "judge" and config.judge_url:
+        if config.reward == "judge" and config.judge_function:
+            self.judge = Judge(by_path(config.judge_function), config.judge_failure)
+        elif config.reward == "judge" and config.judge_url:
             self.judge = Judge(endpoint(config.judge_url, config.judge_model, key=config.judge_key,
                                         timeout=config.judge_timeout), config.judge_failure)  # fmt: skip
         if config.reward != "information_gain":

@@ -1,0 +1,250 @@
+"""`rlpretrain compare`: objectives and seeds from one base with matched budgets, in one table with intervals, and a plot.
+
+Each training is a run folder of its own, in a process of its own; what is done is kept, so a comparison that was stopped goes
+on where it was. Every model is evaluated twice on the same held-out documents: by one common objective, so that methods can be
+compared, and by its own, against the base, so that one sees whether it learnt what it was rewarded for.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlpretrain import models
+from rlpretrain.checkpoint import changes
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config_io import build, to_dict
+from rlpretrain.documents import read_all
+from rlpretrain.evaluate import evaluate, interval
+from rlpretrain.experiment import BASE, Experiment, Job, load
+from rlpretrain.objectives import load as load_objective
+from rlpretrain.pretrainer import Pretrainer
+from rlpretrain.prompts import Delimiters
+from rlpretrain.ranks import join
+from rlpretrain.records import write_json
+
+COLUMNS = {
+    "think_sampled": "thinks, sampled", "direct": "answers directly", "gain_frozen": "gain (nats)", "shuffled": "gain, shuffled",
+    "no_think_loss": "no-think loss",
+}  # fmt: skip
+
+
+def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train and evaluate what is not done yet, then write and return the results; `jobs` in place of the file's."""
+    experiment = load(path)
+    experiment = replace(experiment, jobs=jobs) if jobs else experiment
+    where, out = Path(path).parent, Path(experiment.output_dir)
+    todo = [Job(experiment=experiment, name=name, seed=seed, where=where)
+            for seed in experiment.seeds for name in (*experiment.methods, BASE)]  # fmt: skip
+    later = [job for job in todo if job.method and job.method.match]  # budgets are known once the runs that set them are done
+    for part in ([job for job in todo if job not in later], later):
+        for text in _each(experiment, part):
+            say(text)
+    results = collect(experiment)
+    write_json(out / "results.json", results)
+    _write_csv(out / "results.csv", results)
+    try:
+        plot(results, out / "results.svg")
+    except ImportError:
+        say('no plot: pip install "rlpretrain[plot]"')
+    return results
+
+
+def _each(experiment: Experiment, jobs: Sequence[Job]) -> Iterator[str]:
+    """Do all jobs, and yield a line for each; the first failure is raised, once what is under way has ended."""
+    done = [job for job in jobs if to_train(job) is None and to_evaluate(job) is None]
+    jobs = [job for job in jobs if job not in done]
+    yield from map(do, done)
+    if experiment.ray:
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError('compare on ray: pip install "rlpretrain[ray]"') from error
+        ray.init(None if experiment.ray == "local" else experiment.ray, ignore_reinit_error=True, log_to_driver=False)
+        work = ray.remote(max_retries=2, **experiment.resources)(do)
+        waiting = [work.remote(job) for job in jobs]
+        while waiting:
+            (ended,), waiting = ray.wait(waiting)
+            yield ray.get(ended)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(experiment.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        try:
+            for future in as_completed([pool.submit(do, job) for job in jobs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def do(job: Job) -> str:
+    """Train and evaluate, as far as it is not done; what happened, in a line."""
+    said = []
+    try:
+        if config := to_train(job):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_json(job.folder / "wanted.json", to_dict(config))
+            ended = Pretrainer(config).train(resume="auto")
+            said.append(f"trained {ended['steps']} steps" + (f" ({ended['stopped']})" if ended["stopped"] else ""))
+        if settings := to_evaluate(job):
+            measure(job, settings)
+            said.append("evaluated")
+    except ConfigError as error:
+        raise ConfigError(f"{job.name}, seed {job.seed}: {error}") from None
+    return f"{job.name}, seed {job.seed}: {', '.join(said) or 'done before'}"
+
+
+def to_train(job: Job) -> PretrainConfig | None:
+    """What is to be trained; None if it was. ConfigError if it was begun with other settings."""
+    method, wanted, record = job.method, job.folder / "wanted.json", job.folder / "run.json"
+    if method is None:
+        return None
+    config = job.config()
+    if method.like:
+        spent = last_row(replace(job, name=method.like).folder)
+        limit = {"input_tokens": int(spent["num_input_tokens"])} if method.match == "tokens" else {"flops": spent["num_flops"]}
+        config = replace(config, stop=replace(config.stop, **limit))
+    if wanted.exists() and (different := changes(json.loads(wanted.read_text()), json.loads(json.dumps(to_dict(config))))):
+        raise ConfigError(f"it was run otherwise: {'; '.join(different)}. Remove {job.folder} or choose another output_dir")
+    return None if record.exists() and json.loads(record.read_text())["status"] == "done" else config
+
+
+def to_evaluate(job: Job) -> dict[str, Any] | None:
+    """The settings of an evaluation that is to be made; None if it was."""
+    file, names = job.folder / "evaluation.json", [job.name] if job.method else list(job.experiment.methods)
+    wanted = {"evaluation": to_dict(job.experiment.evaluation), "objectives": {n: job.config(n).objective for n in names}}
+    settings = json.loads(json.dumps(wanted))
+    return None if file.exists() and json.loads(file.read_text())["settings"] == settings else settings
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """The last line of a run's log."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def measure(job: Job, settings: dict[str, Any]) -> None:
+    """Evaluate by the common objective, and by the method's own (the base: by those of all methods)."""
+    e = job.experiment.evaluation
+    configs = {n: replace(job.config(n), data=e.data, ntp_data=e.data) for n in settings["objectives"]}
+    own = next(iter(configs.values()))
+    common = build({"model": to_dict(own.model), "data": to_dict(e.data), "objective": e.objective, "device": own.device,
+                    "sampling": {"max_thought_tokens": e.max_thought_tokens}})  # fmt: skip
+    if own.threads:
+        torch.set_num_threads(own.threads)
+    path = str(job.folder / "model") if job.method else own.model.path
+    found = {"settings": settings, "common": _evaluated(job, common, path, controls=True),
+             "own": {n: _evaluated(job, c, path) for n, c in configs.items()}}  # fmt: skip
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(job.folder / "evaluation.json", found)
+
+
+def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = False) -> dict[str, list[float]]:
+    """Numbers per position of the model at `path`, against the base."""
+    e, device = job.experiment.evaluation, join(config.device).device
+    delimiters = Delimiters(config.objective.get("open", "<think>"), config.objective.get("close", "</think>"))
+    model, tokenizer, _ = models.load(replace(config.model, path=path), delimiters, job.seed)
+    base = models.load(config.model, delimiters, job.seed)[0]
+    found = evaluate(
+        model.to(device), load_objective(config, tokenizer), read_all(e.data, tokenizer, limit=e.documents),
+        frozen=base.to(device), thoughts=e.thoughts, seed=job.seed, controls=controls, greedy=False,
+        pad_id=tokenizer.pad_token_id or 0,
+    )  # fmt: skip
+    values = found.values | {"no_think_loss": found.losses, "tokens": found.tokens}
+    return {name: v.tolist() for name, v in values.items()}
+
+
+def collect(experiment: Experiment) -> dict[str, Any]:
+    """Every number of every method with its 95% interval, bootstrapped over documents and seeds; and what it cost."""
+    out: dict[str, Any] = {}
+    folder = Path(experiment.output_dir)
+    read = {name: [json.loads((folder / f"{name}-{s}" / "evaluation.json").read_text()) for s in experiment.seeds]
+            for name in (BASE, *experiment.methods)}  # fmt: skip
+    for name, parts in read.items():
+        row: dict[str, Any] = {n: _interval([p["common"] for p in parts], n) for n in COLUMNS if n in parts[0]["common"]}
+        if name != BASE:
+            own, before = ([p["own"][name] for p in read[n]] for n in (name, BASE))
+            given = experiment.methods[name].own
+            number = given or next((n for n in ("asked", "reward", "gain_frozen") if n in own[0]), "no_think_loss")
+            if number not in own[0]:
+                raise ConfigError(f"method {name}: own '{number}' is none of its numbers: {', '.join(own[0])}")
+            row["own"] = {"number": number, "before": _interval(before, number), "after": _interval(own, number)}
+            spent = [last_row(folder / f"{name}-{s}") for s in experiment.seeds]
+            runs = [json.loads((folder / f"{name}-{s}" / "run.json").read_text()) for s in experiment.seeds]
+            row["spent"] = {n: float(np.mean([r[f"num_{n}"] for r in spent])) for n in ("input_tokens", "tokens", "flops")}
+            row["steps"], row["stopped"] = [r["step"] for r in spent], [r["stopped"] for r in runs]
+        out[name] = row
+    documents = len(read[BASE][0]["common"]["tokens"])
+    return {"folder": str(folder), "seeds": list(experiment.seeds), "documents": documents, "methods": out}
+
+
+def _interval(parts: Sequence[dict[str, list[float]]], name: str) -> list[float]:
+    """[mean, low, high] over documents and seeds; NaN (not applicable) counts nowhere."""
+    values = np.array([p[name] for p in parts], float)
+    weights = np.isfinite(values) * (np.array([p["tokens"] for p in parts]) if name == "no_think_loss" else 1.0)
+    mean, (low, high) = interval(np.nan_to_num(values), weights)
+    return [mean, low, high]
+
+
+def _write_csv(path: Path, results: dict[str, Any]) -> None:
+    """A line for each method and number: method, number, mean, low, high."""
+    work = path.with_name(f".{path.name}.tmp")
+    with work.open("w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(("method", "number", "mean", "low", "high"))
+        for name, row in results["methods"].items():
+            numbers = {n: row[n] for n in COLUMNS if n in row}
+            if "own" in row:
+                numbers |= {f"own {row['own']['number']}, {when}": row["own"][when] for when in ("before", "after")}
+                numbers |= {n: [v, "", ""] for n, v in row["spent"].items()}
+            out.writerows((name, number, *values) for number, values in numbers.items())
+    work.replace(path)
+
+
+def table(results: dict[str, Any]) -> Any:
+    """The results as a rich table."""
+    from rich.table import Table
+
+    def cell(values: list[float] | None) -> str:
+        return "" if values is None else f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
+
+    shown = Table("", "its own number", "base", "after", *COLUMNS.values(), "tokens", "PFLOP",
+                  title=f"{results['documents']} held-out documents, seeds {results['seeds']}; 95% intervals")  # fmt: skip
+    for name, row in results["methods"].items():
+        own, spent = row.get("own"), row.get("spent")
+        mine = (own["number"], cell(own["before"]), cell(own["after"])) if own else ("", "", "")
+        cost = (f"{spent['input_tokens'] / 1e6:.2f} M", f"{spent['flops'] / 1e15:.2f}") if spent else ("", "")
+        shown.add_row(name, *mine, *(cell(row.get(n)) for n in COLUMNS), *cost)
+    return shown
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Accuracy with and without a thought, and the gain, of every method, with intervals."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    names = list(results["methods"])[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(names) + 1.4), sharey=True, layout="constrained")
+    panels = [[("think_sampled", "o", 0.12), ("direct", "s", -0.12)], [("gain_frozen", "o", 0.12), ("shuffled", "s", -0.12)]]
+    for axis, panel in zip(axes, panels, strict=True):
+        for number, mark, shift in panel:
+            rows = [(i, results["methods"][n][number]) for i, n in enumerate(names) if number in results["methods"][n]]
+            mean, low, high = (np.array([r[k] for _, r in rows]) for k in range(3))
+            axis.errorbar(mean, [i + shift for i, _ in rows], xerr=[mean - low, high - mean], fmt=mark, capsize=2,
+                          label=COLUMNS[number])  # fmt: skip
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set(yticks=range(len(names)), yticklabels=names, xlabel="share of held-out positions", xlim=(0, 1))
+    axes[1].set(xlabel="nats against the frozen base")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

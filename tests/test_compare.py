@@ -1,0 +1,177 @@
+"""`rlpretrain compare`: budgets that match, what is done stays done, mistakes before any training, one table that adds up."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from rlpretrain.cli import main
+from rlpretrain.compare import compare
+from rlpretrain.config import ConfigError
+from rlpretrain.experiment import laid_over, load
+from tests.conftest import tiny_values
+
+
+def written(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """An experiment file: rlp, and ntp on its tokens and on its operations."""
+    values = tiny_values(corpus, folder / "unused") | {"optim": {"lr": 1e-3}, "threads": 1, "max_steps": 2}
+    (folder / "rlp.yaml").write_text(yaml.safe_dump(values))
+    ntp = {"config": "rlp.yaml", "set": {"objective": "ntp"}, "like": "rlp"}
+    experiment = {
+        "methods": {"rlp": {"config": "rlp.yaml"}, "ntp_tokens": ntp | {"match": "tokens"}, "ntp_flops": ntp | {"match": "flops"}},
+        "evaluation": {"data": {"path": str(corpus / "held_out.jsonl"), "max_length": 64}, "documents": 12, "thoughts": 2,
+                       "objective": {"name": "rlp", "positions": "after", "marker": "shows"}, "max_thought_tokens": 6},
+        "seeds": [0, 1], "jobs": 2, "output_dir": str(folder / "compared"),
+    } | changes  # fmt: skip
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A comparison that ran to its end, and its results. Copy the folder to change it."""
+    folder = tmp_path_factory.mktemp("compare")
+    file = written(folder, corpus)
+    return file, compare(file)
+
+
+def log(file: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (file.parent / "compared" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_budgets_match_to_a_step(done):
+    file, results = done
+    for seed in (0, 1):
+        rlp, tokens, flops = (log(file, f"{name}-{seed}") for name in ("rlp", "ntp_tokens", "ntp_flops"))
+        wanted, spent = rlp[-1]["num_input_tokens"], [row["num_input_tokens"] for row in tokens]
+        assert spent[-1] >= wanted and all(n < wanted for n in spent[:-1])
+        wanted, spent = rlp[-1]["num_flops"], [row["num_flops"] for row in flops]
+        assert spent[-1] >= wanted and all(n < wanted for n in spent[:-1])
+        assert len(flops) > len(tokens) > 0  # thinking costs operations, not documents
+    row = results["methods"]["ntp_flops"]
+    assert row["spent"]["flops"] == np.mean([log(file, f"ntp_flops-{s}")[-1]["num_flops"] for s in (0, 1)])
+    assert all(why.startswith("budget") for why in row["stopped"])
+
+
+def test_the_table_is_what_the_evaluations_hold(done):
+    file, results = done
+    for name in ("base", "rlp", "ntp_tokens"):
+        parts = [json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text()) for s in (0, 1)]
+        gains = np.array([p["common"]["gain_frozen"] for p in parts])
+        mean, low, high = results["methods"][name]["gain_frozen"]
+        assert gains.shape == (2, 12) and mean == pytest.approx(gains.mean()) and low <= mean <= high
+        tokens = np.array([p["common"]["tokens"] for p in parts])
+        losses = np.array([p["common"]["no_think_loss"] for p in parts])
+        assert results["methods"][name]["no_think_loss"][0] == pytest.approx((losses * tokens).sum() / tokens.sum())
+    rlp = results["methods"]["rlp"]
+    assert rlp["own"]["number"] == "gain_frozen" and rlp["own"]["before"] != rlp["own"]["after"]
+    assert rlp["own"]["after"][0] == pytest.approx(rlp["gain_frozen"][0])  # its own objective is the common one here
+    assert results["methods"]["ntp_tokens"]["own"]["number"] == "no_think_loss"
+    with (file.parent / "compared" / "results.csv").open() as f:
+        rows = {(r["method"], r["number"]): r for r in csv.DictReader(f)}
+    assert float(rows["rlp", "gain_frozen"]["low"]) == rlp["gain_frozen"][1]
+    assert float(rows["ntp_flops", "flops"]["mean"]) == results["methods"]["ntp_flops"]["spent"]["flops"]
+    assert json.loads((file.parent / "compared" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert (file.parent / "compared" / "results.svg").read_text().count("<svg") == 1
+
+
+def test_what_is_done_is_not_done_again(done, corpus, tmp_path):
+    """A training that was broken off and an evaluation that is lacking are made up; the rest stays, and so do the numbers."""
+    file, results = done
+    file = written(tmp_path, corpus, jobs=1)
+    shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
+    for wanted in (tmp_path / "compared").glob("*/wanted.json"):  # the folder has another name now
+        wanted.write_text(wanted.read_text().replace(str(done[0].parent), str(tmp_path)))
+    record = tmp_path / "compared" / "rlp-1" / "run.json"
+    record.write_text(record.read_text().replace('"status": "done"', '"status": "running"'))
+    (tmp_path / "compared" / "ntp_flops-0" / "evaluation.json").unlink()
+    said: list[str] = []
+    again = compare(file, say=said.append)
+    assert again["methods"] == results["methods"]
+    assert {line for line in said if "done before" not in line} == {
+        "rlp, seed 1: trained 2 steps", "ntp_flops, seed 0: evaluated",
+    }  # fmt: skip
+    assert len(said) == 8
+
+
+def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
+    file = written(tmp_path, corpus, output_dir=str(done[0].parent / "compared"), common={"optim": {"lr": 2e-3}}, jobs=1)
+    with pytest.raises(ConfigError, match=r"it was run otherwise: optim.lr was 0.001, is 0.002"):
+        compare(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {}}, "at least one method"),
+        ({"seeds": []}, "at least one method and one seed"),
+        ({"seeds": [1, 1]}, "holds one twice"),
+        ({"sedes": [1]}, "did you mean 'seeds'"),
+        ({"methods": {"base": {"config": "rlp.yaml"}}}, "not 'base'"),
+        ({"methods": {"a/b": {"config": "rlp.yaml"}}}, "of letters, digits"),
+        ({"methods": {"a": {"config": "nothing.yaml"}}}, "method a .*cannot be read"),
+        ({"methods": {"a": {"config": "rlp.yaml", "set": {"optm": {"lr": 1}}}}}, "method a .*did you mean 'optim'"),
+        ({"methods": {"a": {"config": "rlp.yaml", "set": {"objective": {"clipp": 1}}}}}, "did you mean 'clip'"),
+        ({"methods": {"a": {"config": "rlp.yaml", "match": "flops"}}}, "match and like go together"),
+        ({"methods": {"a": {"config": "rlp.yaml", "match": "flops", "like": "b"}}}, "must be another method"),
+        ({"methods": {"a": {"config": "rlp.yaml"}, "b": {"config": "rlp.yaml", "match": "flops", "like": "a"}},
+          "common": {"optim": {"schedule": "cosine"}}}, "must be constant"),
+        ({"methods": {"a": {"config": "rlp.yaml"}, "b": {"config": "rlp.yaml", "set": {"model": "other"}}}},
+         "same base: model.path was .* is 'other'"),
+    ],
+)  # fmt: skip
+def test_mistakes_show_before_any_training(corpus, tmp_path, changes, said, capsys):
+    file = written(tmp_path, corpus, **changes)
+    with pytest.raises(ConfigError, match=said):
+        load(file)
+    assert main(["compare", str(file)]) == 2
+    assert "rlpretrain: " in capsys.readouterr().err
+    assert not (tmp_path / "compared").exists()
+
+
+def test_an_unknown_number_names_those_there_are(done, corpus, tmp_path):
+    method = {"config": "rlp.yaml", "own": "lenght"}
+    file = written(tmp_path, corpus, methods={"rlp": method}, output_dir=str(tmp_path / "compared"), seeds=[0])
+    shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
+    for wanted in (tmp_path / "compared").glob("*/wanted.json"):
+        wanted.write_text(wanted.read_text().replace(str(done[0].parent), str(tmp_path)))
+    with pytest.raises(ConfigError, match="own 'lenght' is none of its numbers: .*length"):
+        compare(file)
+
+
+def test_a_failure_names_its_training(corpus, tmp_path):
+    bad = {"config": "rlp.yaml", "set": {"objective": {"marker": "nowhere"}}}
+    file = written(tmp_path, corpus, methods={"bad": bad}, seeds=[3])
+    with pytest.raises(Exception, match="bad, seed 3|nowhere|position"):
+        compare(file)
+
+
+def test_on_ray_it_gives_the_same(done, corpus, tmp_path):
+    ray = pytest.importorskip("ray")
+    file = written(tmp_path, corpus, ray="local", seeds=[0], methods={"rlp": {"config": "rlp.yaml"}})
+    try:
+        row = compare(file)["methods"]["rlp"]
+    finally:
+        ray.shutdown()
+    there = json.loads((tmp_path / "compared" / "rlp-0" / "evaluation.json").read_text())
+    here = json.loads((done[0].parent / "compared" / "rlp-0" / "evaluation.json").read_text())
+    assert there["common"] == here["common"] and row["steps"] == [2]
+
+
+def test_laying_over():
+    below = {"objective": {"name": "rlp", "clip": 3.0}, "optim": {"lr": 1.0, "schedule": "cosine"}, "data": {"path": "a", "x": 1}}
+    assert laid_over(below, {"objective": {"clip": 2.0}})["objective"] == {"name": "rlp", "clip": 2.0}
+    assert laid_over(below, {"objective": {"name": "rpt", "strip": True}})["objective"] == {"name": "rpt", "strip": True}
+    assert laid_over(below, {"objective": "ntp"})["objective"] == {"name": "ntp"}
+    assert laid_over({"objective": "rlp"}, {"objective": {"clip": 1.0}})["objective"] == {"name": "rlp", "clip": 1.0}
+    assert laid_over(below, {"data": "b"})["data"] == {"path": "b", "x": 1}
+    assert laid_over(below, {"optim": {"lr": 2.0}})["optim"] == {"lr": 2.0, "schedule": "cosine"}
+    assert below["optim"] == {"lr": 1.0, "schedule": "cosine"}
