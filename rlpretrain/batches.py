@@ -36,12 +36,14 @@ class BatchSource:
     """
 
     def __init__(self, objective: Objective, stream: DocumentStream, engine: Engine | None, policy: Any, *, seed: int, rank: int,
-                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384, in_flight: int = 4):  # fmt: skip
+                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384, in_flight: int = 4,
+                 steps: int = 1):  # fmt: skip
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
         self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
-        self.token_budget = token_budget
+        self.token_budget, self.steps = token_budget, steps
         self.queue = RolloutQueue(in_flight)
         self._ahead: list[tuple[list[tuple[Document, Position, int]], Ticket]] = []  # submitted, not yet taken
+        self.taken = 0  # batches
         self.drawn = 0  # documents this rank has drawn
         self.without = 0  # of those, documents with no position
         self._spare: list[tuple[Document, Position, int]] = []
@@ -56,9 +58,11 @@ class BatchSource:
             traces = self._others(self.objective.mix(n))
             return Batch((), self.stream.take(n - len(traces)) + traces)
         while len(self._ahead) <= ahead:
+            self.objective.progress = (self.taken + len(self._ahead)) / self.steps
             chosen = self._positions(n)
             self._ahead.append((chosen, self.queue.submit(self._pieces(chosen, ahead))))
         chosen, ticket = self._ahead.pop(0)
+        self.taken += 1
         try:
             groups = self.queue.result(ticket)
         except ValueError as error:
@@ -126,14 +130,14 @@ class BatchSource:
         waiting = [place for chosen, _ in self._ahead for place in chosen]  # a resumed run samples them anew
         spare = [(d.id, d.token_ids, d.source, p.index, s, len(p.target_ids), p.suffix_ids) for d, p, s in waiting + self._spare]
         return {
-            "stream": self.stream.state_dict(), "drawn": self.drawn, "without": self.without, "spare": spare,
+            "stream": self.stream.state_dict(), "taken": self.taken, "drawn": self.drawn, "without": self.without, "spare": spare,
             "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a cursor that `state_dict` gave."""
         self.stream.load_state_dict(state["stream"])
-        self.drawn, self.without = state["drawn"], state["without"]
+        self.taken, self.drawn, self.without = state["taken"], state["drawn"], state["without"]
         self._spare = []
         for id_, ids, source, i, seed, size, suffix in state["spare"]:
             document, ids = Document(id_, tuple(ids), source), tuple(ids)

@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("config", nargs="?", help="YAML file")
     p.add_argument("--resume", nargs="?", const="auto", help="auto (the newest usable checkpoint), or a checkpoint folder")
     p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
-    p.add_argument("--fields", action="store_true", help="list every field with default and meaning, those of the file's own objective too")
+    p.add_argument("--fields", action="store_true", help="list every field with default and meaning, also of CONFIG's objective")
     p.set_defaults(command=train)
 
     p = commands.add_parser("rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False)

@@ -69,6 +69,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "batch/padding_frac": ("padding in the micro-batches", "below .5"),
     "batch/packing_ratio": ("tokens of all rows over those put through the model, where shared ones are one", "above 1"),
     "batch/micro_batches": ("micro-batches in the step", ""),
+    "objective/*": ("numbers of the objective's own; rlpt: asked of the judge, known already, share not judged", "failed near 0"),
     "run/epoch": ("passes over the data so far", ""),
     "run/skipped_steps": ("steps skipped for NaN or inf", "0"),
     "run/documents_without_position": ("documents drawn in which there was no place to think", ""),

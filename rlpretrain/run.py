@@ -80,7 +80,7 @@ class Run:
         self.source = replayed or BatchSource(
             self.objective, stream, self.engine, self.policy, seed=config.seed, rank=self.ranks.rank, size=self.ranks.size,
             ntp_stream=DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None,
-            token_budget=config.token_budget, in_flight=config.engine.in_flight,
+            token_budget=config.token_budget, in_flight=config.engine.in_flight, steps=self.total_steps,
         )  # fmt: skip
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -131,7 +131,7 @@ class Run:
         begin = time.perf_counter()
         ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
-        self.note(**staleness(batch.groups, self.engine.version))
+        self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
         lie_down(self.config, self.engine)
         self.timer["rollout"] = time.perf_counter() - begin
         if self.store:

@@ -25,7 +25,8 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
     (folder / "rlp.yaml").write_text(yaml.safe_dump(values))
     ntp = {"config": "rlp.yaml", "set": {"objective": "ntp"}, "like": "rlp"}
     experiment = {
-        "methods": {"rlp": {"config": "rlp.yaml"}, "ntp_tokens": ntp | {"match": "tokens"}, "ntp_flops": ntp | {"match": "flops"}},
+        "methods": {"rlp": {"config": "rlp.yaml"}, "ntp_tokens": {**ntp, "match": "tokens"},
+                    "ntp_flops": {**ntp, "match": "flops"}},
         "evaluation": {"data": {"path": str(corpus / "held_out.jsonl"), "max_length": 64}, "documents": 12, "thoughts": 2,
                        "objective": {"name": "rlp", "positions": "after", "marker": "shows"}, "max_thought_tokens": 6},
         "seeds": [0, 1], "jobs": 2, "output_dir": str(folder / "compared"),

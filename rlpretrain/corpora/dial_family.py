@@ -175,6 +175,11 @@ def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out
     }, WORDS)  # fmt: skip
 
 
+def tokenizer():
+    """Its word-level tokenizer."""
+    return dial.tokenizer(WORDS)
+
+
 async def judge(prompts: Sequence[str]) -> list[str | None]:
     """An oracle for RLPT's judge: a prediction is right if it is a sentence of the dial and says the digit of the reference."""
     return [f"Score: {int(_says(pair['predicted'], pair['reference']))}" for pair in map(_pair, prompts)]

@@ -71,6 +71,7 @@ class Objective:
     needs: frozenset[str] = frozenset({"target", "baseline"})
     has_positions = True
     answer_tokens = 0  # most that `say` samples after a thought
+    progress = 0.0  # how far the run is, 0 to 1: set for each step before its positions are drawn
 
     def __init__(self, config: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
@@ -153,6 +154,10 @@ class Objective:
         if thought.answer_span is None:
             return ""
         return self.tokenizer.decode(thought.token_ids[slice(*thought.answer_span)], clean_up_tokenization_spaces=False)
+
+    def notes(self) -> dict[str, float]:
+        """Numbers of its own for the log of a step, named `objective/...`."""
+        return {}
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """The groups to train on; dynamic sampling and filters drop here, before anything is counted."""

@@ -107,11 +107,12 @@ class RLPT(base.Objective):
         self.middle = ThoughtPrompt(tokenizer, self.template.delimiters, config.msr_template)
         self.mask = tuple(tokenizer(config.mask, add_special_tokens=False)["input_ids"])
         self.judge: Judge | None = None
+        self.counts = {"asked": 0, "cached": 0, "failed": 0}
         if config.reward == "judge" and config.judge_function:
-            self.judge = Judge(by_path(config.judge_function), config.judge_failure)
+            self.judge = Judge(by_path(config.judge_function), config.judge_failure, self.counts)
         elif config.reward == "judge" and config.judge_url:
             self.judge = Judge(endpoint(config.judge_url, config.judge_model, key=config.judge_key,
-                                        timeout=config.judge_timeout), config.judge_failure)  # fmt: skip
+                                        timeout=config.judge_timeout), config.judge_failure, self.counts)  # fmt: skip
         if config.reward != "information_gain":
             self.needs, self.answer_tokens = self.needs - {"target", "baseline"}, config.max_prediction_tokens
 
@@ -177,7 +178,7 @@ class RLPT(base.Objective):
 
     async def judged(self, engine: Engine, groups: Sequence[Group]) -> list[list[float]]:
         """The judge's verdicts on what was written; 0 for what says too little, copies the context, or fits elsewhere too."""
-        judge = self.judge or Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure)  # the policy changes
+        judge = self.judge or Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure, self.counts)  # it changes
         written = {(b, g): self.written(t) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)}
         contexts, references = ([self._text(ids(g.position)) for g in groups] for ids in (_around, lambda p: p.target_ids))
         asked = [(b, g) for (b, g), text in written.items() if worth_judging(text, contexts[b], self.config.min_words)]
@@ -187,6 +188,15 @@ class RLPT(base.Objective):
         elsewhere = await judge([(written[b, g], references[others[b]]) for b, g in again])
         verdicts |= {place: 0.0 for place, verdict in zip(again, elsewhere, strict=True) if verdict == 1}
         return [[verdicts.get((b, g), 0.0) for g in range(len(group.thoughts))] for b, group in enumerate(groups)]
+
+    def notes(self) -> dict[str, float]:
+        """What was asked of the judge since the last step, and the share that could not be judged."""
+        if self.config.reward != "judge":
+            return {}
+        seen = dict(self.counts)
+        self.counts.update(dict.fromkeys(seen, 0))
+        return {"objective/judge_asked": seen["asked"], "objective/judge_cached": seen["cached"],
+                "objective/judge_failed_frac": seen["failed"] / max(seen["asked"], 1)}  # fmt: skip
 
     def written(self, thought: Thought) -> str:
         """What stands between the last pair of delimiters after a thought; empty where there is none."""

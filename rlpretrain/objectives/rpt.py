@@ -91,8 +91,12 @@ class RPT(base.Objective):
         """Places that are unsure enough and whose continuation begins with a whole character."""
         values = trunk if self.proxy is None else self.proxy(document)
         if values is not None and self.config.min_entropy:
-            values = values.masked_fill(values < self.config.min_entropy, torch.nan)
+            values = self.admitted(values, rng)
         return [p for p in super().positions(document, rng, values) if self.truth(p)[1]]
+
+    def admitted(self, entropies: Tensor, rng: Any) -> Tensor:
+        """The entropies of places that may be thought about, NaN elsewhere."""
+        return entropies.masked_fill(entropies < self.config.min_entropy, torch.nan)
 
     async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
         """Thoughts, then the predictions of those that closed; matches are the groups' rewards."""

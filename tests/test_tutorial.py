@@ -1,0 +1,48 @@
+"""The tutorial: its files are written as printed, its commands run, its own test passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlpretrain.corpora import dial
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "tutorial.md").read_text()
+FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)```", TEXT, re.S | re.M))
+COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.M)
+
+
+def ran(command: str, folder: Path) -> str:
+    words = command.split()
+    assert words[0] in ("rlpretrain", "pytest"), command
+    done = subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:]], cwd=folder, capture_output=True, text=True,
+                          timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"})  # fmt: skip
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_tutorial_works_as_printed(tmp_path):
+    """Smaller: two steps and eight documents, from the suite's base."""
+    assert set(FILES) == {"frugal.py", "frugal.yaml", "test_frugal.py", "compare.yaml"}
+    dial.write(tmp_path / "corpus", base=1, train=80, held_out=24, held_out_depths=(1, 2))
+    (tmp_path / "base").symlink_to(ROOT / "tests" / "data" / "dial_base")
+    small = {"max_steps: 120": "max_steps: 2", "documents: 200": "documents: 8", "seeds: [0, 1]": "seeds: [0]"}
+    for name, text in FILES.items():
+        for old, new in small.items():
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text)
+    said = {command: ran(command, tmp_path) for command in COMMANDS}
+    assert "objective.price (frugal:Frugal)" in said["rlpretrain train frugal.yaml --fields"]
+    assert "Nats that a token of a thought costs" in said["rlpretrain train frugal.yaml --fields"]
+    assert len((tmp_path / "frugal" / "metrics.jsonl").read_text().splitlines()) == 2
+    rows = json.loads((tmp_path / "compared" / "results.json").read_text())["methods"]
+    assert rows["frugal"]["own"]["number"] == "length" and set(rows) == {"base", "rlp", "frugal"}
+    assert any("pytest" in command for command in COMMANDS)
