@@ -70,7 +70,7 @@ class Objective:
     Config: type = Config
     needs: frozenset[str] = frozenset({"target", "baseline"})
     has_positions = True
-    answer_tokens = 0  # most that `say` samples after a thought
+    answer_tokens = 0  # most that is sampled after a thought, up to `config.closing`; 0: nothing
     progress = 0.0  # how far the run is, 0 to 1: set for each step before its positions are drawn
 
     def __init__(self, config: Any, tokenizer: Any):
@@ -111,8 +111,15 @@ class Objective:
         return None if self.config.no_think == "raw" else self.template.no_think(position, self.config.no_think)
 
     async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
-        """G thoughts for each position; rewards that need no live log-probs are computed here and stored on the groups."""
-        return await self.think(engine, positions, [self.prompt(p) for p in positions], seeds)
+        """G thoughts for each position, what is said after them (`answer_tokens`), and rewards that need no live log-probs."""
+        groups = await self.think(engine, positions, [self.prompt(p) for p in positions], seeds)
+        if self.answer_tokens:
+            groups = await self.say(engine, groups, self.config.closing)
+        return await self.rewarded(engine, groups)
+
+    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+        """The groups with rewards that need no live log-probs (a match, a judge) stored on them; none by default."""
+        return groups
 
     async def think(self, engine: Engine, positions: Sequence[Position], prompts: Sequence[Prompt],
                     seeds: Sequence[int], role: str = "policy") -> list[Group]:  # fmt: skip

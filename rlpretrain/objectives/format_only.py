@@ -7,13 +7,12 @@ earn the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rlpretrain.config import Count
 from rlpretrain.objectives import base
 from rollout.engine import Engine
-from rollout.types import FinishReason, Group, Position
+from rollout.types import FinishReason, Group
 
 
 @dataclass(kw_only=True)
@@ -29,9 +28,8 @@ class FormatOnly(base.Objective):
 
     Config = Config
 
-    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
-        """Thoughts with 1 for those that have the form, 0 for the others."""
-        groups = await super().rollout(engine, positions, seeds)
+    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+        """1 for thoughts that have the form, 0 for the others."""
         return [replace(g, rewards=tuple(float(t.finish_reason is FinishReason.CLOSE and len(t.token_ids) >= self.config.least)
                                          for t in g.thoughts)) for g in groups]  # fmt: skip
 

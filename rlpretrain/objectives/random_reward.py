@@ -7,7 +7,6 @@ logged as ever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from pydantic import Field
 
 from rlpretrain.objectives import base
 from rollout.engine import Engine
-from rollout.types import Group, Position
+from rollout.types import Group
 
 
 @dataclass(kw_only=True)
@@ -32,14 +31,10 @@ class RandomReward(base.Objective):
 
     Config = Config
 
-    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
-        """Thoughts with rewards that depend on the position's seed alone."""
-        groups = await super().rollout(engine, positions, seeds)
-        out = []
-        for group, seed in zip(groups, seeds, strict=True):
-            tosses = np.random.default_rng((seed, 1)).random(len(group.thoughts)) < self.config.probability
-            out.append(replace(group, rewards=tuple(map(float, tosses))))
-        return out
+    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+        """Rewards that depend on the thoughts' seeds alone."""
+        return [replace(g, rewards=tuple(float(np.random.default_rng((t.seed, 1, i)).random() < self.config.probability)
+                                         for i, t in enumerate(g.thoughts))) for g in groups]  # fmt: skip
 
 
 OBJECTIVE = RandomReward

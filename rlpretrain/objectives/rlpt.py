@@ -164,12 +164,10 @@ class RLPT(base.Objective):
     def _masked(self, position: Position) -> Position:
         return replace(position, context_ids=(*position.context_ids, *self.mask, *position.suffix_ids))
 
-    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
-        """Thoughts; for `match` and `judge` also what is written after them, and whether it is right."""
-        groups = await super().rollout(engine, positions, seeds)
+    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+        """For `match` and `judge`: whether what was written after the thoughts is right."""
         if self.config.reward == "information_gain":
             return groups
-        groups = await self.say(engine, groups, self.config.closing)
         if self.config.reward == "judge":
             rewards = await self.judged(engine, groups)
         else:

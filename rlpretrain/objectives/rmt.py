@@ -16,7 +16,6 @@ prediction. Pitfall: early on, with a base that hits nothing, the length is all 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -97,10 +96,10 @@ class RMT(rpt.RPT):
             self.templates[budget] = ThoughtPrompt(self.tokenizer, self.template.delimiters, text)
         return self.templates[budget](position)
 
-    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """RPT's, with what the thoughts' lengths earn."""
         budget, w = self.budget, self.config.length_weight
-        groups = await super().rollout(engine, positions, seeds)
+        groups = await super().rewarded(engine, groups)
         return [replace(g, rewards=tuple((1 - w) * hit + w * max(0.0, 1 - abs(_length(t) - budget) / budget)
                                          for t, hit in zip(g.thoughts, g.rewards or (), strict=True)),
                         extra={"budget": budget}) for g in groups]  # fmt: skip

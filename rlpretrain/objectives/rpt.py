@@ -98,10 +98,8 @@ class RPT(base.Objective):
         """The entropies of places that may be thought about, NaN elsewhere."""
         return entropies.masked_fill(entropies < self.config.min_entropy, torch.nan)
 
-    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
-        """Thoughts, then the predictions of those that closed; matches are the groups' rewards."""
-        groups = await super().rollout(engine, positions, seeds)
-        groups = await self.say(engine, groups, self.config.closing)
+    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+        """Groups with their matches."""
         truths = [self.truth(g.position) for g in groups]
         return [replace(g, rewards=tuple(float(self.right(t, *truth)) for t in g.thoughts))
                 for g, truth in zip(groups, truths, strict=True)]  # fmt: skip
