@@ -41,6 +41,10 @@ class Scorer(nn.Module):
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
+        return self.read(hidden, labels, temperature, want)
+
+    def read(self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str) -> tuple[Tensor, Tensor | None]:
+        """What the head says of `labels` [K] given the states [K, H]."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
         logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)

@@ -16,7 +16,7 @@ import copy
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
@@ -161,14 +161,14 @@ class ObjectiveReward:
         if self.model is None:
             raise RuntimeError(f"{self.__name__} has no model to score with: pass callbacks=[reward.callback] to the trainer")
         inner = _plain(self.model)
-        device, scorer = next(inner.parameters()).device, Scorer(inner)
+        device, scorer = next(inner.parameters()).device, _Gathering(inner)
         arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
         batch, layout = Batch(tuple(groups), ()), replace(self.layout, no_think_ids=arms)
         micros = list(pack(batch, layout, count(batch, layout.cut)))
         ranks = _ranks(device)
         micros += [idle(layout.pad_id)] * (int(ranks.max([float(len(micros))])[0]) - len(micros))
         found: dict[str, list[list[float]]] = {g.id: [] for g in groups}
-        with _scoring(self.model, inner):
+        with _evaluating(self.model):
             for micro in micros:
                 micro = micro.to(device)
                 scores = score(scorer, micro)[0]
@@ -327,21 +327,28 @@ def _has_adapters(model: Any) -> bool:
 
 
 @contextmanager
-def _scoring(model: Any, inner: nn.Module) -> Iterator[None]:
-    """Without dropout, and with a head that ZeRO-3 has gathered."""
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout."""
     training = model.training
     model.eval()
-    parts = [p for p in inner.get_output_embeddings().parameters() if hasattr(p, "ds_id")]  # type: ignore[operator]
-    whole: AbstractContextManager[Any] = nullcontext()
-    if parts:
-        import deepspeed
-
-        whole = deepspeed.zero.GatheredParameters(parts)
     try:
-        with whole:
-            yield
+        yield
     finally:
         model.train(training)
+
+
+class _Gathering(Scorer):
+    """A scorer for a model that ZeRO-3 has sharded without it: layers are gathered by their own hooks, the head is not."""
+
+    def read(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: Any, want: str) -> Any:
+        """With the whole head."""
+        parts = [p for p in self.model.get_output_embeddings().parameters() if hasattr(p, "ds_id")]
+        if not parts:
+            return super().read(hidden, labels, temperature, want)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parts):
+            return super().read(hidden, labels, temperature, want)
 
 
 def _ranks(device: torch.device) -> Ranks:

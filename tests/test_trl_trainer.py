@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from rlpretrain.config_io import build
 from rlpretrain.loop import train
 from rlpretrain.run import Run
 from rlpretrain.trl import COLUMNS, InformationGainReward
-from tests.helpers import merged
+from tests.helpers import ROOT, merged
 from tests.test_trl import AFTER, settings
 
 trl = pytest.importorskip("trl")
@@ -186,3 +189,25 @@ def test_the_seams_of_trl_are_there(name):
     """An upgrade of TRL that moves what we override fails here, by name."""
     found = list(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)
     assert found == SEAMS[name], f"TRL {trl.__version__}: GRPOTrainer.{name} takes {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (1, 2), (1, 3)])
+def test_in_several_processes_and_with_zero(corpus, tmp_path, ranks, stage):
+    """Every rank's rewards are those of the whole live model; the log has the mean of all ranks.
+
+    ZeRO runs in one process: transformers counts one rank where DeepSpeed runs on CPUs, and refuses the batch size of two.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               "-m", "tests.trl_ranks", str(corpus), str(tmp_path), str(stage)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if stage else {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(ranks)]
+    for record in found:
+        assert record["calls"] == 2 and record["worst"] < 1e-4
+    for step, log in enumerate(found[0]["logs"]):
+        mean = sum(sum(r["rewards"][step]) for r in found) / sum(len(r["rewards"][step]) for r in found)
+        assert log["rewards/information_gain/mean"] == pytest.approx(mean, abs=1e-4)
+        assert log["ig/mean"] == pytest.approx(mean, abs=1e-4)
