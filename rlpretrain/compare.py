@@ -33,8 +33,8 @@ from rlpretrain.ranks import join
 from rlpretrain.records import write_json
 
 COLUMNS = {
-    "think_sampled": "thinks, sampled", "direct": "answers directly", "gain_frozen": "gain (nats)", "shuffled": "gain, shuffled",
-    "no_think_loss": "no-think loss",
+    "think_sampled": "thinks, sampled", "direct": "answers directly", "gain_frozen": "gain (nats)", "empty": "gain, empty",
+    "shuffled": "gain, shuffled", "no_think_loss": "no-think loss",
 }  # fmt: skip
 
 
@@ -216,12 +216,12 @@ def table(results: dict[str, Any]) -> Any:
     def cell(values: list[float] | None) -> str:
         return "" if values is None else f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
 
-    shown = Table("", "its own number", "base", "after", *COLUMNS.values(), "tokens", "PFLOP",
+    shown = Table("", "its own number", "base", "after", *COLUMNS.values(), "tokens", "TFLOP",
                   title=f"{results['documents']} held-out documents, seeds {results['seeds']}; 95% intervals")  # fmt: skip
     for name, row in results["methods"].items():
         own, spent = row.get("own"), row.get("spent")
         mine = (own["number"], cell(own["before"]), cell(own["after"])) if own else ("", "", "")
-        cost = (f"{spent['input_tokens'] / 1e6:.2f} M", f"{spent['flops'] / 1e15:.2f}") if spent else ("", "")
+        cost = (f"{spent['input_tokens'] / 1e6:.3f} M", f"{spent['flops'] / 1e12:.2f}") if spent else ("", "")
         shown.add_row(name, *mine, *(cell(row.get(n)) for n in COLUMNS), *cost)
     return shown
 

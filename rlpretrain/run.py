@@ -89,7 +89,7 @@ class Run:
         tree = config.packing == "tree" and why is None
         self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree, "target" in needs)
         self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
-        self.step, self.spent, self.skipped, self.skipped_in_row = 0, records.Spent(), 0, 0
+        self.step, self.spent, self.sampled, self.skipped, self.skipped_in_row = 0, records.Spent(), 0, 0, 0
         self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.model.parameters())
         self.monitor, self.stopped, self.last = self._monitor(), None, {}
@@ -137,6 +137,7 @@ class Run:
         if self.store:
             facts = {"engine": self.engine.health(), "shares_weights": self.engine.shares_weights, **compat.versions()}
             self.store.write(self.step + 1, batch.groups, [(d.id, d.token_ids, d.source) for d in batch.documents], facts)
+        self.sampled = sum(len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in batch.groups)
         return replace(batch, groups=tuple(self.objective.select(batch.groups)))
 
     def count(self, batch: Batch) -> Totals:
@@ -334,8 +335,7 @@ class Run:
     def _account(self, batch: Batch, micros: list[MicroBatch]) -> None:
         """Tokens and floating-point operations so far, over all ranks: 6 N per trained token, 2 N per sampled one."""
         trained = sum(float(m.attention_mask.sum()) for m in micros)
-        sampled = sum(len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in batch.groups)
-        here = [float(sum(len(d.token_ids) for d in batch.documents)), trained, float(sampled)]
+        here = [float(sum(len(d.token_ids) for d in batch.documents)), trained, float(self.sampled)]
         self.spent.add(*self.ranks.sum(here), self.parameters, self.config.loss.inner_epochs)
 
     def _evaluate(self) -> dict[str, float]:

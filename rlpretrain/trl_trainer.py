@@ -30,6 +30,7 @@ class RLPConfig(GRPOConfig):
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The paper's."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Thoughts in a micro-batch: those of one position."})
     num_generations: int | None = field(default=16, metadata={"help": "Thoughts for each position (the paper's 16)."})
     max_completion_length: int | None = field(default=2048, metadata={"help": "Longest thought in tokens (the paper's 2048)."})
     loss_type: str = field(default="grpo", metadata={"help": "Mean over a thought's tokens, then over thoughts, as RLP's."})

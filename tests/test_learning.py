@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from rlpretrain import Pretrainer
+from rlpretrain.compare import compare
 from rlpretrain.config_io import build
-from rlpretrain.corpora import dial
+from rlpretrain.corpora import dial, dial_family
 from rlpretrain.documents import read_all
 from rlpretrain.evaluate import evaluate
 from rlpretrain.models import load_model, load_tokenizer
@@ -18,6 +19,9 @@ from rlpretrain.objectives import load
 
 BASE = Path(__file__).parent / "data" / "dial_base"
 """The demo's base model (2000 steps of `examples/dial_base.yaml`, seed 0), stored in bfloat16."""
+FAMILY_BASE = BASE.parent / "family_base"
+"""The base of `examples/dial_family` (base.yaml), stored in bfloat16."""
+FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"
 
 
 @pytest.mark.slow
@@ -45,3 +49,29 @@ def test_rlp_makes_thinking_pay(tmp_path):
     assert after["no_think_loss"] < before["no_think_loss"] + 0.05
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 70 and all(r["run/skipped_steps"] == 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_a_short_comparison_learns(tmp_path):
+    """RLP and RPT from the base of `examples/dial_family`, each in its format; next-token prediction on its compute does not."""
+    dial_family.write(tmp_path / "corpus", base=1, train=2000, held_out=120, held_out_depths=(1, 2, 3, 4))
+    experiment = yaml.safe_load((FAMILY / "compare.yaml").read_text())
+    methods = {name: experiment["methods"][name] for name in ("rlp", "rpt", "ntp_flops")}
+    for method in methods.values():
+        method["config"] = str(FAMILY / method["config"])
+    experiment |= {
+        "methods": methods, "seeds": [0], "output_dir": str(tmp_path / "compared"),
+        "common": {"model": str(FAMILY_BASE), "data": str(tmp_path / "corpus" / "train.jsonl"), "max_steps": 60,
+                   "optim": {"lr": 3e-4}, "device": "cpu"},
+    }  # fmt: skip
+    held_out = {"path": str(tmp_path / "corpus" / "held_out.jsonl"), "max_length": 128}
+    experiment["evaluation"] |= {"data": held_out, "documents": 120}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    rows = compare(tmp_path / "experiment.yaml")["methods"]
+    assert rows["base"]["think_sampled"][0] < 0.6
+    for name in ("rlp", "rpt"):
+        assert rows[name]["think_sampled"][1] > rows["base"]["think_sampled"][2] + 0.1  # intervals apart
+        assert rows[name]["own"]["after"][1] > rows[name]["own"]["before"][2]
+        assert rows[name]["shuffled"][0] < rows[name]["gain_frozen"][0] - 0.5
+    assert rows["ntp_flops"]["think_sampled"][0] < rows["base"]["think_sampled"][2]
+    assert rows["ntp_flops"]["spent"]["flops"] >= rows["rlp"]["spent"]["flops"]

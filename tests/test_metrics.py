@@ -19,7 +19,7 @@ from rlpretrain.metrics import METRICS, StepMetrics, Trackers
 from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.helpers import merged
+from tests.helpers import merged, trained
 
 
 def rows(folder: Path) -> list[dict]:
@@ -94,6 +94,33 @@ def test_numbers_agree_with_the_batch(values):
     assert row["loss"] == pytest.approx(row["policy_loss"] + 0.3 * row["ntp/loss"] + 0.1 * row["reader/loss"], abs=1e-5)
     trained = row["num_tokens"] - sum(len(g.prompt.token_ids) for g in kept[0].groups) - sum(len(t.token_ids) for t in thoughts)
     assert row["num_flops"] == run.parameters * (6 * trained + 2 * (row["num_tokens"] - trained))
+
+
+def test_what_is_sampled_and_dropped_was_spent_all_the_same(values):
+    run = Run(build(merged(values, max_steps=1)), None)
+    sampled, choose = [], run.objective.select
+    run.objective.select = lambda groups: sampled.extend(groups) or choose(groups[:1])
+    train(run)
+    run.close()
+    assert len(sampled) == 4 and run.last["num_tokens"] > sum(
+        len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in sampled
+    )
+    kept = sum(len(t.token_ids) for t in sampled[0].thoughts)
+    operations = run.last["num_flops"] / run.parameters
+    assert operations > 2 * sum(len(t.token_ids) for g in sampled for t in g.thoughts) + 6 * kept
+
+
+@pytest.mark.parametrize("limit", ["input_tokens", "flops"])
+def test_a_budget_ends_a_run_with_the_step_that_reaches_it(values, tmp_path, limit):
+    """Also when it is resumed."""
+    whole = trained(values, max_steps=5, output_dir=str(tmp_path / "whole"))
+    seen = rows(tmp_path / "whole")
+    cut = merged(values, max_steps=5, output_dir=str(tmp_path / "cut"), checkpoint__every=2,
+                 **{f"stop__{limit}": seen[2][f"num_{limit}"]})  # fmt: skip
+    ended = Pretrainer(build(cut)).train()
+    assert ended["steps"] == 3 and ended["stopped"].startswith("budget: ") and whole
+    assert Pretrainer(build(cut)).train(resume="auto")["steps"] == 3
+    assert seen[0]["num_input_tokens"] < seen[1]["num_input_tokens"]
 
 
 def test_means_weigh_by_elements_and_leave_nan_out():

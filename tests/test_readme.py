@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from rlpretrain import Pretrainer
@@ -29,12 +31,27 @@ def test_the_readme_python_trains(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(corpus / "base")
     (tmp_path / "docs.jsonl").symlink_to(corpus / "train.jsonl")
-    (text,) = blocks("README.md", "python")
+    text = blocks("README.md", "python")[0]
     small = ('max_steps=1, positions_per_step=2, console=False, '
              'sampling={"thoughts": 2, "max_thought_tokens": 4, "cut": "force_close"}')  # fmt: skip
     assert "max_steps=100" in text
     exec(compile(text.replace("max_steps=100", small), "README.md", "exec"), {})
     assert (tmp_path / "runs" / "rlp" / "model" / "model.safetensors").exists()
+
+
+def test_the_readmes_trl_plug_in_trains(corpus, tmp_path, monkeypatch):
+    """As printed, but for what makes it small."""
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(corpus / "base")
+    (tmp_path / "docs.jsonl").symlink_to(corpus / "train.jsonl")
+    text = blocks("README.md", "python")[1]
+    small = 'max_steps=1, use_cpu=True, bf16=False, report_to="none", logging_steps=1'
+    assert "max_steps=100" in text and "max_completion_length=256" in text
+    text = text.replace("max_steps=100", small).replace("max_completion_length=256", "max_completion_length=6")
+    exec(compile(text, "README.md", "exec"), {})
+    state = json.loads((tmp_path / "runs" / "grpo" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert "rewards/information_gain/mean" in state["log_history"][0]
 
 
 def test_the_objective_in_agents_md_trains(values, tmp_path, monkeypatch):

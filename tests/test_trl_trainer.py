@@ -177,6 +177,19 @@ def test_bad_settings(values, corpus, tmp_path):
         RLPTrainer(model, args=settings(tmp_path, RLPConfig), train_dataset=prompts, processing_class=tokenizer)
 
 
+def test_the_command_line_knows_its_fields(tmp_path):
+    """TRL's parser: flags, JSON, YAML; and the defaults are RLP's."""
+    (tmp_path / "rlp.yaml").write_text("positions: after\nmarker: '='\nobjective_fields: {clip: 3.0}\n")
+    parser = trl.TrlParser(RLPConfig)
+    where = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
+    (args,) = parser.parse_args_and_config([*where, "--config", str(tmp_path / "rlp.yaml"), "--ntp_coef", "0"])
+    assert (args.positions, args.marker, args.objective_fields, args.ntp_coef) == ("after", "=", {"clip": 3.0}, 0)
+    (args,) = parser.parse_args_and_config([*where, "--objective_fields", '{"clip": 2.0}'])
+    assert args.objective_fields == {"clip": 2.0}
+    assert (args.num_generations, args.loss_type, args.scale_rewards) == (16, "grpo", "none")
+    assert (args.beta, args.temperature) == (0.0, 1.0)
+
+
 SEAMS = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_generate_and_score_completions": ["self", "inputs"],

@@ -38,8 +38,7 @@ def main(corpus: Path, out: Path, stage: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
     data = Dataset.from_json(str(corpus / "train.jsonl"))
-    trainer = RLPTrainer(model, args=args, train_dataset=data, processing_class=tokenizer,
-                         rollout_func=made_up if stage == 3 else None)  # fmt: skip
+    trainer = RLPTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
     seen = Whole(trainer, deepspeed) if stage == 3 else Kept(trainer.reward)
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == ("DeepSpeedEngine" if stage else "DistributedDataParallel")
@@ -55,13 +54,6 @@ def main(corpus: Path, out: Path, stage: int) -> None:
     record = {"worst": worst, "calls": len(seen.calls), "logs": logs,
               "rewards": [rewards for _, rewards, _ in seen.calls]}  # fmt: skip
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
-
-
-def made_up(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Thoughts of any words: TRL's own generation with ZeRO-3 fails on a CPU, in a layer that it does not gather."""
-    words = torch.randint(5, 60, (len(prompts), 4), generator=torch.Generator().manual_seed(trainer.state.global_step)).tolist()
-    ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
-    return {"prompt_ids": ids, "completion_ids": words, "logprobs": [[0.0] * 4] * len(prompts)}
 
 
 class Whole(Kept):
