@@ -1,4 +1,4 @@
-"""`rlpretrain`: train, rollout, serve, eval, compare, corpus, doctor, metrics."""
+"""`rlpretrain`: train, rollout, serve, eval, compare, report, inspect, corpus, doctor, metrics."""
 
 from __future__ import annotations
 
@@ -92,6 +92,26 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=int, help="trainings at a time, in place of the file's")
     p.set_defaults(command=compare)
 
+    p = commands.add_parser("report", help="a run as one HTML page: curves, warnings, thoughts and what each is worth")
+    p.add_argument("run", help="folder of a run")
+    p.add_argument("--out", help="file to write; report.html in the run's folder by default")
+    p.add_argument("--step", type=int, help="step whose thoughts are shown, where the run kept them; the last by default")
+    p.add_argument("--documents", type=int, default=12, help="how many documents")
+    p.add_argument("--model", help="model that gains are computed with; the trained one by default")
+    p.set_defaults(command=report)
+
+    p = commands.add_parser("inspect", help="where would thinking help this model? The same page for any checkpoint and text")
+    p.add_argument("model", help="hub id or folder")
+    p.add_argument("--text", required=True, help="file with documents")
+    p.add_argument("--out", default="inspect.html", help="file to write")
+    p.add_argument("--objective", default="{}", help="YAML: fields of the objective section (positions, target_length, ...)")
+    p.add_argument("--documents", type=int, default=12, help="how many documents")
+    p.add_argument("--thoughts", type=int, default=4, help="sampled thoughts per position")
+    p.add_argument("--max-thought-tokens", type=int, default=128)
+    p.add_argument("--max-length", type=int, default=512, help="longest document in tokens")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(command=inspect)
+
     p = commands.add_parser("corpus", help="make a controlled corpus")
     p.add_argument("kind", choices=["dial", "dial_family"], help="dial_family: in the formats of all objectives")
     p.add_argument("--out", required=True, help="folder to write")
@@ -156,7 +176,6 @@ def serve(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and without thinking."""
-    import yaml
     from rich.console import Console
     from rich.table import Table
 
@@ -171,10 +190,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.records import write_json
 
     model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    try:
-        objective = yaml.safe_load(args.objective)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--objective {args.objective} is not YAML: {str(error).splitlines()[0]}") from None
+    objective = _section(args.objective)
     values = {
         "model": model_config, "objective": objective, "output_dir": os.devnull,
         "data": {"path": args.data, "column": args.column, "max_length": args.max_length,
@@ -232,6 +248,24 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def report(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain report RUN_DIR`."""
+    from rlpretrain.report import report as run
+
+    print(run(args.run, args.out, step=args.step, documents=args.documents, model=args.model))
+    return 0
+
+
+def inspect(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain inspect MODEL --text FILE`."""
+    from rlpretrain.report import inspect as run
+
+    print(run(args.model, args.text, args.out, objective=_section(args.objective), documents=args.documents,
+              thoughts=args.thoughts, max_thought_tokens=args.max_thought_tokens, max_length=args.max_length,
+              seed=args.seed))  # fmt: skip
+    return 0
+
+
 def corpus(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain corpus dial --out DIR`."""
     kind = importlib.import_module(f"rlpretrain.corpora.{args.kind}")
@@ -244,6 +278,16 @@ def corpus(args: argparse.Namespace, rest: Sequence[str]) -> int:
     for name, path in paths.items():
         print(f"{name:9} {path}")
     return 0
+
+
+def _section(text: str) -> Any:
+    """The objective section of a command line."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--objective {text} is not YAML: {str(error).splitlines()[0]}") from None
 
 
 def _depths(text: str) -> list[int]:

@@ -74,7 +74,7 @@ class PositionPicker:
         self.per_document, self.target_length, self.min_context = per_document, target_length, min_context
         self.every, self.top_fraction = every, top_fraction
         self.special = frozenset(tokenizer.all_special_ids)
-        self.text = _TokenText(tokenizer)
+        self.text = TokenText(tokenizer)
         self.marker = self._marker(marker, tokenizer) if self.kind in ("before", "after") else None
 
     def __call__(self, document: Document, rng: np.random.Generator, entropies: Sequence[float] | None = None) -> list[int]:
@@ -153,7 +153,7 @@ class PositionPicker:
         return re.compile(head + pattern + tail)
 
 
-class _TokenText:
+class TokenText:
     """The text of token ids, and for each token where in it its first visible character stands.
 
     Tokens are decoded beside their neighbour, since alone they may lose a space; those that are only some bytes of a

@@ -52,8 +52,8 @@ LAYERS = [
     | {"metrics", "console", "judge"},
     {"packing", "attention", "scoring", "losses"},
     {"adapters", "policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
-    {"loop", "evaluate", "engines", "experiment"},
-    {"run", "pretrainer", "serve", "trl", "trl_trainer", "report", "compare"},
+    {"loop", "evaluate", "engines", "experiment", "heat"},
+    {"run", "pretrainer", "serve", "trl", "trl_trainer", "page", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},
 ]
 

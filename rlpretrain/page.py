@@ -1,0 +1,195 @@
+"""The HTML page of a report: what its parts look like, and what may not get into it.
+
+Everything in a thought is hostile until it is escaped: it was sampled by a model from text that anybody may have written. The
+page loads nothing and runs no script but its own search.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+
+from rlpretrain import __version__
+from rlpretrain.heat import CONTROLS, Place
+from rlpretrain.metrics import METRICS
+from rlpretrain.positions import TokenText
+from rlpretrain.types import Document
+
+LONGEST = 2_000
+"""Characters of a thought or context that are shown."""
+CURVES: Mapping[str, Sequence[str]] = {
+    "information gain (nats)": ("ig/mean", "ig/frozen", "ig/self", "eval/gain_frozen"),
+    "gain of thoughts that should not help": ("eval/empty", "eval/shuffled", "eval/other"),
+    "reward": ("reward", "reward_std", "frac_reward_zero_std"),
+    "thought length (tokens)": ("completions/mean_length", "completions/max_length"),
+    "how thoughts end (share)": ("thought/closed_frac", "completions/clipped_ratio", "thought/eos_frac"),
+    "loss without a thought (nats per token)": ("ntp/loss", "eval/no_think_loss"),
+    "ratios": ("sampling/importance_sampling_ratio/mean", "clip_ratio/region_mean", "sampling/ess"),
+    "seconds per step": ("step_time", "perf/rollout_s", "perf/train_s", "perf/sync_s"),
+}
+
+
+@dataclass
+class Page:
+    """What a page shows; what it lacks is said in `missing`."""
+
+    title: str
+    documents: list[tuple[Document, list[Place]]] = field(default_factory=list)
+    tokenizer: Any = None
+    record: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    about: str = ""
+
+
+def shown(text: str, longest: int = LONGEST) -> str:
+    """Text as it can be shown: cut in the middle, and what would be invisible or turn the line around made visible."""
+    if len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} … {len(text) - longest} characters left out … {text[-longest // 4 :]}"
+    return "".join(map(_visible, text))
+
+
+def _visible(c: str) -> str:
+    if c in "\n\t" or c.isprintable() or c == "\u200d":  # the last joins emoji
+        return c
+    if ord(c) < 32:
+        return chr(0x2400 + ord(c))
+    return f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c
+
+
+def shade(gain: float, scale: float) -> str:
+    """A colour for a gain: blue above 0, orange below, nothing at 0 (told apart by all kinds of colour blindness)."""
+    share = min(1.0, abs(gain) / scale) * 0.75
+    return f"rgba({'38,119,217' if gain > 0 else '230,115,0'},{share:.2f})"
+
+
+def warnings_of(rows: Sequence[Mapping[str, float]], found: Sequence[Place]) -> list[str]:
+    """What is wrong with a run, in words."""
+    out: list[str] = []
+
+    def ends(name: str) -> tuple[float, float] | None:
+        values = [r[name] for r in rows if name in r and np.isfinite(r[name])]
+        part = max(1, len(values) // 10)
+        return (float(np.mean(values[:part])), float(np.mean(values[-part:]))) if values else None
+
+    def warn(name: str, bad: Callable[[float, float], bool], text: str) -> None:
+        if (pair := ends(name)) is not None and bad(*pair):
+            out.append(text.format(*pair))
+
+    warn("ntp/loss", lambda a, b: b > a + 0.1, "Collapse: the loss without a thought rose from {0:.2f} to {1:.2f} nats a token.")
+    warn("ig/frozen", lambda a, b: b < min(0.0, a),
+         "Collapse: against the frozen model thoughts cost: the gain went from {0:.2f} to {1:.2f} nats.")  # fmt: skip
+    warn("thought/leakage", lambda a, b: b > a + 0.2,
+         "Look: thoughts hold more and more of the target ({0:.2f} to {1:.2f}): worked out, or leaked?")  # fmt: skip
+    warn("completions/clipped_ratio", lambda a, b: b > 0.1, "Cut off: {1:.0%} of the thoughts end at their limit.")
+    warn("thought/uncounted_frac", lambda a, b: b > 0.2, "Lost: {1:.0%} of the thoughts count nowhere.")
+    warn("frac_reward_zero_std", lambda a, b: b > 0.9, "Nothing to learn from: in {1:.0%} of the groups all thoughts earn alike.")
+    warn("sample/staleness_max", lambda a, b: b > 4, "Stale: thoughts up to {1:.0f} steps old are trained on.")
+    warn("thought/repetition", lambda a, b: b > 0.3, "Repetition: {1:.0%} of a thought's 4-grams were there before.")
+    warn("run/skipped_steps", lambda a, b: b > 0, "{1:.0f} steps were skipped for NaN or inf.")
+    gains = [g for p in found for g in [row.gain for row in p.rows] if g is not None]
+    empty = [p.controls["empty"] for p in found if "empty" in p.controls]
+    if gains and empty and np.mean(gains) > 0.05 and np.mean(empty) > 0.8 * np.mean(gains):
+        out.append(f"Delimiter only: an empty thought gains {np.mean(empty):.2f} nats, a real one {np.mean(gains):.2f}: what is "
+                   "thought adds little.")  # fmt: skip
+    return out
+
+
+def curves(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, str]]:
+    """(title, inline SVG, what it shows in words) of every panel that has data."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    out = []
+    colours = ("#2677d9", "#e67300", "#7a7a7a", "#9b59b6")
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#888")
+    style = {**grey, "svg.fonttype": "none", "svg.hashsalt": "rlpretrain", "font.size": 8}
+    for title, names in CURVES.items():
+        lines = {n: [(r["step"], r[n]) for r in rows if n in r and "step" in r and np.isfinite(r[n])] for n in names}
+        lines = {n: points for n, points in lines.items() if points}
+        if not lines:
+            continue
+        with matplotlib.rc_context(style):
+            figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+            axis = figure.subplots()
+            for (name, points), colour in zip(lines.items(), colours, strict=False):
+                points = points[:: max(1, len(points) // 400)]
+                marker = "." if len(points) < 3 else ""
+                axis.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.2, marker=marker)
+            axis.legend(frameon=False, fontsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+            text = io.StringIO()
+            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>c{len(out)}-", text.getvalue())  # ids are the page's
+        words = "; ".join(f"{n} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for n, p in lines.items())
+        out.append((title, svg[svg.index("<svg") :], words))
+    return out
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    found = [place for _, there in page.documents for place in there]
+    gains = [abs(g) for place in found for row in place.rows for g in row.gains]
+    scale = float(np.quantile(gains, 0.95)) if gains else 1.0
+    try:
+        panels = curves(page.rows)
+    except ImportError:
+        panels = []
+        page.missing.append('curves: pip install "rlpretrain[plot]"')
+    settings = yaml.safe_dump(page.record.get("config"), sort_keys=False, allow_unicode=True) if page.record.get("config") else ""
+    return environment.get_template("report.html.jinja").render(
+        page=page, documents=[_document(d, there, page.tokenizer, max(scale, 1e-6)) for d, there in page.documents],
+        panels=panels, warnings=warnings_of(page.rows, found), scale=scale, controls=CONTROLS, version=__version__,
+        last=page.rows[-1] if page.rows else {}, meanings=METRICS, settings=settings,
+    )  # fmt: skip
+
+
+def _document(document: Document, there: Sequence[Place], tokenizer: Any, scale: float) -> dict[str, Any]:
+    """A document for the template: pieces of text, some of them marked, and its positions."""
+    text, starts = TokenText(tokenizer)(document.token_ids)
+    starts = [*starts, len(text)]
+    marks: dict[int, tuple[float | None, int]] = {}
+    for k, place in enumerate(there):
+        index = place.group.position.index
+        values: Sequence[float | None] = place.gains or [None] * max(1, len(place.group.position.target_ids))
+        for j, gain in enumerate(values):
+            if index + j < len(document.token_ids):
+                marks.setdefault(index + j, (gain, k))
+    pieces, at = [], 0
+    for token in sorted(marks):
+        gain, k = marks[token]
+        start, end = starts[token], starts[token + 1]
+        pieces.append({"text": shown(text[at:start], 20_000)})
+        pieces.append({"text": shown(text[start:end]), "gain": gain, "place": k, "first": token == there[k].group.position.index,
+                       "colour": shade(gain or 0.0, scale)})  # fmt: skip
+        at = end
+    pieces.append({"text": shown(text[at:], 20_000)})
+    return {"id": shown(document.id, 80), "pieces": pieces, "places": [_place(place, tokenizer, scale) for place in there]}
+
+
+def _place(place: Place, tokenizer: Any, scale: float) -> dict[str, Any]:
+    position = place.group.position
+    scored = [row.gain for row in place.rows if row.gain is not None]
+    return {
+        "index": position.index, "role": place.group.role, "gain": float(np.mean(scored)) if scored else None,
+        "target": shown(tokenizer.decode(position.target_ids), 400),
+        "controls": {kind: gain for kind, gain in place.controls.items()},
+        "rows": [{
+            "text": shown(tokenizer.decode(row.thought.token_ids)), "length": len(row.thought.token_ids),
+            "finish": str(row.thought.finish_reason), "reward": row.reward, "advantage": row.advantage, "gain": row.gain,
+            "version": row.thought.policy_version,
+            "tokens": [{"text": shown(tokenizer.decode([t]), 40), "gain": g, "colour": shade(g, scale)}
+                       for t, g in zip(position.target_ids, row.gains, strict=False)],
+        } for row in place.rows],
+    }  # fmt: skip
