@@ -84,6 +84,7 @@ class ObjectiveReward:
                              target="target" in self.objective.needs)  # fmt: skip
         self.model: nn.Module | None = None
         self.reference: Frozen | None = None
+        self.scored: tuple[Sequence[Group], dict[str, np.ndarray]] = ((), {})
         self.callback = _LiveModel(self)
         self.close_id = self.objective.template.close_id
         if model is not None:
@@ -99,7 +100,7 @@ class ObjectiveReward:
     def watch(self, model: nn.Module, *, first: bool = True) -> None:
         """The model to score with: what the callback is given when training begins."""
         self.model = model
-        inner = _plain(model)
+        inner = plain(model)
         sharded = any(hasattr(p, "ds_id") for p in inner.parameters())
         if not sharded:
             check_head(inner)
@@ -119,13 +120,22 @@ class ObjectiveReward:
         """A reward for each completion, None where a thought counts nowhere; `ig/*` and `thought/*` go to TRL's log."""
         if missing := [c for c in COLUMNS[1:5] if c not in columns]:
             raise ConfigError(f"{self.__name__}: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents)")
-        groups = _wait(self.objective.rewarded(None, self.groups(completion_ids, columns)))
-        rewards, gains = self.rewards(groups)
+        if self.__name__ in columns:  # `Rollouts` has scored them already
+            (groups, gains), rewards = self.scored, list(columns[self.__name__])
+        else:
+            groups = _wait(self.objective.rewarded(None, self.groups(completion_ids, columns)))
+            rewards, gains = self.rewards(groups)
         if log_metric is not None:
             self._log(groups, gains, log_metric)
         if log_extra is not None:
             log_extra("document", list(columns["document_id"]))
             log_extra("target", [self.tokenizer.decode(ids) for ids in columns["target_ids"]])
+        return rewards
+
+    def known(self, groups: Sequence[Group]) -> list[float | None]:
+        """Rewards of groups that are to be asked for again: see `Rollouts`."""
+        rewards, gains = self.rewards(groups)
+        self.scored = groups, gains
         return rewards
 
     def groups(self, completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> list[Group]:
@@ -160,7 +170,7 @@ class ObjectiveReward:
         """(rewards in the order of the thoughts, log-probabilities of targets with and without a thought [thoughts])."""
         if self.model is None:
             raise RuntimeError(f"{self.__name__} has no model to score with: pass callbacks=[reward.callback] to the trainer")
-        inner = _plain(self.model)
+        inner = plain(self.model)
         device, scorer = next(inner.parameters()).device, _Gathering(inner)
         arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
         batch, layout = Batch(tuple(groups), ()), replace(self.layout, no_think_ids=arms)
@@ -191,7 +201,7 @@ class ObjectiveReward:
             return replace(scores, baseline_logps=torch.zeros_like(scores.baseline_logps))
         if self.baseline == "frozen" and _has_adapters(self.model):
             with self.model.disable_adapter():  # type: ignore[union-attr]
-                return Frozen.__call__(_Shared(_plain(self.model)), scores, micro)
+                return Frozen.__call__(_Shared(plain(self.model)), scores, micro)
         return scores if self.reference is None else self.reference(scores, micro)
 
     def _log(self, groups: Sequence[Group], found: Mapping[str, np.ndarray], log: Callable[..., None]) -> None:
@@ -294,7 +304,7 @@ class _LiveModel(TrainerCallback):
         """After the optimizer step."""
         self.reward.objective.progress = state.global_step / max(state.max_steps, 1)
         if self.reward.reference is not None:
-            self.reward.reference.update(_Weights(_plain(model)))
+            self.reward.reference.update(_Weights(plain(model)))
 
 
 class _Weights:
@@ -315,7 +325,7 @@ class _Shared(Frozen):
         self.model, self.scorer = model, Scorer(model)
 
 
-def _plain(model: Any) -> Any:
+def plain(model: Any) -> Any:
     """The causal language model inside whatever wraps it; adapters, being layers, stay active."""
     while not hasattr(model, "get_output_embeddings") or _has_adapters(model):
         model = model.get_base_model() if _has_adapters(model) else model.module

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
+from rlpretrain.corpora import dial
 from rlpretrain.loop import train
 from rlpretrain.run import Run
 from rlpretrain.trl import COLUMNS, InformationGainReward
+from rlpretrain.trl_rollout import Rollouts
+from rollout.hf import HFEngine
 from tests.helpers import ROOT, merged
-from tests.test_trl import AFTER, settings
+from tests.test_engines import SHAPE
+from tests.test_trl import AFTER, Kept, by_hand, settings
+from tests.tiny import tiny_model
 
 trl = pytest.importorskip("trl")
 from rlpretrain.trl import RLPConfig, RLPTrainer  # noqa: E402
@@ -224,3 +231,84 @@ def test_in_several_processes_and_with_zero(corpus, tmp_path, ranks, stage):
         mean = sum(sum(r["rewards"][step]) for r in found) / sum(len(r["rewards"][step]) for r in found)
         assert log["rewards/information_gain/mean"] == pytest.approx(mean, abs=1e-4)
         assert log["ig/mean"] == pytest.approx(mean, abs=1e-4)
+
+
+def rolled(corpus: Path, folder: Path, make: Any, **changes: Any) -> tuple[Any, Any, Any]:
+    """(trainer, reward, rollouts) of a training that samples with an engine of ours."""
+    model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
+    reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
+    data = reward.dataset(str(corpus / "train.jsonl"))
+    rollouts = Rollouts(reward, make(model, tokenizer), data)
+    kept = Kept(reward)
+    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], train_dataset=data,
+                              rollout_func=rollouts, args=settings(folder, **changes), processing_class=tokenizer)
+    trainer.train()
+    return trainer, kept, rollouts
+
+
+def test_our_engine_samples_and_scores_for_trl(corpus, tmp_path):
+    """Prompts come repeated, a thought goes to each; the gain arrives as a field; weights follow the trainer."""
+    trainer, kept, rollouts = rolled(corpus, tmp_path, lambda m, t: HFEngine(copy.deepcopy(m), tokenizer=t, shares_weights=False))
+    logs = [row for row in trainer.state.log_history if "ig/mean" in row]
+    assert len(kept.calls) == 2 == len(logs) and rollouts.engine.version == 1
+    live = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
+    for (groups, rewards, weights), row in zip(kept.calls, logs, strict=True):
+        assert [len(g.thoughts) for g in groups] == [4, 4]
+        live.load_state_dict(weights, strict=False)
+        assert rewards == pytest.approx(by_hand(live, groups, "force_close"), abs=1e-5)
+        assert row["rewards/information_gain/mean"] == pytest.approx(sum(rewards) / 8, abs=1e-5) == row["ig/mean"]
+        for g in groups:  # sampled with the weights of that step
+            for t in g.thoughts:
+                with torch.no_grad():
+                    ids = torch.tensor([[*g.prompt.token_ids, *t.token_ids]])
+                    logps = live(input_ids=ids).logits[0].log_softmax(-1)
+                    own = [float(logps[len(g.prompt.token_ids) + k - 1, x]) for k, x in enumerate(t.token_ids)]
+                assert t.behaviour_logps == pytest.approx(own, abs=1e-4)
+
+
+def test_what_rollouts_refuse(corpus, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(corpus / "base"), AutoTokenizer.from_pretrained(corpus / "base")
+    reward = InformationGainReward(model, tokenizer, **AFTER)
+    engine = HFEngine(model, tokenizer=tokenizer)
+    stream = reward.dataset(IterableDataset.from_generator(lambda: ({"text": "ann has 6 bob up3 shows 9 ."},)))
+    for data in (stream, Dataset.from_dict({"prompt": ["a"]})):
+        with pytest.raises(ConfigError, match="needs the dataset that reward.dataset"):
+            Rollouts(reward, engine, data)
+    rollouts = Rollouts(reward, engine, reward.dataset(str(corpus / "train.jsonl")))
+    with pytest.raises(ConfigError, match="a prompt is not in the dataset"):
+        rollouts(["nobody knows"], SimpleNamespace(state=SimpleNamespace(global_step=0), args=None))
+    with pytest.raises(RuntimeError, match=r"callbacks=\[reward.callback\]"):
+        list(rollouts.weights())
+
+
+@pytest.mark.slow
+def test_vllm_samples_for_trl(corpus, tmp_path):
+    """Real vLLM in process, on a CPU, with adapters: it is given merged weights, so the trainer finds its samples as likely."""
+    pytest.importorskip("vllm")
+    peft = pytest.importorskip("peft")
+    from rollout.vllm_local import VLLMEngine
+
+    folder = tmp_path / "base"  # of a shape that vLLM has kernels for
+    tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(folder)
+    dial.tokenizer().save_pretrained(folder)
+    engine = VLLMEngine(str(folder), max_model_len=128, kv_cache_gib=0.05, max_num_seqs=32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
+    data = reward.dataset(str(corpus / "train.jsonl"))
+    rollouts, kept = Rollouts(reward, engine, data), Kept(reward)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    args = settings(tmp_path, learning_rate=0.05)
+    trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], train_dataset=data, rollout_func=rollouts,
+                    args=args, processing_class=tokenizer, peft_config=lora).train()  # fmt: skip
+    groups, _, weights = kept.calls[1]
+    reward.model.load_state_dict(weights, strict=False)
+    live = reward.model.eval()
+    for g in groups:
+        for t in g.thoughts:
+            with torch.no_grad():
+                logps = live(input_ids=torch.tensor([[*g.prompt.token_ids, *t.token_ids]])).logits[0].log_softmax(-1)
+            own = [float(logps[len(g.prompt.token_ids) + k - 1, x]) for k, x in enumerate(t.token_ids)]
+            assert t.behaviour_logps == pytest.approx(own, abs=1e-3)
+    engine.close()

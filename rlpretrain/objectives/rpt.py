@@ -15,7 +15,9 @@ the positions; groups that are all right or all wrong are dropped from the start
 
 Pitfalls: the reward is sparse, and a base model that never saw a box earns nothing: look at the hits of the base first. Tokens
 carry their leading space, so ` the` is not `the` (`strip` forgives white space, for tokenizers that cannot write it in a box). A
-closing bracket ends the prediction. Entropy-filtered positions on noisy text are mostly unpredictable: all groups are then wrong.
+closing bracket ends the prediction. Under `dense` it can pay to write no box at all, since the next token is then likely enough:
+where hits were rare it did (docs/objectives.md). Entropy-filtered positions on noisy text are mostly unpredictable: all groups
+are then wrong.
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""A `rollout_func` for TRL's trainers: one of our engines samples, the live model scores, the reward arrives as a field.
+
+    rollouts = Rollouts(reward, VLLMEngine(...), dataset)
+    GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], rollout_func=rollouts, train_dataset=dataset, ...)
+
+Before it samples, the engine is given the trainer's weights, if an optimizer step was made since. TRL marks its own interface as
+experimental.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from rlpretrain.adapters import pieces
+from rlpretrain.batches import roll_out
+from rlpretrain.config import ConfigError
+from rlpretrain.objectives import Setting
+from rlpretrain.trl import COLUMNS, ObjectiveReward, plain
+from rollout.engine import Engine
+from rollout.types import Group, Position, SamplingParams
+
+
+class Rollouts:
+    """Samples with `engine` at the rows of `dataset` (made by `reward.dataset`), as the trainer's arguments say.
+
+    Raises ConfigError for a dataset that is a stream or lacks columns, and for a prompt that is not in it.
+    """
+
+    def __init__(self, reward: ObjectiveReward, engine: Engine, dataset: Any, seed: int = 0):
+        if not hasattr(dataset, "__len__") or not set(COLUMNS) <= set(dataset.column_names):
+            raise ConfigError("Rollouts needs the dataset that reward.dataset(documents) makes, and not as a stream: TRL hands "
+                              "over prompts alone, their positions are looked up")  # fmt: skip
+        self.reward, self.engine, self.seed, self.calls = reward, engine, seed, 0
+        self.places: dict[str, Position] = {}
+        for row in dataset.select_columns(list(COLUMNS)):
+            ids = (tuple(row[name]) for name in ("context_ids", "target_ids", "suffix_ids"))
+            self.places.setdefault(row["prompt"], Position(row["document_id"], row["position"], *ids))
+        self.synced: int | None = None
+
+    def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
+        """Thoughts for the prompts, which TRL repeats as often as it wants completions."""
+        step, args, tokenizer = trainer.state.global_step, trainer.args, self.reward.tokenizer
+        if unknown := next((p for p in prompts if p not in self.places), None):
+            raise ConfigError(f"a prompt is not in the dataset of Rollouts: …{unknown[-80:]!r}")
+        if self.synced != step:
+            self.engine.sync(self.weights, step)
+            self.synced = step
+        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        params = SamplingParams(args.max_completion_length, args.temperature, args.top_p, max(args.top_k, 0), eos)
+        rng = np.random.default_rng((self.seed, self.calls, trainer.accelerator.process_index))
+        self.calls += 1
+        asked = [(self.places[prompt], len(list(same))) for prompt, same in groupby(prompts)]
+        groups: list[Group | None] = [None] * len(asked)
+        objective = self.reward.objective
+        for n in sorted({n for _, n in asked}):
+            here = [i for i, (_, times) in enumerate(asked) if times == n]
+            objective.setting = Setting(params, n, 0.0)
+            seeds = [int(s) for s in rng.integers(2**62, size=len(here))]
+            found = roll_out(objective, self.engine, [asked[i][0] for i in here], seeds)
+            for i, group in zip(here, found, strict=True):
+                groups[i] = replace(group, id=f"{group.id}:{i}")
+        whole = [g for g in groups if g is not None]
+        thoughts = [(g, t) for g in whole for t in g.thoughts]
+        rewards = self.reward.known(whole)
+        return {
+            "prompt_ids": [list(g.prompt.token_ids) for g, _ in thoughts],
+            "completion_ids": [list(t.token_ids) for _, t in thoughts],
+            "logprobs": [list(t.behaviour_logps) for _, t in thoughts],
+            self.reward.__name__: rewards,
+        }
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained model's weights under the names of its checkpoint, adapters merged in, shards gathered."""
+        if self.reward.model is None:
+            raise RuntimeError("Rollouts has no model yet: pass callbacks=[reward.callback] to the trainer")
+        for piece in pieces(plain(self.reward.model)):
+            with _whole(piece.needs):
+                yield piece.name, piece.make().detach()
+
+
+def _whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
