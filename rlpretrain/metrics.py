@@ -170,15 +170,18 @@ class StepMetrics:
 class Trackers:
     """metrics.jsonl always; TensorBoard, wandb and trackio when asked for and installed. Only the first rank writes."""
 
-    def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any], run_name: str, keep_until: int = 0):
+    def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any], run_name: str, keep_until: int = 0,
+                 every: int = 1):  # fmt: skip
         self.file = folder / "metrics.jsonl"
         if self.file.exists():  # a resumed run: what came after its checkpoint will come again
             kept = [line for line in self.file.read_text().splitlines() if _step(line) <= keep_until]
             work = self.file.with_suffix(".tmp")
             work.write_text("".join(line + "\n" for line in kept))
             work.replace(self.file)
+        self.every = every
         self.closers: list[Any] = []
         self.sinks: list[Any] = []
+        self.tables: list[Any] = []
         if "tensorboard" in report_to:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -186,6 +189,7 @@ class Trackers:
                 raise ImportError('report_to names tensorboard: pip install "rlpretrain[tensorboard]"') from error
             board = SummaryWriter(str(folder / "tensorboard"))
             self.sinks.append(lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items()])
+            self.tables.append(lambda rows, step: board.add_text("thoughts", markdown(rows), step))
             self.closers.append(board.close)
         for name in ("wandb", "trackio"):
             if name in report_to:
@@ -197,16 +201,46 @@ class Trackers:
                 self.sinks.append(lambda row, step, module=module: module.log(row, step=step))
                 self.closers.append(module.finish)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to every tracker."""
+    def write(self, step: int, row: dict[str, float], groups: Sequence[Group] = (), tokenizer: Any = None) -> None:
+        """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some positions too."""
         with self.file.open("a") as f:
             f.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
         for sink in self.sinks:
             sink(row, step)
+        if groups and self.tables and (step == 1 or step % self.every == 0):
+            thoughts = thought_rows(groups, tokenizer)
+            for table in self.tables:
+                table(thoughts, step)
 
     def close(self) -> None:
         for close in self.closers:
             close()
+
+
+COLUMNS = ("position", "context", "target", "thought", "tokens", "ended by", "reward")
+
+
+def thought_rows(groups: Sequence[Group], tokenizer: Any, positions: int = 4, thoughts: int = 4) -> list[tuple[Any, ...]]:
+    """Some thoughts of a step as rows of `COLUMNS`, control characters made visible."""
+
+    def text(ids: Sequence[int]) -> str:
+        return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in tokenizer.decode(ids))
+
+    return [
+        (f"{g.position.document_id}@{g.position.index}", text(g.position.context_ids[-48:]), text(g.position.target_ids),
+         text(t.token_ids[:512]), len(t.token_ids), str(t.finish_reason), None if g.rewards is None else g.rewards[k])
+        for g in groups[:positions] for k, t in enumerate(g.thoughts[:thoughts])
+    ]  # fmt: skip
+
+
+def markdown(rows: Sequence[tuple[Any, ...]]) -> str:
+    """A table for TensorBoard, which renders markdown: every cell is code, so that nothing in a thought is."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else "`" + str(value).replace("`", "'").replace("|", "¦").replace("\n", " ⏎ ") + "`"
+
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(map(cell, row)) for row in rows)])
 
 
 def _step(line: str) -> float:

@@ -111,9 +111,8 @@ class Run:
         dropped = stream.dropped if stream is not None else 0
         self.console.say(f"{dropped} documents shorter than {shortest} tokens left out" if dropped else None)
         self.console.say(f"resumed from {start}" if start else f"no checkpoint in {self.folder} yet" if resume else None)
-        self.trackers = (
-            Trackers(self.folder, config.report_to, to_dict(config), self.folder.name, self.step) if self.ranks.first else None
-        )
+        log = (self.folder, config.report_to, to_dict(config), self.folder.name, self.step, max(1, self.total_steps // 5))
+        self.trackers = Trackers(*log) if self.ranks.first else None
         self.facts = {"added_tokens": added, "documents_too_short": dropped, "resumed_from": str(start) if start else None}
         self.write_run_json("running")
 
@@ -245,7 +244,7 @@ class Run:
         if self.held_out is not None and (step % c.eval.every == 0 or last):
             row |= self._evaluate()
         if self.trackers:
-            self.trackers.write(step, row)
+            self.trackers.write(step, row, batch.groups, self.tokenizer)
         self.console.step(step, row, batch.groups, self.tokenizer)
         self.last = row
         if c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped):

@@ -15,7 +15,7 @@ from rlpretrain import Pretrainer
 from rlpretrain.config_io import build
 from rlpretrain.console import Console, thought_table
 from rlpretrain.loop import train
-from rlpretrain.metrics import METRICS, StepMetrics, Trackers
+from rlpretrain.metrics import METRICS, StepMetrics, Trackers, markdown, thought_rows
 from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
@@ -148,6 +148,23 @@ def test_tensorboard_has_every_number(values):
         points = board.Scalars(name)
         assert [p.step for p in points] == [1, 2, 3]
         assert points[0].value == pytest.approx(found[0][name], rel=1e-5)
+    texts = board.Tensors("thoughts/text_summary")
+    assert [t.step for t in texts] == [1, 2, 3]
+    said = texts[0].tensor_proto.string_val[0].decode()
+    assert said.startswith("| position | context | target | thought |") and said.count("\n") == 1 + 4 * 4 and "shows" in said
+
+
+def test_nothing_in_a_thought_is_markdown():
+    class Words:
+        def decode(self, ids: tuple[int, ...]) -> str:
+            return "| a `b` |\n# <script>\x1b[0m\u202e"
+
+    thought = Thought((1,), (0.0,), FinishReason.CLOSE, 0, 0)
+    group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,), 0, rewards=(0.5,))
+    (row,) = thought_rows([group], Words())
+    assert row[0] == "d@1" and row[4:] == (1, "close", 0.5) and "\\u001b[0m\\u202e" in row[3]
+    line = markdown([row]).splitlines()[2]
+    assert line.count("|") == 8 and "# <script>" in line and line.count("`") == 14
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_get_it(values, tmp_path, monkeypatch):
