@@ -74,7 +74,7 @@ class ObjectiveReward:
         self.delimiters = Delimiters(config.open, config.close)
         self.added = ensure_delimiters(tokenizer, model, self.delimiters)
         self.tokenizer, self.objective = tokenizer, owner(config, tokenizer)
-        if "batch" in self.objective.needs or getattr(config, "reward", "") == "judge" and self.objective.judge is None:
+        if "batch" in self.objective.needs or getattr(self.objective, "judge", 0) is None and config.reward == "judge":
             raise ConfigError(f"objective {name} cannot be a reward function with these settings: it compares whole batches, or "
                               "asks the policy to judge (set judge_url or judge_function)")  # fmt: skip
         if owner.rollout is not Objective.rollout:

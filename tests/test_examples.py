@@ -68,3 +68,17 @@ def test_bad_input_ends_with_a_message(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no such file" in capsys.readouterr().err
     assert gsm8k_rlp.main(["--data", "x.jsonl", "--out", str(tmp_path / "out"), "--sampling.thougths", "4"]) == 2
     assert "did you mean 'thoughts'?" in capsys.readouterr().err
+
+
+def test_the_trl_script_trains_and_saves(corpus: Path, tmp_path: Path):
+    pytest.importorskip("trl")
+    from examples import trl_rlp
+
+    common = ["--model_name_or_path", str(corpus / "base"), "--dataset_name", str(corpus / "train.jsonl"), "--positions", "after",
+              "--marker", "shows", "--max_steps", "1", "--num_generations", "4", "--per_device_train_batch_size", "4",
+              "--max_completion_length", "4", "--cut", "force_close", "--use_cpu", "--bf16", "false", "--report_to", "none",
+              "--disable_tqdm", "true"]  # fmt: skip
+    trl_rlp.main([*common, "--output_dir", str(tmp_path / "whole")])
+    assert (tmp_path / "whole" / "model.safetensors").exists() and "2510.01265" in (tmp_path / "whole" / "README.md").read_text()
+    trl_rlp.main([*common, "--output_dir", str(tmp_path / "lora"), "--use_peft"])
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
