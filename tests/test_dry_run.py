@@ -14,8 +14,9 @@ from transformers import AutoConfig
 
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError, LoraConfig
-from rlpretrain.config_io import build, load
+from rlpretrain.config_io import build, load, read_mapping
 from rlpretrain.dry_run import dry_run, make_objective, make_sizes, model_shape
+from rlpretrain.experiment import load as load_experiment
 from rlpretrain.memory import Item, Sizes, count_parameters, memory, peak
 from rlpretrain.objectives import parse_section
 from tests.helpers import merged
@@ -183,4 +184,7 @@ def test_positions_divide_over_the_ranks(values: dict[str, Any], tmp_path: Path,
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda f: f.stem)
 def test_every_example_parses(file: Path):
-    parse_section(load(file).objective)
+    if "methods" in read_mapping(file):
+        load_experiment(file)
+    else:
+        parse_section(load(file).objective)

@@ -23,7 +23,7 @@ def random_batch(rng: random.Random, documents: int = 3, positions: int = 2, tho
     """Documents with ragged groups: thoughts of 0 to 6 tokens, closed or cut off."""
     groups, docs = [], []
     for d in range(documents):
-        ids = tuple(rng.randrange(3, 60) for _ in range(rng.randint(target + 3, 20)))
+        ids = tuple(rng.randrange(3, 60) for _ in range(rng.randint(target + 3, 20 if target <= 12 else target + 20)))
         docs.append(Document(str(d), ids))
         for _ in range(positions):
             i = rng.randint(1, len(ids) - target)
