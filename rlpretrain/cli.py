@@ -184,8 +184,8 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.documents import read_all
     from rlpretrain.evaluate import MEANING, by_meta
     from rlpretrain.evaluate import evaluate as run
+    from rlpretrain.objectives import delimiters
     from rlpretrain.objectives import load as load_objective
-    from rlpretrain.prompts import Delimiters
     from rlpretrain.ranks import join
     from rlpretrain.records import write_json
 
@@ -199,15 +199,15 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "eval": {"thoughts": args.thoughts} | ({"documents": args.documents} if args.documents is not None else {}),
     }  # fmt: skip
     config = c.build(values)
-    delimiters = Delimiters(config.objective.get("open", "<think>"), config.objective.get("close", "</think>"))
+    tags = delimiters(config.objective)
     device = join(args.device).device
-    model, tokenizer, added = models.load(config.model, delimiters, args.seed)
+    model, tokenizer, added = models.load(config.model, tags, args.seed)
     models.check_head(model.to(device))
     if added:
         print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
     frozen = None
     if args.frozen:
-        frozen = models.load(c.ModelConfig(**(model_config | {"path": args.frozen})), delimiters, args.seed)[0].to(device)
+        frozen = models.load(c.ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed)[0].to(device)
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no such folder")
     documents = read_all(config.data, tokenizer, limit=args.documents)

@@ -26,9 +26,9 @@ from rlpretrain.config_io import build, to_dict
 from rlpretrain.documents import read_all
 from rlpretrain.evaluate import evaluate, interval
 from rlpretrain.experiment import BASE, Experiment, Job, load
+from rlpretrain.objectives import delimiters
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.pretrainer import Pretrainer
-from rlpretrain.prompts import Delimiters
 from rlpretrain.ranks import join
 from rlpretrain.records import write_json
 
@@ -150,9 +150,9 @@ def measure(job: Job, settings: dict[str, Any]) -> None:
 def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = False) -> dict[str, list[float]]:
     """Numbers per position of the model at `path`, against the base."""
     e, device = job.experiment.evaluation, join(config.device).device
-    delimiters = Delimiters(config.objective.get("open", "<think>"), config.objective.get("close", "</think>"))
-    model, tokenizer, _ = models.load(replace(config.model, path=path), delimiters, job.seed)
-    base = models.load(config.model, delimiters, job.seed)[0]
+    tags = delimiters(config.objective)
+    model, tokenizer, _ = models.load(replace(config.model, path=path), tags, job.seed)
+    base = models.load(config.model, tags, job.seed)[0]
     found = evaluate(
         model.to(device), load_objective(config, tokenizer), read_all(e.data, tokenizer, limit=e.documents),
         frozen=base.to(device), thoughts=e.thoughts, seed=job.seed, controls=controls, greedy=False,

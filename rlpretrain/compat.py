@@ -6,6 +6,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -69,6 +71,16 @@ def import_deepspeed(on_cpu: bool):
     if on_cpu:  # private name: shared-memory collectives, an optimisation of gloo that needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+    """While it lasts, those of the parameters that ZeRO-3 has sharded are whole."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,9 @@ from pydantic.dataclasses import dataclass
 
 from rlpretrain.config import STRICT, ConfigError, ModelConfig, PretrainConfig
 
+HEADS = {"model": "path", "data": "path", "ntp_data": "path", "objective": "name", "engine": "name", "baseline": "name"}
+"""Sections that a plain string may stand for, and the field it then is."""
+
 
 def build(values: Mapping[str, Any]) -> PretrainConfig:
     """A checked PretrainConfig from plain nested values; fields of `model` may stand beside it (DESIGN §6)."""
@@ -92,8 +95,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         for parent in parents:
             below = node.get(parent)
             if not isinstance(below, dict):
-                head = "name" if parent in ("objective", "engine", "baseline") else "path"
-                below = {head: below} if isinstance(below, str) else {}
+                below = {HEADS.get(parent, "path"): below} if isinstance(below, str) else {}
             node[parent] = below
             node = below
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from rollout.types import Group
 
 SHOWN = {"loss": "loss", "ig/mean": "gain", "ig/frozen": "frozen", "ntp/loss": "ntp", "thought/closed_frac": "closed",
          "completions/mean_length": "length", "grad_norm": "norm"}  # fmt: skip
+LONGEST = 2_000
+"""Characters of a thought or context that are shown."""
 
 
 class Console:
@@ -63,9 +66,24 @@ class Console:
 
 def thought_table(group: Group, tokenizer: Any, limit: int = 4) -> Table:
     """The thoughts of one position, as text."""
-    context = tokenizer.decode(group.position.context_ids[-24:])
-    target = tokenizer.decode(group.position.target_ids)
+    context = shown(tokenizer.decode(group.position.context_ids[-24:]))
+    target = shown(tokenizer.decode(group.position.target_ids))
     table = Table("thought", "tokens", "ended", title=escape(f"…{context} ▸ {target}"), title_justify="left")
     for t in group.thoughts[:limit]:
-        table.add_row(escape(tokenizer.decode(t.token_ids)), str(len(t.token_ids)), str(t.finish_reason))
+        table.add_row(escape(shown(tokenizer.decode(t.token_ids))), str(len(t.token_ids)), str(t.finish_reason))
     return table
+
+
+def shown(text: str, longest: int = LONGEST) -> str:
+    """Text as it can be shown: cut in the middle, and what would be invisible or turn the line around made visible."""
+    if len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} … {len(text) - longest} characters left out … {text[-longest // 4 :]}"
+    return "".join(map(_visible, text))
+
+
+def _visible(c: str) -> str:
+    if c in "\n\t" or c.isprintable() or c == "\u200d":  # the last joins emoji
+        return c
+    if ord(c) < 32:
+        return chr(0x2400 + ord(c))
+    return f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c

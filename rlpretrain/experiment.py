@@ -11,13 +11,11 @@ from pydantic.dataclasses import dataclass
 
 from rlpretrain.checkpoint import changes
 from rlpretrain.config import STRICT, ConfigError, Count, DataConfig, PretrainConfig, headed
-from rlpretrain.config_io import build, parse, read_mapping, to_dict
+from rlpretrain.config_io import HEADS, build, parse, read_mapping, to_dict
 from rlpretrain.objectives import parse_section
 
 BASE = "base"
 ENDLESS = 10**9
-SECTIONS = {"model": "path", "data": "path", "ntp_data": "path", "objective": "name", "engine": "name", "baseline": "name"}
-"""Sections that a plain string may stand for, and the field it then is."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -144,8 +142,8 @@ def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     out = dict(values)
     for key, value in above.items():
         old = out.get(key)
-        if key in SECTIONS:
-            old, value = ({SECTIONS[key]: v} if isinstance(v, str) else v for v in (old, value))
+        if key in HEADS:
+            old, value = ({HEADS[key]: v} if isinstance(v, str) else v for v in (old, value))
             if key == "objective" and value and old and value.get("name", old.get("name")) != old.get("name"):
                 old = None
         out[key] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value

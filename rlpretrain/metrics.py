@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rewards.controls import repetition, target_leakage
+from rlpretrain.console import shown
 from rlpretrain.ranks import Ranks
 from rlpretrain.types import MicroBatch, Scores
 from rollout.types import Group
@@ -222,13 +223,12 @@ COLUMNS = ("position", "context", "target", "thought", "tokens", "ended by", "re
 
 def thought_rows(groups: Sequence[Group], tokenizer: Any, positions: int = 4, thoughts: int = 4) -> list[tuple[Any, ...]]:
     """Some thoughts of a step as rows of `COLUMNS`, control characters made visible."""
-
     def text(ids: Sequence[int]) -> str:
-        return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in tokenizer.decode(ids))
+        return shown(tokenizer.decode(ids))
 
     return [
         (f"{g.position.document_id}@{g.position.index}", text(g.position.context_ids[-48:]), text(g.position.target_ids),
-         text(t.token_ids[:512]), len(t.token_ids), str(t.finish_reason), None if g.rewards is None else g.rewards[k])
+         text(t.token_ids), len(t.token_ids), str(t.finish_reason), None if g.rewards is None else g.rewards[k])
         for g in groups[:positions] for k, t in enumerate(g.thoughts[:thoughts])
     ]  # fmt: skip
 

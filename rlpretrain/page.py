@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,12 @@ import numpy as np
 import yaml
 
 from rlpretrain import __version__
+from rlpretrain.console import shown
 from rlpretrain.heat import CONTROLS, Place
 from rlpretrain.metrics import METRICS
 from rlpretrain.positions import TokenText
 from rlpretrain.types import Document
 
-LONGEST = 2_000
-"""Characters of a thought or context that are shown."""
 CURVES: Mapping[str, Sequence[str]] = {
     "information gain (nats)": ("ig/mean", "ig/frozen", "ig/self", "eval/gain_frozen"),
     "gain of thoughts that should not help": ("eval/empty", "eval/shuffled", "eval/other"),
@@ -33,7 +31,7 @@ CURVES: Mapping[str, Sequence[str]] = {
     "thought length (tokens)": ("completions/mean_length", "completions/max_length"),
     "how thoughts end (share)": ("thought/closed_frac", "completions/clipped_ratio", "thought/eos_frac"),
     "loss without a thought (nats per token)": ("ntp/loss", "eval/no_think_loss"),
-    "ratios": ("sampling/importance_sampling_ratio/mean", "clip_ratio/region_mean", "sampling/ess"),
+    "ratios": ("sampling/raw_mean", "sampling/raw_ess", "sampling/truncated_fraction", "clip_ratio/region_mean"),
     "seconds per step": ("step_time", "perf/rollout_s", "perf/train_s", "perf/sync_s"),
 }
 
@@ -49,21 +47,6 @@ class Page:
     rows: list[dict[str, float]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     about: str = ""
-
-
-def shown(text: str, longest: int = LONGEST) -> str:
-    """Text as it can be shown: cut in the middle, and what would be invisible or turn the line around made visible."""
-    if len(text) > longest:
-        text = f"{text[: longest * 3 // 4]} … {len(text) - longest} characters left out … {text[-longest // 4 :]}"
-    return "".join(map(_visible, text))
-
-
-def _visible(c: str) -> str:
-    if c in "\n\t" or c.isprintable() or c == "\u200d":  # the last joins emoji
-        return c
-    if ord(c) < 32:
-        return chr(0x2400 + ord(c))
-    return f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c
 
 
 def shade(gain: float, scale: float) -> str:
@@ -171,7 +154,7 @@ def _document(document: Document, there: Sequence[Place], tokenizer: Any, scale:
         gain, k = marks[token]
         start, end = starts[token], starts[token + 1]
         pieces.append({"text": shown(text[at:start], 20_000)})
-        pieces.append({"text": shown(text[start:end]), "gain": gain, "place": k, "first": token == there[k].group.position.index,
+        pieces.append({"text": shown(text[start:end]), "gain": gain, "place": k,
                        "colour": shade(gain or 0.0, scale)})  # fmt: skip
         at = end
     pieces.append({"text": shown(text[at:], 20_000)})
@@ -184,11 +167,10 @@ def _place(place: Place, tokenizer: Any, scale: float) -> dict[str, Any]:
     return {
         "index": position.index, "role": place.group.role, "gain": float(np.mean(scored)) if scored else None,
         "target": shown(tokenizer.decode(position.target_ids), 400),
-        "controls": {kind: gain for kind, gain in place.controls.items()},
+        "controls": place.controls,
         "rows": [{
             "text": shown(tokenizer.decode(row.thought.token_ids)), "length": len(row.thought.token_ids),
             "finish": str(row.thought.finish_reason), "reward": row.reward, "advantage": row.advantage, "gain": row.gain,
-            "version": row.thought.policy_version,
             "tokens": [{"text": shown(tokenizer.decode([t]), 40), "gain": g, "colour": shade(g, scale)}
                        for t, g in zip(position.target_ids, row.gains, strict=False)],
         } for row in place.rows],

@@ -21,10 +21,9 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config_io import build
 from rlpretrain.documents import read_all
 from rlpretrain.heat import Place, places
-from rlpretrain.objectives import Objective, parse_section
+from rlpretrain.objectives import Objective, delimiters, parse_section
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.page import Page, render
-from rlpretrain.prompts import Delimiters
 from rlpretrain.ranks import join
 from rlpretrain.scoring import Scorer, score
 from rlpretrain.types import Document
@@ -161,8 +160,8 @@ def _fill(page: Page, groups: Sequence[Group], known: Mapping[str, Document], ob
 
 
 def _load(config: PretrainConfig, path: str) -> tuple[nn.Module, Any, list[str]]:
-    delimiters = Delimiters(config.objective.get("open", "<think>"), config.objective.get("close", "</think>"))
-    model, tokenizer, added = models.load(replace(config.model, path=path, from_scratch=False), delimiters, config.seed)
+    start = replace(config.model, path=path, from_scratch=False)
+    model, tokenizer, added = models.load(start, delimiters(config.objective), config.seed)
     return model.to(join(config.device).device), tokenizer, added
 
 

@@ -24,11 +24,10 @@ from rlpretrain.documents import DocumentStream
 from rlpretrain.engines import SyncProbe, lie_down, make_engine, wake_up, write_start
 from rlpretrain.evaluate import Evaluation, evaluate, held_out
 from rlpretrain.metrics import StepMetrics, Trackers, staleness
+from rlpretrain.objectives import delimiters, parse_section
 from rlpretrain.objectives import load as load_objective
-from rlpretrain.objectives import parse_section
 from rlpretrain.packing import Layout, balanced, count, idle, pack
 from rlpretrain.policy import make_policy
-from rlpretrain.prompts import Delimiters
 from rlpretrain.ranks import Ranks, join
 from rlpretrain.scoring import check_tree
 from rlpretrain.types import Batch, Document, MicroBatch, Scores, Totals
@@ -50,7 +49,7 @@ class Run:
         self.config = config
         self.ranks: Ranks = join(config.device)
         self.folder = Path(config.output_dir)
-        owner, section = parse_section(config.objective)
+        owner, _ = parse_section(config.objective)
         if config.positions_per_step % self.ranks.size:
             raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {self.ranks.size} ranks")
         if "batch" in owner.needs and self.ranks.size > 1:
@@ -58,7 +57,7 @@ class Run:
         start = self._open_folder(resume)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.delimiters = Delimiters(section.open, section.close) if owner.has_positions else None
+        self.delimiters = delimiters(config.objective)
         model, self.tokenizer, added = models.load(config.model, self.delimiters, config.seed)
         models.check_head(model.to(self.ranks.device))
         self.objective = load_objective(config, self.tokenizer)

@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
+from rlpretrain.compat import gathered
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.documents import read_all
 from rlpretrain.loop import rewards_of
@@ -36,6 +37,7 @@ from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import Scorer, check_head, score
+from rlpretrain.sources import Cutter
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Thought
 
@@ -72,7 +74,7 @@ class ObjectiveReward:
             raise ConfigError(f"objective {name} has no thoughts to reward")
         self.__name__ = "information_gain" if name == "rlp" else name.rpartition(":")[2]
         self.delimiters = Delimiters(config.open, config.close)
-        self.added = ensure_delimiters(tokenizer, model, self.delimiters)
+        ensure_delimiters(tokenizer, model, self.delimiters)
         self.tokenizer, self.objective = tokenizer, owner(config, tokenizer)
         if "batch" in self.objective.needs or getattr(self.objective, "judge", 0) is None and config.reward == "judge":
             raise ConfigError(f"objective {name} cannot be a reward function with these settings: it compares whole batches, or "
@@ -97,7 +99,7 @@ class ObjectiveReward:
         """`to_prompt_dataset` for this objective."""
         return to_prompt_dataset(documents, self.tokenizer, objective=self.objective, **settings)
 
-    def watch(self, model: nn.Module, *, first: bool = True) -> None:
+    def watch(self, model: nn.Module) -> None:
         """The model to score with: what the callback is given when training begins."""
         self.model = model
         inner = plain(model)
@@ -201,7 +203,7 @@ class ObjectiveReward:
             return replace(scores, baseline_logps=torch.zeros_like(scores.baseline_logps))
         if self.baseline == "frozen" and _has_adapters(self.model):
             with self.model.disable_adapter():  # type: ignore[union-attr]
-                return Frozen.__call__(_Shared(plain(self.model)), scores, micro)
+                return _Shared(plain(self.model))(scores, micro)
         return scores if self.reference is None else self.reference(scores, micro)
 
     def _log(self, groups: Sequence[Group], found: Mapping[str, np.ndarray], log: Callable[..., None]) -> None:
@@ -284,10 +286,16 @@ def _documents(given: Any, tokenizer: Any, column: str, max_length: int) -> Iter
     known = getattr(given, "column_names", None)
     if known and column not in known:
         raise ConfigError(f"the dataset has no column '{column}': it has {', '.join(known)}")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = (row if isinstance(row, str) else row[column] for row in given)
-    ids = ((tokenizer(text)["input_ids"] + end)[:max_length] for text in texts)
-    return (Document(str(i), tuple(found)) for i, found in enumerate(ids) if len(found) > 1)
+    cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length), tokenizer, 2)
+
+    def cut() -> Iterator[Document]:
+        for i, row in enumerate(given):
+            (pieces,) = cutter.pieces({column: [row if isinstance(row, str) else row[column]]}, [i])
+            for k, (ids, answer_at) in enumerate(pieces):
+                if len(ids) > 1:
+                    yield cutter.document(i, k if len(pieces) > 1 else -1, ids, answer_at, {})
+
+    return cut()
 
 
 class _LiveModel(TrainerCallback):
@@ -352,12 +360,7 @@ class _Gathering(Scorer):
 
     def read(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: Any, want: str) -> Any:
         """With the whole head."""
-        parts = [p for p in self.model.get_output_embeddings().parameters() if hasattr(p, "ds_id")]
-        if not parts:
-            return super().read(hidden, labels, temperature, want)
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parts):
+        with gathered(self.model.get_output_embeddings().parameters()):
             return super().read(hidden, labels, temperature, want)
 
 

@@ -10,16 +10,16 @@ experimental.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlpretrain.adapters import pieces
 from rlpretrain.batches import roll_out
+from rlpretrain.compat import gathered
 from rlpretrain.config import ConfigError
 from rlpretrain.objectives import Setting
 from rlpretrain.trl import COLUMNS, ObjectiveReward, plain
@@ -81,14 +81,5 @@ class Rollouts:
         if self.reward.model is None:
             raise RuntimeError("Rollouts has no model yet: pass callbacks=[reward.callback] to the trainer")
         for piece in pieces(plain(self.reward.model)):
-            with _whole(piece.needs):
+            with gathered(piece.needs):
                 yield piece.name, piece.make().detach()
-
-
-def _whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded)

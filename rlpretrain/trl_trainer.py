@@ -124,13 +124,13 @@ class RLPTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with RLP's advantages and the documents of the thoughts."""
         out = super()._generate_and_score_completions(inputs)
-        if self.scale_rewards == "none" and self.known_rewards is not None:
-            group = self.num_generations if self.model.training else self.num_generations_eval
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        if self.scale_rewards == "none" and self.known_rewards is not None and group > 1:
             found = self.known_rewards
             total = (found * self.reward_weights.to(found)).nansum(1).masked_fill(found.isnan().all(1), torch.nan)
-            advantages = leave_one_out(total.view(-1, group)).flatten().to(out["advantages"]) if group > 1 else out["advantages"]
+            advantages = leave_one_out(total.view(-1, group)).flatten().to(out["advantages"])
             mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
-            out["advantages"] = advantages[mine] if group > 1 else advantages
+            out["advantages"] = advantages[mine]
         if self.args.ntp_coef:
             out["documents"] = [tuple(row["document_token_ids"]) for row in inputs]
             here = torch.tensor(sum(len(d) - 1 for d in out["documents"]), device=self.accelerator.device)

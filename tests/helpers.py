@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def one_step(values: dict[str, Any], **changes: Any) -> tuple[Run, dict[str, torch.Tensor]]:
-    """A run after one step, and the gradient that step applied (before clipping)."""
+def one_step(values: dict[str, Any], prepare: Callable[[Run], None] = lambda run: None,
+             **changes: Any) -> tuple[Run, dict[str, torch.Tensor]]:  # fmt: skip
+    """A run after one step, and the gradient that step applied (before clipping); `prepare` is given it before."""
     run = Run(build(merged(values, **({"max_steps": 1, "optim__clip_grad_norm": 0.0} | changes))), None)
+    prepare(run)
     gradient: dict[str, torch.Tensor] = {}
     step = run.policy.step
 

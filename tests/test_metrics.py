@@ -162,7 +162,7 @@ def test_nothing_in_a_thought_is_markdown():
     thought = Thought((1,), (0.0,), FinishReason.CLOSE, 0, 0)
     group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,), 0, rewards=(0.5,))
     (row,) = thought_rows([group], Words())
-    assert row[0] == "d@1" and row[4:] == (1, "close", 0.5) and "\\u001b[0m\\u202e" in row[3]
+    assert row[0] == "d@1" and row[4:] == (1, "close", 0.5) and "␛[0m⟨U+202E⟩" in row[3]
     line = markdown([row]).splitlines()[2]
     assert line.count("|") == 8 and "# <script>" in line and line.count("`") == 14
 

@@ -18,12 +18,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rewards import importance_ratio
 from rlpretrain import Pretrainer
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
+from rlpretrain.evaluate import MEANING
 from rlpretrain.heat import CONTROLS, places
-from rlpretrain.page import Page, render, shade, shown, warnings_of
+from rlpretrain.metrics import METRICS
+from rlpretrain.page import CURVES, Page, render, shade, shown, warnings_of
 from rlpretrain.report import LARGEST, inspect, report
 from rlpretrain.types import Document
 from rollout.store import Store
@@ -177,6 +180,13 @@ def test_a_page_never_outgrows_its_size(monkeypatch, tmp_path):
 )
 def test_shown(text, expected):
     assert shown(text) == expected
+
+
+def test_every_curve_is_of_something_that_is_logged():
+    """By name: a panel of names that nobody logs would never be missed."""
+    ratios = importance_ratio(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool), cap=2.0)
+    known = {*METRICS, *(f"eval/{n}" for n in MEANING), *(f"sampling/{n}" for n in ratios.diagnostics)}
+    assert {name for names in CURVES.values() for name in names} <= known
 
 
 def test_long_text_is_cut_in_the_middle():

@@ -125,6 +125,8 @@ def test_prompts_are_the_documents_own_ids(base, corpus):
     assert again["context_ids"] == data["context_ids"]
     stream = to_prompt_dataset(IterableDataset.from_generator(lambda: ({"text": t} for t in texts)), tokenizer, **AFTER)
     assert isinstance(stream, IterableDataset) and next(iter(stream))["context_ids"] == data[0]["context_ids"]
+    short = to_prompt_dataset(texts[:1], tokenizer, max_length=6, whole=True, positions="every_k", every=2)
+    assert {"0.0", "0.1"} <= set(short["document_id"])  # long texts are split, as those of a file are
     random = to_prompt_dataset(texts, tokenizer, epochs=2, seed=3)
     assert random["position"][: len(texts)] != random["position"][len(texts) :]
 
@@ -207,7 +209,7 @@ def test_other_objectives_are_reward_functions_too(base, corpus, tmp_path, field
                     train_dataset=reward.dataset(str(corpus / "train.jsonl")), processing_class=tokenizer).train()  # fmt: skip
     ((groups, rewards, _),) = kept.calls
     assert len(rewards) == 8 and all(isinstance(r, float) for r in rewards)
-    if "needs" in dir(reward.objective) and "target" not in reward.objective.needs:
+    if "target" not in reward.objective.needs:
         assert rewards == [r for g in groups for r in g.rewards]
 
 

@@ -18,14 +18,11 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
 from rlpretrain.corpora import dial
-from rlpretrain.loop import train
-from rlpretrain.run import Run
 from rlpretrain.trl import COLUMNS, InformationGainReward
 from rlpretrain.trl_rollout import Rollouts
 from rollout.hf import HFEngine
-from tests.helpers import ROOT, merged
+from tests.helpers import ROOT, one_step
 from tests.test_engines import SHAPE
 from tests.test_trl import AFTER, Kept, by_hand, settings
 from tests.tiny import tiny_model
@@ -47,20 +44,15 @@ class Gradient(TrainerCallback):
 
 def native(values: dict[str, Any], **changes: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(batch, gradient, weights after) of one step of our own loop."""
-    same = {"max_steps": 1, "optim__clip_grad_norm": 0.0, "optim__warmup_steps": 0, "optim__betas": (0.9, 0.999),
-            "loss__reader_coef": 0.0}  # fmt: skip
-    run = Run(build(merged(values, **(same | changes))), None)
-    batch, gradient, step = run.take(), {}, run.policy.step
-    run.take = lambda: batch  # type: ignore[method-assign]
+    kept: list[Any] = []
 
-    def spy() -> Any:
-        gradient.update({n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None})
-        return step()
+    def keep(run: Any) -> None:
+        kept.append(run.take())
+        run.take = lambda: kept[0]
 
-    run.policy.step = spy
-    train(run)
-    run.close()
-    return batch, gradient, {n: p.detach() for n, p in run.policy.model.named_parameters()}
+    same = {"optim__warmup_steps": 0, "optim__betas": (0.9, 0.999), "loss__reader_coef": 0.0}
+    run, gradient = one_step(values, keep, **(same | changes))
+    return kept[0], gradient, {n: p.detach() for n, p in run.policy.model.named_parameters()}
 
 
 def rows(batch: Any, tokenizer: Any) -> Dataset:

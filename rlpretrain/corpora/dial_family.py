@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def find(rng: random.Random, mix: Mix) -> list[str]:
     return ["find", *words[:start], HIDDEN, *words[stop:], OPEN, *thoughts, CLOSE, BOX, *words[start:stop], END]
 
 
-FORMATS: Mapping[str, Callable[[random.Random, Any], list[str]]] = {
+FORMATS: dial.Formats = {
     "prose": dial.prose, "chain": dial.chain, "worked": dial.worked, "plain": plain, "think": think, "sentence": sentence,
     "box": box, "tell": tell, "fill": fill, "hide": hide, "find": find,
 }  # fmt: skip

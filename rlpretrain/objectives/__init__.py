@@ -13,9 +13,10 @@ from typing import Any
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config_io import parse
 from rlpretrain.objectives.base import Config, Objective, Setting
+from rlpretrain.prompts import Delimiters
 from rollout.types import SamplingParams
 
-__all__ = ["Config", "Objective", "Setting", "available", "find", "load", "parse_section"]
+__all__ = ["Config", "Objective", "Setting", "available", "delimiters", "find", "load", "parse_section"]
 
 
 def available() -> list[str]:
@@ -49,6 +50,12 @@ def parse_section(section: Mapping[str, Any]) -> tuple[type[Objective], Any]:
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known) or 'no fields'}"
             raise ConfigError(f"unknown key 'objective.{key}': {hint}")
     return owner, parse(owner.Config, section, "objective")
+
+
+def delimiters(section: Mapping[str, Any]) -> Delimiters | None:
+    """The tags of a thought under an `objective:` section; None for an objective without thoughts."""
+    owner, config = parse_section(section)
+    return Delimiters(config.open, config.close) if owner.has_positions else None
 
 
 def load(run: PretrainConfig, tokenizer: Any) -> Objective:
