@@ -1,25 +1,28 @@
 """LoRA on the policy: small trained matrices beside frozen weights (arXiv 2106.09685), by PEFT.
 
 The model stays what transformers made; its linear layers are wrapped in place. Whoever asks for weights gets merged ones under
-the names of the checkpoint, so engines, baselines and saved models know nothing of adapters; an engine that can run an adapter
-beside its own base weights may get the adapter alone.
+the names of the checkpoint, so engines and saved models know nothing of adapters; an engine that can run an adapter beside its
+own base weights may get the adapter alone. With its adapters off the model is the initial one: a frozen baseline needs no copy.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rlpretrain.config import ConfigError, LoraConfig
+from rlpretrain.config import ConfigError, LoraConfig, PretrainConfig
 
 INSTALL = 'pip install "rlpretrain[peft]"'
 NAME = "default"
-_BASE = ".base_layer."
+_WRAPPERS = (".base_layer.", ".token_adapter.")
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,46 @@ class Piece:
     make: Callable[[], Tensor]
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Freeze `model` and put trained adapters beside its layers, in place; ConfigError for layers that are not there."""
+def check(config: PretrainConfig) -> None:
+    """ConfigError for settings that adapters and quantised weights do not go with."""
+    lora, quantised = config.policy.lora, config.model.quantization != "none"
+    if quantised and lora is None:
+        raise ConfigError("model.quantization: rounded weights are not trained, adapters on them are: set policy.lora")
+    if quantised and config.baseline.name == "ema":
+        raise ConfigError("model.quantization: an average of rounded weights does not move: use baseline frozen, self or none")
+    if quantised and config.engine.name == "hf" and config.engine.max_staleness:
+        raise ConfigError("model.quantization with engine hf needs engine.max_staleness 0: a copy takes no merged weights")
+    if lora and lora.sync == "adapter" and (quantised or lora.use_dora):
+        what = "policy.lora.use_dora" if lora.use_dora else "model.quantization, whose rounded base vLLM does not have"
+        raise ConfigError(f"policy.lora.sync: adapter does not go with {what}: use merged")
+
+
+def add_lora(model: nn.Module, config: LoraConfig, new_tokens: Sequence[int] = ()) -> nn.Module:
+    """Freeze `model` and put trained adapters beside its layers, in place; ConfigError for layers that are not there.
+
+    The rows of `new_tokens` are trained too, in the embedding and in the head: a tag that nobody ever saw means nothing else.
+    """
     try:
         import peft
     except ImportError as error:
         raise ImportError(f"policy.lora needs PEFT: {INSTALL}") from error
+    if new_tokens and config.sync == "adapter":
+        raise ConfigError("policy.lora.sync: adapter has no way to hand over the thought delimiters that were added: use merged, "
+                          "or policy.lora.new_tokens: false, which leaves their embeddings as they begin")  # fmt: skip
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    lora = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    tied = tables[0].weight is tables[1].weight
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if any(m is t for t in tables[: 1 if tied else 2])}
+    lora = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM",
+                           use_dora=config.use_dora,
+                           trainable_token_indices={n: list(new_tokens) for n in names} if new_tokens else None)  # fmt: skip
     try:
-        return peft.inject_adapter_in_model(lora, model, adapter_name=NAME)  # type: ignore[arg-type]
+        model = peft.inject_adapter_in_model(lora, model, adapter_name=NAME)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"policy.lora.target_modules {config.target_modules}: {str(error).splitlines()[0]}") from None
+    if hasattr(model.get_output_embeddings(), "lora_A"):  # type: ignore[operator]
+        raise ConfigError("policy.lora.target_modules names the output head, whose adapter scoring would not see: leave it out")
+    return model
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -50,26 +81,85 @@ def has_lora(model: nn.Module) -> bool:
     return NAME in getattr(model, "peft_config", {})
 
 
+def new_tokens(model: Any) -> list[int]:
+    """The tokens whose rows `add_lora` made trainable."""
+    known = model.peft_config[NAME].trainable_token_indices or {}
+    return list(next(iter(known.values()), []))
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model computes what it did before it was given adapters, those of TRL's trainers included."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for p, grad in trained:  # which PEFT turns with them
+            p.requires_grad_(grad)
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name or ".trainable_tokens_" in name
+
+
 def pieces(model: nn.Module) -> Iterator[Piece]:
-    """Every parameter under the names of the checkpoint, tied ones under each, with the adapters merged in."""
+    """Every parameter under the names of the checkpoint, tied ones under each, with the adapters merged in, dequantised."""
     for name, p in model.named_parameters(remove_duplicate=False):
-        if ".lora_" in name:
+        if _is_adapter(name):
             continue
-        owner, inside, leaf = name.partition(_BASE)
-        if inside and leaf == "weight":
-            layer: Any = model.get_submodule(owner)
-            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            yield Piece(f"{owner}.{leaf}", (p, a, b),
-                        lambda p=p, layer=layer: p.detach() + layer.get_delta_weight(NAME).detach().to(p.dtype))  # fmt: skip
+        owner, _, leaf = name.rpartition(".")
+        plain = name
+        for wrapper in _WRAPPERS:
+            plain = plain.replace(wrapper, ".")
+        if owner.endswith(".base_layer") and leaf == "weight":
+            layer: Any = model.get_submodule(owner.removesuffix(".base_layer"))
+            yield Piece(plain, tuple(layer.parameters()), partial(_merged, layer))
+        elif p.is_floating_point():
+            yield Piece(plain, (p,), p.detach)
         else:
-            yield Piece(name.replace(_BASE, "."), (p,), p.detach)
+            yield Piece(plain, (p,), partial(_dense, model.get_submodule(owner)))
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    """The weight of a wrapped layer with its adapter."""
+    if hasattr(layer, "get_merged_weights"):  # trained rows of a table
+        return layer.get_merged_weights([NAME]).detach()
+    base = _dense(layer.base_layer)
+    variant = layer.lora_variant.get(NAME)
+    if variant is not None:  # DoRA
+        return variant.merge_safe(layer, NAME, base).detach()
+    return base + layer.get_delta_weight(NAME).detach().to(base.dtype)
+
+
+def _dense(layer: nn.Module) -> Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(layer).detach()
 
 
 def adapter_pieces(model: nn.Module) -> Iterator[Piece]:
     """The adapters alone, named as in PEFT's files."""
     for name, p in model.named_parameters():
-        if ".lora_" in name:
-            yield Piece(f"base_model.model.{name.replace(f'.{NAME}.', '.')}", (p,), p.detach)
+        if _is_adapter(name):
+            short = name.removesuffix(f".{NAME}").removesuffix(f"_magnitude_vector.{NAME}.weight")
+            short += "_magnitude_vector" if name.endswith(f"_magnitude_vector.{NAME}.weight") else ""
+            yield Piece(f"base_model.model.{short.replace(f'.{NAME}.', '.')}", (p,), p.detach)
+
+
+@torch.no_grad()
+def copy_adapter(model: nn.Module, adapter: Mapping[str, Tensor]) -> None:
+    """Set the adapters of `model` to those that `adapter_pieces` gave of another."""
+    for piece in adapter_pieces(model):
+        piece.needs[0].copy_(adapter[piece.name])
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
@@ -82,7 +172,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A frozen copy without adapters: its weights are the base's until merged ones are copied into it."""
     twin: Any = copy.deepcopy(model).requires_grad_(False)
     for name, module in [(n, m) for n, m in twin.named_modules() if hasattr(m, "base_layer")]:
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = name.removesuffix(".token_adapter").rpartition(".")
         setattr(twin.get_submodule(parent), leaf, module.base_layer)
     if has_lora(twin):
         del twin.peft_config

@@ -7,14 +7,17 @@ same weights under plain RLP. It matters where gains are clipped or compared acr
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlpretrain.config import BaselineConfig
-from rlpretrain.scoring import Scorer
+from rlpretrain.config import PretrainConfig
+from rlpretrain.ranks import Ranks
+from rlpretrain.scoring import Beside
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -42,26 +45,66 @@ class NoBaseline(Baseline):
 
 
 class Frozen(Baseline):
-    """A model that never changes, usually the initial one."""
+    """A model that never changes, usually the initial one: a copy, or a trained model with its adapters off (`bare`).
 
-    def __init__(self, model: nn.Module):
-        self.model = model.requires_grad_(False).eval()
-        self.scorer = Scorer(self.model)
+    Of documents that come again, in whole rows (`Layout.whole_arms`), up to `keep` log-probs stay: each is read once.
+    """
+
+    def __init__(self, model: nn.Module, *, bare: bool = False, keep: int = 0, ranks: Ranks | None = None):
+        self.model, self.keep, self.ranks = model, keep, ranks or Ranks()
+        if not bare:
+            model.requires_grad_(False).eval()
+        self.scorer = Beside(model, bare)
+        self.known: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.kept = 0
 
     def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
         return replace(scores, baseline_logps=self.logps(micro))
 
     @torch.no_grad()
     def logps(self, micro: MicroBatch) -> Tensor:
-        """log p(target | context) [B, T] under this model, without a thought."""
+        """log p(target | context) [B, T] under this model, without a thought. Under ZeRO-3 all ranks call it together."""
         device = next(self.model.parameters()).device
-        ids, mask, rows = (t.to(device) for t in (micro.arm.input_ids, micro.arm.attention_mask, micro.arm.rows))
-        seen = rows >= 0
+        arm, seen = micro.arm, micro.arm.rows >= 0
         out = torch.zeros(seen.shape, device=device)
-        if not seen.any():
-            return out
-        logps, _ = self.scorer(ids, mask, None, rows[seen], micro.target_labels.to(device)[seen])
-        return out.masked_scatter(seen, logps)
+        if not self.keep:
+            found = self._read(arm.input_ids, arm.attention_mask, arm.rows[seen], micro.target_labels[seen])
+            return out.masked_scatter(seen.to(device), found)
+        sizes = arm.attention_mask.sum(1).tolist()
+        rows = [arm.input_ids[r, :n].cpu() for r, n in enumerate(sizes)]
+        names = [blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows]
+        new = {name: r for r, name in enumerate(names) if name not in self.known}
+        ids, mask = (t[list(new.values())] for t in (arm.input_ids, arm.attention_mask))
+        inside = mask[:, 1:].bool()
+        at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, :-1]
+        found = self._read(ids, mask, at[inside], ids[:, 1:][inside]).cpu()
+        here = {name: self.known[name] for name in names if name not in new}
+        here |= zip(new, found.split([sizes[r] - 1 for r in new.values()]), strict=True)
+        for name, logps in here.items():
+            self._remember(name, logps)
+        width = arm.input_ids.shape[1]
+        values = torch.stack([here[names[i // width]][i % width] for i in arm.rows[seen].tolist()]) if seen.any() else found[:0]
+        return out.masked_scatter(seen.to(device), values.to(device))
+
+    def _read(self, ids: Tensor, mask: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        wanted = float(len(rows) > 0)
+        if not (self.ranks.max([wanted])[0] if self.scorer.sharded else wanted):
+            return torch.zeros(0, device=device)
+        if not wanted:  # others have something to read, and need this rank's part of the weights
+            ids, rows, labels = torch.zeros(1, 2, dtype=torch.int64), rows.new_zeros(1), rows.new_zeros(1)
+            mask = torch.ones_like(ids)
+        logps, _ = self.scorer(*(t.to(device) for t in (ids, mask)), None, *(t.to(device) for t in (rows, labels)))
+        return logps if wanted else logps[:0]
+
+    def _remember(self, name: bytes, logps: Tensor) -> None:
+        """Keep what was used last."""
+        if name in self.known:
+            self.known.move_to_end(name)
+            return
+        self.known[name], self.kept = logps.clone(), self.kept + len(logps)
+        while self.kept > self.keep:
+            self.kept -= len(self.known.popitem(last=False)[1])
 
 
 class Ema(Frozen):
@@ -93,12 +136,18 @@ class Ema(Frozen):
             p.copy_(state[name])
 
 
-def make_baseline(config: BaselineConfig, initial: nn.Module) -> Baseline:
-    """The baseline that `baseline.name` names; `initial` is copied where a copy is needed."""
-    if config.name == "none":
-        return NoBaseline()
-    if config.name == "frozen":
-        return Frozen(copy.deepcopy(initial))
-    if config.name == "ema":
-        return Ema(copy.deepcopy(initial), config.decay)
-    return Baseline()
+def make_references(config: PretrainConfig, initial: nn.Module, wanted: bool, again: bool,
+                    ranks: Ranks) -> tuple[Frozen | None, Baseline]:  # fmt: skip
+    """(the frozen initial model if it is `wanted` for what is logged, the baseline that `baseline.name` names).
+
+    Called before the model gets adapters: with them it is its own frozen model, else that is one copy for both purposes.
+    `again`: documents will come more than once, so their log-probs are worth keeping.
+    """
+    b, bare, frozen = config.baseline, config.policy.lora is not None, None
+    if wanted or b.name == "frozen":
+        keep = b.cache_tokens if again and b.name == "frozen" else 0
+        frozen = Frozen(initial if bare else copy.deepcopy(initial), bare=bare, keep=keep, ranks=ranks)
+    if frozen and b.name == "frozen":
+        return frozen, frozen
+    named = {"none": NoBaseline, "self": Baseline, "ema": lambda: Ema(copy.deepcopy(initial), b.decay)}
+    return frozen, named[b.name]()

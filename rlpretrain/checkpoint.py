@@ -73,6 +73,27 @@ def broken(path: Path) -> str | None:
     return None
 
 
+def open_folder(folder: Path, resume: str | bool | None, ranks: Ranks) -> Path | None:
+    """Make the folder of a run; the checkpoint to go on from, if `resume` (a path, or True or auto for the newest) finds one.
+
+    Raises ConfigError for a folder that holds another run or cannot be made.
+    """
+    found: Path | None = None
+    if resume in (True, "auto"):
+        found, problems = latest(folder)
+        for problem in problems if ranks.first else ():
+            print(f"ignored: {problem}")
+    elif resume:
+        found = Path(str(resume))
+    elif any(ranks.gather((folder / "run.json").exists())):  # all ranks look before the first one writes
+        raise ConfigError(f"{folder} holds another run: resume it (--resume auto) or choose another output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be made: {error}") from None
+    return found
+
+
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest usable checkpoint of a run, and what was wrong with newer ones."""
     problems = []

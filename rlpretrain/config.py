@@ -48,6 +48,8 @@ class ModelConfig:
     """Run code that comes with the checkpoint. Off unless you know the author."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Linear layers in four (nf4) or eight bits by bitsandbytes, for adapters on top (QLoRA, arXiv 2305.14314)."""
     from_scratch: bool = False
     """Take only the configuration of `path` and initialise the weights from the seed: pretraining from nothing."""
     config_beside: str | None = None
@@ -171,6 +173,10 @@ class LoraConfig:
     """The adapter is scaled by alpha / r."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get one: all-linear (all but the output head), or the ends of their names (q_proj, v_proj, ...)."""
+    use_dora: bool = False
+    """Train the length of each weight column beside its direction (DoRA, arXiv 2402.09353)."""
+    new_tokens: bool = True
+    """Train the embeddings of thought delimiters that the tokenizer lacked."""
     sync: Literal["merged", "adapter"] = "merged"
     """What the engine gets: whole weights with the adapters merged in, or the adapters alone (vllm_local)."""
 
@@ -242,7 +248,10 @@ class BaselineConfig:
     decay: Annotated[float, Field(ge=0, le=1)] = 0.999
     """EMA decay per optimizer step."""
     frozen_every: int = 10
-    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never, which saves a copy of it."""
+    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never. Under LoRA the initial model is
+    the trained one with its adapters off, else it is a copy that 0 saves."""
+    cache_tokens: Annotated[int, Field(ge=0)] = 2**24
+    """Log-probs of `frozen` to keep where documents come again, 4 bytes each; 0: none."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from rlpretrain import compat
+from rlpretrain.adapters import check
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
 from rlpretrain.config_io import build, to_dict
 from rlpretrain.memory import GIB, Sizes, count_parameters, memory, peak
@@ -34,6 +35,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     """
     notes: list[str] = []
     objective = make_objective(config, notes)
+    check(config)
     shape, where = model_shape(config.model, beside)
     sizes = make_sizes(config, objective, shape, notes)
     documents = count_rows(config.data, notes)
@@ -150,8 +152,8 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
         notes.append(f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the device, "
                      "its weights included")  # fmt: skip
     micro = max(config.token_budget, row, piece)
-    parameters, trained = count_parameters(shape, config.model.trust_remote_code, policy.lora)
-    return Sizes(parameters, trained, ranks, backend, stage, device, prompt, row, micro)
+    parameters, trained, linear = count_parameters(shape, config.model.trust_remote_code, policy.lora)
+    return Sizes(parameters, trained, linear, ranks, backend, stage, device, prompt, row, micro)
 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:

@@ -109,10 +109,10 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
              greedy: bool = True, pad_id: int = 0) -> Evaluation:  # fmt: skip
     """Evaluate `model` at the objective's positions in `documents` (one position a document: the first it gives).
 
-    `frozen` is the model whose no-think arm the honest gain is measured against (itself, if none). Positions and thoughts
-    depend on `seed` and the document's id only, whatever the ranks and the order.
+    `frozen` is the model, or a scorer of it, whose no-think arm the honest gain is measured against (itself, if none).
+    Positions and thoughts depend on `seed` and the document's id only, whatever the ranks and the order.
     """
-    scorer, reference = Scorer(model), Scorer(frozen if frozen is not None else model)
+    scorer, reference = Scorer(model), frozen if isinstance(frozen, Scorer) else Scorer(frozen if frozen is not None else model)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
     entropies: Sequence[Any] = [None] * len(documents)
     if "entropy" in objective.needs:  # the frozen model's: the same places whatever is trained

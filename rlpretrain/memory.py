@@ -36,6 +36,8 @@ class Sizes:
     parameters: int
     trained: int
     """Parameters that the optimizer changes: those of the adapters under LoRA."""
+    linear: int
+    """Parameters of linear layers but the head: those that `model.quantization` rounds."""
     ranks: int
     backend: str
     stage: int
@@ -48,8 +50,9 @@ class Sizes:
     """Most tokens of one micro-batch."""
 
 
-def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None) -> tuple[int, int]:
-    """Parameters of the model that transformers builds from a configuration, tied ones once, and those that are trained.
+def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None) -> tuple[int, int, int]:
+    """Parameters of the model that transformers builds from a configuration, tied ones once; those that are trained, and those of
+    linear layers.
 
     Nothing is allocated. `lora` puts its adapters beside the model: they are in both numbers.
     """
@@ -58,11 +61,13 @@ def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConf
             built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ConfigError(f"{type(shape).__name__} is no causal language model that transformers builds: {error}") from error
+    head = built.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in built.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     if lora:
         with torch.device("meta"):
             add_lora(built, lora)
     parameters = list(built.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), linear
 
 
 def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
@@ -80,8 +85,13 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     over = ["" if stage < k else " / W" for k in range(4)]  # what ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights
     share = [w if text else 1 for text in over]
     gradient = 4 if b == 2 and sizes.backend == "torch" else b
+    weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
+    if (bits := {"4bit": 4, "8bit": 8}.get(config.model.quantization)) and sizes.linear:
+        size = bits / 8 + 4 / 64  # a float32 scale for each 64 of them
+        rest = p - sizes.linear
+        weights = Item("weights", size * sizes.linear + b * rest, f"{size:g} of P in linear layers, {b} of the rest")
     items = [
-        Item("weights", b * p / share[3], f"{b} P{over[3]}"),
+        weights,
         Item("gradients", gradient * t / share[2], f"{gradient} {what}{over[2]}"),
         Item("AdamW's two moments", 8 * t / share[1], f"8 {what}{over[1]}"),
     ]
@@ -89,11 +99,16 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
         items.append(Item("fp32 master weights", 4 * t / share[1], f"4 {what}{over[1]}"))
     thinks = parse_section(config.objective)[0].has_positions
     items += engine_weights(config.engine, config.model.dtype, p, stage) if thinks else []
-    if thinks and config.baseline.name in ("ema", "frozen"):
-        size = 4 if config.baseline.name == "ema" else b
-        items.append(Item(f"baseline {config.baseline.name}", size * p, f"{size} P, whole on every rank"))
-    if thinks and (config.baseline.frozen_every or config.eval.data):
-        items.append(Item("initial model", b * p, f"{b} P, for ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"))
+    if thinks and config.baseline.name == "ema":
+        items.append(Item("baseline ema", 4 * p, "4 P, whole on every rank"))
+    if thinks and (config.baseline.name == "frozen" or config.baseline.frozen_every or config.eval.data):
+        if config.policy.lora:
+            items.append(Item("initial model", 0, "none: the trained one with its adapters off"))
+        else:
+            why = "for baseline frozen, ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"
+            items.append(Item("initial model", b * p, f"{b} P, whole on every rank, {why}"))
+    if thinks and config.baseline.name == "frozen":
+        items.append(Item("log-probs of frozen", 4 * config.baseline.cache_tokens, "4 bytes for each of baseline.cache_tokens"))
 
     text = shape.get_text_config()
     h, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size

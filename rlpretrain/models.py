@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 
 from rlpretrain import __version__
-from rlpretrain.adapters import adapter_config, has_lora
+from rlpretrain.adapters import adapter_config, has_lora, pieces
+from rlpretrain.compat import INSTALL
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.scoring import check_head
@@ -69,6 +72,8 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     form: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
         form["attn_implementation"] = config.attn_implementation
+    if config.quantization != "none":
+        form["quantization_config"] = _quantized(config)
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     torch.manual_seed(seed)
     if config.from_scratch:
@@ -92,7 +97,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         if lacking := sorted(found["missing_keys"]):
             raise ConfigError(f"the checkpoint '{config.path}' lacks {len(lacking)} weights of its model, for instance "
                               f"{', '.join(lacking[:3])}: not a causal language model, or saved incompletely")  # fmt: skip
-    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    broken = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if broken:
         raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")
     if config.gradient_checkpointing:
@@ -104,12 +109,29 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def _quantized(config: ModelConfig) -> Any:
+    """What transformers is told; the head and the embedding keep their precision."""
+    if config.from_scratch:
+        raise ConfigError("model.quantization is for a checkpoint, not for weights from_scratch")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"model.quantization needs bitsandbytes: {INSTALL['qlora']}")
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype))
+
+
 def load(config: ModelConfig, delimiters: Delimiters | None, seed: int = 0) -> tuple[nn.Module, Any, list[str]]:
     """(model, tokenizer, delimiters that had to be added to both)."""
     tokenizer = load_tokenizer(config)
     model = load_model(config, seed)
     added = ensure_delimiters(tokenizer, model, delimiters) if delimiters is not None else []
     return model, tokenizer, added
+
+
+def count(model: nn.Module) -> int:
+    """Parameters, tied ones once, sharded and rounded ones as if whole."""
+    sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(2 * n if p.dtype == torch.uint8 else n for p, n in sizes)  # a byte of nf4 holds two
 
 
 def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
@@ -125,26 +147,29 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
             state[name] = tensor.to("cpu", copy=True) if policy.stage_gathers else tensor
     if not first:
         return
-    work = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    with _no_bars():
-        policy.model.save_pretrained(work, state_dict=state)
-    tokenizer.save_pretrained(work)
     if lora:
         shutil.rmtree(path.with_name("adapter"), ignore_errors=True)
         path.with_name("adapter").mkdir()
         write_adapter(path.with_name("adapter"), adapter, adapter_config(policy.model))
-    if path.exists():
-        shutil.rmtree(path)
-    work.replace(path)
+    _write(policy.model, state, tokenizer, path)
 
 
 def save_start(model: Any, tokenizer: Any, path: Path) -> None:
     """Write a model that is not (or no longer) what its path holds, for an engine that loads from disk."""
+    _write(model, {piece.name: piece.make() for piece in pieces(model)}, tokenizer, path)
+
+
+def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> None:
+    """An ordinary folder, aside and then renamed; of a quantised model one in its full precision."""
     work = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
+    if getattr(model, "is_quantized", False):
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     with _no_bars():
-        model.save_pretrained(work)
+        model.save_pretrained(work, state_dict=state)
     tokenizer.save_pretrained(work)
     shutil.rmtree(path, ignore_errors=True)
     work.replace(path)

@@ -36,6 +36,7 @@ class Layout:
     pad_id: int = 0
     tree: bool = False
     target: bool = True
+    whole_arms: bool = False  # Arm holds whole rows: what a baseline needs that remembers documents
     no_think_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)  # group id → context of the no-think arm
 
 
@@ -270,7 +271,7 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
         where = [np.arange(len(row)) + r * input_ids.shape[1] for r, row in enumerate(rows)]
     return MicroBatch(
         input_ids=input_ids, attention_mask=attention, position_ids=places, tree=tree, row_tokens=sum(map(len, rows)),
-        arm=_arm(rows, baseline_at, layout.pad_id), groups=groups, documents=[d for _, d in units if d is not None],
+        arm=_arm(rows, baseline_at, layout), groups=groups, documents=[d for _, d in units if d is not None],
         offsets=[first] * len(groups), thought_rows=_flat(thought_at, where), thought_labels=torch.from_numpy(thought_labels),
         thought_mask=torch.from_numpy(thought_mask), token_weights=torch.from_numpy(weights.astype(np.float32)),
         behaviour_logps=torch.from_numpy(behaviour.astype(np.float32)), counted=torch.from_numpy(counted),
@@ -298,11 +299,11 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torc
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _arm(rows: Sequence[Sequence[int]], at: np.ndarray, pad_id: int) -> Arm:
-    """The rows of the no-think arm, up to what is asked of them."""
+def _arm(rows: Sequence[Sequence[int]], at: np.ndarray, layout: Layout) -> Arm:
+    """The rows of the no-think arm, up to what is asked of them unless they are wanted whole."""
     used, inverse = np.unique(at[..., 0][at[..., 0] >= 0], return_inverse=True)
-    ends = [int(at[..., 1][at[..., 0] == r].max()) + 1 for r in used]
-    ids, mask = _pad([rows[r][:end] for r, end in zip(used, ends, strict=True)], pad_id)
+    ends = [None if layout.whole_arms else int(at[..., 1][at[..., 0] == r].max()) + 1 for r in used]
+    ids, mask = _pad([rows[r][:end] for r, end in zip(used, ends, strict=True)], layout.pad_id)
     flat = np.full(at.shape[:-1], -1)
     flat[at[..., 0] >= 0] = inverse * ids.shape[1] + at[..., 1][at[..., 0] >= 0]
     return Arm(ids, mask, torch.from_numpy(flat))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlpretrain import compat
-from rlpretrain.adapters import Piece, adapter_pieces, add_lora, pieces
+from rlpretrain.adapters import Piece, adapter_pieces, pieces
 from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring import Scorer, score
@@ -165,6 +165,8 @@ class DeepSpeedPolicy:
         self.model, self.ranks, self.temperature, self.optim = model, ranks, temperature, optim
         settings = ds_settings(config, optim, next(model.parameters()).dtype)
         self.stage = settings["zero_optimization"]["stage"]
+        if self.stage == 3 and getattr(model, "is_quantized", False):
+            raise ConfigError("model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less")
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
@@ -176,10 +178,9 @@ class DeepSpeedPolicy:
         self.factor, self.steps = schedule(optim, total_steps), 0
         self.gathered = deepspeed.zero.GatheredParameters
         if self.stage == 3:
-            head = compat.head_of(model)
-            for p in (head.weight, head.bias):
-                if p is not None:  # used by Scorer.forward outside its own layer: gather it around that forward
-                    deepspeed.zero.register_external_parameter(scorer, p)
+            for p in model.get_output_embeddings().parameters():  # type: ignore[operator]
+                # used by Scorer.forward outside its own layer: gather it around that forward
+                deepspeed.zero.register_external_parameter(scorer, p)
 
     def score(self, micro: MicroBatch, want: str = "logps") -> Scores | tuple[Scores, Tensor | None]:
         """As TorchPolicy.score."""
@@ -283,7 +284,5 @@ def make_policy(model: nn.Module, config: PolicyConfig, optim: OptimConfig, tota
         backend = "deepspeed" if compat.has_deepspeed() else "torch"
     if backend == "torch" and (config.zero_stage or config.deepspeed_config):
         raise ConfigError("policy.zero_stage and policy.deepspeed_config need policy.backend deepspeed")
-    if config.lora is not None:
-        add_lora(model, config.lora)
     owner = TorchPolicy if backend == "torch" else DeepSpeedPolicy
     return owner(model.to(ranks.device), config, optim, total_steps, ranks, temperature)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from rewards.controls import CollapseMonitor
-from rlpretrain import attention, checkpoint, compat, models, records
-from rlpretrain.baseline import Frozen, make_baseline
+from rlpretrain import adapters, attention, checkpoint, compat, models, records
+from rlpretrain.baseline import make_references
 from rlpretrain.batches import BatchSource, ReplaySource
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config_io import to_dict
@@ -29,7 +28,7 @@ from rlpretrain.objectives import load as load_objective
 from rlpretrain.packing import Layout, balanced, count, idle, pack
 from rlpretrain.policy import make_policy
 from rlpretrain.ranks import Ranks, join
-from rlpretrain.scoring import check_tree
+from rlpretrain.scoring import Beside, check_tree
 from rlpretrain.types import Batch, Document, MicroBatch, Scores, Totals
 from rollout.engine import Engine
 from rollout.hf import HFEngine
@@ -54,7 +53,8 @@ class Run:
             raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {self.ranks.size} ranks")
         if "batch" in owner.needs and self.ranks.size > 1:
             raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
-        start = self._open_folder(resume)
+        adapters.check(config)
+        start = checkpoint.open_folder(self.folder, resume, self.ranks)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.delimiters = delimiters(config.objective)
@@ -68,12 +68,14 @@ class Run:
         self.held_out = held_out(config, self.tokenizer, self.objective, self.ranks.size)
         self.total_steps = self._total_steps(stream, replayed)
 
-        wants_frozen = owner.has_positions and (config.baseline.frozen_every or self.held_out)
-        self.frozen = Frozen(copy.deepcopy(model)) if wants_frozen else None
-        self.baseline = make_baseline(config.baseline, model)
         begin = write_start(config, model, self.tokenizer, self.ranks, changed=bool(added) or config.model.from_scratch)
+        wants_frozen = owner.has_positions and bool(config.baseline.frozen_every or self.held_out)
+        sized = stream is not None and not config.data.streaming
+        again = sized and self.total_steps * config.positions_per_step > len(stream)
+        self.frozen, self.baseline = make_references(config, model, wants_frozen, again, self.ranks)
+        if lora := config.policy.lora:
+            adapters.add_lora(model, lora, self.tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
         self.policy = make_policy(model, config.policy, config.optim, self.total_steps, self.ranks, config.sampling.temperature)
-        lora = config.policy.lora
         self.handed_over = self.policy.adapter if lora and lora.sync == "adapter" else self.policy.weights
         self.engine = Recorded(replayed.facts) if replayed else self._engine(model, begin)
         self.source = replayed or BatchSource(
@@ -86,11 +88,12 @@ class Run:
         s, needs = config.sampling, self.objective.needs
         why = attention.install(model) if config.packing == "tree" else None
         tree = config.packing == "tree" and why is None
-        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree, "target" in needs)
+        self.layout = Layout(config.token_budget, s.cut, s.cut_penalty, config.loss.reduction, pad, tree, "target" in needs,
+                             whole_arms=bool(self.frozen and self.frozen.keep))  # fmt: skip
         self.half = config.model.dtype != "float32" or config.policy.autocast != "none"
         self.step, self.spent, self.sampled, self.skipped, self.skipped_in_row = 0, records.Spent(), 0, 0, 0
         self.best: dict[str, Any] = {"step": None, "gain": None, "stale": 0}
-        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.model.parameters())
+        self.parameters = models.count(self.policy.model)
         self.monitor, self.stopped, self.last = self._monitor(), None, {}
         self.metrics, self.timer = StepMetrics(), {"rollout": 0.0, "sync": 0.0, "start": time.perf_counter()}
         self._bad: str | None = None
@@ -104,8 +107,8 @@ class Run:
         if self.probe:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
-        frozen = "; policy.lora leaves their embeddings as they begin, untrained" if lora else ""
-        self.console.say(f"added to the tokenizer: {', '.join(added)}{frozen}" if added else None)
+        fixed = "; policy.lora.new_tokens is off: their embeddings stay as they begin" if lora and not lora.new_tokens else ""
+        self.console.say(f"added to the tokenizer: {', '.join(added)}{fixed}" if added else None)
         self.console.say(f"rows are padded, not packed in trees: {why}" if why else None)
         dropped = stream.dropped if stream is not None else 0
         self.console.say(f"{dropped} documents shorter than {shortest} tokens left out" if dropped else None)
@@ -181,10 +184,11 @@ class Run:
         self.note(loss=loss.detach())
         self.metrics.observe(micro, scores, reward, own)
         every = self.config.baseline.frozen_every
-        if micro.target_mask.any() and self.frozen is not None and every and self.step % every == 0:
+        if self.frozen is not None and every and self.step % every == 0:
             base = (self.frozen.logps(micro) * micro.target_mask).sum(-1)
             target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
-            self.metrics.add("ig/frozen", (target - base[:, None])[micro.counted])
+            if micro.target_mask.any():
+                self.metrics.add("ig/frozen", (target - base[:, None])[micro.counted])
 
     def update(self) -> None:
         """The optimizer step, then the baseline's; one with NaN or inf is skipped."""
@@ -289,31 +293,21 @@ class Run:
         return make_engine(c, model, self.tokenizer, self.objective, ranks, shares=self.policy.shares_weights, start=start)
 
     def _evaluated(self) -> nn.Module:
-        """A whole model with the policy's present weights."""
-        if isinstance(self.engine, HFEngine):
+        """A whole model with the policy's present weights; with adapters, where those are trained."""
+        lora = self.config.policy.lora
+        if isinstance(self.engine, HFEngine) and not lora:
             return self.engine.model
         if self.policy.shares_weights:
             return self.policy.model
         if self._whole is None:
             self._whole = models.load(self.config.model, self.delimiters, self.config.seed)[0].to(self.ranks.device)
-        copy_weights(self._whole, self.policy.weights)
+            if lora:
+                adapters.add_lora(self._whole, lora, adapters.new_tokens(self.policy.model))
+        if lora:
+            adapters.copy_adapter(self._whole, dict(self.policy.adapter()))
+        else:
+            copy_weights(self._whole, self.policy.weights)
         return self._whole
-
-    def _open_folder(self, resume: str | bool | None) -> Path | None:
-        found: Path | None = None
-        if resume in (True, "auto"):
-            found, problems = checkpoint.latest(self.folder)
-            for problem in problems if self.ranks.first else ():
-                print(f"ignored: {problem}")
-        elif resume:
-            found = Path(str(resume))
-        elif any(self.ranks.gather((self.folder / "run.json").exists())):  # all ranks look before the first one writes
-            raise ConfigError(f"{self.folder} holds another run: resume it (--resume auto) or choose another output_dir")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir {self.folder} cannot be made: {error}") from None
-        return found
 
     def _total_steps(self, stream: DocumentStream | None, replayed: ReplaySource | None) -> int:
         c = self.config
@@ -338,8 +332,10 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         c, mine = self.config.eval, self.held_out[self.ranks.rank :: self.ranks.size]
-        frozen = self.frozen.model if self.frozen is not None else None
-        here = evaluate(self._evaluated(), self.objective, mine, frozen=frozen, thoughts=c.thoughts, seed=self.config.seed,
+        model, frozen = self._evaluated(), self.frozen and self.frozen.model
+        if self.frozen and self.config.policy.lora:
+            frozen = Beside(model, bare=True)
+        here = evaluate(model, self.objective, mine, frozen=frozen, thoughts=c.thoughts, seed=self.config.seed,
                         token_budget=self.config.token_budget, pad_id=self.layout.pad_id)  # fmt: skip
         whole = Evaluation.join(self.ranks.gather(here))
         row = {f"eval/{k}": v for k, v in whole.summary().items() if not k.endswith("_ci")}

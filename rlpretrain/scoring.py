@@ -7,6 +7,7 @@ Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from rewards import token_logps
 from rewards.likelihood import row_entropies
+from rlpretrain import adapters
 from rlpretrain.attention import placeholder
-from rlpretrain.compat import backbone_of, head_of
+from rlpretrain.compat import backbone_of, gathered, head_of
 from rlpretrain.packing import Layout, idle, pack
 from rlpretrain.ranks import Ranks
 from rlpretrain.tree import Tree
@@ -56,6 +58,34 @@ class Scorer(nn.Module):
         """Final hidden states [R, S, H]."""
         out = backbone_of(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
         return out.last_hidden_state
+
+
+class Beside(Scorer):
+    """A scorer of a model that is being trained by somebody else: without gradient, and with its adapters off if `bare`.
+
+    Where ZeRO-3 has sharded the model its layers are gathered by their own hooks, the head here: all ranks must call it equally
+    often (`sharded`).
+    """
+
+    def __init__(self, model: nn.Module, bare: bool = False):
+        super().__init__(model)
+        self.bare = bare
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward is an affair of all ranks."""
+        return any(hasattr(p, "ds_id") for p in self.model.parameters())
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Scorer's."""
+        with adapters.off(self.model) if self.bare else nullcontext():
+            return super().forward(*args, **kwargs)
+
+    def read(self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str) -> tuple[Tensor, Tensor | None]:
+        """With the whole head."""
+        with gathered(self.model.get_output_embeddings().parameters()):  # type: ignore[operator]
+            return super().read(hidden, labels, temperature, want)
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
-from rlpretrain.compat import gathered
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.documents import read_all
 from rlpretrain.loop import rewards_of
@@ -36,7 +35,7 @@ from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring import Scorer, check_head, score
+from rlpretrain.scoring import Beside, check_head, score
 from rlpretrain.sources import Cutter
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Thought
@@ -107,7 +106,9 @@ class ObjectiveReward:
         if not sharded:
             check_head(inner)
         self.layout.tree = attention.install(inner) is None
-        if self.reference is None and self.baseline in ("frozen", "ema") and not _has_adapters(model):
+        if self.baseline == "frozen" and _has_adapters(model):
+            self.reference = Frozen(inner, bare=True, ranks=_ranks(next(inner.parameters()).device))
+        elif self.reference is None and self.baseline in ("frozen", "ema") and not _has_adapters(model):
             if sharded:
                 raise ConfigError(f"baseline {self.baseline} needs a whole copy of the model, which ZeRO-3 has nowhere: use self "
                                   "or none (it cancels in the advantage), or train adapters")  # fmt: skip
@@ -173,7 +174,7 @@ class ObjectiveReward:
         if self.model is None:
             raise RuntimeError(f"{self.__name__} has no model to score with: pass callbacks=[reward.callback] to the trainer")
         inner = plain(self.model)
-        device, scorer = next(inner.parameters()).device, _Gathering(inner)
+        device, scorer = next(inner.parameters()).device, Beside(inner)
         arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
         batch, layout = Batch(tuple(groups), ()), replace(self.layout, no_think_ids=arms)
         micros = list(pack(batch, layout, count(batch, layout.cut)))
@@ -201,9 +202,6 @@ class ObjectiveReward:
     def _against(self, scores: Any, micro: Any) -> Any:
         if self.baseline == "none":
             return replace(scores, baseline_logps=torch.zeros_like(scores.baseline_logps))
-        if self.baseline == "frozen" and _has_adapters(self.model):
-            with self.model.disable_adapter():  # type: ignore[union-attr]
-                return _Shared(plain(self.model))(scores, micro)
         return scores if self.reference is None else self.reference(scores, micro)
 
     def _log(self, groups: Sequence[Group], found: Mapping[str, np.ndarray], log: Callable[..., None]) -> None:
@@ -326,13 +324,6 @@ class _Weights:
         return self.model.named_parameters(remove_duplicate=False)
 
 
-class _Shared(Frozen):
-    """The trained model itself, for as long as its adapters are off."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.scorer = model, Scorer(model)
-
-
 def plain(model: Any) -> Any:
     """The causal language model inside whatever wraps it; adapters, being layers, stay active."""
     while not hasattr(model, "get_output_embeddings") or _has_adapters(model):
@@ -353,15 +344,6 @@ def _evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-class _Gathering(Scorer):
-    """A scorer for a model that ZeRO-3 has sharded without it: layers are gathered by their own hooks, the head is not."""
-
-    def read(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: Any, want: str) -> Any:
-        """With the whole head."""
-        with gathered(self.model.get_output_embeddings().parameters()):
-            return super().read(hidden, labels, temperature, want)
 
 
 def _ranks(device: torch.device) -> Ranks:

@@ -50,8 +50,8 @@ LAYERS = [
     {"tree", "types", "config", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
-    {"packing", "attention", "scoring", "losses"},
-    {"adapters", "policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
+    {"packing", "attention", "adapters", "scoring", "losses"},
+    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines", "experiment", "heat"},
     {"run", "pretrainer", "serve", "trl", "trl_trainer", "trl_rollout", "page", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rewards import information_gain
 from rlpretrain.config import ConfigError
-from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, to_prompt_dataset
+from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, plain, to_prompt_dataset
 from rollout.types import FinishReason
 from tests.tiny import bpe_tokenizer
 
@@ -237,7 +237,7 @@ def test_with_adapters(base, corpus, tmp_path):
                               args=settings(tmp_path, learning_rate=0.1), processing_class=tokenizer,
                               train_dataset=reward.dataset(str(corpus / "train.jsonl")))  # fmt: skip
     trainer.train()
-    assert reward.reference is None  # no second copy
+    assert reward.reference.model is plain(reward.model)  # no second copy
     groups, rewards, weights = kept.calls[1]
     reward.model.load_state_dict(weights, strict=False)
     live = reward.model.eval()

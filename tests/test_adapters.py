@@ -1,0 +1,339 @@
+"""One set of weights: frozen is the trained model with its adapters off; DoRA, trained delimiters, rounded weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from rlpretrain.adapters import add_lora, copy_adapter, off, pieces
+from rlpretrain.baseline import Frozen
+from rlpretrain.config import ConfigError, LoraConfig
+from rlpretrain.config_io import build
+from rlpretrain.corpora import dial
+from rlpretrain.loop import train
+from rlpretrain.packing import Layout, count, pack
+from rlpretrain.run import Run
+from rlpretrain.scoring import Beside, Scorer
+from rlpretrain.types import Batch
+from tests.helpers import launch, merged, one_step, same, trained, weights
+from tests.test_engines import SHAPE, rows_of
+from tests.test_policies import SHARDED
+from tests.tiny import tiny_model, word_tokenizer
+
+peft = pytest.importorskip("peft", reason="needs PEFT: make env LOCK=test-cpu")
+LORA = {"r": 4, "alpha": 16, "target_modules": ("q_proj", "v_proj", "down_proj")}
+IDS = torch.arange(3, 20)[None]
+TAGS = [18, 19]
+
+
+def stirred(model: torch.nn.Module) -> torch.nn.Module:
+    """Adapters that do something."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2) if "magnitude" not in name else p.mul_(1.3)
+    return model
+
+
+def adapted(family: str, new_tokens=(), **settings) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model with adapters that do something, and the one it was."""
+    plain = tiny_model(family, 40, initializer_range=0.3)
+    torch.manual_seed(1)
+    return stirred(add_lora(copy.deepcopy(plain), LoraConfig(r=4, **settings), new_tokens)), plain
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"new_tokens": TAGS}, {"use_dora": True, "new_tokens": TAGS}],
+                         ids=str)  # fmt: skip
+def test_merged_is_what_is_computed_and_off_is_what_was_there(family, settings):
+    model, plain = adapted(family, **settings)
+    before = plain(IDS).logits
+    now = model(IDS).logits
+    assert (now - before).abs().max() > 0.1
+    with off(model):
+        torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=1e-5)
+        ours, theirs = (Scorer(m).hidden(IDS, torch.ones_like(IDS)) for m in (model, plain))
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(model(IDS).logits, now)
+    found = {piece.name: piece.make() for piece in pieces(model)}
+    assert found.keys() == dict(plain.named_parameters(remove_duplicate=False)).keys()
+    plain.load_state_dict(found)
+    torch.testing.assert_close(plain(IDS).logits, now, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_head_that_scores_has_the_trained_rows(family):
+    model, _ = adapted(family, TAGS)
+    rows, labels = torch.arange(IDS.shape[1] - 1), IDS[0, 1:]
+    gold = model(IDS).logits[0, :-1].log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    ours, _ = Scorer(model)(IDS, torch.ones_like(IDS), None, rows, labels)
+    torch.testing.assert_close(ours, gold, atol=1e-5, rtol=1e-5)
+    ours.sum().backward()
+    trained_rows = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
+    assert trained_rows and all(p.grad.abs().sum() > 0 for p in trained_rows)
+    assert all(p.grad is None for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
+
+
+def test_off_between_forward_and_backward_changes_no_gradient():
+    gradients = []
+    for look in (False, True):
+        model, _ = adapted("qwen3", TAGS, use_dora=True)
+        loss = model(IDS).logits.square().mean()
+        if look:
+            Beside(model, bare=True)(IDS, torch.ones_like(IDS), None, torch.arange(4), IDS[0, 1:5])
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert same(*gradients)
+
+
+def test_adapters_copied_to_another_base():
+    model, plain = adapted("qwen3", TAGS, use_dora=True)
+    from rlpretrain.adapters import adapter_pieces
+
+    twin = add_lora(copy.deepcopy(plain), LoraConfig(r=4, use_dora=True), TAGS)
+    copy_adapter(twin, {p.name: p.make() for p in adapter_pieces(model)})
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+# in a run
+
+
+def storages(*modules) -> int:
+    """Bytes of all parameters, shared ones once."""
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in modules for p in m.parameters()}
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("policy", [{"backend": "torch"}, *({"backend": "deepspeed", "zero_stage": s} for s in (0, 2, 3))],
+                         ids=str)  # fmt: skip
+def test_a_frozen_baseline_is_the_trained_model_without_its_adapters(values, corpus, policy):
+    """Gains of several steps are those against a copy made before training, and there is no copy."""
+    base = AutoModelForCausalLM.from_pretrained(corpus / "base")
+    seen = []
+
+    def compare(run):
+        assert run.frozen is run.baseline and run.frozen.model is run.policy.model
+        if policy.get("zero_stage") != 3:
+            assert storages(run.frozen.model, run.policy.model, run.engine.model) == storages(run.policy.model)
+        twin, whole = Frozen(base), run.observe
+
+        def observe(micro, scores, *others):
+            seen.append((scores.baseline_logps, twin.logps(micro), scores.target_mask))
+            return whole(micro, scores, *others)
+
+        run.observe = observe
+
+    one_step(values, compare, policy=policy | {"lora": LORA}, max_steps=3, optim__lr=0.1, sampling__cut="force_close",
+             baseline={"name": "frozen", "frozen_every": 1, "cache_tokens": 0})  # fmt: skip
+    assert len(seen) == 3 and seen[0][2].any()
+    for ours, theirs, mask in seen:
+        torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [{"backend": "torch"}, {"backend": "deepspeed", "zero_stage": 3}], ids=str)
+def test_evaluation_against_the_same_weights(values, corpus, tmp_path, policy):
+    """As the evaluation of the saved model against the base, in files of their own."""
+    from rlpretrain.documents import read_all
+    from rlpretrain.evaluate import evaluate
+    from rlpretrain.objectives import load
+
+    run = merged(values, policy=policy | {"lora": LORA}, max_steps=2, optim__lr=0.1,
+                 eval={"data": str(corpus / "held_out.jsonl"), "every": 2, "documents": 8, "thoughts": 2})  # fmt: skip
+    trained(run)
+    row = rows_of(tmp_path / "run")[-1]
+    config = build(run)
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
+    model, base = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "run" / "model", corpus / "base"))
+    documents = read_all(config.data.__class__(path=str(corpus / "held_out.jsonl"), max_length=64), tokenizer)[:8]
+    found = evaluate(model, load(config, tokenizer), documents, frozen=base, thoughts=2, seed=config.seed).summary()
+    assert row["eval/gain_frozen"] == pytest.approx(found["gain_frozen"], abs=1e-3)
+    assert abs(row["eval/gain_frozen"] - row["eval/gain"]) > 1e-3
+
+
+def test_log_probs_of_documents_that_come_again_are_read_once(values, corpus):
+    """With eight documents that come four times the frozen model is run for each once, and says the same as without memory."""
+    short = corpus / "eight.jsonl"
+    short.write_text("".join((corpus / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+    means, forwards = [], []
+    for keep in (0, 10_000):
+        calls = []
+
+        def count_rows(run, calls=calls, keep=keep):
+            assert bool(run.frozen.keep) == bool(keep)
+            inner = run.frozen.scorer.forward
+            run.frozen.scorer.forward = lambda ids, *others: calls.append(len(ids)) or inner(ids, *others)
+
+        changes = {"data__path": str(short), "max_steps": 8, "positions_per_step": 4, "objective__positions": "random",
+                   "objective__target_length": 3, "baseline": {"name": "frozen", "cache_tokens": keep, "frozen_every": 0},
+                   "output_dir": f"{values['output_dir']}{keep}", "policy": {"backend": "torch", "lora": LORA}}  # fmt: skip
+        changes["objective"] = {"name": "rlp", "positions": "random", "target_length": 3}
+        run, _ = one_step(values, count_rows, **{k: v for k, v in changes.items() if not k.startswith("objective__")})
+        means.append([row["ig/mean"] for row in rows_of(Path(run.folder))])
+        forwards.append(sum(calls))
+    assert forwards == [32, 8]
+    assert means[0] == pytest.approx(means[1], abs=1e-5)
+
+
+def test_memory_keeps_what_was_used_last(corpus):
+    model = tiny_model("qwen3", 40)
+    frozen = Frozen(copy.deepcopy(model), keep=20)
+    for size in (8, 7, 8, 9):
+        frozen._remember(bytes([size]), torch.zeros(size))
+    assert list(frozen.known) == [bytes([8]), bytes([9])] and frozen.kept == 17
+
+
+def test_no_think_rows_of_a_template_are_remembered_too(values):
+    """Arms that are not the document's own row: what is looked up is what a forward gives."""
+    run = Run(build(merged(values, objective={"name": "rlp", "positions": "after", "marker": "shows", "target_length": 2,
+                                              "template": "given {context}", "no_think": "template"})), None)  # fmt: skip
+    batch = run.take()
+    arms = {g.id: run.objective.no_think(g.position) for g in batch.groups}
+    layouts = (Layout(4096, "force_close", whole_arms=whole, no_think_ids=arms) for whole in (False, True))
+    plain, whole = (next(pack(Batch(batch.groups, batch.documents), layout, count(batch))) for layout in layouts)
+    keeper = Frozen(copy.deepcopy(run.policy.model), keep=10_000)
+    want = Frozen(copy.deepcopy(run.policy.model)).logps(plain)
+    torch.testing.assert_close(keeper.logps(whole), want, atol=1e-5, rtol=1e-5)
+    keeper.scorer.forward = None  # all is known
+    torch.testing.assert_close(keeper.logps(whole), want, atol=1e-5, rtol=1e-5)
+    run.close()
+
+
+@pytest.mark.slow
+def test_two_ranks_of_zero_3_read_the_frozen_model_together(values, corpus, tmp_path):
+    """With documents that come again, and ranks that miss different ones."""
+    short = corpus / "eight_.jsonl"
+    short.write_text("".join((corpus / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+    run = merged(values, data__path=str(short), max_steps=4, optim__lr=1e-3, token_budget=128, packing="padded",
+                 baseline={"name": "frozen", "frozen_every": 1}, policy={"lora": LORA, "backend": "deepspeed"},
+                 eval={"data": str(corpus / "held_out.jsonl"), "every": 4, "documents": 4, "thoughts": 2})  # fmt: skip
+    one = trained(run, output_dir=str(tmp_path / "one"), policy={"lora": LORA, "backend": "torch"})
+    launch([{"config": merged(run, policy__deepspeed_config=SHARDED, output_dir=str(tmp_path / "two"))}], tmp_path)
+    two = weights(tmp_path / "two" / "model")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert a["ig/frozen"] == pytest.approx(b["ig/frozen"], abs=1e-4) and a["ig/mean"] == pytest.approx(a["ig/frozen"])
+
+
+# delimiters that the tokenizer lacked
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def without_tags(request, values, corpus, tmp_path):
+    """A checkpoint with a tied or an untied head whose tokenizer has no tags, and a run on it."""
+    words = [w for w in dial.WORDS if w not in ("<think>", "</think>", "<pad>", "<eos>", "<unk>")]
+    tokenizer = word_tokenizer(words)
+    tiny_model(request.param, len(tokenizer), seed=3, **SHAPE).save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    return merged(values, model=str(tmp_path / "bare"), optim__lr=1e-2, policy={"backend": "torch", "lora": LORA})
+
+
+def test_new_delimiters_are_trained_and_nothing_else_of_the_tables(without_tags, tmp_path):
+    run = without_tags
+    trained(run)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    tags = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    start = Run(build(merged(run, output_dir=str(tmp_path / "again"))), None)
+    before = {p.name: p.make() for p in pieces(start.policy.model)}
+    start.close()
+    after = weights(tmp_path / "run" / "model")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in after:
+            moved = (after[name] - before[name]).abs().amax(1) > 1e-4
+            assert moved.nonzero().flatten().tolist() == sorted(tags)
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
+    bare.resize_token_embeddings(len(tokenizer))
+    theirs = peft.PeftModel.from_pretrained(bare, tmp_path / "run" / "adapter")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.tensor([[5, 6, tags[0], 7, tags[1], 8]])
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_without_new_tokens_the_tables_stay(without_tags, tmp_path):
+    trained(without_tags, policy__lora=LORA | {"new_tokens": False}, max_steps=2)
+    names = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert not names["trainable_token_indices"]
+
+
+def test_resume_with_trained_delimiters_is_bit_identical(without_tags, tmp_path):
+    run = merged(without_tags, checkpoint={"every": 2}, policy__lora=LORA | {"use_dora": True})
+    whole = trained(run, max_steps=4, output_dir=str(tmp_path / "whole"))
+    trained(run, max_steps=2)
+    assert same(trained(run, resume="auto", max_steps=4), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [{"backend": "torch"}, {"backend": "deepspeed", "zero_stage": 3}], ids=str)
+def test_vllm_gets_trained_delimiters_and_dora_merged(without_tags, tmp_path, policy):
+    pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
+    trained(without_tags, policy=policy | {"lora": LORA | {"use_dora": True}}, max_steps=3,
+            engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})  # fmt: skip
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 3 and all(row["sampling/probe_difference"] <= 1e-4 for row in rows)
+    assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows)
+
+
+# rounded weights
+
+
+@pytest.fixture
+def rounded(values, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: make env LOCK=test-cpu")
+    tiny_model("qwen3", len(dial.WORDS), seed=3, **SHAPE).save_pretrained(tmp_path / "base")
+    dial.tokenizer().save_pretrained(tmp_path / "base")
+    return merged(values, model=str(tmp_path / "base"), optim__lr=1e-2, baseline={"name": "frozen", "frozen_every": 1},
+                  policy={"backend": "torch", "lora": LORA})  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_on_rounded_weights(rounded, tmp_path, bits):
+    """The saved model is in full precision and computes what was trained: the rounded base and the adapters on it."""
+    run = merged(rounded, model={"path": rounded["model"], "quantization": bits})
+    after = trained(run)
+    assert all(p.dtype == torch.float32 for p in after.values())
+    form = {"4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+            "8bit": BitsAndBytesConfig(load_in_8bit=True)}[bits]  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(rounded["model"], quantization_config=form, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    apart = 1e-4 if bits == "4bit" else 5e-2  # eight bits round the activations of the matrix product too
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=apart, rtol=apart)
+    rows = rows_of(tmp_path / "run")
+    assert all(row["ig/mean"] == pytest.approx(row["ig/frozen"]) for row in rows)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(rounded["model"]).parameters())
+    adapters = sum(p.numel() for n, p in theirs.named_parameters() if ".lora_" in n)
+    assert record["parameters"] == whole + adapters
+
+
+@pytest.mark.slow
+def test_vllm_samples_from_the_rounded_weights(rounded, tmp_path):
+    pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
+    trained(rounded, model={"path": rounded["model"], "quantization": "4bit"}, max_steps=2,
+            engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})  # fmt: skip
+    assert all(row["sampling/probe_difference"] <= 1e-3 for row in rows_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"model": {"quantization": "4bit"}}, "set policy.lora"),
+    ({"model": {"quantization": "4bit"}, "policy": {"lora": {}}, "baseline": {"name": "ema"}}, "does not move"),
+    ({"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"max_staleness": 1}}, "max_staleness 0"),
+    ({"policy": {"lora": {"sync": "adapter", "use_dora": True}}, "engine": {"name": "vllm_local"}}, "use_dora: use merged"),
+    ({"policy": {"lora": {"target_modules": ["lm_head"]}}}, "output head"),
+], ids=str)  # fmt: skip
+def test_settings_that_cannot_work(values, corpus, changes, said):
+    if "model" in changes:
+        changes = changes | {"model": changes["model"] | {"path": str(corpus / "base")}}
+    with pytest.raises(ConfigError, match=said):
+        train(Run(build(merged(values, **changes)), None))
+
+
+def test_adapter_sync_cannot_hand_over_new_delimiters(without_tags):
+    with pytest.raises(ConfigError, match="new_tokens: false"):
+        Run(build(merged(without_tags, policy={"lora": {"sync": "adapter"}}, engine={"name": "vllm_local"})), None)
