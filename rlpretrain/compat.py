@@ -9,8 +9,13 @@ import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from rollout.weights import complete, parameters_of
 
 INSTALL = {name: f'pip install "rlpretrain[{name}]"' for name in ("deepspeed", "vllm", "ray", "trl", "peft", "qlora", "eval")}
 
@@ -83,6 +88,54 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[objec
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded)
+
+
+def trl_vllm_on_cpu() -> bool:
+    """Make `use_vllm` with `vllm_mode="colocate"` of TRL's trainers work where there is no accelerator; says whether it did.
+
+    TRL (1.16) hands weights over by `load_weights`, for which the CPU build of vLLM has packed its layers away, and leaves tied
+    heads to vLLM. Here they go by `reload_weights`, each tied weight under all its names. vLLM also runs in the trainer's
+    precision, uncompiled, whole prompts at a time (as in rollout/vllm_local.py), in the trainer's process and with
+    half a GiB for keys and values (or VLLM_CPU_KVCACHE_SPACE, in GiB). On a machine with an accelerator nothing is changed.
+
+    Raises ImportError that names what an upgrade of TRL moved.
+    """
+    if torch.accelerator.is_available():
+        return False
+    generation: Any = importlib.import_module("trl.generation.vllm_generation")
+    if not hasattr(generation, "LLM"):  # no vLLM: TRL will say so
+        return False
+    owner = generation.VLLMGeneration
+    if missing := [n for n in ("_init_vllm", "sync_weights", "_iter_named_params") if not callable(getattr(owner, n, None))]:
+        raise ImportError(f"TRL {importlib.metadata.version('trl')} moved VLLMGeneration's {', '.join(missing)}: its vLLM cannot "
+                          "be made to work on a CPU; use rlpretrain.trl_rollout.Rollouts or TRL 1.16")  # fmt: skip
+    if hasattr(owner, "on_accelerators"):
+        return True
+    start, sync, llm = owner._init_vllm, owner.sync_weights, generation.LLM
+
+    def init(self: Any) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        more = {"dtype": dtype, "enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            more["kv_cache_memory_bytes"] = 2**29
+        generation.LLM = partial(llm, **more)
+        try:
+            with torch.random.fork_rng(devices=[]):  # vLLM seeds the process it runs in
+                start(self)
+        finally:
+            generation.LLM = llm
+
+    def push(self: Any) -> None:
+        if self.mode != "colocate":
+            return sync(self)
+        state = {name: p.detach().clone() for name, p in self._iter_named_params()}
+        whole = complete(state, parameters_of(self.model.name_or_path, trust_remote_code=self.trust_remote_code))
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(whole.items())})
+        self.llm.reset_prefix_cache()
+
+    owner._init_vllm, owner.sync_weights, owner.on_accelerators = init, push, (start, sync)
+    return True
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,9 +29,11 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
+from rlpretrain.compat import trl_vllm_on_cpu
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.documents import read_all
 from rlpretrain.loop import rewards_of
+from rlpretrain.models import save_start
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
@@ -73,7 +76,7 @@ class ObjectiveReward:
             raise ConfigError(f"objective {name} has no thoughts to reward")
         self.__name__ = "information_gain" if name == "rlp" else name.rpartition(":")[2]
         self.delimiters = Delimiters(config.open, config.close)
-        ensure_delimiters(tokenizer, model, self.delimiters)
+        self.added = ensure_delimiters(tokenizer, model, self.delimiters)
         self.tokenizer, self.objective = tokenizer, owner(config, tokenizer)
         if "batch" in self.objective.needs or getattr(self.objective, "judge", 0) is None and config.reward == "judge":
             raise ConfigError(f"objective {name} cannot be a reward function with these settings: it compares whole batches, or "
@@ -297,10 +300,33 @@ def _documents(given: Any, tokenizer: Any, column: str, max_length: int) -> Iter
 
 
 class _LiveModel(TrainerCallback):
-    """Hands the trained model to its reward when training begins, and moves the EMA after every step."""
+    """Hands the trained model to its reward when training begins, and moves the EMA after every step.
+
+    Before the trainer starts its vLLM, that is told where a thought ends, where to find tags that were added, and how to live on
+    a CPU.
+    """
 
     def __init__(self, reward: ObjectiveReward):
         self.reward = reward
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The trainer stands, its vLLM not yet."""
+        if not getattr(args, "use_vllm", False):
+            return
+        reward, colocated = self.reward, args.vllm_mode == "colocate"
+        if not reward.objective.answer_tokens:
+            args.generation_kwargs = {"stop_token_ids": [reward.close_id], **(args.generation_kwargs or {})}
+        if reward.added and not colocated:
+            raise ConfigError(f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server has them not: "
+                              "save model and tokenizer, start the server and the training from there")  # fmt: skip
+        if reward.added:
+            inner, start, ranks = plain(model), Path(args.output_dir) / "start", _ranks(torch.device("cpu"))
+            if ranks.first:
+                save_start(inner, reward.tokenizer, start)
+            ranks.barrier()
+            inner.name_or_path = str(start)  # what TRL's vLLM loads
+        if colocated:
+            trl_vllm_on_cpu()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The model as the trainer has it, adapters included."""

@@ -98,8 +98,6 @@ class RLPTrainer(GRPOTrainer):
             model, processing_class, args.objective, baseline=args.baseline, ema_decay=args.ema_decay, cut=args.cut,
             cut_penalty=args.cut_penalty, **own, **(args.objective_fields or {}),
         )  # fmt: skip
-        if args.use_vllm and not self.reward.objective.answer_tokens:
-            args.generation_kwargs = {"stop_token_ids": [self.reward.close_id], **(args.generation_kwargs or {})}
         self.known_rewards: Tensor | None = None
         extra = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
         super().__init__(
