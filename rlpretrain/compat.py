@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -81,6 +82,18 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[objec
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded)
+
+
+def trainer_of(log_metric: object) -> Any:
+    """The trainer that hands its reward functions this `log_metric`; None if it is nobody's.
+
+    TRL gives them neither model nor trainer (huggingface/trl#3928 is one who needs them), and on its command line they come
+    without a callback. But `log_metric`, which it documents, is a method of the trainer: private is only that it is one.
+    """
+    from transformers import Trainer
+
+    owner = getattr(log_metric, "__self__", None)
+    return owner if isinstance(owner, Trainer) else None
 
 
 def versions() -> dict[str, str]:
