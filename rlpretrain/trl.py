@@ -36,7 +36,7 @@ from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import Scorer, check_head, score
-from rlpretrain.trl_data import COLUMNS, check_prepared, end_with_thought, fields_of_prompts, to_prompt_dataset
+from rlpretrain.trl_data import COLUMNS, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset
 from rlpretrain.types import Batch
 from rollout.types import FinishReason, Group, Position, Thought
 
@@ -112,8 +112,10 @@ class ObjectiveReward:
         if self.late:
             section = fields_of_prompts(columns, self.section["name"]) | self.section
             tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-            check_prepared(plain(trainer.model), tokenizer, section)
+            model = plain(trainer.model)
+            check_tags(model, tokenizer, section)
             self._make(tokenizer, section)
+            check_end(model, self.objective, section)
             expected = self.groups([[]], {n: columns[n][:1] for n in COLUMNS[1:] if n in columns})[0].prompt.token_ids
             if tuple(tokenizer(prompt)["input_ids"]) != expected:
                 raise ConfigError(f"{self.__name__}: by its settings the first prompt would be {tokenizer.decode(expected)!r}: "

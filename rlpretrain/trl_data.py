@@ -141,18 +141,25 @@ def fields_of_prompts(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {field.name: section[field.name] for field in fields(Config) if field.name in section}
 
 
-def check_prepared(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a model that cannot think as the objective wants, once it is too late to change it."""
-    owner, config = parse_section(section)
+def check_tags(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a model that lacks the tags of a thought, once it is too late to add them."""
     known, rows = tokenizer.get_vocab(), model.config.get_text_config().vocab_size
-    command = f"make a checkpoint by `rlpretrain prepare MODEL --out DIR --data FILE --objective '{json.dumps(dict(section))}'`"
-    for tag in (config.open, config.close):
+    tags = delimiters(section) or Delimiters()
+    for tag in (tags.open, tags.close):
         if known.get(tag, rows) >= rows:
-            raise ConfigError(f"the checkpoint does not know {tag}, and here it can no longer be taught: {command}")
-    answers, ends = owner(config, tokenizer).answer_tokens, known[config.close] in _ends(model)
-    if ends and answers:
-        raise ConfigError(f"{config.close} ends a generation of this checkpoint, and the objective wants a prediction after it: "
-                          f"{command}")  # fmt: skip
-    if not ends and not answers:
-        raise ConfigError(f"{config.close} does not end a generation of this checkpoint (generation_config.json, eos_token_id): "
-                          f"{command}")  # fmt: skip
+            raise ConfigError(f"the checkpoint does not know {tag}, and here it can no longer be taught: {_remedy(section)}")
+
+
+def check_end(model: Any, objective: Any, section: Mapping[str, Any]) -> None:
+    """Raises ConfigError where generations do not end as the objective wants: at the close tag, or after a prediction."""
+    tag, ends = objective.config.close, objective.template.close_id in _ends(model)
+    if ends and objective.answer_tokens:
+        raise ConfigError(f"{tag} ends a generation of this checkpoint, and the objective wants a prediction after it: "
+                          f"{_remedy(section)}")  # fmt: skip
+    if not ends and not objective.answer_tokens:
+        raise ConfigError(f"{tag} does not end a generation of this checkpoint (generation_config.json, eos_token_id): "
+                          f"{_remedy(section)}")  # fmt: skip
+
+
+def _remedy(section: Mapping[str, Any]) -> str:
+    return f"make a checkpoint by `rlpretrain prepare MODEL --out DIR --data FILE --objective '{json.dumps(dict(section))}'`"

@@ -194,12 +194,15 @@ def trainer_at(prepared: Path, reward: Any, out: Path, model: Path | None = None
 
 
 def test_a_late_reward_follows_the_trainer_that_calls_it(corpus, tmp_path):
-    reward = InformationGainReward()
-    for seed in (1, 2):
-        prepared = prepare(corpus, tmp_path / f"p{seed}", f"{AFTER}, {TAGS}", "--seed", str(seed))
+    reward, tokenizer = InformationGainReward(), None
+    for turn in ("late", "another trainer", "with a tokenizer, its callback forgotten"):
+        prepared = prepare(corpus, tmp_path / turn, f"{AFTER}, {TAGS}")
+        if turn.startswith("with"):
+            tokenizer = AutoTokenizer.from_pretrained(prepared / "model")
+            reward = InformationGainReward(None, tokenizer, open="<hm>", close="</hm>")
         trainer = trainer_at(prepared, reward, tmp_path / "out")
         trainer.train()
-        assert reward.model is trainer.model and reward.tokenizer is trainer.processing_class
+        assert reward.model is trainer.model and reward.tokenizer is (tokenizer or trainer.processing_class)
         assert trainer.callback_handler.callbacks.count(reward.callback) == 1
 
 
