@@ -32,26 +32,20 @@ def prepare(corpus: Path, out: Path, section: str, *words: str) -> Path:
     return out
 
 
-NO_TEXT = '{"suppress_tokens": [0, 2, 3, 4]}'
+NO_TEXT = {"suppress_tokens": [0, 2, 3, 4]}
 """Ids that TRL's table of completions leaves out, which then could not be scored again: pad, unknown, the corpus' own tags."""
+SETTINGS = {
+    "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 24, "learning_rate": 1e-2, "use_cpu": True,
+    "bf16": False, "report_to": "none", "logging_steps": 1, "gradient_checkpointing": False, "scale_rewards": "none",
+    "loss_type": "grpo", "log_completions": True, "disable_tqdm": True, "lr_scheduler_type": "constant",
+}  # fmt: skip
 
 
-def flags(prepared: Path, reward: str, out: Path, **changes: Any) -> list[str]:
-    values = {
-        "model_name_or_path": prepared / "model", "dataset_name": prepared / "prompts", "reward_funcs": reward, "output_dir": out,
-        "per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 3, "max_completion_length": 24,
-        "learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1, "save_steps": 1,
-        "save_strategy": "steps", "gradient_checkpointing": False, "scale_rewards": "none", "loss_type": "grpo",
-        "log_completions": True, "disable_tqdm": True, "lr_scheduler_type": "constant", "generation_kwargs": NO_TEXT,
-    } | changes  # fmt: skip
-    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-
-
-def grpo(*given: Any, **changes: Any) -> None:
-    """`trl grpo` in this process, without accelerate's launcher."""
-    from trl.scripts.grpo import main, make_parser
-
-    main(*make_parser().parse_args_and_config(flags(*given, **changes), fail_with_unknown_args=False))
+def trainer_at(prepared: Path, reward: Any, out: Path, model: Path | None = None) -> Any:
+    """What TRL's script makes of its flags, in this process: no callbacks."""
+    args = trl.GRPOConfig(str(out), max_steps=1, save_strategy="no", generation_kwargs=NO_TEXT, **SETTINGS)
+    data = load_dataset(str(prepared / "prompts"))["train"]
+    return trl.GRPOTrainer(str(model or prepared / "model"), reward_funcs=[reward], args=args, train_dataset=data)
 
 
 def steps(out: Path) -> list[pandas.DataFrame]:
@@ -111,55 +105,47 @@ def test_prepare_writes_what_trl_loads(corpus, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_line_logs_the_gain(corpus, tmp_path):
-    """The whole of it as a user types it, accelerate's launcher included."""
-    prepared, out = prepare(corpus, tmp_path / "prepared", f"{AFTER}, {TAGS}"), tmp_path / "out"
-    command = [sys.executable, "-m", "trl.cli.main", "grpo"]
-    words = flags(prepared, "rlpretrain.trl.information_gain_reward", out)
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=280, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(prepared / "model")
-    history = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
-    logs = [row for row in history if "reward" in row]
-    compared = 0
-    for step, (table, row) in enumerate(zip(steps(out), logs, strict=True), start=1):
-        model = weights(prepared, out, step)
-        thought, alone = after_thoughts(model, tokenizer, table, "</hm>"), without(model, tokenizer, table, "<hm>")
-        gains = [a - b for a, b in zip(thought, alone, strict=True)]
-        assert table["information_gain"].tolist() == pytest.approx(gains, abs=1e-5, nan_ok=True)
-        counted = [g for g in gains if not math.isnan(g)]
-        mean = sum(counted) / len(counted)
-        assert row["rewards/information_gain/mean"] == pytest.approx(mean, abs=1e-5) == row["ig/mean"]
-        assert row["thought/closed_frac"] == len(counted) / 16
-        compared += len(counted)
-    assert len(logs) == 3 and compared >= 6
-
-
-def test_a_reward_of_the_users_own_module(corpus, tmp_path, monkeypatch):
-    """Made without a model: its settings hold, those it lacks (the tags) are those of the prompts, and its EMA moves once a step,
-    though training had begun when it was first called."""
-    monkeypatch.chdir(tmp_path)
-    Path("my_rewards.py").write_text(
+    """All of it as a user types it, accelerate's launcher included: a reward of ours, and one of a module in the folder it is
+    started from, whose EMA must move once a step though training had begun when it was first called."""
+    (tmp_path / "my_rewards.py").write_text(
         "from rlpretrain.trl import InformationGainReward\n"
         "reward = InformationGainReward(baseline='ema', ema_decay=0.5, clip=0.2)\n"
+        "reward.__name__ = 'mine'\n"
     )
     prepared, out = prepare(corpus, tmp_path / "prepared", f"{AFTER}, {TAGS}"), tmp_path / "out"
-    grpo(prepared, "my_rewards.reward", out, learning_rate=3e-2)
+    flags = SETTINGS | {"model_name_or_path": prepared / "model", "dataset_name": prepared / "prompts", "output_dir": out,
+                        "max_steps": 3, "save_steps": 1, "learning_rate": 3e-2,
+                        "generation_kwargs": json.dumps(NO_TEXT)}  # fmt: skip
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    rewards = ["--reward_funcs", "rlpretrain.trl.information_gain_reward", "my_rewards.reward"]
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by tests with DeepSpeed
+    env = {name: value for name, value in os.environ.items() if name not in launched}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-m", "trl.cli.main", "grpo", *words, *rewards], capture_output=True, text=True,
+                          timeout=280, cwd=tmp_path, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    history = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    logs = [row for row in history if "reward" in row]
     tokenizer, average, compared, apart = AutoTokenizer.from_pretrained(prepared / "model"), weights(prepared, out, 1), 0, 0.0
-    for step, table in enumerate(steps(out), start=1):
+    for step, (table, row) in enumerate(zip(steps(out), logs, strict=True), start=1):
         model = weights(prepared, out, step)
         if step > 1:
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
                     mine.lerp_(theirs, 0.5)
-        base = without(average, tokenizer, table, "<hm>")
-        thought = after_thoughts(model, tokenizer, table, "</hm>")
-        gains = [a - b if math.isnan(a) else max(-0.2, min(0.2, a - b)) for a, b in zip(thought, base, strict=True)]
-        assert table["information_gain"].tolist() == pytest.approx(gains, abs=1e-4, nan_ok=True)
-        compared += sum(not math.isnan(g) for g in gains)
-        apart = max(apart, *(abs(a - b) for a, b in zip(base, without(model, tokenizer, table, "<hm>"), strict=True)))
-    assert compared >= 6 and apart > 1e-2
+        thought, own = after_thoughts(model, tokenizer, table, "</hm>"), without(model, tokenizer, table, "<hm>")
+        gains = [a - b for a, b in zip(thought, own, strict=True)]
+        assert table["information_gain"].tolist() == pytest.approx(gains, abs=1e-5, nan_ok=True)
+        counted = [g for g in gains if not math.isnan(g)]
+        assert row["rewards/information_gain/mean"] == pytest.approx(sum(counted) / len(counted), abs=1e-5)
+        assert row["thought/closed_frac"] == len(counted) / 16
+        before = without(average, tokenizer, table, "<hm>")
+        clipped = [a - b if math.isnan(a) else max(-0.2, min(0.2, a - b)) for a, b in zip(thought, before, strict=True)]
+        assert table["mine"].tolist() == pytest.approx(clipped, abs=1e-5, nan_ok=True)
+        compared += len(counted)
+        apart = max(apart, *(abs(a - b) for a, b in zip(own, before, strict=True)))
+    assert len(logs) == 3 and compared >= 6 and apart > 1e-2
 
 
 @pytest.mark.parametrize(("name", "section"), [
@@ -169,7 +155,7 @@ def test_a_reward_of_the_users_own_module(corpus, tmp_path, monkeypatch):
 def test_objectives_by_name(corpus, tmp_path, name, section):
     """With the fields that the prompts were prepared with."""
     prepared, out = prepare(corpus, tmp_path / "prepared", f"{section}, {AFTER}, {TAGS}"), tmp_path / "out"
-    grpo(prepared, f"rlpretrain.trl.{name}_reward", out, max_steps=1)
+    trainer_at(prepared, getattr(rlpretrain.trl, f"{name}_reward"), out).train()
     (table,) = steps(out)
     tokenizer, model = AutoTokenizer.from_pretrained(prepared / "model"), weights(prepared, out, 1)
     assert len(table) == 16 and table[name].notna().any()
@@ -183,14 +169,6 @@ def test_objectives_by_name(corpus, tmp_path, name, section):
         base = [math.exp(x) for x in without(model, tokenizer, table, "<hm>")]
         expected = [a - b if math.isnan(a) else max(0.0, min(1.0, a - b)) for a, b in zip(expected, base, strict=True)]
     assert table[name].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
-
-
-def trainer_at(prepared: Path, reward: Any, out: Path, model: Path | None = None) -> Any:
-    """A trainer without callbacks."""
-    args = trl.GRPOConfig(str(out), max_steps=1, per_device_train_batch_size=4, num_generations=4, report_to="none",
-                          max_completion_length=4, use_cpu=True, bf16=False, save_strategy="no")  # fmt: skip
-    data = load_dataset(str(prepared / "prompts"))["train"]
-    return trl.GRPOTrainer(str(model or prepared / "model"), reward_funcs=[reward], args=args, train_dataset=data)
 
 
 def test_a_late_reward_follows_the_trainer_that_calls_it(corpus, tmp_path):
