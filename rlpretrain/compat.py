@@ -138,6 +138,18 @@ def trl_vllm_on_cpu() -> bool:
     return True
 
 
+def trainer_of(log_metric: object) -> Any:
+    """The trainer that hands its reward functions this `log_metric`; None if it is nobody's.
+
+    TRL gives them neither model nor trainer (huggingface/trl#3928 is one who needs them), and on its command line they come
+    without a callback. But `log_metric`, which it documents, is a method of the trainer: private is only that it is one.
+    """
+    from transformers import Trainer
+
+    owner = getattr(log_metric, "__self__", None)
+    return owner if isinstance(owner, Trainer) else None
+
+
 def versions() -> dict[str, str]:
     """Python's and every relevant library's version."""
     found = {"python": platform.python_version()}

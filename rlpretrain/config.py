@@ -349,7 +349,7 @@ class PretrainConfig:
     threads: Count | None = None
     """torch threads; the machine's choice by default."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers beside the console and metrics.jsonl."""
+    """Trackers beside the console and metrics.jsonl; five times a run they get some thoughts too, as a table."""
     log_every: Count = 1
     """Steps between console lines."""
     console: bool = True

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,7 @@ class StepMetrics:
         self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.totals: dict[str, float] = defaultdict(float)
         self.longest = 0.0
+        self.rewards: dict[tuple[str, int], float] = {}  # of each thought, by its group and place there
 
     def total(self, name: str, value: Any) -> None:
         """Add to a number that is summed, not averaged (the loss, whose terms are divided by global counts already)."""
@@ -128,7 +131,8 @@ class StepMetrics:
         self.add("reward_std", spread)
         self.add("frac_reward_zero_std", (spread[torch.isfinite(spread)] == 0).float())
         self.add("thought/uncounted_frac", (~counted).float())
-        for group in micro.groups:
+        for group, first, given in zip(micro.groups, micro.offsets, reward.tolist(), strict=True):
+            self.rewards.update({(group.id, first + k): given[k] for k in range(len(group.thoughts))})
             for t in group.thoughts:
                 n = len(t.token_ids)
                 self.longest = max(self.longest, n)
@@ -181,16 +185,14 @@ class Trackers:
             work.replace(self.file)
         self.every = every
         self.closers: list[Any] = []
-        self.sinks: list[Any] = []
-        self.tables: list[Any] = []
+        self.sinks: list[Callable[[dict[str, float], int, list[tuple[Any, ...]]], None]] = []
         if "tensorboard" in report_to:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError('report_to names tensorboard: pip install "rlpretrain[tensorboard]"') from error
             board = SummaryWriter(str(folder / "tensorboard"))
-            self.sinks.append(lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items()])
-            self.tables.append(lambda rows, step: board.add_text("thoughts", markdown(rows), step))
+            self.sinks.append(partial(_to_board, board))
             self.closers.append(board.close)
         for name in ("wandb", "trackio"):
             if name in report_to:
@@ -199,36 +201,62 @@ class Trackers:
                 except ImportError as error:
                     raise ImportError(f"report_to names {name}, which is not installed: pip install {name}") from error
                 module.init(project="rlpretrain", name=run_name, config=config)
-                self.sinks.append(lambda row, step, module=module: module.log(row, step=step))
+                self.sinks.append(partial(_to_tracker, module))
                 self.closers.append(module.finish)
 
-    def write(self, step: int, row: dict[str, float], groups: Sequence[Group] = (), tokenizer: Any = None) -> None:
+    def write(self, step: int, row: dict[str, float], groups: Sequence[Group] = (), tokenizer: Any = None,
+              rewards: Mapping[tuple[str, int], float] | None = None) -> None:  # fmt: skip
         """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some positions too."""
         with self.file.open("a") as f:
             f.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
+        now = groups and self.sinks and (step == 1 or step % self.every == 0)
+        thoughts = thought_rows(groups, tokenizer, rewards) if now else []
         for sink in self.sinks:
-            sink(row, step)
-        if groups and self.tables and (step == 1 or step % self.every == 0):
-            thoughts = thought_rows(groups, tokenizer)
-            for table in self.tables:
-                table(thoughts, step)
+            sink(row, step, thoughts)
 
     def close(self) -> None:
         for close in self.closers:
             close()
 
 
+def _to_board(board: Any, row: dict[str, float], step: int, thoughts: list[tuple[Any, ...]]) -> None:
+    for name, value in row.items():
+        board.add_scalar(name, value, step)
+    if thoughts:
+        board.add_text("thoughts", markdown(thoughts), step)
+
+
+def _to_tracker(module: Any, row: dict[str, float], step: int, thoughts: list[tuple[Any, ...]]) -> None:
+    """One call for all of a step: what wandb and trackio are given later they may count as another."""
+    if thoughts:
+        import pandas  # brought by datasets
+
+        # as objects, so that a missing reward stays one: old trackios read nothing but a data frame
+        frame = pandas.DataFrame(thoughts, columns=list(COLUMNS), dtype=object)
+        module.log({**row, "thoughts": module.Table(dataframe=frame)}, step=step)
+    else:
+        module.log(row, step=step)
+
+
 COLUMNS = ("position", "context", "target", "thought", "tokens", "ended by", "reward")
 
 
-def thought_rows(groups: Sequence[Group], tokenizer: Any, positions: int = 4, thoughts: int = 4) -> list[tuple[Any, ...]]:
-    """Some thoughts of a step as rows of `COLUMNS`, control characters made visible."""
+def thought_rows(groups: Sequence[Group], tokenizer: Any, rewards: Mapping[tuple[str, int], float] | None = None,
+                 positions: int = 4, thoughts: int = 4) -> list[tuple[Any, ...]]:  # fmt: skip
+    """Some thoughts of a step as rows of `COLUMNS`, control characters made visible. The reward is that of `rewards`, by group
+    and place in it, or the one stored on the group; None where there is none, and where the thought counts nowhere."""
+    known = rewards or {}
+
     def text(ids: Sequence[int]) -> str:
         return shown(tokenizer.decode(ids))
 
+    def reward(group: Group, k: int) -> float | None:
+        found = known.get((group.id, k), math.nan if group.rewards is None else group.rewards[k])
+        return None if math.isnan(found) else found
+
     return [
         (f"{g.position.document_id}@{g.position.index}", text(g.position.context_ids[-48:]), text(g.position.target_ids),
-         text(t.token_ids), len(t.token_ids), str(t.finish_reason), None if g.rewards is None else g.rewards[k])
+         text(t.token_ids), len(t.token_ids), str(t.finish_reason), reward(g, k))
         for g in groups[:positions] for k, t in enumerate(g.thoughts[:thoughts])
     ]  # fmt: skip
 

@@ -247,7 +247,7 @@ class Run:
         if self.held_out is not None and (step % c.eval.every == 0 or last):
             row |= self._evaluate()
         if self.trackers:
-            self.trackers.write(step, row, batch.groups, self.tokenizer)
+            self.trackers.write(step, row, batch.groups, self.tokenizer, self.metrics.rewards)
         self.console.step(step, row, batch.groups, self.tokenizer)
         self.last = row
         if c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped):

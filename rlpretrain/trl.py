@@ -3,6 +3,7 @@
     reward = InformationGainReward(model, tokenizer, positions="after", marker="=")
     GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback],
                 train_dataset=reward.dataset("docs.jsonl"), processing_class=tokenizer, args=GRPOConfig(...)).train()
+    trl grpo --reward_funcs rlpretrain.trl.information_gain_reward ...      # after `rlpretrain prepare`; or any objective's
 
 A prompt is a document up to a position and the open tag, a completion is a thought. The reward scores with the model that is
 being trained, which the callback hands it: by its own forward, at temperature 1, on the ids of the document.
@@ -13,8 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import warnings
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,22 +29,23 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
-from rlpretrain.compat import trl_vllm_on_cpu
-from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.documents import read_all
+from rlpretrain.compat import trainer_of, trl_vllm_on_cpu
+from rlpretrain.config import ConfigError
 from rlpretrain.loop import rewards_of
 from rlpretrain.models import save_start
-from rlpretrain.objectives import Objective, parse_section
+from rlpretrain.objectives import Objective, available, parse_section
 from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import Beside, check_head, score
-from rlpretrain.sources import Cutter
-from rlpretrain.types import Batch, Document
+from rlpretrain.trl_data import COLUMNS, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset
+from rlpretrain.types import Batch
 from rollout.types import FinishReason, Group, Position, Thought
 
-COLUMNS = ("prompt", "document_id", "position", "context_ids", "target_ids", "suffix_ids")
-"""Of a prompt dataset; TRL hands all but the first to reward functions as they are."""
+__all__ = ["COLUMNS", "InformationGainReward", "ObjectiveReward", "to_prompt_dataset"]
+
+NAMED = {"information_gain": {"name": "rlp"}, "rlpr": {"name": "likelihood", "score": "debiased_prob"}}
+"""Rewards by path (`rlpretrain.trl.NAME_reward`) whose name is not that of an objective."""
 
 
 class ObjectiveReward:
@@ -58,8 +59,11 @@ class ObjectiveReward:
     with its adapters off), its moving average (`ema`), or `none`. It is the same for all thoughts of a prompt and so cancels
     in TRL's advantage; it shows in the log.
 
-    Raises ConfigError for settings that cannot work, and RuntimeError if it is called without a model, since then
-    `callbacks=[reward.callback]` is missing.
+    Without model and tokenizer it is made late, as on TRL's command line: at its first call it takes those of the trainer that
+    calls it. Then the checkpoint must be one that `rlpretrain prepare` has written, and `fields` that it was not given are those
+    that the prompts were prepared with.
+
+    Raises ConfigError for settings that cannot work, and RuntimeError if it is called without a model and not by a trainer.
     """
 
     def __init__(self, model: Any = None, tokenizer: Any = None, name: str = "rlp", *,
@@ -71,34 +75,62 @@ class ObjectiveReward:
                               "has them")  # fmt: skip
         if baseline not in ("self", "frozen", "ema", "none"):
             raise ConfigError(f"baseline must be self, frozen, ema or none, got '{baseline}'")
-        owner, config = parse_section({"name": name, **fields})
+        self.section = {"name": name, **fields}
+        owner, config = parse_section(self.section)
         if not owner.has_positions:
             raise ConfigError(f"objective {name} has no thoughts to reward")
-        self.__name__ = "information_gain" if name == "rlp" else name.rpartition(":")[2]
-        self.delimiters = Delimiters(config.open, config.close)
-        self.added = ensure_delimiters(tokenizer, model, self.delimiters)
-        self.tokenizer, self.objective = tokenizer, owner(config, tokenizer)
-        if "batch" in self.objective.needs or getattr(self.objective, "judge", 0) is None and config.reward == "judge":
-            raise ConfigError(f"objective {name} cannot be a reward function with these settings: it compares whole batches, or "
-                              "asks the policy to judge (set judge_url or judge_function)")  # fmt: skip
         if owner.rollout is not Objective.rollout:
             raise ConfigError(f"objective {name} samples in rounds of its own, which TRL's trainers do not: use rlpretrain's")
+        self.__name__ = "information_gain" if name == "rlp" else name.rpartition(":")[2]
         self.baseline, self.ema_decay = baseline, ema_decay
-        self.layout = Layout(token_budget, cut, cut_penalty, pad_id=tokenizer.pad_token_id or 0,
-                             target="target" in self.objective.needs)  # fmt: skip
+        self.layout = Layout(token_budget, cut, cut_penalty)
         self.model: nn.Module | None = None
         self.reference: Frozen | None = None
         self.scored: tuple[Sequence[Group], dict[str, np.ndarray]] = ((), {})
-        self.callback = _LiveModel(self)
-        self.close_id = self.objective.template.close_id
-        if model is not None:
-            known = model.generation_config.eos_token_id
-            ends = [known] if isinstance(known, int) else list(known or [])
-            if self.close_id not in ends and not self.objective.answer_tokens:
-                model.generation_config.eos_token_id = [*ends, self.close_id]
+        self.callback, self.late, self.trainer = _LiveModel(self), tokenizer is None, None
+        if not self.late:
+            self.added = ensure_delimiters(tokenizer, model, Delimiters(config.open, config.close))
+            self._make(tokenizer, self.section)
+        if model is not None and not self.objective.answer_tokens:
+            end_with_thought(model, self.close_id)
+
+    def _make(self, tokenizer: Any, section: Mapping[str, Any]) -> None:
+        owner, config = parse_section(section)
+        self.tokenizer, self.objective = tokenizer, owner(config, tokenizer)
+        if "batch" in self.objective.needs or getattr(self.objective, "judge", 0) is None and config.reward == "judge":
+            raise ConfigError(f"objective {section['name']} cannot be a reward function with these settings: it compares whole "
+                              "batches, or asks the policy to judge (set judge_url or judge_function)")  # fmt: skip
+        self.delimiters, self.close_id = Delimiters(config.open, config.close), self.objective.template.close_id
+        self.layout.pad_id, self.layout.target = tokenizer.pad_token_id or 0, "target" in self.objective.needs
+
+    def _adopt(self, log_metric: Any, prompt: str, columns: Mapping[str, Any]) -> None:
+        """Without a callback: the model of the trainer that calls, and, made late, its tokenizer and the prompts' fields."""
+        trainer = trainer_of(log_metric)
+        if trainer is None:
+            raise RuntimeError(f"{self.__name__} has no model to score with: pass callbacks=[reward.callback] to the trainer, or "
+                               "let the trainer call it with log_metric=, as GRPOTrainer does")  # fmt: skip
+        if trainer is self.trainer:
+            return
+        if self.late:
+            section = fields_of_prompts(columns, self.section["name"]) | self.section
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            model = plain(trainer.model)
+            check_tags(model, tokenizer, section)
+            self._make(tokenizer, section)
+            check_end(model, self.objective, section)
+            expected = self.groups([[]], {n: columns[n][:1] for n in COLUMNS[1:] if n in columns})[0].prompt.token_ids
+            if tuple(tokenizer(prompt)["input_ids"]) != expected:
+                raise ConfigError(f"{self.__name__}: by its settings the first prompt would be {tokenizer.decode(expected)!r}: "
+                                  "give it the template and tags that the prompts were made with")  # fmt: skip
+        self.trainer, self.reference = trainer, None
+        self.watch(trainer.model)
+        trainer.pop_callback(self.callback)  # twice would be a step too many for the EMA
+        trainer.add_callback(self.callback)  # training has begun: of that it does not hear any more
 
     def dataset(self, documents: Any, **settings: Any) -> Any:
         """`to_prompt_dataset` for this objective."""
+        if self.late:
+            raise ConfigError("a reward without a tokenizer makes no prompts: give it one, or use `rlpretrain prepare`")
         return to_prompt_dataset(documents, self.tokenizer, objective=self.objective, **settings)
 
     def watch(self, model: nn.Module) -> None:
@@ -125,7 +157,10 @@ class ObjectiveReward:
                  **columns: Any) -> list[float | None]:  # fmt: skip
         """A reward for each completion, None where a thought counts nowhere; `ig/*` and `thought/*` go to TRL's log."""
         if missing := [c for c in COLUMNS[1:5] if c not in columns]:
-            raise ConfigError(f"{self.__name__}: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents)")
+            raise ConfigError(f"{self.__name__}: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents), "
+                              "or by `rlpretrain prepare`")  # fmt: skip
+        if self.model is None or self.late or self.trainer is not None:
+            self._adopt(log_metric, prompts[0], columns)
         if self.__name__ in columns:  # `Rollouts` has scored them already
             (groups, gains), rewards = self.scored, list(columns[self.__name__])
         else:
@@ -233,72 +268,6 @@ class InformationGainReward(ObjectiveReward):
         super().__init__(model, tokenizer, "rlp", **settings)
 
 
-def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp", column: str = "text", max_length: int = 2048,
-                      epochs: int = 1, seed: int = 0, whole: bool = False, **fields: Any) -> Any:  # fmt: skip
-    """Documents → a `datasets.Dataset` of prompts for TRL, a row for each position.
-
-    `documents` is a path or hub id (as `data.path`), a `datasets.Dataset` or `IterableDataset` (stays one) with `column`, or
-    a sequence of texts. With `epochs` above 1 every document gives new positions each time; `whole` adds the documents, for a
-    next-token loss. TRL takes prompts as text and tokenises them again; positions where that gives other ids than the
-    document's are left out, and how many is said in a warning.
-
-    Raises ConfigError where no position is left, and for positions that need the live model (`entropy`).
-    """
-    import datasets
-
-    if isinstance(objective, str):
-        owner, config = parse_section({"name": objective, **fields})
-        ensure_delimiters(tokenizer, None, Delimiters(config.open, config.close))
-        objective = owner(config, tokenizer)
-    if "entropy" in objective.needs:
-        raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
-                          "or a proxy model where the objective has one")  # fmt: skip
-    left_out = [0]
-
-    def rows() -> Iterator[dict[str, Any]]:
-        i = 0
-        for _ in range(epochs):
-            for document in _documents(documents, tokenizer, column, max_length):
-                for p in objective.positions(document, np.random.default_rng((seed, i))):
-                    ids = objective.prompt(p).token_ids
-                    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-                    if tuple(tokenizer(text)["input_ids"]) != ids:
-                        left_out[0] += 1
-                        continue
-                    values = (text, p.document_id, p.index, list(p.context_ids), list(p.target_ids), list(p.suffix_ids))
-                    yield dict(zip(COLUMNS, values, strict=True)) | ({"document_token_ids": document.token_ids} if whole else {})
-                i += 1
-
-    if isinstance(documents, datasets.IterableDataset):
-        return datasets.IterableDataset.from_generator(rows)
-    found = list(rows())
-    if not found:
-        raise ConfigError(f"no document gives a prompt: {left_out[0]} positions are left out because their text tokenises to "
-                          "other ids, the rest has no position for this objective")  # fmt: skip
-    if left_out[0]:
-        warnings.warn(f"{left_out[0]} of {left_out[0] + len(found)} positions left out: their prompts tokenise to other ids",
-                      stacklevel=2)  # fmt: skip
-    return datasets.Dataset.from_list(found)
-
-
-def _documents(given: Any, tokenizer: Any, column: str, max_length: int) -> Iterable[Document]:
-    if isinstance(given, str):
-        return read_all(DataConfig(path=given, column=column, max_length=max_length), tokenizer)
-    known = getattr(given, "column_names", None)
-    if known and column not in known:
-        raise ConfigError(f"the dataset has no column '{column}': it has {', '.join(known)}")
-    cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length), tokenizer, 2)
-
-    def cut() -> Iterator[Document]:
-        for i, row in enumerate(given):
-            (pieces,) = cutter.pieces({column: [row if isinstance(row, str) else row[column]]}, [i])
-            for k, (ids, answer_at) in enumerate(pieces):
-                if len(ids) > 1:
-                    yield cutter.document(i, k if len(pieces) > 1 else -1, ids, answer_at, {})
-
-    return cut()
-
-
 class _LiveModel(TrainerCallback):
     """Hands the trained model to its reward when training begins, and moves the EMA after every step.
 
@@ -391,6 +360,10 @@ def _wait(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def __getattr__(name: str) -> Any:
+    if (short := name.removesuffix("_reward")) != name and (short in NAMED or short in available()):
+        reward = ObjectiveReward(**NAMED.get(short, {"name": short}))  # a new one each time: it will be one trainer's
+        reward.__name__ = short if short in NAMED else reward.__name__
+        return reward
     if name not in ("RLPConfig", "RLPTrainer"):
         raise AttributeError(f"module {__name__} has no attribute {name}")
     try:

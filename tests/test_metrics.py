@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,7 +20,7 @@ from rlpretrain import Pretrainer
 from rlpretrain.config_io import build
 from rlpretrain.console import Console, thought_table
 from rlpretrain.loop import train
-from rlpretrain.metrics import METRICS, StepMetrics, Trackers, markdown, thought_rows
+from rlpretrain.metrics import COLUMNS, METRICS, StepMetrics, Trackers, markdown, thought_rows
 from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
@@ -162,9 +167,75 @@ def test_nothing_in_a_thought_is_markdown():
     thought = Thought((1,), (0.0,), FinishReason.CLOSE, 0, 0)
     group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,), 0, rewards=(0.5,))
     (row,) = thought_rows([group], Words())
+    assert thought_rows([group], Words(), {("g", 0): math.nan})[0][-1] is None
+    assert thought_rows([group], Words(), {("g", 0): 2.0})[0][-1] == 2.0
     assert row[0] == "d@1" and row[4:] == (1, "close", 0.5) and "␛[0m⟨U+202E⟩" in row[3]
     line = markdown([row]).splitlines()[2]
     assert line.count("|") == 8 and "# <script>" in line and line.count("`") == 14
+
+
+def check_board(found: list[dict], numbers: dict[int, dict], tables: dict[int, list[dict]]) -> None:
+    """Numbers and tables by step are those of metrics.jsonl, and of thoughts."""
+    for row in found:
+        for name in row.keys() - {"step", "time"}:
+            assert numbers[row["step"]][name] == pytest.approx(row[name])
+    assert sorted(numbers) == sorted(tables) == [1, 2, 3]
+    for step, thoughts in tables.items():
+        assert len(thoughts) == 4 * 4 and all(list(t) == list(COLUMNS) for t in thoughts)
+        assert all("shows" in t["context"] and type(t["tokens"]) is int and 1 <= t["tokens"] <= 6 for t in thoughts)
+        counted = [t["reward"] for t in thoughts if t["reward"] is not None]
+        assert all((t["reward"] is None) == (t["ended by"] != "close") for t in thoughts)  # the cut-off ones count nowhere
+        assert all(type(r) is float for r in counted)
+        if counted:  # four positions of four thoughts: the table is the whole step
+            assert sum(counted) / len(counted) == pytest.approx(found[step - 1]["reward"], abs=1e-5)
+    assert any(t["reward"] is not None for thoughts in tables.values() for t in thoughts)
+
+
+def test_wandb_has_every_number_and_the_thoughts(values, tmp_path, monkeypatch):
+    """An offline run, read back from its own file: a table that is logged apart could land on another step."""
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    Pretrainer(build(merged(values, report_to=["wandb"], sampling__cut="mask", sampling__max_thought_tokens=6))).train()
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    numbers, tables = {}, {}
+    for record in wandb_records(log.read_bytes()):
+        if record.WhichOneof("record_type") == "history":
+            row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            numbers[record.history.step.num] = row
+            table = json.loads((log.parent / "files" / row["thoughts.path"]).read_text())
+            tables[record.history.step.num] = [dict(zip(table["columns"], cells, strict=True)) for cells in table["data"]]
+    check_board(rows(Path(values["output_dir"])), numbers, tables)
+
+
+def wandb_records(data: bytes):
+    """The records of a `.wandb` file: a LevelDB log (blocks of 32 KiB, records cut at their ends) of protobuf messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    at, parts = 7, b""
+    while at < len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts, at = parts + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_trackio_has_every_number_and_the_thoughts(values, tmp_path):
+    """Its local database; in a process of its own, since trackio reads TRACKIO_DIR when it is imported."""
+    pytest.importorskip("trackio")
+    config = merged(values, report_to=["trackio"], sampling__cut="mask", sampling__max_thought_tokens=6)
+    code = f"from rlpretrain import Pretrainer; from rlpretrain.config_io import build; Pretrainer(build({config!r})).train()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    with sqlite3.connect(tmp_path / "trackio" / "rlpretrain.db") as database:
+        logged = {step: json.loads(row) for step, row in database.execute("select step, metrics from metrics order by id")}
+    assert all(row["thoughts"]["_type"] == "trackio.table" for row in logged.values())
+    check_board(rows(Path(values["output_dir"])), logged, {step: row["thoughts"]["_value"] for step, row in logged.items()})
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_get_it(values, tmp_path, monkeypatch):

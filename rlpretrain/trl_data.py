@@ -1,0 +1,165 @@
+"""What TRL trains from: documents as a dataset of prompts, and for its command line a checkpoint that is ready for thoughts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlpretrain import models
+from rlpretrain.config import ConfigError, DataConfig, ModelConfig
+from rlpretrain.documents import read_all
+from rlpretrain.objectives import Config, delimiters, parse_section
+from rlpretrain.prompts import Delimiters, ensure_delimiters
+from rlpretrain.sources import Cutter
+from rlpretrain.types import Document
+
+COLUMNS = ("prompt", "document_id", "position", "context_ids", "target_ids", "suffix_ids")
+"""Of a prompt dataset; TRL hands all but the first to reward functions as they are."""
+SECTION = "objective"
+"""Column of prepared prompts: the objective section they were made with, as JSON, the same in every row."""
+
+
+def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp", column: str = "text", max_length: int = 2048,
+                      epochs: int = 1, seed: int = 0, whole: bool = False, **settings: Any) -> Any:  # fmt: skip
+    """Documents → a `datasets.Dataset` of prompts for TRL, a row for each position.
+
+    `documents` is a path or hub id (as `data.path`), a `datasets.Dataset` or `IterableDataset` (stays one) with `column`, or
+    a sequence of texts. With `epochs` above 1 every document gives new positions each time; `whole` adds the documents, for a
+    next-token loss. TRL takes prompts as text and tokenises them again; positions where that gives other ids than the
+    document's are left out, and how many is said in a warning.
+
+    Raises ConfigError where no position is left, and for positions that need the live model (`entropy`).
+    """
+    import datasets
+
+    if isinstance(objective, str):
+        owner, config = parse_section({"name": objective, **settings})
+        ensure_delimiters(tokenizer, None, Delimiters(config.open, config.close))
+        objective = owner(config, tokenizer)
+    if "entropy" in objective.needs:
+        raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
+                          "or a proxy model where the objective has one")  # fmt: skip
+    left_out = [0]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        i = 0
+        for _ in range(epochs):
+            for document in _documents(documents, tokenizer, column, max_length):
+                for p in objective.positions(document, np.random.default_rng((seed, i))):
+                    ids = objective.prompt(p).token_ids
+                    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                    if tuple(tokenizer(text)["input_ids"]) != ids:
+                        left_out[0] += 1
+                        continue
+                    values = (text, p.document_id, p.index, list(p.context_ids), list(p.target_ids), list(p.suffix_ids))
+                    yield dict(zip(COLUMNS, values, strict=True)) | ({"document_token_ids": document.token_ids} if whole else {})
+                i += 1
+
+    if isinstance(documents, datasets.IterableDataset):
+        return datasets.IterableDataset.from_generator(rows)
+    found = list(rows())
+    if not found:
+        raise ConfigError(f"no document gives a prompt: {left_out[0]} positions are left out because their text tokenises to "
+                          "other ids, the rest has no position for this objective")  # fmt: skip
+    if left_out[0]:
+        warnings.warn(f"{left_out[0]} of {left_out[0] + len(found)} positions left out: their prompts tokenise to other ids",
+                      stacklevel=2)  # fmt: skip
+    return datasets.Dataset.from_list(found)
+
+
+def _documents(given: Any, tokenizer: Any, column: str, max_length: int) -> Iterable[Document]:
+    if isinstance(given, str):
+        return read_all(DataConfig(path=given, column=column, max_length=max_length), tokenizer)
+    known = getattr(given, "column_names", None)
+    if known and column not in known:
+        raise ConfigError(f"the dataset has no column '{column}': it has {', '.join(known)}")
+    cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length), tokenizer, 2)
+
+    def cut() -> Iterator[Document]:
+        for i, row in enumerate(given):
+            (pieces,) = cutter.pieces({column: [row if isinstance(row, str) else row[column]]}, [i])
+            for k, (ids, answer_at) in enumerate(pieces):
+                if len(ids) > 1:
+                    yield cutter.document(i, k if len(pieces) > 1 else -1, ids, answer_at, {})
+
+    return cut()
+
+
+def end_with_thought(model: Any, close_id: int) -> None:
+    """Make the close tag an end of generation, which TRL reads from the model."""
+    known = _ends(model)
+    if close_id not in known:
+        model.generation_config.eos_token_id = [*known, close_id]
+
+
+def _ends(model: Any) -> list[int]:
+    known = model.generation_config.eos_token_id
+    return [known] if isinstance(known, int) else list(known or [])
+
+
+def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], documents: Mapping[str, str], *, seed: int = 0,
+            **settings: Any) -> dict[str, Any]:  # fmt: skip
+    """Write what TRL's scripts take from disk: `out/model`, which knows the tags of a thought and ends generations with it, and
+    `out/prompts`, a parquet file for each split of `documents` (split → path or hub id).
+
+    `settings` are those of `to_prompt_dataset`. Returns the number of prompts of each split, and `added`, the tags that are new
+    to the model. Raises ConfigError where `out` holds one of the two already.
+    """
+    out, section = Path(out), {"name": "rlp", **section}
+    if there := next((out / n for n in ("model", "prompts") if (out / n).exists()), None):
+        raise ConfigError(f"{there} exists already: remove it, or choose another folder")
+    if (tags := delimiters(section)) is None:
+        raise ConfigError(f"objective {section['name']} has no thoughts to prepare for")
+    model, tokenizer, added = models.load(config, tags, seed)
+    owner, parsed = parse_section(section)
+    objective = owner(parsed, tokenizer)
+    prompts = {split: to_prompt_dataset(path, tokenizer, objective=objective, seed=seed, **settings)
+               for split, path in documents.items()}  # fmt: skip
+    if not objective.answer_tokens:
+        end_with_thought(model, objective.template.close_id)
+    work = out / ".prompts.tmp"
+    work.mkdir(parents=True, exist_ok=True)
+    for split, rows in prompts.items():
+        rows.add_column(SECTION, [json.dumps(section)] * len(rows)).to_parquet(work / f"{split}.parquet")
+    models.save_start(model, tokenizer, out / "model")
+    work.replace(out / "prompts")
+    return {"added": added} | {split: len(rows) for split, rows in prompts.items()}
+
+
+def fields_of_prompts(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the objective `name` takes over from the section that prompts were prepared with: all if it is its own, else what
+    every objective has (template, tags, ...)."""
+    section = json.loads(columns[SECTION][0]) if SECTION in columns else {}
+    if section.pop("name", name) == name:
+        return section
+    return {field.name: section[field.name] for field in fields(Config) if field.name in section}
+
+
+def check_tags(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a model that lacks the tags of a thought, once it is too late to add them."""
+    known, rows = tokenizer.get_vocab(), model.config.get_text_config().vocab_size
+    tags = delimiters(section) or Delimiters()
+    for tag in (tags.open, tags.close):
+        if known.get(tag, rows) >= rows:
+            raise ConfigError(f"the checkpoint does not know {tag}, and here it can no longer be taught: {_remedy(section)}")
+
+
+def check_end(model: Any, objective: Any, section: Mapping[str, Any]) -> None:
+    """Raises ConfigError where generations do not end as the objective wants: at the close tag, or after a prediction."""
+    tag, ends = objective.config.close, objective.template.close_id in _ends(model)
+    if ends and objective.answer_tokens:
+        raise ConfigError(f"{tag} ends a generation of this checkpoint, and the objective wants a prediction after it: "
+                          f"{_remedy(section)}")  # fmt: skip
+    if not ends and not objective.answer_tokens:
+        raise ConfigError(f"{tag} does not end a generation of this checkpoint (generation_config.json, eos_token_id): "
+                          f"{_remedy(section)}")  # fmt: skip
+
+
+def _remedy(section: Mapping[str, Any]) -> str:
+    return f"make a checkpoint by `rlpretrain prepare MODEL --out DIR --data FILE --objective '{json.dumps(dict(section))}'`"
