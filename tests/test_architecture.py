@@ -53,7 +53,7 @@ LAYERS = [
     {"packing", "attention", "scoring", "losses"},
     {"adapters", "policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines", "experiment", "heat"},
-    {"run", "pretrainer", "serve", "trl", "trl_trainer", "trl_rollout", "page", "report", "compare"},
+    {"run", "pretrainer", "serve", "trl", "trl_trainer", "trl_rollout", "trl_async", "page", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},
 ]
 
