@@ -10,6 +10,8 @@ import asyncio
 import inspect
 import itertools
 import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -30,6 +32,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward
 from rlpretrain.trl_async import AsyncRollouts
 from rollout.hf import HFEngine
+from tests.helpers import ROOT
 from tests.test_engines import SHAPE
 from tests.test_trl import AFTER, Kept, by_hand
 from tests.test_trl_trainer import Gradient
@@ -69,6 +72,24 @@ def settings(folder: Path, **changes: Any) -> Any:
     } | changes)  # fmt: skip
 
 
+class Busy(HFEngine):
+    """Never given weights while it samples."""
+
+    busy = 0
+
+    async def sample(self, *given: Any) -> Any:
+        self.busy += 1
+        await asyncio.sleep(0.005)
+        try:
+            return await super().sample(*given)
+        finally:
+            self.busy -= 1
+
+    def sync(self, *given: Any) -> None:
+        assert not self.busy
+        super().sync(*given)
+
+
 def made(corpus: Path, args: Any, *, engine: Any = None, path: Path | None = None, peft_config: Any = None, callbacks: Any = (),
          **fields: Any) -> tuple[Any, AsyncRollouts, Kept, list[tuple[Any, int]]]:  # fmt: skip
     """(trainer, rollouts, what was scored, (sample, the trainer's version when it was drawn))."""
@@ -77,7 +98,9 @@ def made(corpus: Path, args: Any, *, engine: Any = None, path: Path | None = Non
     reward = InformationGainReward(tokenizer=tokenizer, **{"cut": "force_close", **AFTER} | fields)
     own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     data = reward.dataset(str(corpus / "train.jsonl"))
-    rollouts = AsyncRollouts(reward, engine or HFEngine(own, tokenizer=tokenizer, shares_weights=False), data, args)
+    if engine is None:
+        engine = Busy(own, tokenizer=tokenizer, shares_weights=False)
+    rollouts = AsyncRollouts(reward, engine or None, data, args)
     trainer = async_grpo.AsyncGRPOTrainer(str(path), args=args, train_dataset=data, processing_class=tokenizer,
                                           callbacks=[reward.callback, *callbacks], peft_config=peft_config,
                                           rollout_worker=rollouts, weight_transfer=rollouts)  # fmt: skip
@@ -327,6 +350,40 @@ def test_bad_settings(corpus, tmp_path):
     assert found[3] == found[0] != found[1] and [p.document_id for p in found] == ["0", "1", "2", "0"]
     with pytest.raises(ConfigError, match="the dataset lacks document_id"):
         next(trl_async._positions([{"prompt": "a"}]))
+
+
+def test_a_sharded_model_is_refused(corpus, tmp_path):
+    """By every rank, before anything waits for another."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
+    reward = InformationGainReward(tokenizer=tokenizer, **AFTER)
+    engine = HFEngine(whole(corpus), shares_weights=False)
+    AsyncRollouts(reward, engine, reward.dataset(str(corpus / "train.jsonl")), settings(tmp_path))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(whole(corpus), mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ConfigError, match="sharded over several"):
+            reward.watch(model)
+    finally:
+        dist.destroy_process_group()
+    reward.watch(whole(corpus))
+
+
+@pytest.mark.slow
+def test_two_processes(corpus, tmp_path):
+    """The first one's thoughts are spread over both, which make the same step; the second needs no engine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.trl_async_ranks",
+               str(corpus), str(tmp_path)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-6000:]
+    first, second = (json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2))
+    assert first["calls"] == 8 and first["drawn"] == 32 and second["calls"] == second["drawn"] == 0
+    assert first["worst"] < 1e-5 and first["sampled"] < 1e-5
+    assert first["logs"][0]["ratio"] == pytest.approx(1, abs=1e-5)
+    assert first["sum"] == pytest.approx(second["sum"], abs=1e-9) and first["sum"] == pytest.approx(first["engine"], abs=1e-9)
 
 
 @pytest.mark.slow
