@@ -138,7 +138,7 @@ class AsyncRollouts:
             self.queue.resume()
 
     def destroy(self) -> None:
-        """Nothing to release: the engine is whoever made it's to close."""
+        """Nothing to release: whoever made the engine closes it."""
 
     # groups
 

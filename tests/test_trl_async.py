@@ -34,6 +34,7 @@ from rlpretrain.trl_async import AsyncRollouts
 from rollout.hf import HFEngine
 from tests.helpers import ROOT
 from tests.test_engines import SHAPE
+from tests.test_learning import BASE
 from tests.test_trl import AFTER, Kept, by_hand
 from tests.test_trl_trainer import Gradient
 from tests.tiny import tiny_model, word_tokenizer
@@ -369,6 +370,21 @@ def test_a_sharded_model_is_refused(corpus, tmp_path):
     finally:
         dist.destroy_process_group()
     reward.watch(whole(corpus))
+
+
+@pytest.mark.slow
+def test_thinking_comes_to_pay(tmp_path):
+    """From the demo's base, on documents seen once, with thoughts up to two steps old: targets get likelier after a thought."""
+    dial.write(tmp_path, base=10, train=1000, held_out=10)
+    args = settings(tmp_path, per_device_train_batch_size=128, num_generations=8, max_completion_length=24, max_steps=36,
+                    learning_rate=3e-4, max_staleness=2, max_grad_norm=1.0)  # fmt: skip
+    trainer, *_ = made(tmp_path, args, path=BASE, cut="penalise")
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "ig/mean" in row]
+    after = [row["ig/mean"] + row["baseline/self"] for row in rows]
+    assert np.mean(after[-8:]) > np.mean(after[:4]) + 0.4
+    assert np.mean([row["baseline/self"] for row in rows[-8:]]) > np.mean([row["baseline/self"] for row in rows[:4]]) - 0.3
+    assert max(row["sample/staleness_max"] for row in rows) in (1, 2) and all(abs(row["ratio"] - 1) < 0.1 for row in rows)
 
 
 @pytest.mark.slow
