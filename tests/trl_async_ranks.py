@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import torch
 from trl.experimental.async_grpo import packing
 
+from tests.async_trainer import made, sampled_from, settings, varlen_attention, whole
 from tests.test_trl import by_hand
-from tests.test_trl_async import made, sampled_from, settings, varlen_attention, whole
 
 
 def main(corpus: Path, out: Path) -> None:
