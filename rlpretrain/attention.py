@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -53,6 +54,20 @@ def install(model: nn.Module) -> str | None:
     AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.set_attn_implementation(PREFIX + before)
     return None
+
+
+@contextmanager
+def attending_by(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    """While it lasts, `model` attends by another implementation of transformers' interface; None leaves it its own."""
+    before = model.config._attn_implementation
+    if implementation is None or implementation == before:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def placeholder(device: torch.device) -> Tensor:

@@ -90,6 +90,13 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[objec
     return deepspeed.zero.GatheredParameters(sharded)
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether this rank holds only a part of some parameter: ZeRO-3 or FSDP."""
+    from torch.distributed.tensor import DTensor
+
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) or hasattr(p, "_is_flat_param") for p in model.parameters())
+
+
 def trl_vllm_on_cpu() -> bool:
     """Make `use_vllm` with `vllm_mode="colocate"` of TRL's trainers work where there is no accelerator; says whether it did.
 

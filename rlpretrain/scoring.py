@@ -18,7 +18,7 @@ from rewards import token_logps
 from rewards.likelihood import row_entropies
 from rlpretrain import adapters
 from rlpretrain.attention import placeholder
-from rlpretrain.compat import backbone_of, gathered, head_of
+from rlpretrain.compat import backbone_of, gathered, head_of, sharded
 from rlpretrain.packing import Layout, idle, pack
 from rlpretrain.ranks import Ranks
 from rlpretrain.tree import Tree
@@ -74,7 +74,7 @@ class Beside(Scorer):
     @property
     def sharded(self) -> bool:
         """Whether a forward is an affair of all ranks."""
-        return any(hasattr(p, "ds_id") for p in self.model.parameters())
+        return sharded(self.model)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
-from rlpretrain.compat import trainer_of, trl_vllm_on_cpu
+from rlpretrain.compat import sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.loop import rewards_of
 from rlpretrain.models import save_start
@@ -87,6 +87,7 @@ class ObjectiveReward:
         self.model: nn.Module | None = None
         self.reference: Frozen | None = None
         self.scored: tuple[Sequence[Group], dict[str, np.ndarray]] = ((), {})
+        self.attention: str | None = None  # of the scoring where one rank does it, in a trainer whose own it cannot use
         self.callback, self.late, self.trainer = _LiveModel(self), tokenizer is None, None
         if not self.late:
             self.added = ensure_delimiters(tokenizer, model, Delimiters(config.open, config.close))
@@ -135,22 +136,27 @@ class ObjectiveReward:
 
     def watch(self, model: nn.Module) -> None:
         """The model to score with: what the callback is given when training begins."""
+        inner, parted = plain(model), sharded(model)
+        if parted and self.attention:
+            raise ConfigError("one rank scores for TRL's asynchronous trainer, and this model is sharded over several (FSDP, "
+                              "ZeRO-3): train it in one process or under DDP, or with GRPOTrainer")  # fmt: skip
         self.model = model
-        inner = plain(model)
-        sharded = any(hasattr(p, "ds_id") for p in inner.parameters())
-        if not sharded:
-            check_head(inner)
-        self.layout.tree = attention.install(inner) is None
-        if self.baseline == "frozen" and _has_adapters(model):
-            self.reference = Frozen(inner, bare=True, ranks=_ranks(next(inner.parameters()).device))
-        elif self.reference is None and self.baseline in ("frozen", "ema") and not _has_adapters(model):
-            if sharded:
-                raise ConfigError(f"baseline {self.baseline} needs a whole copy of the model, which ZeRO-3 has nowhere: use self "
-                                  "or none (it cancels in the advantage), or train adapters")  # fmt: skip
-            whole = copy.deepcopy(inner)
-            self.reference = Ema(whole, self.ema_decay) if self.baseline == "ema" else Frozen(whole)
-        elif self.baseline == "ema" and _has_adapters(model):
-            raise ConfigError("baseline ema has no meaning for adapters here: use frozen (adapters off), self or none")
+        with attention.attending_by(inner, self.attention):
+            if not parted:
+                check_head(inner)
+            self.layout.tree = attention.install(inner) is None
+            self.attention = inner.config._attn_implementation if self.attention else None
+            if _has_adapters(model):
+                if self.baseline == "ema":
+                    raise ConfigError("baseline ema has no meaning for adapters here: use frozen (adapters off), self or none")
+                if self.baseline == "frozen":
+                    self.reference = Frozen(inner, bare=True, ranks=_ranks(next(inner.parameters()).device))
+            elif self.reference is None and self.baseline in ("frozen", "ema"):
+                if parted:
+                    raise ConfigError(f"baseline {self.baseline} needs a whole copy of the model, which ZeRO-3 has nowhere: use "
+                                      "self or none (it cancels in the advantage), or train adapters")  # fmt: skip
+                whole = copy.deepcopy(inner)
+                self.reference = Ema(whole, self.ema_decay) if self.baseline == "ema" else Frozen(whole)
 
     def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]],
                  log_metric: Callable[..., None] | None = None, log_extra: Callable[..., None] | None = None,
@@ -167,7 +173,7 @@ class ObjectiveReward:
             groups = _wait(self.objective.rewarded(None, self.groups(completion_ids, columns)))
             rewards, gains = self.rewards(groups)
         if log_metric is not None:
-            self._log(groups, gains, log_metric)
+            self.log(groups, gains, log_metric)
         if log_extra is not None:
             log_extra("document", list(columns["document_id"]))
             log_extra("target", [self.tokenizer.decode(ids) for ids in columns["target_ids"]])
@@ -216,10 +222,10 @@ class ObjectiveReward:
         arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
         batch, layout = Batch(tuple(groups), ()), replace(self.layout, no_think_ids=arms)
         micros = list(pack(batch, layout, count(batch, layout.cut)))
-        ranks = _ranks(device)
+        ranks = Ranks(device=device) if self.attention else _ranks(device)
         micros += [idle(layout.pad_id)] * (int(ranks.max([float(len(micros))])[0]) - len(micros))
         found: dict[str, list[list[float]]] = {g.id: [] for g in groups}
-        with _evaluating(self.model):
+        with _evaluating(self.model), attention.attending_by(inner, self.attention):
             for micro in micros:
                 micro = micro.to(device)
                 scores = score(scorer, micro)[0]
@@ -242,7 +248,8 @@ class ObjectiveReward:
             return replace(scores, baseline_logps=torch.zeros_like(scores.baseline_logps))
         return scores if self.reference is None else self.reference(scores, micro)
 
-    def _log(self, groups: Sequence[Group], found: Mapping[str, np.ndarray], log: Callable[..., None]) -> None:
+    def log(self, groups: Sequence[Group], found: Mapping[str, np.ndarray], log: Callable[..., None]) -> None:
+        """What `rewards` found, as metrics."""
         thoughts = [t for g in groups for t in g.thoughts]
         log("thought/closed_frac", float(np.mean([t.finish_reason is FinishReason.CLOSE for t in thoughts])))
         log("thought/uncounted_frac", float(np.isnan(found["reward"]).mean()))

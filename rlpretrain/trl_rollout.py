@@ -9,7 +9,7 @@ experimental.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -27,6 +27,12 @@ from rollout.engine import Engine
 from rollout.types import Group, Position, SamplingParams
 
 
+def position_of(row: Mapping[str, Any]) -> Position:
+    """The position that a row of a prompt dataset stands for."""
+    ids = (tuple(row[name]) for name in ("context_ids", "target_ids", "suffix_ids"))
+    return Position(row["document_id"], row["position"], *ids)
+
+
 class Rollouts:
     """Samples with `engine` at the rows of `dataset` (made by `reward.dataset`), as the trainer's arguments say.
 
@@ -40,8 +46,7 @@ class Rollouts:
         self.reward, self.engine, self.seed, self.calls = reward, engine, seed, 0
         self.places: dict[str, Position] = {}
         for row in dataset.select_columns(list(COLUMNS)):
-            ids = (tuple(row[name]) for name in ("context_ids", "target_ids", "suffix_ids"))
-            self.places.setdefault(row["prompt"], Position(row["document_id"], row["position"], *ids))
+            self.places.setdefault(row["prompt"], position_of(row))
         self.synced: int | None = None
 
     def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:

@@ -53,7 +53,7 @@ LAYERS = [
     {"packing", "attention", "adapters", "scoring", "losses"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines", "experiment", "heat"},
-    {"run", "pretrainer", "serve", "trl", "trl_trainer", "trl_rollout", "trl_data", "page", "report", "compare"},
+    {"run", "pretrainer", "serve", "trl", "trl_data", "trl_trainer", "trl_rollout", "trl_async", "page", "report", "compare"},
     {"cli", "doctor", "dry_run", "__main__"},
 ]
 
