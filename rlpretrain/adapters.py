@@ -43,6 +43,9 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError("model.quantization: an average of rounded weights does not move: use baseline frozen, self or none")
     if quantised and config.engine.name == "hf" and config.engine.max_staleness:
         raise ConfigError("model.quantization with engine hf needs engine.max_staleness 0: a copy takes no merged weights")
+    if config.model.quantization == "8bit" and config.engine.name != "hf":
+        raise ConfigError(f"model.quantization 8bit rounds what goes into a layer too, and engine {config.engine.name} would "
+                          "sample from another model: use 4bit, or engine hf")  # fmt: skip
     if lora and lora.sync == "adapter" and (quantised or lora.use_dora):
         what = "policy.lora.use_dora" if lora.use_dora else "model.quantization, whose rounded base vLLM does not have"
         raise ConfigError(f"policy.lora.sync: adapter does not go with {what}: use merged")
@@ -69,10 +72,12 @@ def add_lora(model: nn.Module, config: LoraConfig, new_tokens: Sequence[int] = (
                            trainable_token_indices={n: list(new_tokens) for n in names} if new_tokens else None)  # fmt: skip
     try:
         model = peft.inject_adapter_in_model(lora, model, adapter_name=NAME)  # type: ignore[arg-type]
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"policy.lora.target_modules {config.target_modules}: {str(error).splitlines()[0]}") from None
-    if hasattr(model.get_output_embeddings(), "lora_A"):  # type: ignore[operator]
-        raise ConfigError("policy.lora.target_modules names the output head, whose adapter scoring would not see: leave it out")
+    heads = [model.get_output_embeddings(), *([model.get_input_embeddings()] if tied else [])]  # type: ignore[operator]
+    if any(hasattr(table, "lora_A") for table in heads):
+        raise ConfigError("policy.lora.target_modules names the output head, or the embedding it is tied to: scoring would not "
+                          "see that adapter; leave it out")  # fmt: skip
     return model
 
 
@@ -94,6 +99,7 @@ def off(model: nn.Module) -> Iterator[None]:
     from peft.utils import AuxiliaryTrainingWrapper
 
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers = [layer for layer in layers if not layer.disable_adapters]
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
@@ -113,12 +119,9 @@ def _is_adapter(name: str) -> bool:
 def pieces(model: nn.Module) -> Iterator[Piece]:
     """Every parameter under the names of the checkpoint, tied ones under each, with the adapters merged in, dequantised."""
     for name, p in model.named_parameters(remove_duplicate=False):
-        if _is_adapter(name):
+        plain, (owner, _, leaf) = plain_name(model, name), name.rpartition(".")
+        if plain is None:
             continue
-        owner, _, leaf = name.rpartition(".")
-        plain = name
-        for wrapper in _WRAPPERS:
-            plain = plain.replace(wrapper, ".")
         if owner.endswith(".base_layer") and leaf == "weight":
             layer: Any = model.get_submodule(owner.removesuffix(".base_layer"))
             yield Piece(plain, tuple(layer.parameters()), partial(_merged, layer))
@@ -128,19 +131,37 @@ def pieces(model: nn.Module) -> Iterator[Piece]:
             yield Piece(plain, (p,), partial(_dense, model.get_submodule(owner)))
 
 
+def plain_name(model: nn.Module, name: str) -> str | None:
+    """What the checkpoint calls a parameter or buffer; None for what is not in it, adapters and modules out of use."""
+    if _is_adapter(name) or ".original_module." in name:
+        return None
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, ".")
+    owner, kept, rest = name.partition(".modules_to_save.")
+    if kept:
+        which, _, leaf = rest.partition(".")
+        return f"{owner}.{leaf}" if which in model.get_submodule(owner).active_adapters else None
+    return name
+
+
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
-    """The weight of a wrapped layer with its adapter."""
+    """The weight of a wrapped layer with its adapters in use."""
     if hasattr(layer, "get_merged_weights"):  # trained rows of a table
-        return layer.get_merged_weights([NAME]).detach()
-    base = _dense(layer.base_layer)
-    variant = layer.lora_variant.get(NAME)
-    if variant is not None:  # DoRA
-        return variant.merge_safe(layer, NAME, base).detach()
-    return base + layer.get_delta_weight(NAME).detach().to(base.dtype)
+        return layer.get_merged_weights(layer.active_adapters).detach()
+    weight = _dense(layer.base_layer)
+    for name in layer.active_adapters:
+        if (variant := layer.lora_variant.get(name)) is not None:  # DoRA
+            weight = variant.merge_safe(layer, name, weight).detach()
+        elif name in layer.lora_A or name in layer.lora_embedding_A:
+            weight = weight + layer.get_delta_weight(name).detach().to(weight.dtype)
+    return weight
 
 
-def _dense(layer: nn.Module) -> Tensor:
+def _dense(layer: Any) -> Tensor:
+    if layer.weight.dtype == torch.int8:  # PEFT's own way takes the layer's scales away from it on a CPU
+        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        return layer.weight.detach() * scales[:, None] / 127
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(layer).detach()

@@ -47,7 +47,7 @@ class NoBaseline(Baseline):
 class Frozen(Baseline):
     """A model that never changes, usually the initial one: a copy, or a trained model with its adapters off (`bare`).
 
-    Of documents that come again, in whole rows (`Layout.whole_arms`), up to `keep` log-probs stay: each is read once.
+    Of documents that come again, in whole rows (`Layout.whole_arms`), up to `keep` log-probs stay: a rank reads each once.
     """
 
     def __init__(self, model: nn.Module, *, bare: bool = False, keep: int = 0, ranks: Ranks | None = None):
@@ -145,7 +145,8 @@ def make_references(config: PretrainConfig, initial: nn.Module, wanted: bool, ag
     """
     b, bare, frozen = config.baseline, config.policy.lora is not None, None
     if wanted or b.name == "frozen":
-        keep = b.cache_tokens if again and b.name == "frozen" else 0
+        raw = config.objective.get("no_think", "raw") == "raw"  # then an arm is the document itself, wherever the position is
+        keep = b.cache_tokens if again and raw and b.name == "frozen" else 0
         frozen = Frozen(initial if bare else copy.deepcopy(initial), bare=bare, keep=keep, ranks=ranks)
     if frozen and b.name == "frozen":
         return frozen, frozen

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlpretrain.config import ConfigError
+from rlpretrain.config_io import build, to_dict
 from rlpretrain.ranks import Ranks
 
 FREE_TO_CHANGE = (
@@ -119,13 +120,28 @@ def read(path: Path, ranks: Ranks, backend: str, config: dict[str, Any]) -> tupl
             f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set policy.backend"
         )
     now = json.loads(json.dumps(config))
-    fixed = [{k: v for k, v in c.items() if k not in FREE_TO_CHANGE} for c in (state["config"], now)]
+    fixed = [{k: v for k, v in c.items() if k not in FREE_TO_CHANGE} for c in (filled(state["config"], now), now)]
     changed = changes(*fixed)
     if changed:
         raise ConfigError(
             f"cannot resume from {path}: {'; '.join(changed)}. Use another output_dir, or set the configuration back"
         )
     return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
+
+
+def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an older version, with those of `now` that it did not know as they are by default: what it did."""
+    usual = json.loads(json.dumps(to_dict(build({"model": "", "data": ""}))))
+    if (config.get("policy") or {}).get("lora"):
+        usual["policy"]["lora"] = {"use_dora": False, "new_tokens": False}
+
+    def below(given: Any, default: Any, now: Any) -> Any:
+        if not all(isinstance(side, dict) for side in (given, default, now)):
+            return given
+        new = {k: default[k] for k in now if k in default and k not in given}
+        return {k: below(v, default.get(k), now.get(k)) for k, v in given.items()} | new
+
+    return below(config, usual, now)
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:

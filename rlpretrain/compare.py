@@ -151,7 +151,10 @@ def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = Fal
     """Numbers per position of the model at `path`, against the base."""
     e, device = job.experiment.evaluation, join(config.device).device
     tags = delimiters(config.objective)
-    model, tokenizer, _ = models.load(replace(config.model, path=path), tags, job.seed)
+    start = replace(config.model, path=path)
+    if job.method:
+        start = replace(start, quantization="none")  # what was saved is merged
+    model, tokenizer, _ = models.load(start, tags, job.seed)
     base = models.load(config.model, tags, job.seed)[0]
     found = evaluate(
         model.to(device), load_objective(config, tokenizer), read_all(e.data, tokenizer, limit=e.documents),

@@ -125,7 +125,7 @@ def load(path: str | Path) -> Experiment:
         config = Job(experiment=experiment, name=name, seed=experiment.seeds[0], where=file.parent).config()
         if method.match and config.optim.schedule != "constant":
             raise ConfigError(f"method {name}: its length follows from the budget, so optim.schedule must be constant")
-        bases[name] = to_dict(config.model)
+        bases[name] = to_dict(config.model) | {"quantization": "none"}  # the same weights, rounded or not
     first, *others = bases
     for name in others:
         if different := changes(bases[first], bases[name], "model"):

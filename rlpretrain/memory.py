@@ -107,7 +107,7 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
         else:
             why = "for baseline frozen, ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"
             items.append(Item("initial model", b * p, f"{b} P, whole on every rank, {why}"))
-    if thinks and config.baseline.name == "frozen":
+    if thinks and config.baseline.name == "frozen" and sizes.device == "cpu":
         items.append(Item("log-probs of frozen", 4 * config.baseline.cache_tokens, "4 bytes for each of baseline.cache_tokens"))
 
     text = shape.get_text_config()
@@ -117,6 +117,8 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     q, kv = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
     ff = getattr(text, "intermediate_size", None) or 4 * h
     layer = b * (4 * ff + 4 * q) + (2 * b + 4) * 2 * h + (b + 4) * (q + kv)
+    if config.policy.lora and config.policy.lora.use_dora:  # what a linear layer gives, with and without its adapter
+        layer += 2 * b * (2 * ff + 2 * h + q + 2 * kv)
     each, how = layers * layer, f"{layers} layers x {layer:,} bytes"
     if config.model.gradient_checkpointing:
         each, how = layers * h * b + layer, f"({layers} layers x {b} h + {layer:,} bytes of the layer at work)"

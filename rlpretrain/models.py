@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as hf_logging
 
 from rlpretrain import __version__
-from rlpretrain.adapters import adapter_config, has_lora, pieces
+from rlpretrain.adapters import adapter_config, has_lora, pieces, plain_name
 from rlpretrain.compat import INSTALL
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.prompts import Delimiters, ensure_delimiters
@@ -163,11 +163,15 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
     """An ordinary folder, aside and then renamed; of a quantised model one in its full precision."""
     work = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
+    kept = model.state_dict().keys()  # buffers too are the checkpoint's, where they are stored
+    buffers = {plain_name(model, n): b for n, b in model.named_buffers() if n in kept}
+    state = {n: b for n, b in buffers.items() if n is not None} | state
     if getattr(model, "is_quantized", False):
-        config = copy.deepcopy(model.config)
+        config, ends = copy.deepcopy(model.config), model.generation_config
         del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        model.generation_config = ends
     with _no_bars():
         model.save_pretrained(work, state_dict=state)
     tokenizer.save_pretrained(work)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,14 +136,19 @@ class TorchPolicy:
     def save(self, path: Path) -> None:
         """Everything a bit-identical continuation needs, under `path`."""
         if self.ranks.first:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            rounded = getattr(self.model, "is_quantized", False)  # such a base is read again, not kept
+            model = _trained(self.model) if rounded else self.model.state_dict()
+            state = {"model": model, "optimizer": self.optimizer.state_dict(),
                      "scheduler": self.scheduler.state_dict(), "masters": [m.detach() for _, m in self.masters]}  # fmt: skip
             torch.save(state, path / "policy.pt")
 
     def load(self, path: Path) -> None:
         """Take back what `save` wrote."""
         state = torch.load(path / "policy.pt", map_location=self.ranks.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        if getattr(self.model, "is_quantized", False):
+            _load(state["model"], self.model)
+        else:
+            self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         with torch.no_grad():
@@ -165,7 +170,8 @@ class DeepSpeedPolicy:
         self.model, self.ranks, self.temperature, self.optim = model, ranks, temperature, optim
         settings = ds_settings(config, optim, next(model.parameters()).dtype)
         self.stage = settings["zero_optimization"]["stage"]
-        if self.stage == 3 and getattr(model, "is_quantized", False):
+        self.rounded = getattr(model, "is_quantized", False)
+        if self.stage == 3 and self.rounded:
             raise ConfigError("model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less")
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         scorer = Scorer(model.to(ranks.device))
@@ -236,14 +242,25 @@ class DeepSpeedPolicy:
 
     def save(self, path: Path) -> None:
         """As TorchPolicy.save; every rank writes its shard."""
-        self.engine.save_checkpoint(str(path), tag="deepspeed", client_state={"steps": self.steps})
+        self.engine.save_checkpoint(str(path), tag="deepspeed", client_state={"steps": self.steps},
+                                    exclude_frozen_parameters=self.rounded)  # fmt: skip
 
     def load(self, path: Path) -> None:
         """Take back what `save` wrote, with the same stage and number of ranks."""
-        where, client = self.engine.load_checkpoint(str(path), tag="deepspeed")
+        where, client = self.engine.load_checkpoint(str(path), tag="deepspeed", custom_load_fn=_load if self.rounded else None)
         if where is None:
             raise ConfigError(f"{path} holds no DeepSpeed state: it was written by another backend")
         self.steps = client["steps"]
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _load(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    for name, p in _trained(dst).items():
+        p.copy_(src[name])
 
 
 def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:

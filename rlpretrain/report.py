@@ -161,6 +161,8 @@ def _fill(page: Page, groups: Sequence[Group], known: Mapping[str, Document], ob
 
 def _load(config: PretrainConfig, path: str) -> tuple[nn.Module, Any, list[str]]:
     start = replace(config.model, path=path, from_scratch=False)
+    if path != config.model.path:
+        start = replace(start, quantization="none")  # a trained model was saved merged
     model, tokenizer, added = models.load(start, delimiters(config.objective), config.seed)
     return model.to(join(config.device).device), tokenizer, added
 

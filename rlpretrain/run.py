@@ -70,8 +70,9 @@ class Run:
 
         begin = write_start(config, model, self.tokenizer, self.ranks, changed=bool(added) or config.model.from_scratch)
         wants_frozen = owner.has_positions and bool(config.baseline.frozen_every or self.held_out)
+        each = getattr(self.objective.config, "positions_per_document", 1)
         sized = stream is not None and not config.data.streaming
-        again = sized and self.total_steps * config.positions_per_step > len(stream)
+        again = sized and self.total_steps * config.positions_per_step / each > len(stream)
         self.frozen, self.baseline = make_references(config, model, wants_frozen, again, self.ranks)
         if lora := config.policy.lora:
             adapters.add_lora(model, lora, self.tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
@@ -185,7 +186,8 @@ class Run:
         self.metrics.observe(micro, scores, reward, own)
         every = self.config.baseline.frozen_every
         if self.frozen is not None and every and self.step % every == 0:
-            base = (self.frozen.logps(micro) * micro.target_mask).sum(-1)
+            base = scores.baseline_logps if self.frozen is self.baseline else self.frozen.logps(micro)
+            base = (base * micro.target_mask).sum(-1)
             target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
             if micro.target_mask.any():
                 self.metrics.add("ig/frozen", (target - base[:, None])[micro.counted])
@@ -247,7 +249,8 @@ class Run:
         if self.held_out is not None and (step % c.eval.every == 0 or last):
             row |= self._evaluate()
         if self.trackers:
-            self.trackers.write(step, row, batch.groups, self.tokenizer, self.metrics.rewards)
+            mine = [g for g in batch.groups if (g.id, 0) in self.metrics.rewards]  # the rest went to other ranks
+            self.trackers.write(step, row, mine, self.tokenizer, self.metrics.rewards)
         self.console.step(step, row, batch.groups, self.tokenizer)
         self.last = row
         if c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped):

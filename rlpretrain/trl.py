@@ -89,6 +89,7 @@ class ObjectiveReward:
         self.scored: tuple[Sequence[Group], dict[str, np.ndarray]] = ((), {})
         self.attention: str | None = None  # of the scoring where one rank does it, in a trainer whose own it cannot use
         self.callback, self.late, self.trainer = _LiveModel(self), tokenizer is None, None
+        self.added: list[str] = []
         if not self.late:
             self.added = ensure_delimiters(tokenizer, model, Delimiters(config.open, config.close))
             self._make(tokenizer, self.section)
@@ -287,6 +288,9 @@ class _LiveModel(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The trainer stands, its vLLM not yet."""
+        if self.reward.late:
+            raise ConfigError("a reward without model and tokenizer is for TRL's command line, which knows no callbacks: here "
+                              "give it both")  # fmt: skip
         if not getattr(args, "use_vllm", False):
             return
         reward, colocated = self.reward, args.vllm_mode == "colocate"

@@ -258,6 +258,7 @@ def _positions(dataset: Any) -> Iterator[Position]:
 def _check(reward: ObjectiveReward, engine: Engine | None, dataset: Any, args: Any) -> None:
     known = getattr(dataset, "column_names", None)
     for wrong, why in (
+        (reward.late, "give the reward a tokenizer: InformationGainReward(tokenizer=tokenizer)"),
         (known is not None and not set(COLUMNS) <= set(known), "the dataset is not one that reward.dataset(documents) makes"),
         (reward.added, f"the tokenizer lacked {' and '.join(reward.added)}, and so does the checkpoint that the trainer loads: "
                        "call ensure_delimiters(tokenizer, model), save both, and start from that folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -124,7 +125,8 @@ def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], do
     if not objective.answer_tokens:
         end_with_thought(model, objective.template.close_id)
     work = out / ".prompts.tmp"
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     for split, rows in prompts.items():
         rows.add_column(SECTION, [json.dumps(section)] * len(rows)).to_parquet(work / f"{split}.parquet")
     models.save_start(model, tokenizer, out / "model")

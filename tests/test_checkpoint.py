@@ -11,6 +11,7 @@ import torch
 
 from rewards.controls import CollapseMonitor
 from rlpretrain import Pretrainer, checkpoint
+from rlpretrain.config import ConfigError
 from rlpretrain.config_io import build
 from rlpretrain.loop import train
 from rlpretrain.ranks import Ranks
@@ -251,3 +252,24 @@ def test_state_json_is_json(values):
     trained(values, max_steps=1, checkpoint__every=1)
     text = (Path(values["output_dir"]) / "checkpoint-1" / "state.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings(values, tmp_path):
+    """What it did not know counts as its default; a default that changes what is trained is still refused."""
+    from rlpretrain.checkpoint import filled
+    from rlpretrain.config_io import to_dict
+
+    run = merged(values, checkpoint={"every": 2}, max_steps=2)
+    trained(run)
+    file = tmp_path / "run" / "checkpoint-2" / "state.json"
+    state = json.loads(file.read_text())
+    del state["config"]["baseline"]["cache_tokens"], state["config"]["model"]["quantization"], state["config"]["packing"]
+    file.write_text(json.dumps(state))
+    trained(run, resume="auto", max_steps=3)
+    state["config"]["packing"] = "padded"
+    file.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="packing was 'padded', is 'tree'"):
+        trained(run, resume=str(file.parent), max_steps=3)
+    now = json.loads(json.dumps(to_dict(build(merged(run, policy={"lora": {"r": 4}})))))
+    assert filled({"policy": {"lora": {"r": 4}}}, now)["policy"]["lora"] == {"r": 4, "use_dora": False, "new_tokens": False}
+    assert filled(now, now) == now
