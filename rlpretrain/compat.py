@@ -107,7 +107,7 @@ def trl_vllm_on_cpu() -> bool:
 
     Raises ImportError that names what an upgrade of TRL moved.
     """
-    if torch.accelerator.is_available():
+    if torch.accelerator.is_available() or importlib.util.find_spec("trl") is None:
         return False
     generation: Any = importlib.import_module("trl.generation.vllm_generation")
     if not hasattr(generation, "LLM"):  # no vLLM: TRL will say so

@@ -90,7 +90,9 @@ class ObjectiveReward:
         self.attention: str | None = None  # of the scoring where one rank does it, in a trainer whose own it cannot use
         self.callback, self.late, self.trainer = _LiveModel(self), tokenizer is None, None
         self.added: list[str] = []
-        if not self.late:
+        if self.late:
+            trl_vllm_on_cpu()  # no callback will be asked before that starts
+        else:
             self.added = ensure_delimiters(tokenizer, model, Delimiters(config.open, config.close))
             self._make(tokenizer, self.section)
         if model is not None and not self.objective.answer_tokens:

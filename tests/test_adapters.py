@@ -424,6 +424,17 @@ def test_settings_that_cannot_work(values, corpus, changes, said):
         train(Run(build(merged(values, **changes)), None))
 
 
+def test_a_missing_library_is_named_with_its_install_line(values, corpus, monkeypatch):
+    run = merged(values, model={"path": str(corpus / "base"), "quantization": "4bit"}, policy={"lora": {}})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *others: None)
+    with pytest.raises(ImportError, match=r'bitsandbytes: pip install "rlpretrain\[qlora\]"'):
+        Run(build(run), None)
+    monkeypatch.undo()
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ImportError, match=r'needs PEFT: pip install "rlpretrain\[peft\]"'):
+        Run(build(merged(values, policy={"lora": {}}, output_dir=values["output_dir"] + "2")), None)
+
+
 def test_adapter_sync_cannot_hand_over_new_delimiters(without_tags):
     with pytest.raises(ConfigError, match="new_tokens: false"):
         Run(build(merged(without_tags, policy={"lora": {"sync": "adapter"}}, engine={"name": "vllm_local"})), None)
