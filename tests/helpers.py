@@ -68,6 +68,12 @@ def one_step(values: dict[str, Any], prepare: Callable[[Run], None] = lambda run
     return run, gradient
 
 
+def alone() -> dict[str, str]:
+    """This process's environment without what a launcher, or a test with DeepSpeed or vLLM before this one, has left in it."""
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launched}
+
+
 def launch(runs: list[dict], folder: Path, ranks: int = 2) -> None:
     """Train each of `runs` with this many gloo ranks."""
     jobs = folder / "jobs.json"

@@ -20,6 +20,7 @@ import rlpretrain.trl
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.trl import InformationGainReward, to_prompt_dataset
+from tests.helpers import alone
 
 trl = pytest.importorskip("trl")
 AFTER = "positions: after, marker: shows"
@@ -118,8 +119,7 @@ def test_the_command_line_logs_the_gain(corpus, tmp_path):
                         "generation_kwargs": json.dumps(NO_TEXT)}  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     rewards = ["--reward_funcs", "rlpretrain.trl.information_gain_reward", "my_rewards.reward"]
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by tests with DeepSpeed
-    env = {name: value for name, value in os.environ.items() if name not in launched}
+    env = alone()
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-m", "trl.cli.main", "grpo", *words, *rewards], capture_output=True, text=True,
                           timeout=280, cwd=tmp_path, env=env)  # fmt: skip

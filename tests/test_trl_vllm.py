@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 
 from rlpretrain import compat
 from rlpretrain.corpora import dial
-from tests.helpers import ROOT
+from tests.helpers import ROOT, alone
 from tests.test_engines import SHAPE
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -31,7 +30,7 @@ def test_a_script_of_trl_trains_with_its_vllm(corpus, tmp_path, kind):
     tokenizer.save_pretrained(base)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"] if kind == "zero" else []
     command = [sys.executable, *launcher, "-m", "tests.trl_colocate", str(base), str(corpus / "train.jsonl"), str(tmp_path), kind]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
+    environment = alone() | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads((tmp_path / "record.json").read_text())
