@@ -43,6 +43,10 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError("model.quantization: an average of rounded weights does not move: use baseline frozen, self or none")
     if quantised and config.engine.name == "hf" and config.engine.max_staleness:
         raise ConfigError("model.quantization with engine hf needs engine.max_staleness 0: a copy takes no merged weights")
+    if quantised and config.policy.zero_stage == 3:
+        raise ConfigError("model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less")
+    if lora and lora.sync == "adapter" and config.engine.name != "vllm_local":
+        raise ConfigError(f"policy.lora.sync: adapter is for engine vllm_local; engine {config.engine.name} takes merged weights")
     if config.model.quantization == "8bit" and config.engine.name != "hf":
         raise ConfigError(f"model.quantization 8bit rounds what goes into a layer too, and engine {config.engine.name} would "
                           "sample from another model: use 4bit, or engine hf")  # fmt: skip
@@ -186,7 +190,7 @@ def copy_adapter(model: nn.Module, adapter: Mapping[str, Tensor]) -> None:
 def adapter_config(model: Any) -> dict[str, Any]:
     """What PEFT's adapter_config.json would hold."""
     plain = json.dumps(model.peft_config[NAME].to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    return json.loads(plain)
+    return json.loads(plain) | {"base_model_name_or_path": model.name_or_path or None}
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -348,7 +348,8 @@ class PretrainConfig:
     """auto, cpu, cuda or cuda:N."""
     threads: Count | None = None
     """torch threads; the machine's choice by default."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+                         BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()  # fmt: skip
     """Trackers beside the console and metrics.jsonl; five times a run they get some thoughts too, as a table."""
     log_every: Count = 1
     """Steps between console lines."""

@@ -34,9 +34,7 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
     `shares`: the hf engine may read the model's own parameters. `start`: where an engine that loads from disk finds weights
     and tokenizer; the model's own path by default. Raises ConfigError or ImportError for what cannot work.
     """
-    e, lora = config.engine, config.policy.lora
-    if lora and lora.sync == "adapter" and e.name != "vllm_local":
-        raise ConfigError(f"policy.lora.sync: adapter is for engine vllm_local; engine {e.name} takes merged weights")
+    e = config.engine
     if e.sleep and (e.name != "vllm_local" or e.max_staleness):
         raise ConfigError("engine.sleep is for engine vllm_local with max_staleness 0: only that rests while the model trains")
     if e.name == "hf" or not objective.has_positions:  # without positions nothing is ever sampled

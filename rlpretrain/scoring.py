@@ -169,8 +169,8 @@ def _collected(score: Callable[[MicroBatch], Scores], micros: Sequence[MicroBatc
 def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
     """Largest difference between our log-probabilities and those of the model's own logits, on a few tokens.
 
-    Raises ValueError above `tolerance` (scaled for half precision): the model does something to its logits that `compat`
-    does not know, and every score would be wrong.
+    Raises ValueError above `tolerance` (scaled for half precision and autocast): the model does something to its logits that
+    `compat` does not know, and every score would be wrong.
     """
     weight = model.get_output_embeddings().weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
@@ -183,7 +183,8 @@ def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
     ours, _ = Scorer(model)(ids, ones, None, rows, ids[0, 1:])
     model.train(was_training)
     worst = float((gold - ours).abs().max())
-    if not worst <= tolerance * (1 if weight.dtype == torch.float32 else 300):
+    half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
+    if not worst <= tolerance * (300 if half else 1):
         raise ValueError(
             f"{type(model).__name__}: log-probabilities from hidden states differ from its own logits by {worst:.3g} nats; "
             "it transforms its logits in a way that rlpretrain.compat.head_of does not know"

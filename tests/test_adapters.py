@@ -303,8 +303,8 @@ def test_new_delimiters_are_trained_and_nothing_else_of_the_tables(without_tags,
 
 def test_without_new_tokens_the_tables_stay(without_tags, tmp_path):
     trained(without_tags, policy__lora=LORA | {"new_tokens": False}, max_steps=2)
-    names = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert not names["trainable_token_indices"]
+    told = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert not told["trainable_token_indices"] and told["base_model_name_or_path"] == without_tags["model"]
 
 
 def test_resume_with_trained_delimiters_is_bit_identical(without_tags, tmp_path):
@@ -410,6 +410,7 @@ def test_a_trained_model_is_not_rounded_again(rounded, tmp_path):
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"model": {"quantization": "4bit"}}, "set policy.lora"),
+    ({"model": {"quantization": "4bit"}, "policy": {"lora": {}, "zero_stage": 3}}, "ZeRO 3 cannot shard"),
     ({"model": {"quantization": "4bit"}, "policy": {"lora": {}}, "baseline": {"name": "ema"}}, "does not move"),
     ({"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"max_staleness": 1}}, "max_staleness 0"),
     ({"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"name": "vllm_local"}}, "use 4bit, or engine hf"),

@@ -224,6 +224,10 @@ def wandb_records(data: bytes):
             parts = b""
 
 
+def test_one_tracker_may_be_named_alone(values):
+    assert build(merged(values, report_to="wandb")).report_to == ("wandb",)
+
+
 def test_trackio_has_every_number_and_the_thoughts(values, tmp_path):
     """Its local database; in a process of its own, since trackio reads TRACKIO_DIR when it is imported."""
     pytest.importorskip("trackio")
