@@ -175,9 +175,8 @@ def adapter_pieces(model: nn.Module) -> Iterator[Piece]:
     """The adapters alone, named as in PEFT's files."""
     for name, p in model.named_parameters():
         if _is_adapter(name):
-            short = name.removesuffix(f".{NAME}").removesuffix(f"_magnitude_vector.{NAME}.weight")
-            short += "_magnitude_vector" if name.endswith(f"_magnitude_vector.{NAME}.weight") else ""
-            yield Piece(f"base_model.model.{short.replace(f'.{NAME}.', '.')}", (p,), p.detach)
+            short = name.replace(f"_vector.{NAME}.weight", "_vector").replace(f".{NAME}.", ".").removesuffix(f".{NAME}")
+            yield Piece(f"base_model.model.{short}", (p,), p.detach)
 
 
 @torch.no_grad()
