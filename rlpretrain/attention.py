@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlpretrain.compat import attention_of
 from rlpretrain.tree import Piece, Tree
 
 PREFIX = "tree_"
@@ -47,7 +48,7 @@ def install(model: nn.Module) -> str | None:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-    before = model.config._attn_implementation
+    before = attention_of(model)
     if (why := why_not(model)) is not None or before.startswith(PREFIX):
         return why
     AttentionInterface.register(PREFIX + before, partial(_attend, before))
@@ -59,7 +60,7 @@ def install(model: nn.Module) -> str | None:
 @contextmanager
 def attending_by(model: nn.Module, implementation: str | None) -> Iterator[None]:
     """While it lasts, `model` attends by another implementation of transformers' interface; None leaves it its own."""
-    before = model.config._attn_implementation
+    before = attention_of(model)
     if implementation is None or implementation == before:
         yield
         return

@@ -58,6 +58,11 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return body
 
 
+def attention_of(model: nn.Module) -> str:
+    """The attention implementation that a transformers model has now, as its `set_attn_implementation` takes it."""
+    return model.config._attn_implementation
+
+
 def has_deepspeed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 

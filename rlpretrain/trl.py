@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
-from rlpretrain.compat import sharded, trainer_of, trl_vllm_on_cpu
+from rlpretrain.compat import attention_of, sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.loop import rewards_of
 from rlpretrain.models import save_start
@@ -148,7 +148,7 @@ class ObjectiveReward:
             if not parted:
                 check_head(inner)
             self.layout.tree = attention.install(inner) is None
-            self.attention = inner.config._attn_implementation if self.attention else None
+            self.attention = attention_of(inner) if self.attention else None
             if _has_adapters(model):
                 if self.baseline == "ema":
                     raise ConfigError("baseline ema has no meaning for adapters here: use frozen (adapters off), self or none")
