@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlpretrain import models
+from rlpretrain import adapters, models
 from rlpretrain.checkpoint import changes
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config_io import build, to_dict
 from rlpretrain.documents import read_all
 from rlpretrain.evaluate import evaluate, interval
-from rlpretrain.experiment import BASE, Experiment, Job, load
+from rlpretrain.experiment import BASE, Experiment, Job, Judged, load
 from rlpretrain.objectives import delimiters
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.pretrainer import Pretrainer
+from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.ranks import join
 from rlpretrain.records import write_json
 
@@ -45,6 +46,8 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], N
     where, out = Path(path).parent, Path(experiment.output_dir)
     todo = [Job(experiment=experiment, name=name, seed=seed, where=where)
             for seed in experiment.seeds for name in (*experiment.methods, BASE)]  # fmt: skip
+    if not all((job.folder / "evaluation.json").exists() for job in todo):
+        check(experiment, where)
     later = [job for job in todo if job.method and job.method.match]  # budgets are known once the runs that set them are done
     for part in ([job for job in todo if job not in later], later):
         for text in _each(experiment, part):
@@ -57,6 +60,26 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], N
     except ImportError:
         say('no plot: pip install "rlpretrain[plot]"')
     return results
+
+
+def check(experiment: Experiment, where: Path) -> None:
+    """Make every objective with its tokenizer and read the held-out documents: what fails there fails before any training.
+
+    Raises ConfigError that names the method, or `evaluation`.
+    """
+    e = experiment.evaluation
+    parts = {f"method {name}": Job(experiment=experiment, name=name, seed=experiment.seeds[0], where=where).config()
+             for name in experiment.methods}  # fmt: skip
+    common = _common(next(iter(parts.values())), e)
+    for part, config in (parts | {"evaluation": common}).items():
+        tokenizer = models.load_tokenizer(config.model)
+        ensure_delimiters(tokenizer, None, delimiters(config.objective))
+        try:
+            adapters.check(config)
+            load_objective(config, tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"{part}: {error}") from None
+    read_all(e.data, models.load_tokenizer(common.model), limit=e.documents)
 
 
 def _each(experiment: Experiment, jobs: Sequence[Job]) -> Iterator[str]:
@@ -136,15 +159,19 @@ def measure(job: Job, settings: dict[str, Any]) -> None:
     e = job.experiment.evaluation
     configs = {n: replace(job.config(n), data=e.data, ntp_data=e.data) for n in settings["objectives"]}
     own = next(iter(configs.values()))
-    common = build({"model": to_dict(own.model), "data": to_dict(e.data), "objective": e.objective, "device": own.device,
-                    "sampling": {"max_thought_tokens": e.max_thought_tokens}})  # fmt: skip
     if own.threads:
         torch.set_num_threads(own.threads)
     path = str(job.folder / "model") if job.method else own.model.path
-    found = {"settings": settings, "common": _evaluated(job, common, path, controls=True),
+    found = {"settings": settings, "common": _evaluated(job, _common(own, e), path, controls=True),
              "own": {n: _evaluated(job, c, path) for n, c in configs.items()}}  # fmt: skip
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / "evaluation.json", found)
+
+
+def _common(own: PretrainConfig, judged: Judged) -> PretrainConfig:
+    """The configuration by which all models are compared, on the model and device of `own`."""
+    return build({"model": to_dict(own.model), "data": to_dict(judged.data), "objective": judged.objective, "device": own.device,
+                  "sampling": {"max_thought_tokens": judged.max_thought_tokens}})  # fmt: skip
 
 
 def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = False) -> dict[str, list[float]]:

@@ -65,7 +65,7 @@ class Experiment:
     jobs: Count = 1
     """Trainings at a time, each a process of its own; with `ray`, the cluster decides."""
     ray: str | None = None
-    """Ray cluster (local, auto, or an address) that runs them; its machines must reach `output_dir`, model and data."""
+    """Ray cluster (local, auto, or an address) that runs them; its machines and this one must reach `output_dir`, model, data."""
     resources: dict[str, float] = field(default_factory=lambda: {"num_cpus": 1.0})
     """What a training takes of the cluster: num_cpus, num_gpus."""
     output_dir: str = "runs/compare"

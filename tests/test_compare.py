@@ -148,10 +148,32 @@ def test_an_unknown_number_names_those_there_are(done, corpus, tmp_path):
         compare(file)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {"fine": {"config": "rlp.yaml"},
+                      "bad": {"config": "rlp.yaml", "set": {"objective": {"marker": "nowhere"}}}}}, "method bad: .*nowhere"),
+        ({"methods": {"bad": {"config": "rlp.yaml", "set": {"policy": {"zero_stage": 3, "lora": {"r": 2}},
+                                                             "model": {"quantization": "4bit"}}}}}, "method bad: .*ZeRO 3"),
+        ({"evaluation": {"data": "held_out", "objective": {"name": "rlp", "positions": "after", "marker": "nowhere"}}},
+         "evaluation: .*nowhere"),
+        ({"evaluation": {"data": "nothing.jsonl"}}, "nothing.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_a_tokenizer_or_held_out_file_shows_is_known_before_any_training(corpus, tmp_path, changes, said):
+    if changes.get("evaluation", {}).get("data") == "held_out":
+        changes["evaluation"]["data"] = str(corpus / "held_out.jsonl")
+    file = written(tmp_path, corpus, **changes)
+    with pytest.raises(ConfigError, match=said):
+        compare(file)
+    assert not (tmp_path / "compared").exists()
+
+
 def test_a_failure_names_its_training(corpus, tmp_path):
-    bad = {"config": "rlp.yaml", "set": {"objective": {"marker": "nowhere"}}}
+    """Its own documents are read where it is trained; the base beside it needs none of them."""
+    bad = {"config": "rlp.yaml", "set": {"data": {"path": str(tmp_path / "nothing.jsonl")}}}
     file = written(tmp_path, corpus, methods={"bad": bad}, seeds=[3])
-    with pytest.raises(Exception, match="bad, seed 3: .*nowhere"):
+    with pytest.raises(ConfigError, match="bad, seed 3: .*nothing"):
         compare(file)
 
 
