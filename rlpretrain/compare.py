@@ -92,7 +92,7 @@ def _each(experiment: Experiment, jobs: Sequence[Job]) -> Iterator[str]:
             import ray
         except ImportError as error:
             raise ImportError('compare on ray: pip install "rlpretrain[ray]"') from error
-        ray.init(None if experiment.ray == "local" else experiment.ray, ignore_reinit_error=True, log_to_driver=False)
+        ray.init(experiment.ray, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
         work = ray.remote(max_retries=2, **experiment.resources)(do)
         waiting = [work.remote(job) for job in jobs]
         while waiting:

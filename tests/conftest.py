@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlpretrain.corpora import dial
 from tests.tiny import tiny_model
 
 torch.set_num_threads(1)
+os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its workers starve where other tests keep all cores busy
 
 
 @pytest.fixture(scope="session")
