@@ -10,6 +10,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -198,8 +199,11 @@ def test_wandb_has_every_number_and_the_thoughts(values, tmp_path, monkeypatch):
         monkeypatch.setenv(f"WANDB_{name}", value)
     Pretrainer(build(merged(values, report_to=["wandb"], sampling__cut="mask", sampling__max_thought_tokens=6))).train()
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    numbers, tables = {}, {}
-    for record in wandb_records(log.read_bytes()):
+    numbers, tables, end = {}, {}, time.monotonic() + 60
+    while not (found := list(wandb_records(log.read_bytes()))) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < end, "wandb never closed its file"
+        time.sleep(0.05)  # wandb's own process writes it, and `finish` does not wait for that
+    for record in found:
         if record.WhichOneof("record_type") == "history":
             row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             numbers[record.history.step.num] = row
@@ -213,12 +217,14 @@ def wandb_records(data: bytes):
     from wandb.proto.wandb_internal_pb2 import Record
 
     at, parts = 7, b""
-    while at < len(data):
+    while at + 7 <= len(data):
         if (room := 32768 - at % 32768) < 7:
             at += room
             continue
         _, size, kind = struct.unpack_from("<IHB", data, at)
         parts, at = parts + data[at + 7 : at + 7 + size], at + 7 + size
+        if at > len(data):
+            return  # not written to its end yet
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(parts)
             parts = b""
