@@ -63,6 +63,19 @@ def attention_of(model: nn.Module) -> str:
     return model.config._attn_implementation
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes' four-bit layers in the form that has a gradient.
+
+    On a CPU with AVX512-BF16 they turn (0.50) at the first forward in evaluation mode, which for us is sampling, into one that
+    stays, computes in bfloat16, passes no gradient to what is below, and is read as other weights by all who dequantise it
+    (bitsandbytes#2078 is one such reader). A layer that has turned already turns back when its state is read.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+            layer.state_dict()
+
+
 def has_deepspeed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 

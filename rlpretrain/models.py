@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from rlpretrain import __version__
 from rlpretrain.adapters import adapter_config, has_lora, pieces, plain_name
-from rlpretrain.compat import INSTALL
+from rlpretrain.compat import INSTALL, keep_differentiable
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.scoring import check_head
@@ -97,6 +97,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         if lacking := sorted(found["missing_keys"]):
             raise ConfigError(f"the checkpoint '{config.path}' lacks {len(lacking)} weights of its model, for instance "
                               f"{', '.join(lacking[:3])}: not a causal language model, or saved incompletely")  # fmt: skip
+    keep_differentiable(model)
     broken = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if broken:
         raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from rlpretrain import attention
 from rlpretrain.baseline import Ema, Frozen
-from rlpretrain.compat import attention_of, sharded, trainer_of, trl_vllm_on_cpu
+from rlpretrain.compat import attention_of, keep_differentiable, sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.loop import rewards_of
 from rlpretrain.models import save_start
@@ -144,6 +144,7 @@ class ObjectiveReward:
             raise ConfigError("one rank scores for TRL's asynchronous trainer, and this model is sharded over several (FSDP, "
                               "ZeRO-3): train it in one process or under DDP, or with GRPOTrainer")  # fmt: skip
         self.model = model
+        keep_differentiable(inner)
         with attention.attending_by(inner, self.attention):
             if not parted:
                 check_head(inner)

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rlpretrain.adapters import add_lora, copy_adapter, off, pieces
 from rlpretrain.baseline import Frozen
+from rlpretrain.compat import keep_differentiable
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config_io import build
 from rlpretrain.corpora import dial
 from rlpretrain.loop import train
+from rlpretrain.models import load_model
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.run import Run
 from rlpretrain.scoring import Beside, Scorer
@@ -346,6 +348,7 @@ def test_adapters_on_rounded_weights(rounded, tmp_path, bits):
     form = {"4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
             "8bit": BitsAndBytesConfig(load_in_8bit=True)}[bits]  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(rounded["model"], quantization_config=form, dtype=torch.float32)
+    keep_differentiable(base)  # and in float32 everywhere
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     apart = 1e-4 if bits == "4bit" else 5e-2  # eight bits round the activations of the matrix product too
@@ -354,6 +357,38 @@ def test_adapters_on_rounded_weights(rounded, tmp_path, bits):
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(rounded["model"]).parameters())
     adapters = sum(p.numel() for n, p in theirs.named_parameters() if ".lora_" in n)
     assert record["parameters"] == whole + adapters
+
+
+@pytest.mark.parametrize("late", [None, "by hand", "by TRL"])
+def test_rounded_weights_have_gradients_on_every_cpu(rounded, monkeypatch, late):
+    """bitsandbytes gives CPUs with AVX512-BF16 a form without gradients as soon as a model that is evaluated reads something."""
+
+    def gradients(say: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: say)
+        config = build(merged(rounded, model={"path": rounded["model"], "quantization": "4bit"})).model
+        if late:
+            monkeypatch.setattr("rlpretrain.models.keep_differentiable", lambda _: None)
+        torch.manual_seed(2)
+        model = stirred(add_lora(load_model(config), LoraConfig(r=4)))
+        with torch.no_grad():
+            model(IDS)
+        turned = [m for m in model.modules() if getattr(getattr(m, "quant_state", None), "packing_format_for_cpu", False)]
+        assert bool(turned) == (say and late is not None)  # else there is nothing to keep it from
+        if late == "by hand":
+            keep_differentiable(model)
+        elif late == "by TRL":
+            pytest.importorskip("trl", reason="needs TRL: make env LOCK=test-cpu")
+            from rlpretrain.trl import InformationGainReward
+
+            InformationGainReward(model, dial.tokenizer(), positions="after", marker="shows").watch(model)
+        model(IDS).logits.log_softmax(-1)[0, :-1].gather(1, IDS[0, 1:, None]).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return found, {piece.name: piece.make() for piece in pieces(model)}
+
+    for theirs, ours, rounding in zip(gradients(False), gradients(True), (5e-2, 5e-3), strict=True):
+        for name in theirs:  # of layers that turned, the scales have been through bfloat16
+            atol = float(theirs[name].abs().max()) * (rounding if late else 1e-6)
+            torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
