@@ -121,13 +121,24 @@ def _is_adapter(name: str) -> bool:
 
 
 def pieces(model: nn.Module) -> Iterator[Piece]:
-    """Every parameter under the names of the checkpoint, tied ones under each, with the adapters merged in, dequantised."""
+    """Every parameter under the names of the checkpoint, tied ones under each, with the adapters merged in, dequantised.
+
+    Raises ConfigError for adapters that no checkpoint of the model can hold.
+    """
+    _check_mergeable(model)
     for name, p in model.named_parameters(remove_duplicate=False):
         plain, (owner, _, leaf) = plain_name(model, name), name.rpartition(".")
         if plain is None:
             continue
-        if owner.endswith(".base_layer") and leaf == "weight":
-            layer: Any = model.get_submodule(owner.removesuffix(".base_layer"))
+        layers: list[Any] = []  # wrapped around the owner, the innermost first
+        while owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+            layers.append(model.get_submodule(owner))
+        inside = [layer for layer in layers if getattr(layer, "parameter_name", None) == leaf]  # of fused experts, one for each
+        if inside:
+            yield Piece(plain, tuple(layers[-1].parameters()), partial(_merged_parameter, p, inside))
+        elif layers and leaf == "weight":
+            (layer,) = layers
             yield Piece(plain, tuple(layer.parameters()), partial(_merged, layer))
         elif p.is_floating_point():
             yield Piece(plain, (p,), p.detach)
@@ -140,12 +151,39 @@ def plain_name(model: nn.Module, name: str) -> str | None:
     if _is_adapter(name) or ".original_module." in name:
         return None
     for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, ".")
+        while wrapper in name:
+            name = name.replace(wrapper, ".")
     owner, kept, rest = name.partition(".modules_to_save.")
     if kept:
         which, _, leaf = rest.partition(".")
         return f"{owner}.{leaf}" if which in model.get_submodule(owner).active_adapters else None
     return name
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "base_layer") or hasattr(layer, "get_merged_weights"):
+            continue
+        if not hasattr(layer, "lora_A"):
+            raise ConfigError(f"{name} has an adapter that is not LoRA ({type(layer).__name__}): it cannot be merged here")
+        if any(getattr(layer, "lora_bias", {}).values()):
+            raise ConfigError(f"{name}: lora_bias has no place in the merged weights: set lora_bias=False")
+    causal: Any = model
+    whole = [hasattr(table, "modules_to_save") for table in (causal.get_input_embeddings(), causal.get_output_embeddings())]
+    if causal.config.get_text_config().tie_word_embeddings and any(whole) and not all(whole):
+        raise ConfigError("modules_to_save has one of an embedding and a head that the checkpoint ties: merged they would be one "
+                          "again; leave it out, or train rows of both by trainable_token_indices")  # fmt: skip
+
+
+@torch.no_grad()
+def _merged_parameter(parameter: nn.Parameter, layers: Sequence[Any]) -> Tensor:
+    """The parameter of a module with the adapters in use that PEFT wraps around it."""
+    weight = parameter.detach()
+    for layer in layers:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                weight = weight + layer.get_delta_weight(name).detach().to(weight.dtype)
+    return weight
 
 
 @torch.no_grad()

@@ -50,10 +50,14 @@ def adapted(family: str, new_tokens=(), **settings) -> tuple[torch.nn.Module, to
     return stirred(add_lora(copy.deepcopy(plain), LoraConfig(r=4, **settings), new_tokens)), plain
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"new_tokens": TAGS}, {"use_dora": True, "new_tokens": TAGS}],
                          ids=str)  # fmt: skip
 def test_merged_is_what_is_computed_and_off_is_what_was_there(family, settings):
+    if family == "qwen3_moe" and "use_dora" in settings:  # its experts are one parameter
+        with pytest.raises(ConfigError, match="does not work with use_dora"):
+            adapted(family, **settings)
+        return
     model, plain = adapted(family, **settings)
     before = plain(IDS).logits
     now = model(IDS).logits
@@ -128,6 +132,32 @@ def test_merged_weights_of_somebody_elses_adapters(family, settings):
         plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone())
     plain.load_state_dict(found)
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (peft.LoraConfig(lora_bias=True, target_modules=["q_proj"]), "lora_bias has no place"),
+    (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "not LoRA"),
+    (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), "that the checkpoint ties"),
+], ids=["bias", "IA3", "tied"])  # fmt: skip
+def test_adapters_that_no_checkpoint_can_hold(settings, said):
+    model = peft.get_peft_model(tiny_model("qwen2", 40, attention_bias=True), settings)
+    with pytest.raises(ConfigError, match=said):
+        list(pieces(model.get_base_model()))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_a_mixture_of_experts_is_saved_with_its_adapters(values, tmp_path, family):
+    tiny_model(family, len(dial.WORDS), initializer_range=0.3).save_pretrained(tmp_path / "base")
+    dial.tokenizer().save_pretrained(tmp_path / "base")
+    after = trained(merged(values, model=str(tmp_path / "base"), policy={"backend": "torch", "lora": {"r": 4}}, optim__lr=3e-2))
+    assert any("experts" in name for name in after) and not any("base_layer" in name for name in after)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = base(IDS).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    ours, found = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert (ours(IDS).logits - before).abs().max() > 1e-2
 
 
 def test_a_start_has_the_buffers_of_the_checkpoint(tmp_path):

@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "tie_word_embeddings": False},
     "mistral": {**_COMMON, "head_dim": 8, "sliding_window": 16},
     "gemma2": {**_COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "qwen3_moe": {**_COMMON, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neox": {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"},
     "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "conv_kernel": 4, "time_step_rank": 4},
