@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from rewards import leave_one_out
+from rlpretrain.baseline import Baseline
 from rlpretrain.evaluate import contrast
+from rlpretrain.loop import rewards_of
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.scoring import Scorer, score
 from rlpretrain.types import Batch, Document
@@ -56,8 +58,12 @@ class Place:
 
 def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model: nn.Module | None = None,
            reference: nn.Module | None = None, no_think: Mapping[str, tuple[int, ...]] | None = None,
-           pad_id: int = 0, seed: int = 0, token_budget: int = 16384) -> list[Place]:  # fmt: skip
-    """The groups as places. Without a `model` only what is stored on them is shown: rewards, no gains."""
+           rewarded: Mapping[str, Sequence[float]] | None = None, pad_id: int = 0, seed: int = 0,
+           token_budget: int = 16384) -> list[Place]:  # fmt: skip
+    """The groups as places. Without a `model` only what is stored on them is shown: rewards, no gains.
+
+    Rewards are those stored, else those of `rewarded` (group id → one for each thought, NaN where it does not count), else gains.
+    """
     gains: dict[str, np.ndarray] = {}
     controls: dict[str, dict[str, float]] = {g.id: {} for g in groups}
     wanted = [g for g in groups if g.position.target_ids]
@@ -73,16 +79,36 @@ def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model:
     out = []
     for group in groups:
         found = gains.get(group.id)
-        rewards = group.rewards if group.rewards is not None else None if found is None else tuple(found.sum(-1).tolist())
-        advantages: Sequence[float | None] = [None] * len(group.thoughts)
+        rewards: Any = group.rewards if group.rewards is not None else (rewarded or {}).get(group.id)
+        if rewards is None and found is not None:
+            rewards = found.sum(-1).tolist()
+        known_rewards: list[float | None] = [None if rewards is None or r != r else float(r) for r in rewards or group.thoughts]
+        advantages = [0.0] * len(group.thoughts)
         if rewards is not None and len(rewards) > 1:
-            advantages = [None if a != a else a for a in leave_one_out(torch.tensor([rewards], dtype=torch.float64))[0].tolist()]
+            advantages = leave_one_out(torch.tensor([list(rewards)], dtype=torch.float64))[0].tolist()
+        alone = len(group.thoughts) < 2
         rows = [
-            Row(t, () if found is None else tuple(found[k].tolist()), None if rewards is None else rewards[k], advantages[k])
-            for k, t in enumerate(group.thoughts)
+            Row(t, () if found is None else tuple(found[k].tolist()), r, None if r is None or alone else advantages[k])
+            for k, (t, r) in enumerate(zip(group.thoughts, known_rewards, strict=True))
         ]
         rows.sort(key=lambda row: -(row.advantage if row.advantage is not None else -np.inf))
         out.append(Place(group, rows, controls[group.id]))
+    return out
+
+
+@torch.no_grad()
+def rewards_now(objective: Any, model: nn.Module, baseline: Baseline, groups: Sequence[Group], documents: Sequence[Document],
+                layout: Layout) -> dict[str, list[float]]:  # fmt: skip
+    """{group id: what its thoughts earn under the model as it is, NaN where one does not count}, for rewards that are made of
+    log-probabilities of the target."""
+    scorer, device = Scorer(model), next(model.parameters()).device
+    out: dict[str, list[float]] = {g.id: [] for g in groups}
+    batch = Batch(tuple(groups), tuple(documents))
+    for micro in pack(batch, layout, count(batch, layout.cut)):
+        micro = micro.to(device)
+        reward = rewards_of(objective, micro, baseline(score(scorer, micro)[0], micro))
+        for b, group in enumerate(micro.groups):
+            out[group.id] += reward[b, : len(group.thoughts)].double().cpu().tolist()
     return out
 
 

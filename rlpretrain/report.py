@@ -16,13 +16,15 @@ import numpy as np
 from torch import nn
 
 from rlpretrain import models
+from rlpretrain.baseline import Baseline, Frozen, NoBaseline
 from rlpretrain.batches import roll_out, token_entropies
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config_io import build
 from rlpretrain.documents import read_all
-from rlpretrain.heat import Place, places
+from rlpretrain.heat import Place, places, rewards_now
 from rlpretrain.objectives import Objective, delimiters, parse_section
 from rlpretrain.objectives import load as load_objective
+from rlpretrain.packing import Layout
 from rlpretrain.page import Page, render
 from rlpretrain.ranks import join
 from rlpretrain.scoring import Scorer, score
@@ -57,7 +59,8 @@ def inspect(model: str, text: str, out: str | Path, *, objective: Mapping[str, A
     section = {"name": "rlp", "positions": "every_k", "every": 16, "positions_per_document": 8} | dict(objective or {})
     config = build({
         "model": model, "data": {"path": text, "max_length": max_length}, "objective": section, "seed": seed,
-        "sampling": {"thoughts": max(2, thoughts), "max_thought_tokens": max_thought_tokens},
+        "sampling": {"thoughts": max(2, thoughts), "max_thought_tokens": max_thought_tokens,
+                     "cut": "force_close"},
     })  # fmt: skip
     page = Page(f"{Path(model).name}: where thinking helps", about=f"{thoughts} thoughts at each position, sampled now")
     live, tokenizer, added = _load(config, model)
@@ -99,11 +102,10 @@ def _thoughts(page: Page, folder: Path, step: int | None, documents: int, model:
         page.about = "An objective without thoughts."
         return
     trained = Path(model) if model else folder / "model"
-    if not trained.exists():
-        checkpoints = sorted(folder.glob("checkpoint-*/model"), key=lambda p: int(p.parent.name.rpartition("-")[2]))
-        trained = checkpoints[-1] if checkpoints else trained
     live = reference = tokenizer = None
     try:
+        if not trained.exists() and model is None:
+            raise ConfigError(f"{trained} is written when a run ends (--model takes another)")
         live, tokenizer, _ = _load(config, str(trained))
         reference = _load(config, config.model.path)[0]
     except ConfigError as error:
@@ -123,7 +125,7 @@ def _thoughts(page: Page, folder: Path, step: int | None, documents: int, model:
     kept = {i: Document(i, ids, source) for i, ids, source in known}
     ids = list(dict.fromkeys(g.position.document_id for g in groups))[:documents]
     objective = load_objective(config, tokenizer)
-    _fill(page, [g for g in groups if g.position.document_id in ids], kept, objective, live, reference, tokenizer)
+    _fill(page, [g for g in groups if g.position.document_id in ids], kept, objective, live, reference, tokenizer, config)
 
 
 def _fresh(page: Page, config: PretrainConfig, live: nn.Module, reference: nn.Module | None, tokenizer: Any,
@@ -142,13 +144,22 @@ def _fresh(page: Page, config: PretrainConfig, live: nn.Module, reference: nn.Mo
     if not chosen:
         raise ConfigError(f"none of the first {len(found)} documents has a position for this objective")
     groups = roll_out(objective, HFEngine(live, tokenizer=tokenizer), chosen, seeds)
-    _fill(page, groups, {d.id: d for d in found}, objective, live, reference, tokenizer)
+    _fill(page, groups, {d.id: d for d in found}, objective, live, reference, tokenizer, config)
 
 
 def _fill(page: Page, groups: Sequence[Group], known: Mapping[str, Document], objective: Objective, live: nn.Module | None,
-          reference: nn.Module | None, tokenizer: Any) -> None:  # fmt: skip
-    arms = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}
-    found = places(groups, known, model=live, reference=reference, no_think=arms, pad_id=tokenizer.pad_token_id or 0)
+          reference: nn.Module | None, tokenizer: Any, config: PretrainConfig) -> None:  # fmt: skip
+    arms, pad_id = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}, tokenizer.pad_token_id or 0
+    rewarded: dict[str, list[float]] = {}
+    unknown = [g for g in groups if g.rewards is None]
+    if live is not None and unknown and "target" in objective.needs and "batch" not in objective.needs:
+        against = (page.record.get("config") or {}).get("baseline", {}).get("name", "self")
+        first = reference if reference is not None and against in ("frozen", "ema") else None
+        baseline = Frozen(first) if first is not None else NoBaseline() if against == "none" else Baseline()
+        layout = Layout(16384, config.sampling.cut, config.sampling.cut_penalty, pad_id=pad_id, no_think_ids=arms)
+        there = [known[i] for i in dict.fromkeys(g.position.document_id for g in unknown) if i in known]
+        rewarded = rewards_now(objective, live, baseline, unknown, there, layout)
+    found = places(groups, known, model=live, reference=reference, no_think=arms, rewarded=rewarded, pad_id=pad_id)
     page.tokenizer = tokenizer
     by_document: dict[str, list[Place]] = {}
     for place in found:

@@ -27,7 +27,7 @@ from rlpretrain.evaluate import MEANING
 from rlpretrain.heat import CONTROLS, places
 from rlpretrain.metrics import METRICS
 from rlpretrain.page import CURVES, Page, render, shade, shown, warnings_of
-from rlpretrain.report import LARGEST, inspect, report
+from rlpretrain.report import LARGEST, _thoughts, inspect, read, report
 from rlpretrain.types import Document
 from rollout.store import Store
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
@@ -232,7 +232,7 @@ def edited(name: str, old: str, new: str) -> Any:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (lambda f: shutil.rmtree(f / "model"), "gains"),
+        (lambda f: shutil.rmtree(f / "model"), "is written when a run ends"),
         (lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo'), "that is not whole"),
         (lambda f: (f / "metrics.jsonl").unlink(), "metrics.jsonl (curves)"),
         (lambda f: (f / "run.json").write_text('{"status": "runn'), "run.json (settings and versions)"),
@@ -310,6 +310,22 @@ def test_gains_of_places_add_up(corpus):
     assert set(place.controls) == {"empty", "shuffled"}  # one document: there is no other
     (bare,) = places([replace(group, rewards=(1.0, 0.0, 0.0))], {})
     assert bare.gains == () and [row.reward for row in bare.rows] == [1.0, 0.0, 0.0] and bare.rows[0].advantage == 1.0
+
+
+@pytest.mark.parametrize(("objective", "low", "high"), [({"name": "likelihood", "score": "prob"}, 0.0, 1.0),
+                                                        ({"name": "rlp", "clip": 0.01}, -0.01, 0.01)])  # fmt: skip
+def test_rewards_are_those_of_the_objective(values, tmp_path, objective, low, high):
+    """Not stored on groups whose reward is made of log-probs: the page has what they earn now, and nothing for cut thoughts."""
+    run = merged(values, objective=values["objective"] | objective, sampling__max_thought_tokens=40, save_rollouts=True,
+                 sampling__cut="mask")  # fmt: skip
+    Pretrainer(build(run)).train()
+    page = read(tmp_path / "run")
+    _thoughts(page, tmp_path / "run", None, 9, None)
+    found = [row for _, there in page.documents for place in there for row in place.rows]
+    cut = [row for row in found if row.thought.finish_reason is not FinishReason.CLOSE]
+    kept = [row for row in found if row not in cut]
+    assert cut and kept and all(row.reward is None and row.advantage is None and row.gain is not None for row in cut)
+    assert all(low <= row.reward <= high and row.advantage is not None for row in kept)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
