@@ -63,6 +63,11 @@ def attention_of(model: nn.Module) -> str:
     return model.config._attn_implementation
 
 
+def forward_of(model: nn.Module) -> Any:
+    """The model's forward as we call its parts: without the autocast that accelerate puts around the whole of it."""
+    return getattr(model, "_original_forward", model)
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes' four-bit layers in the form that has a gradient.
 

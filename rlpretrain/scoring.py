@@ -18,7 +18,7 @@ from rewards import token_logps
 from rewards.likelihood import row_entropies
 from rlpretrain import adapters
 from rlpretrain.attention import placeholder
-from rlpretrain.compat import backbone_of, gathered, head_of, sharded
+from rlpretrain.compat import backbone_of, forward_of, gathered, head_of, sharded
 from rlpretrain.packing import Layout, idle, pack
 from rlpretrain.ranks import Ranks
 from rlpretrain.tree import Tree
@@ -177,7 +177,7 @@ def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
     ones = torch.ones_like(ids)
     was_training = model.training
     model.eval()
-    gold = model(input_ids=ids, attention_mask=ones).logits.float().log_softmax(-1)[0, :-1]
+    gold = forward_of(model)(input_ids=ids, attention_mask=ones).logits.float().log_softmax(-1)[0, :-1]
     gold = gold.gather(-1, ids[0, 1:, None])[:, 0]
     rows = torch.arange(ids.shape[1] - 1, device=ids.device)
     ours, _ = Scorer(model)(ids, ones, None, rows, ids[0, 1:])

@@ -14,31 +14,29 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from rlpretrain import attention
+from rlpretrain.adapters import plain_name
 from rlpretrain.baseline import Ema, Frozen
 from rlpretrain.compat import attention_of, keep_differentiable, sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.loop import rewards_of
-from rlpretrain.models import save_start
 from rlpretrain.objectives import Objective, available, parse_section
 from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import Beside, check_head, score
 from rlpretrain.trl_data import COLUMNS, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset
+from rlpretrain.trl_live import LiveModel, adapters_of, evaluating, plain, ranks_of
 from rlpretrain.types import Batch
 from rollout.types import FinishReason, Group, Position, Thought
 
@@ -85,10 +83,11 @@ class ObjectiveReward:
         self.baseline, self.ema_decay = baseline, ema_decay
         self.layout = Layout(token_budget, cut, cut_penalty)
         self.model: nn.Module | None = None
+        self.initial: dict[str, torch.Tensor] = {}  # weights before a checkpoint is loaded, until training begins
         self.reference: Frozen | None = None
         self.scored: tuple[Sequence[Group], dict[str, np.ndarray]] = ((), {})
         self.attention: str | None = None  # of the scoring where one rank does it, in a trainer whose own it cannot use
-        self.callback, self.late, self.trainer = _LiveModel(self), tokenizer is None, None
+        self.callback, self.late, self.trainer = LiveModel(self), tokenizer is None, None
         self.added: list[str] = []
         if self.late:
             trl_vllm_on_cpu()  # no callback will be asked before that starts
@@ -101,6 +100,9 @@ class ObjectiveReward:
     def _make(self, tokenizer: Any, section: Mapping[str, Any]) -> None:
         owner, config = parse_section(section)
         self.tokenizer, self.objective = tokenizer, owner(config, tokenizer)
+        if getattr(config, "direct", 0):
+            raise ConfigError("objective.direct: a loss on the target itself has no place in a reward function: set it to 0, or "
+                              "use rlpretrain's own trainer")  # fmt: skip
         if "batch" in self.objective.needs or getattr(self.objective, "judge", 0) is None and config.reward == "judge":
             raise ConfigError(f"objective {section['name']} cannot be a reward function with these settings: it compares whole "
                               "batches, or asks the policy to judge (set judge_url or judge_function)")  # fmt: skip
@@ -127,6 +129,9 @@ class ObjectiveReward:
                 raise ConfigError(f"{self.__name__}: by its settings the first prompt would be {tokenizer.decode(expected)!r}: "
                                   "give it the template and tags that the prompts were made with")  # fmt: skip
         self.trainer, self.reference = trainer, None
+        if self.late and trainer.state.global_step and self.baseline in ("frozen", "ema") and not adapters_of(trainer.model):
+            raise ConfigError(f"baseline {self.baseline}: this run was resumed, and a reward that is named by its path does not "
+                              "know the model it began with: use self or none, or a script with reward.callback")  # fmt: skip
         self.watch(trainer.model)
         trainer.pop_callback(self.callback)  # twice would be a step too many for the EMA
         trainer.add_callback(self.callback)  # training has begun: of that it does not hear any more
@@ -143,23 +148,34 @@ class ObjectiveReward:
         if parted and self.attention:
             raise ConfigError("one rank scores for TRL's asynchronous trainer, and this model is sharded over several (FSDP, "
                               "ZeRO-3): train it in one process or under DDP, or with GRPOTrainer")  # fmt: skip
-        self.model = model
+        self.model, peft = model, adapters_of(model)
         keep_differentiable(inner)
+        if not self.attention and getattr(self.objective.config, "score", "") == "jepo":
+            raise ConfigError("objective.score jepo has advantages of its own, and this trainer of TRL's computes them from "
+                              "rewards: take another score, or AsyncRollouts, or rlpretrain's own trainer")  # fmt: skip
+        if peft is not None and peft.active_peft_config.is_prompt_learning:
+            raise ConfigError("prompt and prefix tuning put vectors before the tokens, which scoring does not: train LoRA")
+        biased = [n for n, p in inner.named_parameters() if p.requires_grad and n.endswith(".bias") and plain_name(inner, n)]
+        if peft is not None and self.baseline == "frozen" and biased:
+            raise ConfigError(f"baseline frozen: adapters can be turned off, trained biases not ({biased[0]}): set bias='none', "
+                              "or use self or none")  # fmt: skip
         with attention.attending_by(inner, self.attention):
             if not parted:
                 check_head(inner)
             self.layout.tree = attention.install(inner) is None
             self.attention = attention_of(inner) if self.attention else None
-            if _has_adapters(model):
+            if peft is not None:
                 if self.baseline == "ema":
                     raise ConfigError("baseline ema has no meaning for adapters here: use frozen (adapters off), self or none")
                 if self.baseline == "frozen":
-                    self.reference = Frozen(inner, bare=True, ranks=_ranks(next(inner.parameters()).device))
+                    self.reference = Frozen(inner, bare=True, ranks=ranks_of(next(inner.parameters()).device))
             elif self.reference is None and self.baseline in ("frozen", "ema"):
                 if parted:
                     raise ConfigError(f"baseline {self.baseline} needs a whole copy of the model, which ZeRO-3 has nowhere: use "
                                       "self or none (it cancels in the advantage), or train adapters")  # fmt: skip
                 whole = copy.deepcopy(inner)
+                if self.initial:
+                    whole.load_state_dict(self.initial)
                 self.reference = Ema(whole, self.ema_decay) if self.baseline == "ema" else Frozen(whole)
 
     def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]],
@@ -168,10 +184,10 @@ class ObjectiveReward:
         """A reward for each completion, None where a thought counts nowhere; `ig/*` and `thought/*` go to TRL's log."""
         if missing := [c for c in COLUMNS[1:5] if c not in columns]:
             raise ConfigError(f"{self.__name__}: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents), "
-                              "or by `rlpretrain prepare`")  # fmt: skip
+                              "or by `rlpretrain prepare`, and leave remove_unused_columns at false")  # fmt: skip
         if self.model is None or self.late or self.trainer is not None:
             self._adopt(log_metric, prompts[0], columns)
-        if self.__name__ in columns:  # `Rollouts` has scored them already
+        if self.__name__ in columns and self._scored_here(columns):  # by `Rollouts`
             (groups, gains), rewards = self.scored, list(columns[self.__name__])
         else:
             groups = _wait(self.objective.rewarded(None, self.groups(completion_ids, columns)))
@@ -182,6 +198,11 @@ class ObjectiveReward:
             log_extra("document", list(columns["document_id"]))
             log_extra("target", [self.tokenizer.decode(ids) for ids in columns["target_ids"]])
         return rewards
+
+    def _scored_here(self, columns: Mapping[str, Any]) -> bool:
+        """Whether the groups scored last are at these rows: `Rollouts` sees prompts, and rows may share one."""
+        at = [(g.position.document_id, g.position.index) for g in self.scored[0] for _ in g.thoughts]
+        return at == list(zip(columns["document_id"], columns["position"], strict=True))
 
     def known(self, groups: Sequence[Group]) -> list[float | None]:
         """Rewards of groups that are to be asked for again: see `Rollouts`."""
@@ -226,10 +247,10 @@ class ObjectiveReward:
         arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
         batch, layout = Batch(tuple(groups), ()), replace(self.layout, no_think_ids=arms)
         micros = list(pack(batch, layout, count(batch, layout.cut)))
-        ranks = Ranks(device=device) if self.attention else _ranks(device)
+        ranks = Ranks(device=device) if self.attention else ranks_of(device)
         micros += [idle(layout.pad_id)] * (int(ranks.max([float(len(micros))])[0]) - len(micros))
         found: dict[str, list[list[float]]] = {g.id: [] for g in groups}
-        with _evaluating(self.model), attention.attending_by(inner, self.attention):
+        with evaluating(self.model), attention.attending_by(inner, self.attention):
             for micro in micros:
                 micro = micro.to(device)
                 scores = score(scorer, micro)[0]
@@ -277,90 +298,6 @@ class InformationGainReward(ObjectiveReward):
 
     def __init__(self, model: Any = None, tokenizer: Any = None, **settings: Any):
         super().__init__(model, tokenizer, "rlp", **settings)
-
-
-class _LiveModel(TrainerCallback):
-    """Hands the trained model to its reward when training begins, and moves the EMA after every step.
-
-    Before the trainer starts its vLLM, that is told where a thought ends, where to find tags that were added, and how to live on
-    a CPU.
-    """
-
-    def __init__(self, reward: ObjectiveReward):
-        self.reward = reward
-
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The trainer stands, its vLLM not yet."""
-        if self.reward.late:
-            raise ConfigError("a reward without model and tokenizer is for TRL's command line, which knows no callbacks: here "
-                              "give it both")  # fmt: skip
-        if not getattr(args, "use_vllm", False):
-            return
-        reward, colocated = self.reward, args.vllm_mode == "colocate"
-        if not reward.objective.answer_tokens:
-            args.generation_kwargs = {"stop_token_ids": [reward.close_id], **(args.generation_kwargs or {})}
-        if reward.added and not colocated:
-            raise ConfigError(f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server has them not: "
-                              "save model and tokenizer, start the server and the training from there")  # fmt: skip
-        if reward.added:
-            inner, start, ranks = plain(model), Path(args.output_dir) / "start", _ranks(torch.device("cpu"))
-            if ranks.first:
-                save_start(inner, reward.tokenizer, start)
-            ranks.barrier()
-            inner.name_or_path = str(start)  # what TRL's vLLM loads
-        if colocated:
-            trl_vllm_on_cpu()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The model as the trainer has it, adapters included."""
-        self.reward.watch(model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """After the optimizer step."""
-        self.reward.objective.progress = state.global_step / max(state.max_steps, 1)
-        if self.reward.reference is not None:
-            self.reward.reference.update(_Weights(plain(model)))
-
-
-class _Weights:
-    """What `Ema.update` reads."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters by name."""
-        return self.model.named_parameters(remove_duplicate=False)
-
-
-def plain(model: Any) -> Any:
-    """The causal language model inside whatever wraps it; adapters, being layers, stay active."""
-    while not hasattr(model, "get_output_embeddings") or _has_adapters(model):
-        model = model.get_base_model() if _has_adapters(model) else model.module
-    return model
-
-
-def _has_adapters(model: Any) -> bool:
-    return hasattr(model, "get_base_model") and hasattr(model, "disable_adapter")
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _ranks(device: torch.device) -> Ranks:
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
-        return Ranks(device=device)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def _wait(work: Coroutine[Any, Any, Any]) -> Any:

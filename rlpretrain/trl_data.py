@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ SECTION = "objective"
 
 
 def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp", column: str = "text", max_length: int = 2048,
-                      epochs: int = 1, seed: int = 0, whole: bool = False, **settings: Any) -> Any:  # fmt: skip
+                      epochs: int = 1, seed: int = 0, whole: bool = False, keep: Sequence[str] = (),
+                      **settings: Any) -> Any:  # fmt: skip
     """Documents → a `datasets.Dataset` of prompts for TRL, a row for each position.
 
     `documents` is a path or hub id (as `data.path`), a `datasets.Dataset` or `IterableDataset` (stays one) with `column`, or
     a sequence of texts. With `epochs` above 1 every document gives new positions each time; `whole` adds the documents, for a
-    next-token loss. TRL takes prompts as text and tokenises them again; positions where that gives other ids than the
-    document's are left out, and how many is said in a warning.
+    next-token loss, and `keep` further columns of a dataset. TRL takes prompts as text and tokenises them again; positions
+    where that gives other ids than the document's are left out, and how many is said in a warning (of a stream at its end).
 
     Raises ConfigError where no position is left, and for positions that need the live model (`entropy`).
     """
@@ -46,21 +47,26 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
     if "entropy" in objective.needs:
         raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
                           "or a proxy model where the objective has one")  # fmt: skip
-    left_out = [0]
+    left_out, given = [0], [0]
 
     def rows() -> Iterator[dict[str, Any]]:
         i = 0
         for _ in range(epochs):
-            for document in _documents(documents, tokenizer, column, max_length):
+            for document in _documents(documents, tokenizer, column, max_length, keep):
                 for p in objective.positions(document, np.random.default_rng((seed, i))):
                     ids = objective.prompt(p).token_ids
                     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
                     if tuple(tokenizer(text)["input_ids"]) != ids:
                         left_out[0] += 1
                         continue
+                    given[0] += 1
                     values = (text, p.document_id, p.index, list(p.context_ids), list(p.target_ids), list(p.suffix_ids))
-                    yield dict(zip(COLUMNS, values, strict=True)) | ({"document_token_ids": document.token_ids} if whole else {})
+                    row = {name: (document.meta or {})[name] for name in keep} | dict(zip(COLUMNS, values, strict=True))
+                    yield row | ({"document_token_ids": document.token_ids} if whole else {})
                 i += 1
+        if left_out[0]:
+            warnings.warn(f"{left_out[0]} of {left_out[0] + given[0]} positions left out: their prompts tokenise to other ids",
+                          stacklevel=2)  # fmt: skip
 
     if isinstance(documents, datasets.IterableDataset):
         return datasets.IterableDataset.from_generator(rows)
@@ -68,26 +74,27 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
     if not found:
         raise ConfigError(f"no document gives a prompt: {left_out[0]} positions are left out because their text tokenises to "
                           "other ids, the rest has no position for this objective")  # fmt: skip
-    if left_out[0]:
-        warnings.warn(f"{left_out[0]} of {left_out[0] + len(found)} positions left out: their prompts tokenise to other ids",
-                      stacklevel=2)  # fmt: skip
     return datasets.Dataset.from_list(found)
 
 
-def _documents(given: Any, tokenizer: Any, column: str, max_length: int) -> Iterable[Document]:
+def _documents(given: Any, tokenizer: Any, column: str, max_length: int, keep: Sequence[str]) -> Iterable[Document]:
+    if isinstance(given, Mapping):
+        raise ConfigError(f"several datasets ({', '.join(map(str, given))}) where one is expected: give one of them")
     if isinstance(given, str):
+        if keep:
+            raise ConfigError("columns are kept of a dataset; of a path load it first: datasets.load_dataset(...)")
         return read_all(DataConfig(path=given, column=column, max_length=max_length), tokenizer)
     known = getattr(given, "column_names", None)
     if known and column not in known:
         raise ConfigError(f"the dataset has no column '{column}': it has {', '.join(known)}")
-    cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length), tokenizer, 2)
+    cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length, meta_columns=tuple(keep)), tokenizer, 2)
 
     def cut() -> Iterator[Document]:
         for i, row in enumerate(given):
             (pieces,) = cutter.pieces({column: [row if isinstance(row, str) else row[column]]}, [i])
             for k, (ids, answer_at) in enumerate(pieces):
                 if len(ids) > 1:
-                    yield cutter.document(i, k if len(pieces) > 1 else -1, ids, answer_at, {})
+                    yield cutter.document(i, k if len(pieces) > 1 else -1, ids, answer_at, row if keep else {})
 
     return cut()
 

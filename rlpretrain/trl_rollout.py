@@ -22,7 +22,8 @@ from rlpretrain.batches import roll_out
 from rlpretrain.compat import gathered
 from rlpretrain.config import ConfigError
 from rlpretrain.objectives import Setting
-from rlpretrain.trl import COLUMNS, ObjectiveReward, plain
+from rlpretrain.trl import COLUMNS, ObjectiveReward
+from rlpretrain.trl_live import plain
 from rollout.engine import Engine
 from rollout.types import Group, Position, SamplingParams
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rewards import leave_one_out
 from rlpretrain.config import ConfigError
+from rlpretrain.objectives import Objective
 from rlpretrain.trl import COLUMNS, ObjectiveReward
 
 
@@ -82,28 +83,44 @@ class RLPTrainer(GRPOTrainer):
                  processing_class: Any = None, reward_funcs: Any = None, callbacks: Sequence[Any] | None = None,
                  **others: Any):  # fmt: skip
         args = args if args is not None else RLPConfig("RLP")
+        source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
+            form = {"dtype": torch.float32, **source, **(args.model_init_kwargs or {})}
+            if (rounded := others.pop("quantization_config", None)) is not None:
+                form["quantization_config"] = rounded
+            source |= {name: form[name] for name in ("revision", "trust_remote_code") if name in form}
+            model = AutoModelForCausalLM.from_pretrained(model, **form)
             args.model_init_kwargs = None
         if processing_class is None:
             from transformers import AutoTokenizer
 
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, **source)
         if train_dataset is None:
             raise ConfigError("RLPTrainer needs a train_dataset")
         own = {n: getattr(args, n) for n in ("positions", "positions_per_document", "target_length", "marker")}
+        if twice := sorted(own.keys() & (args.objective_fields or {})):
+            raise ConfigError(f"objective_fields: {', '.join(twice)}: set it as a field of RLPConfig itself")
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.reward = ObjectiveReward(
-            model, processing_class, args.objective, baseline=args.baseline, ema_decay=args.ema_decay, cut=args.cut,
+            model, tokenizer, args.objective, baseline=args.baseline, ema_decay=args.ema_decay, cut=args.cut,
             cut_penalty=args.cut_penalty, **own, **(args.objective_fields or {}),
         )  # fmt: skip
         self.known_rewards: Tensor | None = None
+        if args.ntp_coef and type(self.reward.objective).ntp_weights is not Objective.ntp_weights:
+            raise ConfigError(f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer does "
+                              "not: set ntp_coef 0, or use rlpretrain's own trainer")  # fmt: skip
         extra = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
+        self.more = bool(extra)  # then their columns stay
+        held: Any = eval_dataset
+        if isinstance(eval_dataset, Mapping):  # a DatasetDict too
+            held = {name: self._prompts(data, args) for name, data in eval_dataset.items()}
+        elif eval_dataset is not None:
+            held = self._prompts(eval_dataset, args)
         super().__init__(
             model=model, reward_funcs=[self.reward, *extra], args=args, train_dataset=self._prompts(train_dataset, args),
-            eval_dataset=None if eval_dataset is None else self._prompts(eval_dataset, args), processing_class=processing_class,
-            callbacks=[self.reward.callback, *(callbacks or [])], **others,
+            eval_dataset=held, processing_class=processing_class, callbacks=[self.reward.callback, *(callbacks or [])], **others,
         )  # fmt: skip
 
     def _prompts(self, dataset: Any, args: RLPConfig) -> Any:
@@ -112,21 +129,32 @@ class RLPTrainer(GRPOTrainer):
             if args.ntp_coef and "document_token_ids" not in columns:
                 raise ConfigError("ntp_coef needs the documents: make the dataset by reward.dataset(..., whole=True), or set 0")
             return dataset
+        keep = [c for c in columns if c not in (args.dataset_text_field, *COLUMNS)] if self.more else []
         return self.reward.dataset(dataset, column=args.dataset_text_field, max_length=args.max_length, seed=args.seed,
-                                   epochs=args.epochs_of_positions, whole=True)  # fmt: skip
+                                   epochs=args.epochs_of_positions, whole=True, keep=keep)  # fmt: skip
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        self.known_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        """TRL's; a thought that the objective does not count earns nothing from further rewards either."""
+        found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.known_rewards = found.masked_fill(found[:, :1].isnan(), torch.nan)
         return self.known_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with RLP's advantages and the documents of the thoughts."""
         out = super()._generate_and_score_completions(inputs)
         group = self.num_generations if self.model.training else self.num_generations_eval
-        if self.scale_rewards == "none" and self.known_rewards is not None and group > 1:
+        own = self.scale_rewards == "none" and self.multi_objective_aggregation == "sum_then_normalize"
+        if own and self.known_rewards is not None and group > 1:
             found = self.known_rewards
-            total = (found * self.reward_weights.to(found)).nansum(1).masked_fill(found.isnan().all(1), torch.nan)
+            uncounted = found.isnan().all(1)
+            total = (found * self.reward_weights.to(found)).nansum(1).masked_fill(uncounted, torch.nan)
             advantages = leave_one_out(total.view(-1, group)).flatten().to(out["advantages"])
+            logged = self._logs["advantages"]
+            for _ in range(min(len(logged), len(advantages))):
+                logged.pop()
+            logged.extend(advantages.tolist())
+            if self.loss_type in ("grpo", "sapo"):  # their mean is over all thoughts, RLP's over those that count
+                advantages = advantages * len(uncounted) / (~uncounted).sum().clamp(min=1)
             mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
             out["advantages"] = advantages[mine]
         if self.args.ntp_coef:

@@ -53,7 +53,8 @@ LAYERS = [
     {"packing", "attention", "adapters", "scoring", "losses"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines", "experiment", "heat"},
-    {"run", "pretrainer", "serve", "trl", "trl_data", "trl_trainer", "trl_rollout", "trl_async", "page", "report", "compare"},
+    {"run", "pretrainer", "serve", "page", "report", "compare"}
+    | {"trl", "trl_data", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
     {"cli", "doctor", "dry_run", "__main__"},
 ]
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rewards import information_gain
 from rlpretrain.config import ConfigError
-from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, plain, to_prompt_dataset
+from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, to_prompt_dataset
+from rlpretrain.trl_live import plain
 from rollout.types import FinishReason
 from tests.tiny import bpe_tokenizer
 
@@ -162,6 +163,10 @@ def test_positions_whose_text_is_other_ids_are_left_out():
     texts = ["so 漢字 it goes", "it goes 字 so"]
     with pytest.warns(UserWarning, match=r"\d+ of \d+ positions left out: their prompts tokenise to other ids"):
         data = to_prompt_dataset(texts, tokenizer, positions="every_k", every=1, positions_per_document=99)
+    stream = IterableDataset.from_generator(lambda: ({"text": t} for t in texts))
+    with pytest.warns(UserWarning, match=r"\d+ of \d+ positions left out"):  # at its end
+        streamed = list(to_prompt_dataset(stream, tokenizer, positions="every_k", every=1, positions_per_document=99))
+    assert [row["prompt"] for row in streamed] == data["prompt"]
     whole = [tokenizer(t)["input_ids"] for t in texts]
     assert 0 < len(data) < sum(map(len, whole))
     for row in data:
