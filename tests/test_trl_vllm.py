@@ -64,9 +64,10 @@ def test_the_servers_tags(corpus, tmp_path):
     from rlpretrain.trl import InformationGainReward
 
     tokenizer = word_tokenizer(["a", "b"])
-    reward = InformationGainReward(tiny_model("qwen3", len(tokenizer)), tokenizer)
+    model = tiny_model("qwen3", len(tokenizer))
+    reward = InformationGainReward(model, tokenizer)
     args = trl.GRPOConfig(str(tmp_path), use_vllm=True, vllm_mode="server", use_cpu=True, bf16=False, report_to="none",
                           generation_kwargs={"min_tokens": 1})  # fmt: skip
     with pytest.raises(ConfigError, match="the vLLM server has them not"):
-        reward.callback.on_init_end(args, None, None, reward.model)
+        reward.callback.on_init_end(args, None, None, model)
     assert args.generation_kwargs == {"stop_token_ids": [reward.close_id], "min_tokens": 1}
