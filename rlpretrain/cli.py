@@ -170,7 +170,7 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
     return 0
 
 
@@ -316,7 +316,8 @@ def _section(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        found = yaml.safe_load(text)
+        return {"name": found} if isinstance(found, str) else found
     except yaml.YAMLError as error:
         raise ConfigError(f"--objective {text} is not YAML: {str(error).splitlines()[0]}") from None
 

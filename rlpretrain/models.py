@@ -50,9 +50,19 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a checkpoint; ConfigError that says where it was looked for."""
     where = config.tokenizer or config.path
     try:
-        return AutoTokenizer.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ConfigError(f"no tokenizer in '{where}': {reason(where, error)}") from error
+        raise ConfigError(f"no tokenizer in '{where}': {_instead(where) or reason(where, error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a configuration alone
+        raise ConfigError(f"no tokenizer in '{where}': its files are missing")
+    return tokenizer
+
+
+def _instead(where: str) -> str:
+    """What a folder without a model is, where that is known."""
+    if (Path(where) / "adapter_config.json").is_file():
+        return "it is an adapter; the merged model of a run is `model` beside it"
+    return f"it is a run's folder, the model is {Path(where) / 'model'}" if (Path(where) / "run.json").is_file() else ""
 
 
 @contextmanager

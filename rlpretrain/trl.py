@@ -129,9 +129,9 @@ class ObjectiveReward:
                 raise ConfigError(f"{self.__name__}: by its settings the first prompt would be {tokenizer.decode(expected)!r}: "
                                   "give it the template and tags that the prompts were made with")  # fmt: skip
         self.trainer, self.reference = trainer, None
-        if self.late and trainer.state.global_step and self.baseline in ("frozen", "ema") and not adapters_of(trainer.model):
-            raise ConfigError(f"baseline {self.baseline}: this run was resumed, and a reward that is named by its path does not "
-                              "know the model it began with: use self or none, or a script with reward.callback")  # fmt: skip
+        if trainer.state.global_step and self.baseline in ("frozen", "ema") and not adapters_of(trainer.model):
+            raise ConfigError(f"baseline {self.baseline}: this run was resumed, and a reward without its callback does not know "
+                              "the model it began with: pass callbacks=[reward.callback], or use self or none")  # fmt: skip
         self.watch(trainer.model)
         trainer.pop_callback(self.callback)  # twice would be a step too many for the EMA
         trainer.add_callback(self.callback)  # training has begun: of that it does not hear any more
@@ -155,10 +155,11 @@ class ObjectiveReward:
                               "rewards: take another score, or AsyncRollouts, or rlpretrain's own trainer")  # fmt: skip
         if peft is not None and peft.active_peft_config.is_prompt_learning:
             raise ConfigError("prompt and prefix tuning put vectors before the tokens, which scoring does not: train LoRA")
-        biased = [n for n, p in inner.named_parameters() if p.requires_grad and n.endswith(".bias") and plain_name(inner, n)]
-        if peft is not None and self.baseline == "frozen" and biased:
-            raise ConfigError(f"baseline frozen: adapters can be turned off, trained biases not ({biased[0]}): set bias='none', "
-                              "or use self or none")  # fmt: skip
+        own = [] if peft is None else [n for n, p in inner.named_parameters() if p.requires_grad and plain_name(inner, n)]
+        own = [n for n in own if ".modules_to_save." not in n and getattr(peft.base_model, "prefix", "lora_") not in n]
+        if self.baseline == "frozen" and own:
+            raise ConfigError(f"baseline frozen: adapters can be turned off, but weights of the model itself are trained as well "
+                              f"({own[0]}): freeze them (biases: bias='none'), or use self or none")  # fmt: skip
         with attention.attending_by(inner, self.attention):
             if not parted:
                 check_head(inner)
@@ -175,7 +176,7 @@ class ObjectiveReward:
                                       "self or none (it cancels in the advantage), or train adapters")  # fmt: skip
                 whole = copy.deepcopy(inner)
                 if self.initial:
-                    whole.load_state_dict(self.initial)
+                    whole.load_state_dict(self.initial, strict=False)  # without buffers, and tied ones once
                 self.reference = Ema(whole, self.ema_decay) if self.baseline == "ema" else Frozen(whole)
 
     def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]],
@@ -185,6 +186,12 @@ class ObjectiveReward:
         if missing := [c for c in COLUMNS[1:5] if c not in columns]:
             raise ConfigError(f"{self.__name__}: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents), "
                               "or by `rlpretrain prepare`, and leave remove_unused_columns at false")  # fmt: skip
+        trainer = trainer_of(log_metric)
+        counts = trainer is None or hasattr(trainer, "known_rewards")  # RLPTrainer leaves them out
+        others = [] if counts else [f for f in trainer.reward_funcs if getattr(getattr(f, "layout", None), "cut", "") != "mask"]
+        if others and self.layout.cut == "mask":
+            raise ConfigError("cut mask with several reward functions: a thought that counts nowhere is 0 in their sum, more "
+                              "than most gains at first: use cut='force_close' or 'penalise', or RLPTrainer")  # fmt: skip
         if self.model is None or self.late or self.trainer is not None:
             self._adopt(log_metric, prompts[0], columns)
         if self.__name__ in columns and self._scored_here(columns):  # by `Rollouts`
@@ -200,9 +207,10 @@ class ObjectiveReward:
         return rewards
 
     def _scored_here(self, columns: Mapping[str, Any]) -> bool:
-        """Whether the groups scored last are at these rows: `Rollouts` sees prompts, and rows may share one."""
+        """Whether the groups scored last are at these rows, on every rank: `Rollouts` sees prompts, and rows may share one."""
         at = [(g.position.document_id, g.position.index) for g in self.scored[0] for _ in g.thoughts]
-        return at == list(zip(columns["document_id"], columns["position"], strict=True))
+        here = at == list(zip(columns["document_id"], columns["position"], strict=True))
+        return not ranks_of(next(plain(self.model).parameters()).device).max([float(not here)])[0]  # all ranks score, or none
 
     def known(self, groups: Sequence[Group]) -> list[float | None]:
         """Rewards of groups that are to be asked for again: see `Rollouts`."""
@@ -316,7 +324,9 @@ def __getattr__(name: str) -> Any:
         reward.__name__ = short if short in NAMED else reward.__name__
         return reward
     if name not in ("RLPConfig", "RLPTrainer"):
-        raise AttributeError(f"module {__name__} has no attribute {name}")
+        known = ", ".join(f"{n}_reward" for n in (*NAMED, *available()))
+        rewards = f"; rewards are {known}" if short != name else ""
+        raise AttributeError(f"module {__name__} has no attribute {name}{rewards}")
     try:
         from rlpretrain import trl_trainer
     except ImportError as error:

@@ -44,35 +44,39 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
         owner, config = parse_section({"name": objective, **settings})
         ensure_delimiters(tokenizer, None, Delimiters(config.open, config.close))
         objective = owner(config, tokenizer)
+    elif settings:
+        raise ConfigError(f"unknown settings: {', '.join(sorted(settings))}; known here: column, max_length, epochs, seed, "
+                          "whole, keep")  # fmt: skip
     if "entropy" in objective.needs:
         raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
                           "or a proxy model where the objective has one")  # fmt: skip
-    left_out, given = [0], [0]
+    lost = [0]
 
     def rows() -> Iterator[dict[str, Any]]:
-        i = 0
+        i = given = left_out = 0
         for _ in range(epochs):
             for document in _documents(documents, tokenizer, column, max_length, keep):
                 for p in objective.positions(document, np.random.default_rng((seed, i))):
                     ids = objective.prompt(p).token_ids
                     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
                     if tuple(tokenizer(text)["input_ids"]) != ids:
-                        left_out[0] += 1
+                        left_out += 1
                         continue
-                    given[0] += 1
+                    given += 1
                     values = (text, p.document_id, p.index, list(p.context_ids), list(p.target_ids), list(p.suffix_ids))
                     row = {name: (document.meta or {})[name] for name in keep} | dict(zip(COLUMNS, values, strict=True))
                     yield row | ({"document_token_ids": document.token_ids} if whole else {})
                 i += 1
-        if left_out[0]:
-            warnings.warn(f"{left_out[0]} of {left_out[0] + given[0]} positions left out: their prompts tokenise to other ids",
+        lost[0] = left_out
+        if left_out and given:
+            warnings.warn(f"{left_out} of {left_out + given} positions left out: their prompts tokenise to other ids",
                           stacklevel=2)  # fmt: skip
 
     if isinstance(documents, datasets.IterableDataset):
         return datasets.IterableDataset.from_generator(rows)
     found = list(rows())
     if not found:
-        raise ConfigError(f"no document gives a prompt: {left_out[0]} positions are left out because their text tokenises to "
+        raise ConfigError(f"no document gives a prompt: {lost[0]} positions are left out because their text tokenises to "
                           "other ids, the rest has no position for this objective")  # fmt: skip
     return datasets.Dataset.from_list(found)
 
@@ -87,6 +91,10 @@ def _documents(given: Any, tokenizer: Any, column: str, max_length: int, keep: S
     known = getattr(given, "column_names", None)
     if known and column not in known:
         raise ConfigError(f"the dataset has no column '{column}': it has {', '.join(known)}")
+    if keep and not known:
+        raise ConfigError("columns are kept of a dataset that names its columns, not of texts")
+    if missing := [name for name in keep if name not in known]:
+        raise ConfigError(f"keep: the dataset has no column {', '.join(missing)}: it has {', '.join(known)}")
     cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length, meta_columns=tuple(keep)), tokenizer, 2)
 
     def cut() -> Iterator[Document]:
@@ -101,12 +109,13 @@ def _documents(given: Any, tokenizer: Any, column: str, max_length: int, keep: S
 
 def end_with_thought(model: Any, close_id: int) -> None:
     """Make the close tag an end of generation, which TRL reads from the model."""
-    known = _ends(model)
+    known = ends_of(model)
     if close_id not in known:
         model.generation_config.eos_token_id = [*known, close_id]
 
 
-def _ends(model: Any) -> list[int]:
+def ends_of(model: Any) -> list[int]:
+    """The tokens that end a generation of this model."""
     known = model.generation_config.eos_token_id
     return [known] if isinstance(known, int) else list(known or [])
 
@@ -161,7 +170,7 @@ def check_tags(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
 
 def check_end(model: Any, objective: Any, section: Mapping[str, Any]) -> None:
     """Raises ConfigError where generations do not end as the objective wants: at the close tag, or after a prediction."""
-    tag, ends = objective.config.close, objective.template.close_id in _ends(model)
+    tag, ends = objective.config.close, objective.template.close_id in ends_of(model)
     if ends and objective.answer_tokens:
         raise ConfigError(f"{tag} ends a generation of this checkpoint, and the objective wants a prediction after it: "
                           f"{_remedy(section)}")  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
@@ -18,6 +21,7 @@ from rlpretrain.compat import sharded, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.models import save_start
 from rlpretrain.ranks import Ranks
+from rlpretrain.trl_data import ends_of
 
 EMA = "ema.safetensors"
 """In a checkpoint: the moving average of a reward's baseline."""
@@ -32,6 +36,7 @@ class LiveModel(TrainerCallback):
 
     def __init__(self, reward: Any):
         self.reward = reward
+        self.init_kwargs: dict[str, Any] | None = None  # how the model was loaded
         self.named: str | None = None  # what the configuration calls the model
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -41,7 +46,7 @@ class LiveModel(TrainerCallback):
                               "give it both")  # fmt: skip
         reward, inner, adapters = self.reward, plain(model), adapters_of(model)
         if reward.baseline in ("frozen", "ema") and adapters is None and not sharded(model):
-            reward.initial = {name: p.detach().clone() for name, p in inner.state_dict().items()}
+            reward.initial = {name: p.detach().to("cpu", copy=True) for name, p in inner.named_parameters()}
         vllm, colocated = getattr(args, "use_vllm", False), getattr(args, "vllm_mode", "") == "colocate"
         if vllm and not reward.objective.answer_tokens:
             args.generation_kwargs = {"stop_token_ids": [reward.close_id], **(args.generation_kwargs or {})}
@@ -49,6 +54,11 @@ class LiveModel(TrainerCallback):
             raise ConfigError(f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server has them not: "
                               "save model and tokenizer, start the server and the training from there")  # fmt: skip
         referred = bool(getattr(args, "beta", 0)) and adapters is None
+        if reward.added and (vllm or referred) and sharded(inner):
+            raise ConfigError(f"{' and '.join(reward.added)} were added to the model just now, and it is sharded already: save "
+                              "model and tokenizer, start the training from there")  # fmt: skip
+        if self.init_kwargs is not None:  # after TRL has said that it ignores them, before it loads a reference
+            args.model_init_kwargs = self.init_kwargs
         if reward.added and (vllm or referred):
             start, ranks = Path(args.output_dir) / "start", ranks_of(torch.device("cpu"))
             if ranks.first:
@@ -65,15 +75,24 @@ class LiveModel(TrainerCallback):
         reward = self.reward
         if self.named is not None:
             plain(model).config._name_or_path, self.named = self.named, None
+        inner = plain(model)
+        lacks = max(reward.close_id, reward.objective.template.open_id) >= inner.config.get_text_config().vocab_size
+        stops = reward.objective.answer_tokens or reward.attention or getattr(args, "use_vllm", False)
+        if lacks or not (stops or reward.close_id in ends_of(inner)):
+            what = "has no rows for the tags of a thought" if lacks else "does not end a generation at the close tag"
+            raise ConfigError(f"the trained model is not the one that the reward was given, it {what}: give the "
+                              "trainer and the reward the same model and tokenizer")  # fmt: skip
         reward.watch(model)
         reward.initial = {}
         if state.global_step and isinstance(reward.reference, Ema):
             given = args.resume_from_checkpoint
             folder = Path(given if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state))
-            if (folder / EMA).is_file():
+            kept = (folder / EMA).is_file() and safe_open(folder / EMA, "pt")
+            if kept and (kept.metadata() or {}).get("log") == _log(state):
                 reward.reference.load_state_dict(load_file(folder / EMA))
             else:
-                warnings.warn(f"{folder} has no {EMA}: the moving average begins again, at the weights the run began with",
+                warnings.warn(f"{folder} has no {EMA} of this run: the moving average begins again, at the weights the run began "
+                              "with. If the checkpoint is elsewhere, name it in the arguments too (resume_from_checkpoint)",
                               stacklevel=2)  # fmt: skip
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -81,7 +100,8 @@ class LiveModel(TrainerCallback):
         folder = _checkpoint(args, state)
         if isinstance(self.reward.reference, Ema) and state.is_world_process_zero and folder.is_dir():
             work = folder / f".{EMA}.tmp"
-            save_file({name: p.contiguous() for name, p in self.reward.reference.state_dict().items()}, work)
+            average = {name: p.contiguous() for name, p in self.reward.reference.state_dict().items()}
+            save_file(average, work, metadata={"log": _log(state)})
             work.replace(folder / EMA)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -118,6 +138,11 @@ def adapters_of(model: Any) -> Any:
 
 def _has_adapters(model: Any) -> bool:
     return hasattr(model, "get_base_model") and hasattr(model, "disable_adapter")
+
+
+def _log(state: Any) -> str:
+    """What tells a run's checkpoint from another's of the same step: transformers does not say which one it resumed."""
+    return blake2b(json.dumps(state.log_history, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -83,6 +83,9 @@ class RLPTrainer(GRPOTrainer):
                  processing_class: Any = None, reward_funcs: Any = None, callbacks: Sequence[Any] | None = None,
                  **others: Any):  # fmt: skip
         args = args if args is not None else RLPConfig("RLP")
+        if not isinstance(args, RLPConfig):
+            raise ConfigError(f"RLPTrainer takes an RLPConfig, not a {type(args).__name__}")
+        given: dict[str, Any] | None = None
         source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
@@ -92,7 +95,7 @@ class RLPTrainer(GRPOTrainer):
                 form["quantization_config"] = rounded
             source |= {name: form[name] for name in ("revision", "trust_remote_code") if name in form}
             model = AutoModelForCausalLM.from_pretrained(model, **form)
-            args.model_init_kwargs = None
+            given, args.model_init_kwargs = args.model_init_kwargs, None
         if processing_class is None:
             from transformers import AutoTokenizer
 
@@ -107,6 +110,7 @@ class RLPTrainer(GRPOTrainer):
             model, tokenizer, args.objective, baseline=args.baseline, ema_decay=args.ema_decay, cut=args.cut,
             cut_penalty=args.cut_penalty, **own, **(args.objective_fields or {}),
         )  # fmt: skip
+        self.reward.callback.init_kwargs = given
         self.known_rewards: Tensor | None = None
         if args.ntp_coef and type(self.reward.objective).ntp_weights is not Objective.ntp_weights:
             raise ConfigError(f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer does "

@@ -380,3 +380,19 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_last_good_on
     resumed = trained(values, resume="auto", **long)
     assert same(resumed, trained(values, output_dir=str(tmp_path / "whole"), **long))
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
+
+
+def test_what_is_no_model_is_named(corpus, tmp_path):
+    """Without its files transformers makes an empty tokenizer of a configuration; then the data seemed to be blank."""
+    from rlpretrain.config import ModelConfig
+    from rlpretrain.models import load_tokenizer
+
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((corpus / "base" / "config.json").read_text())
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
+    for folder, said in ((tmp_path / "bare", "its files are missing"), (tmp_path / "adapter", "it is an adapter"),
+                         (tmp_path, f"the model is {tmp_path}/model")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            load_tokenizer(ModelConfig(path=str(folder)))

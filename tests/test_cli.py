@@ -162,3 +162,16 @@ def test_wrong_usage_exits_with_the_usage(words, capsys):
 
 def test_the_dials_words_are_the_models(corpus):
     assert len(dial.tokenizer()) == len(dial.WORDS) == dial.model_config().vocab_size
+
+
+def test_as_a_module(monkeypatch, capsys):
+    """`python -m rlpretrain`; and an objective may be given by its name alone."""
+    import runpy
+
+    from rlpretrain.cli import _section
+
+    monkeypatch.setattr("sys.argv", ["rlpretrain", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("rlpretrain", run_name="__main__")
+    assert not end.value.code and "inspect" in capsys.readouterr().out
+    assert _section("rlp") == {"name": "rlp"} and _section("{clip: 1}") == {"clip": 1}
