@@ -81,6 +81,9 @@ def warnings_of(rows: Sequence[Mapping[str, float]], found: Sequence[Place]) -> 
     warn("run/skipped_steps", lambda a, b: b > 0, "{1:.0f} steps were skipped for NaN or inf.")
     gains = [g for p in found for g in [row.gain for row in p.rows] if g is not None]
     empty = [p.controls["empty"] for p in found if "empty" in p.controls]
+    if gains and np.mean(gains) < -0.05:
+        beside = f", an empty one {np.mean(empty):.2f}" if empty else ""
+        out.append(f"Thoughts cost: these gain {np.mean(gains):.2f} nats on average{beside}: the model predicts better without.")
     if gains and empty and np.mean(gains) > 0.05 and np.mean(empty) > 0.8 * np.mean(gains):
         out.append(f"Delimiter only: an empty thought gains {np.mean(empty):.2f} nats, a real one {np.mean(gains):.2f}: what is "
                    "thought adds little.")  # fmt: skip

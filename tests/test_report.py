@@ -216,6 +216,8 @@ def test_warnings_in_words():
     rows = [replace(place.rows[0], gains=(1.0,))]
     assert "Delimiter only" in warnings_of([], [replace(place, rows=rows, controls={"empty": 0.95})])[0]
     assert not warnings_of([], [replace(place, rows=rows, controls={"empty": 0.2})])
+    (said,) = warnings_of([], [replace(place, rows=[replace(place.rows[0], gains=(-6.3,))], controls={"empty": -6.1})])
+    assert "Thoughts cost: these gain -6.30 nats on average, an empty one -6.10" in said
 
 
 def edited(name: str, old: str, new: str) -> Any:
