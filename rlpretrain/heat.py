@@ -79,17 +79,15 @@ def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model:
     out = []
     for group in groups:
         found = gains.get(group.id)
-        rewards: Any = group.rewards if group.rewards is not None else (rewarded or {}).get(group.id)
-        if rewards is None and found is not None:
-            rewards = found.sum(-1).tolist()
-        known_rewards: list[float | None] = [None if rewards is None or r != r else float(r) for r in rewards or group.thoughts]
-        advantages = [0.0] * len(group.thoughts)
-        if rewards is not None and len(rewards) > 1:
+        rewards = group.rewards if group.rewards is not None else (rewarded or {}).get(group.id)
+        if rewards is None:
+            rewards = [np.nan] * len(group.thoughts) if found is None else found.sum(-1).tolist()
+        advantages = [np.nan] * len(rewards)
+        if len(rewards) > 1:
             advantages = leave_one_out(torch.tensor([list(rewards)], dtype=torch.float64))[0].tolist()
-        alone = len(group.thoughts) < 2
         rows = [
-            Row(t, () if found is None else tuple(found[k].tolist()), r, None if r is None or alone else advantages[k])
-            for k, (t, r) in enumerate(zip(group.thoughts, known_rewards, strict=True))
+            Row(t, () if found is None else tuple(found[k].tolist()), None if r != r else r, None if r != r or a != a else a)
+            for k, (t, r, a) in enumerate(zip(group.thoughts, rewards, advantages, strict=True))
         ]
         rows.sort(key=lambda row: -(row.advantage if row.advantage is not None else -np.inf))
         out.append(Place(group, rows, controls[group.id]))

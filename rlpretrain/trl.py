@@ -187,8 +187,10 @@ class ObjectiveReward:
             raise ConfigError(f"{self.__name__}: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents), "
                               "or by `rlpretrain prepare`, and leave remove_unused_columns at false")  # fmt: skip
         trainer = trainer_of(log_metric)
-        counts = trainer is None or hasattr(trainer, "known_rewards")  # RLPTrainer leaves them out
-        others = [] if counts else [f for f in trainer.reward_funcs if getattr(getattr(f, "layout", None), "cut", "") != "mask"]
+        if trainer is None or getattr(trainer, "leaves_out_uncounted", False):
+            others = []
+        else:
+            others = [f for f in trainer.reward_funcs if not isinstance(f, ObjectiveReward) or f.layout.cut != "mask"]
         if others and self.layout.cut == "mask":
             raise ConfigError("cut mask with several reward functions: a thought that counts nowhere is 0 in their sum, more "
                               "than most gains at first: use cut='force_close' or 'penalise', or RLPTrainer")  # fmt: skip

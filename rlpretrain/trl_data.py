@@ -50,8 +50,6 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
     if "entropy" in objective.needs:
         raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
                           "or a proxy model where the objective has one")  # fmt: skip
-    lost = [0]
-
     def rows() -> Iterator[dict[str, Any]]:
         i = given = left_out = 0
         for _ in range(epochs):
@@ -67,8 +65,7 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
                     row = {name: (document.meta or {})[name] for name in keep} | dict(zip(COLUMNS, values, strict=True))
                     yield row | ({"document_token_ids": document.token_ids} if whole else {})
                 i += 1
-        lost[0] = left_out
-        if left_out and given:
+        if left_out:
             warnings.warn(f"{left_out} of {left_out + given} positions left out: their prompts tokenise to other ids",
                           stacklevel=2)  # fmt: skip
 
@@ -76,8 +73,8 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
         return datasets.IterableDataset.from_generator(rows)
     found = list(rows())
     if not found:
-        raise ConfigError(f"no document gives a prompt: {lost[0]} positions are left out because their text tokenises to "
-                          "other ids, the rest has no position for this objective")  # fmt: skip
+        raise ConfigError("no document gives a prompt: this objective has no position in any, or those it has are left out (see "
+                          "the warning)")  # fmt: skip
     return datasets.Dataset.from_list(found)
 
 

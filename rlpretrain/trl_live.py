@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -72,10 +72,9 @@ class LiveModel(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The model as the trainer has it, adapters included."""
-        reward = self.reward
+        reward, inner = self.reward, plain(model)
         if self.named is not None:
-            plain(model).config._name_or_path, self.named = self.named, None
-        inner = plain(model)
+            inner.config._name_or_path, self.named = self.named, None
         lacks = max(reward.close_id, reward.objective.template.open_id) >= inner.config.get_text_config().vocab_size
         stops = reward.objective.answer_tokens or reward.attention or getattr(args, "use_vllm", False)
         if lacks or not (stops or reward.close_id in ends_of(inner)):
@@ -87,9 +86,9 @@ class LiveModel(TrainerCallback):
         if state.global_step and isinstance(reward.reference, Ema):
             given = args.resume_from_checkpoint
             folder = Path(given if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state))
-            kept = (folder / EMA).is_file() and safe_open(folder / EMA, "pt")
-            if kept and (kept.metadata() or {}).get("log") == _log(state):
-                reward.reference.load_state_dict(load_file(folder / EMA))
+            average = _average(folder, state)
+            if average is not None:
+                reward.reference.load_state_dict(average)
             else:
                 warnings.warn(f"{folder} has no {EMA} of this run: the moving average begins again, at the weights the run began "
                               "with. If the checkpoint is elsewhere, name it in the arguments too (resume_from_checkpoint)",
@@ -143,6 +142,16 @@ def _has_adapters(model: Any) -> bool:
 def _log(state: Any) -> str:
     """What tells a run's checkpoint from another's of the same step: transformers does not say which one it resumed."""
     return blake2b(json.dumps(state.log_history, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _average(folder: Path, state: Any) -> dict[str, torch.Tensor] | None:
+    """The moving average in a checkpoint of this run, if there is one."""
+    if not (folder / EMA).is_file():
+        return None
+    with safe_open(folder / EMA, "pt") as file:
+        if (file.metadata() or {}).get("log") != _log(state):
+            return None
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -65,6 +65,7 @@ class RLPTrainer(GRPOTrainer):
     that cannot work.
     """
 
+    leaves_out_uncounted = True  # thoughts without the objective's reward get none
     _tag_names = ["trl", "rlp", "rlpretrain"]
     _name = "RLP"
     _paper = {
@@ -85,20 +86,18 @@ class RLPTrainer(GRPOTrainer):
         args = args if args is not None else RLPConfig("RLP")
         if not isinstance(args, RLPConfig):
             raise ConfigError(f"RLPTrainer takes an RLPConfig, not a {type(args).__name__}")
-        given: dict[str, Any] | None = None
-        source: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        given = args.model_init_kwargs if isinstance(model, str) else None
+        form: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **(given or {})}
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
-            form = {"dtype": torch.float32, **source, **(args.model_init_kwargs or {})}
-            if (rounded := others.pop("quantization_config", None)) is not None:
-                form["quantization_config"] = rounded
-            source |= {name: form[name] for name in ("revision", "trust_remote_code") if name in form}
-            model = AutoModelForCausalLM.from_pretrained(model, **form)
-            given, args.model_init_kwargs = args.model_init_kwargs, None
+            rounded = {name: others.pop(name) for name in ("quantization_config",) if name in others}
+            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **form, **rounded})
+            args.model_init_kwargs = None  # TRL would say that it ignores them
         if processing_class is None:
             from transformers import AutoTokenizer
 
+            source = {name: form[name] for name in ("revision", "trust_remote_code") if name in form}
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, **source)
         if train_dataset is None:
             raise ConfigError("RLPTrainer needs a train_dataset")
@@ -116,24 +115,24 @@ class RLPTrainer(GRPOTrainer):
             raise ConfigError(f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer does "
                               "not: set ntp_coef 0, or use rlpretrain's own trainer")  # fmt: skip
         extra = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
-        self.more = bool(extra)  # then their columns stay
+        further = bool(extra)  # then their columns stay
         held: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):  # a DatasetDict too
-            held = {name: self._prompts(data, args) for name, data in eval_dataset.items()}
+            held = {name: self._prompts(data, args, further) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
-            held = self._prompts(eval_dataset, args)
+            held = self._prompts(eval_dataset, args, further)
         super().__init__(
-            model=model, reward_funcs=[self.reward, *extra], args=args, train_dataset=self._prompts(train_dataset, args),
+            model=model, reward_funcs=[self.reward, *extra], args=args, train_dataset=self._prompts(train_dataset, args, further),
             eval_dataset=held, processing_class=processing_class, callbacks=[self.reward.callback, *(callbacks or [])], **others,
         )  # fmt: skip
 
-    def _prompts(self, dataset: Any, args: RLPConfig) -> Any:
+    def _prompts(self, dataset: Any, args: RLPConfig, further: bool) -> Any:
         columns = getattr(dataset, "column_names", None) or []
         if set(COLUMNS) <= set(columns):
             if args.ntp_coef and "document_token_ids" not in columns:
                 raise ConfigError("ntp_coef needs the documents: make the dataset by reward.dataset(..., whole=True), or set 0")
             return dataset
-        keep = [c for c in columns if c not in (args.dataset_text_field, *COLUMNS)] if self.more else []
+        keep = [c for c in columns if c not in (args.dataset_text_field, *COLUMNS)] if further else []
         return self.reward.dataset(dataset, column=args.dataset_text_field, max_length=args.max_length, seed=args.seed,
                                    epochs=args.epochs_of_positions, whole=True, keep=keep)  # fmt: skip
 

@@ -100,20 +100,6 @@ def test_the_two_lines_train_and_log_the_scorers_gain(base, corpus, tmp_path):
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_under_bf16_autocast_as_trl_trains_by_default(base, corpus, tmp_path):
-    """Float32 weights, bf16 forwards: the gains are those of the weights."""
-    model, tokenizer = base
-    reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
-    kept = Kept(reward)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], args=settings(tmp_path, bf16=True),
-                              train_dataset=reward.dataset(str(corpus / "train.jsonl")), processing_class=tokenizer)  # fmt: skip
-    trainer.train()
-    other = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
-    for groups, rewards, weights in kept.calls:
-        other.load_state_dict(weights, strict=False)
-        assert rewards == pytest.approx(by_hand(other, groups, "force_close"), abs=1e-5)
-
-
 def test_the_head_check_bears_autocast_and_nothing_more(base):
     from rlpretrain.scoring import check_head
 

@@ -36,7 +36,7 @@ def texts(corpus: Path) -> Dataset:
     return Dataset.from_json(str(corpus / "train.jsonl"))
 
 
-def sharp(folder: Path, words: Any = dial.WORDS, **fields: Any) -> str:
+def sharp(folder: Path, **fields: Any) -> str:
     """A random base with opinions, where half precision shows; returns its folder."""
     tiny_model("qwen3", len(dial.WORDS), seed=3, initializer_range=0.3, **fields).save_pretrained(folder)
     dial.tokenizer().save_pretrained(folder)
