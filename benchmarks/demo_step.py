@@ -35,7 +35,7 @@ def main() -> None:
 
 def measure(steps: int, packing: str) -> dict[str, float]:
     """Median seconds of each part, and its share of the step; training is all but the rollout."""
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
     from rlpretrain.corpora import dial
     from rlpretrain.loop import train
     from rlpretrain.run import Run

@@ -55,7 +55,7 @@ def measure(folder: Path, row: str) -> dict[str, float]:
     """Two steps; what `memory` of the dry run expects beside what was needed."""
     import torch
 
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
     from rlpretrain.dry_run import make_objective, make_sizes, model_shape
     from rlpretrain.loop import train
     from rlpretrain.memory import memory, peak

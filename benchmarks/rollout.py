@@ -227,7 +227,7 @@ def asynchronous(steps: int = 14) -> dict[str, Any]:
 def _paced(folder: Path, name: str, steps: int, engine: dict[str, Any], seconds: float | None = None) -> dict[str, float]:
     """Medians of a run; with `seconds` its rollouts take so long, elsewhere."""
     from rlpretrain import Pretrainer
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
 
     far = {} if seconds is None else {"name": "benchmarks.rollout:Elsewhere", "seconds": seconds}
     values = {
@@ -311,7 +311,7 @@ def _pack(state: dict[str, torch.Tensor]) -> float:
 def probe() -> dict[str, Any]:
     """The probe's share of a step: hidden 512, a hundred positions, 8 thoughts of up to 64 tokens."""
     from rlpretrain import Pretrainer
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
 
     with tempfile.TemporaryDirectory() as folder:
         paths = dial.write(Path(folder) / "data", base=10, train=600, held_out=10, seed=0)

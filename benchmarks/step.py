@@ -108,7 +108,7 @@ def batch(shape: Shape, step: int) -> tuple[tuple[int, ...], list[Group]]:
 def ours(kind: str, folder: Path, shape: Shape, steps: int) -> list[float]:
     """Seconds of each step of a run of ours."""
     from rlpretrain import Pretrainer
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
 
     values: dict[str, Any] = {
         "model": str(folder / "model"), "data": {"path": str(folder / "documents.jsonl"), "max_length": shape.document},

@@ -97,7 +97,7 @@ def train(recipe: str, *, model: Path, data: Path, output_dir: Path, objective: 
     import yaml
 
     from rlpretrain import Pretrainer
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
 
     values = yaml.safe_load((HERE / recipe).read_text())
     head = values["model"] if isinstance(values["model"], dict) else {}
@@ -177,7 +177,7 @@ def ntp_budget(out: Path, name: str, seed: int, documents: int = 64) -> dict[str
 
 def evaluation(model: Path, frozen: Path, data: Path, seed: int, controls: bool) -> dict[str, Any]:
     """Numbers per held-out problem: at the answer, one sampled thought and the greedy one."""
-    from rlpretrain.config_io import build
+    from rlpretrain.config.io import build
     from rlpretrain.documents import read_all
     from rlpretrain.evaluate import evaluate
     from rlpretrain.models import load_model, load_tokenizer

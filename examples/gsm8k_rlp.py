@@ -110,7 +110,7 @@ def recipe(args: argparse.Namespace, overrides: Sequence[str]) -> PretrainConfig
     """The YAML twin with this run's model, data and folder, the options, and the overrides on top."""
     import yaml
 
-    from rlpretrain.config_io import apply_overrides, build
+    from rlpretrain.config.io import apply_overrides, build
 
     values = yaml.safe_load(RECIPE.read_text())
     values |= {"model": args.model or str(args.out / "base" / "model"), "output_dir": str(args.out / "rlp"), "seed": args.seed}
@@ -153,7 +153,7 @@ def make_base(out: Path, config: PretrainConfig, steps: int, seed: int, quick: b
     from dataclasses import replace
 
     from rlpretrain import Pretrainer
-    from rlpretrain.config_io import build, to_dict
+    from rlpretrain.config.io import build, to_dict
 
     if (out / "base" / "model" / "model.safetensors").exists():
         print(f"base model: made before, in {out / 'base'} (--fresh makes it again)")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build, to_dict
+from rlpretrain.config.io import build, to_dict
 from rlpretrain.ranks import Ranks
 
 FREE_TO_CHANGE = (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, ModelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain train CONFIG.yaml [--field value ...] [--resume auto] [--dry-run]`."""
-    from rlpretrain import config_io as c
+    from rlpretrain.config import io as c
 
     if args.fields:
         _print_fields(c, c.load(args.config, rest).objective.get("name", "rlp") if args.config else None)
@@ -176,7 +176,7 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def rollout(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain rollout CONFIG.yaml [--field value ...]`."""
-    from rlpretrain import config_io as c
+    from rlpretrain.config import io as c
     from rlpretrain.pretrainer import Pretrainer
 
     print(json.dumps(Pretrainer(c.load(args.config, rest)).rollout()))
@@ -195,8 +195,8 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from rlpretrain import config_io as c
     from rlpretrain import models
+    from rlpretrain.config import io as c
     from rlpretrain.documents import read_all
     from rlpretrain.evaluate import MEANING, by_meta
     from rlpretrain.evaluate import evaluate as run
@@ -223,7 +223,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
     frozen = None
     if args.frozen:
-        frozen = models.load(c.ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed)[0].to(device)
+        frozen = models.load(ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed)[0].to(device)
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no such folder")
     documents = read_all(config.data, tokenizer, limit=args.documents)

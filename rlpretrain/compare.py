@@ -22,7 +22,7 @@ import torch
 from rlpretrain import adapters, models
 from rlpretrain.checkpoint import changes
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config_io import build, to_dict
+from rlpretrain.config.io import build, to_dict
 from rlpretrain.documents import read_all
 from rlpretrain.evaluate import evaluate, interval
 from rlpretrain.experiment import BASE, Experiment, Job, Judged, load

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from rlpretrain import compat
 from rlpretrain.adapters import check
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
-from rlpretrain.config_io import build, to_dict
+from rlpretrain.config.io import build, to_dict
 from rlpretrain.memory import GIB, Sizes, count_parameters, memory, peak
 from rlpretrain.models import _only_config, load_tokenizer
 from rlpretrain.objectives import Objective, parse_section

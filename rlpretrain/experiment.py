@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from rlpretrain.checkpoint import changes
 from rlpretrain.config import STRICT, ConfigError, Count, DataConfig, PretrainConfig, headed
-from rlpretrain.config_io import HEADS, build, parse, read_mapping, to_dict
+from rlpretrain.config.io import HEADS, build, parse, read_mapping, to_dict
 from rlpretrain.objectives import parse_section
 
 BASE = "base"

@@ -19,7 +19,7 @@ from rlpretrain import models
 from rlpretrain.baseline import Baseline, Frozen, NoBaseline
 from rlpretrain.batches import roll_out, token_entropies
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.documents import read_all
 from rlpretrain.heat import Place, places, rewards_now
 from rlpretrain.objectives import Objective, delimiters, parse_section

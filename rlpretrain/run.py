@@ -17,7 +17,7 @@ from rlpretrain import adapters, attention, checkpoint, compat, models, records
 from rlpretrain.baseline import make_references
 from rlpretrain.batches import BatchSource, ReplaySource
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config_io import to_dict
+from rlpretrain.config.io import to_dict
 from rlpretrain.console import Console
 from rlpretrain.documents import DocumentStream
 from rlpretrain.engines import SyncProbe, lie_down, make_engine, wake_up, write_start

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlpretrain import Pretrainer
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from tests.tiny import tiny_model
 

@@ -14,7 +14,7 @@ from rlpretrain.adapters import add_lora, copy_adapter, off, pieces
 from rlpretrain.baseline import Frozen
 from rlpretrain.compat import keep_differentiable
 from rlpretrain.config import ConfigError, LoraConfig
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.loop import train
 from rlpretrain.models import load_model

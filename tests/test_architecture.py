@@ -47,7 +47,7 @@ APPS = {"rollout.service", "rlpretrain.trl_trainer"}
 
 # Inside rlpretrain a module may import its own layer and those above it in this list, without cycles.
 LAYERS = [
-    {"tree", "types", "config", "config_io", "compat", "ranks"},
+    {"tree", "types", "config", "config.*", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "judge"},
     {"packing", "attention", "adapters", "scoring", "losses"},

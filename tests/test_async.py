@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.run import Run
 from rollout.hf import HFEngine

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain import Pretrainer, batches, checkpoint, cli
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.loop import train
 from rlpretrain.ranks import Ranks
@@ -354,7 +354,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from rlpretrain import Pretrainer
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 
 save = torch.save
 

@@ -12,7 +12,7 @@ import torch
 from rewards.controls import CollapseMonitor
 from rlpretrain import Pretrainer, checkpoint
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
@@ -257,7 +257,7 @@ def test_state_json_is_json(values):
 def test_a_checkpoint_of_a_version_with_fewer_settings(values, tmp_path):
     """What it did not know counts as its default; a default that changes what is trained is still refused."""
     from rlpretrain.checkpoint import filled
-    from rlpretrain.config_io import to_dict
+    from rlpretrain.config.io import to_dict
 
     run = merged(values, checkpoint={"every": 2}, max_steps=2)
     trained(run)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import given
 
-from rlpretrain.config_io import build, load
+from rlpretrain.config.io import build, load
 from rlpretrain.corpora import dial, dial_family
 from rlpretrain.documents import read_all
 from rlpretrain.experiment import load as load_experiment

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError, LoraConfig
-from rlpretrain.config_io import build, load, read_mapping
+from rlpretrain.config.io import build, load, read_mapping
 from rlpretrain.dry_run import dry_run, make_objective, make_sizes, model_shape
 from rlpretrain.experiment import load as load_experiment
 from rlpretrain.memory import Item, Sizes, count_parameters, memory, peak

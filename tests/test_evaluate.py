@@ -10,7 +10,7 @@ import torch
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.documents import read_all
 from rlpretrain.evaluate import MEANING, Evaluation, by_meta, contrast, evaluate, interval
 from rlpretrain.objectives import load as load_objective

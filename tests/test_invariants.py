@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlpretrain import scoring
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.loop import judge
 from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.judge import Judge, endpoint, parse_verdict, prompt_of, worth_judging
 from rlpretrain.loop import train
 from rlpretrain.run import Run

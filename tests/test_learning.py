@@ -10,7 +10,7 @@ import yaml
 
 from rlpretrain import Pretrainer
 from rlpretrain.compare import compare
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial, dial_family
 from rlpretrain.documents import read_all
 from rlpretrain.evaluate import evaluate

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpretrain.adapters import adapter_pieces, add_lora, pieces, plain_copy
 from rlpretrain.config import ConfigError, LoraConfig
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.pretrainer import Pretrainer
 from tests.helpers import launch, merged, same, trained, weights

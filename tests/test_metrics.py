@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rlpretrain import Pretrainer
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.console import Console, thought_table
 from rlpretrain.loop import train
 from rlpretrain.metrics import COLUMNS, METRICS, StepMetrics, Trackers, markdown, thought_rows
@@ -238,7 +238,7 @@ def test_trackio_has_every_number_and_the_thoughts(values, tmp_path):
     """Its local database; in a process of its own, since trackio reads TRACKIO_DIR when it is imported."""
     pytest.importorskip("trackio")
     config = merged(values, report_to=["trackio"], sampling__cut="mask", sampling__max_thought_tokens=6)
-    code = f"from rlpretrain import Pretrainer; from rlpretrain.config_io import build; Pretrainer(build({config!r})).train()"
+    code = f"from rlpretrain import Pretrainer; from rlpretrain.config.io import build; Pretrainer(build({config!r})).train()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200,
                           env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from rlpretrain import cli
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.run import Diverged, Run

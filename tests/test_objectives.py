@@ -11,7 +11,7 @@ import torch
 from rewards import information_gain
 from rlpretrain.baseline import Ema
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import judge, train
 from rlpretrain.objectives import available, parse_section
 from rlpretrain.run import Run

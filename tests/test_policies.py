@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.policy import ds_settings, schedule
 from tests.helpers import launch, merged, same, trained, weights
 

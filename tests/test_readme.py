@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rlpretrain import Pretrainer
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.objectives import base
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from rewards import importance_ratio
 from rlpretrain import Pretrainer
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.evaluate import MEANING
 from rlpretrain.heat import CONTROLS, places
 from rlpretrain.metrics import METRICS

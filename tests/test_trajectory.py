@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlpretrain import Pretrainer
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from tests.conftest import tiny_values
 from tests.helpers import merged, same, weights

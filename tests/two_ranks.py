@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlpretrain import Pretrainer
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.packing import cost, families
 from rlpretrain.run import Run

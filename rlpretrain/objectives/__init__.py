@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config_io import parse
+from rlpretrain.config.io import parse
 from rlpretrain.objectives.base import Config, Objective, Setting
 from rlpretrain.prompts import Delimiters
 from rollout.types import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.run import Run
 from rollout.types import FinishReason

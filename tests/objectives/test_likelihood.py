@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.documents import DocumentStream
 from rlpretrain.loop import train
 from rlpretrain.losses import target_loss

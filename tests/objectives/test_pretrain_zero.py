@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.evaluate import evaluate
 from rlpretrain.loop import train
 from rlpretrain.objectives import Setting

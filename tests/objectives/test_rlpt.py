@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.objectives import Setting
 from rlpretrain.objectives.rlpt import RLPT, Config

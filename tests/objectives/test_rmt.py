@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.objectives import Setting
 from rlpretrain.objectives.rmt import RMT, Config

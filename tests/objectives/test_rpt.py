@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.loop import train
 from rlpretrain.objectives import Setting, find
 from rlpretrain.objectives.rpt import RPT, Config

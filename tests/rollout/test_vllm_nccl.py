@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config_io import build
+from rlpretrain.config.io import build
 from rlpretrain.pretrainer import Pretrainer
 from tests.helpers import merged
 from tests.tiny import tiny_model

@@ -1,0 +1,26 @@
+"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in Python.
+
+`base` has what sections are made with, `inputs`, `engines` and `schema` the sections, `io` reads and checks them.
+"""
+
+from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, headed
+from rlpretrain.config.engines import EngineConfig, SamplingConfig
+from rlpretrain.config.inputs import DataConfig, ModelConfig
+from rlpretrain.config.schema import (
+    PAPER_RECIPE,
+    BaselineConfig,
+    CheckpointConfig,
+    EvalConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    PolicyConfig,
+    PretrainConfig,
+    StopConfig,
+)  # fmt: skip
+
+__all__ = [
+    "PAPER_RECIPE", "STRICT", "Amount", "BaselineConfig", "CheckpointConfig", "ConfigError", "Count", "DataConfig",
+    "EngineConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig", "OptimConfig", "PolicyConfig", "PretrainConfig",
+    "SamplingConfig", "StopConfig", "headed",
+]  # fmt: skip

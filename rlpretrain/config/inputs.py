@@ -1,0 +1,66 @@
+"""Sections `model` and `data`: the base checkpoint and the documents."""
+
+from __future__ import annotations
+
+from dataclasses import field as _field
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from rlpretrain.config.base import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ModelConfig:
+    """The base checkpoint."""
+
+    path: str
+    """Hub id or folder of a Hugging Face causal language model."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; the model's own by default."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the trained weights."""
+    attn_implementation: str | None = None
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Off unless you know the author."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward to save memory."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Linear layers in four (nf4) or eight bits by bitsandbytes, for adapters on top (QLoRA, arXiv 2305.14314)."""
+    from_scratch: bool = False
+    """Take only the configuration of `path` and initialise the weights from the seed: pretraining from nothing."""
+    config_beside: str | None = None
+    """Folder, relative to the YAML file, with the model's config.json: what `--dry-run` reads where `path` is on the hub."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DataConfig:
+    """Where documents come from: any file or hub dataset that the `datasets` library reads."""
+
+    path: str
+    """File (.txt, .jsonl, .json, .csv, .parquet), folder, glob, or hub id."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split to read."""
+    column: str = "text"
+    """Column with the text, or with the prompt where `answer_column` is set."""
+    answer_column: str | None = None
+    """Column with the answer to the prompt: a document is the two after each other, `positions: answer` think between them."""
+    answer_join: str = "\n"
+    """Text between prompt and answer; it belongs to the prompt."""
+    max_length: int = _field(default=2048)
+    """Longest document in tokens; `long` says what happens to longer ones."""
+    long: Literal["split", "truncate"] = "split"
+    """Cut longer documents into several, or keep only their beginning."""
+    append_eos: bool = True
+    """End every document with the tokenizer's end-of-text token, if it has one."""
+    shuffle: bool = True
+    """Draw a new seeded permutation each epoch. Streams keep their order: a shuffle buffer could not be resumed exactly."""
+    streaming: bool = False
+    """Read lazily instead of tokenising everything first."""
+    meta_columns: tuple[str, ...] = ()
+    """Other columns to keep beside the document (answers, difficulty)."""
