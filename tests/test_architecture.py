@@ -55,7 +55,7 @@ LAYERS = [
     {"loop", "evaluate", "engines", "experiment", "heat"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}
     | {"trl", "trl_data", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
-    {"cli", "doctor", "dry_run", "__main__"},
+    {"cli", "commands", "commands.*", "doctor", "dry_run", "__main__"},
 ]
 
 

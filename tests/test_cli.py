@@ -168,10 +168,10 @@ def test_as_a_module(monkeypatch, capsys):
     """`python -m rlpretrain`; and an objective may be given by its name alone."""
     import runpy
 
-    from rlpretrain.cli import _section
+    from rlpretrain.commands.section import objective_section
 
     monkeypatch.setattr("sys.argv", ["rlpretrain", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("rlpretrain", run_name="__main__")
     assert not end.value.code and "inspect" in capsys.readouterr().out
-    assert _section("rlp") == {"name": "rlp"} and _section("{clip: 1}") == {"clip": 1}
+    assert objective_section("rlp") == {"name": "rlp"} and objective_section("{clip: 1}") == {"clip": 1}

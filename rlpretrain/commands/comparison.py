@@ -1,0 +1,31 @@
+"""`rlpretrain compare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def register(commands: Any) -> None:
+    """Add `compare` to the command line."""
+    p = commands.add_parser("compare", help="objectives and seeds from one base: one table, one plot",
+                            description="Trains and evaluates what is not done yet; results.json, .csv and .svg.")  # fmt: skip
+    p.add_argument("experiment", help="YAML file: methods, seeds, evaluation (examples/dial_family/compare.yaml)")
+    p.add_argument("--jobs", type=int, help="trainings at a time, in place of the file's")
+    p.set_defaults(command=compare)
+
+
+def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain compare EXPERIMENT.yaml`."""
+    from rich.console import Console
+
+    from rlpretrain.compare import compare as run
+    from rlpretrain.compare import table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    results = run(args.experiment, jobs=args.jobs, say=console.print)
+    console.print(table(results))
+    console.print(f"numbers: {results['folder']}/results.json, .csv, .svg")
+    return 0

@@ -1,0 +1,94 @@
+"""`rlpretrain eval`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpretrain.commands.section import objective_section
+from rlpretrain.config import ConfigError, ModelConfig
+
+
+def register(commands: Any) -> None:
+    """Add `eval` to the command line."""
+    p = commands.add_parser("eval", help="what thinking is worth on held-out text")
+    p.add_argument("model", help="hub id or folder")
+    p.add_argument("--data", required=True, help="held-out documents")
+    p.add_argument("--frozen", help="initial model for the honest gain; the model itself by default")
+    p.add_argument("--objective", default="{name: rlp}", help="YAML: the objective section (where to think, how far to predict)")
+    p.add_argument("--column", default="text", help="column with the text")
+    p.add_argument("--by", help="column to split the table by, for instance depth")
+    p.add_argument("--documents", type=int, help="how many documents; all by default")
+    p.add_argument("--thoughts", type=int, default=4, help="sampled thoughts per position")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--max-thought-tokens", type=int, default=512)
+    p.add_argument("--max-length", type=int, default=2048, help="longest document in tokens")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--trust-remote-code", action="store_true")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", help="write the numbers here too")
+    p.set_defaults(command=evaluate)
+
+
+def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and without thinking."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlpretrain import models
+    from rlpretrain.config import io as c
+    from rlpretrain.documents import read_all
+    from rlpretrain.evaluate import MEANING, by_meta
+    from rlpretrain.evaluate import evaluate as run
+    from rlpretrain.objectives import delimiters
+    from rlpretrain.objectives import load as load_objective
+    from rlpretrain.ranks import join
+    from rlpretrain.records import write_json
+
+    model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    objective = objective_section(args.objective)
+    values = {
+        "model": model_config, "objective": objective, "output_dir": os.devnull,
+        "data": {"path": args.data, "column": args.column, "max_length": args.max_length,
+                 "meta_columns": [args.by] if args.by else []},
+        "sampling": {"temperature": args.temperature, "max_thought_tokens": args.max_thought_tokens},
+        "eval": {"thoughts": args.thoughts} | ({"documents": args.documents} if args.documents is not None else {}),
+    }  # fmt: skip
+    config = c.build(values)
+    tags = delimiters(config.objective)
+    device = join(args.device).device
+    model, tokenizer, added = models.load(config.model, tags, args.seed)
+    models.check_head(model.to(device))
+    if added:
+        print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
+    frozen = None
+    if args.frozen:
+        frozen = models.load(ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed)[0].to(device)
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ConfigError(f"--json {args.json}: there is no such folder")
+    documents = read_all(config.data, tokenizer, limit=args.documents)
+    pad = tokenizer.pad_token_id or 0
+    whole = run(
+        model,
+        load_objective(config, tokenizer),
+        documents,
+        frozen=frozen,
+        thoughts=args.thoughts,
+        seed=args.seed,
+        pad_id=pad,
+    )
+    parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
+    results = {name: part.summary() for name, part in parts.items()}
+    table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")
+    for name in MEANING:
+        if name in results["all"]:
+            cells = [f"{r[name]:.3f} [{r[f'{name}_ci'][0]:.3f}, {r[f'{name}_ci'][1]:.3f}]" for r in results.values()]
+            table.add_row(name, *cells, MEANING[name])
+    Console().print(table)
+    if args.json:
+        write_json(Path(args.json), results)
+    return 0
