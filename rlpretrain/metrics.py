@@ -37,6 +37,8 @@ METRICS: dict[str, tuple[str, str]] = {
         "gain against the current model without a thought; flatters itself when that degrades",
         "near ig/frozen",
     ),
+    "ig/empty": ("the same of a thought without content, every baseline.frozen_every steps: what the tags alone are worth",
+                 "well below ig/frozen"),
     "ig/frozen": ("gain against the initial model without a thought: the honest one", "rises above 0"),
     "thought/closed_frac": ("thoughts that closed themselves", "above .9"),
     "thought/eos_frac": ("thoughts that ended the document instead", "near 0"),

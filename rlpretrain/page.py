@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 
 from rlpretrain import __version__
 from rlpretrain.console import shown
+from rlpretrain.health import Health
 from rlpretrain.heat import CONTROLS, Place
 from rlpretrain.metrics import METRICS
 from rlpretrain.positions import TokenText
@@ -56,29 +57,8 @@ def shade(gain: float, scale: float) -> str:
 
 
 def warnings_of(rows: Sequence[Mapping[str, float]], found: Sequence[Place]) -> list[str]:
-    """What is wrong with a run, in words."""
-    out: list[str] = []
-
-    def ends(name: str) -> tuple[float, float] | None:
-        values = [r[name] for r in rows if name in r and np.isfinite(r[name])]
-        part = max(1, len(values) // 10)
-        return (float(np.mean(values[:part])), float(np.mean(values[-part:]))) if values else None
-
-    def warn(name: str, bad: Callable[[float, float], bool], text: str) -> None:
-        if (pair := ends(name)) is not None and bad(*pair):
-            out.append(text.format(*pair))
-
-    warn("ntp/loss", lambda a, b: b > a + 0.1, "Collapse: the loss without a thought rose from {0:.2f} to {1:.2f} nats a token.")
-    warn("ig/frozen", lambda a, b: b < min(0.0, a),
-         "Collapse: against the frozen model thoughts cost: the gain went from {0:.2f} to {1:.2f} nats.")  # fmt: skip
-    warn("thought/leakage", lambda a, b: b > a + 0.2,
-         "Look: thoughts hold more and more of the target ({0:.2f} to {1:.2f}): worked out, or leaked?")  # fmt: skip
-    warn("completions/clipped_ratio", lambda a, b: b > 0.1, "Cut off: {1:.0%} of the thoughts end at their limit.")
-    warn("thought/uncounted_frac", lambda a, b: b > 0.2, "Lost: {1:.0%} of the thoughts count nowhere.")
-    warn("frac_reward_zero_std", lambda a, b: b > 0.9, "Nothing to learn from: in {1:.0%} of the groups all thoughts earn alike.")
-    warn("sample/staleness_max", lambda a, b: b > 4, "Stale: thoughts up to {1:.0f} steps old are trained on.")
-    warn("thought/repetition", lambda a, b: b > 0.3, "Repetition: {1:.0%} of a thought's 4-grams were there before.")
-    warn("run/skipped_steps", lambda a, b: b > 0, "{1:.0f} steps were skipped for NaN or inf.")
+    """What is wrong with a run, in words: what the console said while it went on, then what the shown thoughts are worth."""
+    out = [f"Step {finding.step}: {finding.text}" for finding in Health().replay(rows)]
     gains = [g for p in found for g in [row.gain for row in p.rows] if g is not None]
     empty = [p.controls["empty"] for p in found if "empty" in p.controls]
     if gains and np.mean(gains) < -0.05:

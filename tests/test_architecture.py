@@ -49,7 +49,7 @@ APPS = {"rollout.service", "rlpretrain.trl_trainer"}
 LAYERS = [
     {"tree", "types", "config", "config.*", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
-    | {"metrics", "console", "judge"},
+    | {"metrics", "console", "health", "judge"},
     {"packing", "attention", "adapters", "scoring", "losses"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines", "experiment", "heat"},
