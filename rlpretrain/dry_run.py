@@ -185,9 +185,11 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
         out["thoughts"] = whole(n * s.thoughts)
         out["sampled tokens, at most"] = whole(n * s.thoughts * s.max_thought_tokens)
         out["scored tokens, at most"] = f"{whole(n * s.thoughts * sizes.row)}, in rows of up to {sizes.row:,}"
-    warm, rate = config.optim.warmup_steps, schedule(config.optim, steps or 1)
+    warm, inner = config.optim.warmup_steps, config.loss.inner_epochs
+    rate = schedule(config.optim, steps or 1, inner)
     places = sorted({1, max(1, warm), *((max(1, steps // 2), steps) if steps else ())})
-    rates = ", ".join(f"{config.optim.lr * rate(i - 1):.2e} (step {i})" for i in places if not steps or i <= steps)
+    shown = [i for i in places if not steps or i <= steps]
+    rates = ", ".join(f"{config.optim.lr * rate(i * inner - 1):.2e} (step {i})" for i in shown)
     out["learning rate"] = f"{rates}; {warm} steps of warm-up, then {config.optim.schedule}"
     out["documents, at least"] = whole(needed)
     if documents is None:

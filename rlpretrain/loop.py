@@ -80,11 +80,11 @@ def train(run: Any) -> None:
                     surrogate, info = clipped_surrogate(scores, micro, advantage, config, old)
                     direct = target_loss(scores, objective.target_weights(micro.groups, scores))
                     loss = loss + (config.policy_coef * surrogate + direct) / max(total.thoughts, 1)
-                    run.note(policy_loss=surrogate.detach() / max(total.thoughts, 1), **info)
+                    run.note(policy_loss=surrogate.detach() / max(total.thoughts, 1) / config.inner_epochs, **info)
                 if run.not_finite(loss, scores, micro):
                     break
                 policy.backward(loss)
-                run.observe(micro, scores, loss, reward, own.baseline_logps)
+                run.observe(micro, scores, loss / config.inner_epochs, reward, own.baseline_logps)  # logged is the epochs' mean
             run.update()  # optimizer step, then the baseline's
         run.sync(version=step + 1)
         run.finish(step + 1, batch)  # log, evaluate, checkpoint, decide whether to go on

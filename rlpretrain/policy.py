@@ -35,15 +35,20 @@ class StepInfo:
     applied: bool
 
 
-def schedule(config: OptimConfig, total_steps: int):
-    """step → factor on the peak learning rate: linear warm-up, then constant, cosine or linear down to `min_lr_ratio`."""
+def schedule(config: OptimConfig, total_steps: int, inner_epochs: int = 1):
+    """optimizer step → factor on the peak learning rate: linear warm-up, then constant, cosine or linear to `min_lr_ratio`.
+
+    `warmup_steps` and `total_steps` are steps of the run, each of `inner_epochs` optimizer steps. The factor depends on the
+    optimizer step alone, so a run that is resumed with another length follows the schedule of that length.
+    """
+    warm, total = config.warmup_steps * inner_epochs, total_steps * inner_epochs
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
+        if step < warm:
+            return (step + 1) / warm
         if config.schedule == "constant":
             return 1.0
-        done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        done = min(1.0, (step - warm) / max(1, total - warm))
         shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
@@ -67,7 +72,7 @@ class TorchPolicy:
     stage_gathers = False
 
     def __init__(self, model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
-                 temperature: float = 1.0):  # fmt: skip
+                 temperature: float = 1.0, inner_epochs: int = 1):  # fmt: skip
         self.model, self.scorer, self.ranks = model, Scorer(model), ranks
         self.optim, self.temperature = optim, temperature
         self.autocast = config.autocast == "bfloat16"
@@ -77,7 +82,7 @@ class TorchPolicy:
             copies = {id(p): m for p, m in self.masters}
             groups = [g | {"params": [copies[id(p)] for p in g["params"]]} for g in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(optim, total_steps))
+        self.factor, self.steps = schedule(optim, total_steps, inner_epochs), 0
 
     @staticmethod
     def _masters(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,10 +115,12 @@ class TorchPolicy:
         owned = [m for _, m in self.masters] or trained
         limit = self.optim.clip_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(owned, limit))
-        lr, applied = self.scheduler.get_last_lr()[0], math.isfinite(norm)
+        lr, applied = self.optim.lr * self.factor(self.steps), math.isfinite(norm)
         if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.optimizer.step()
-            self.scheduler.step()
+            self.steps += 1
             with torch.no_grad():
                 for p, m in self.masters:
                     p.copy_(m)
@@ -139,7 +146,7 @@ class TorchPolicy:
             rounded = getattr(self.model, "is_quantized", False)  # such a base is read again, not kept
             model = _trained(self.model) if rounded else self.model.state_dict()
             state = {"model": model, "optimizer": self.optimizer.state_dict(),
-                     "scheduler": self.scheduler.state_dict(), "masters": [m.detach() for _, m in self.masters]}  # fmt: skip
+                     "steps": self.steps, "masters": [m.detach() for _, m in self.masters]}  # fmt: skip
             torch.save(state, path / "policy.pt")
 
     def load(self, path: Path) -> None:
@@ -150,7 +157,7 @@ class TorchPolicy:
         else:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.steps = state["steps"] if "steps" in state else state["scheduler"]["last_epoch"]  # older: a LambdaLR's
         with torch.no_grad():
             for (_, m), saved in zip(self.masters, state["masters"], strict=True):
                 m.copy_(saved)
@@ -164,7 +171,7 @@ class DeepSpeedPolicy:
     """
 
     def __init__(self, model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
-                 temperature: float = 1.0):  # fmt: skip
+                 temperature: float = 1.0, inner_epochs: int = 1):  # fmt: skip
         ensure_group(ranks)
         deepspeed = compat.import_deepspeed(ranks.device.type == "cpu")
         self.model, self.ranks, self.temperature, self.optim = model, ranks, temperature, optim
@@ -181,7 +188,7 @@ class DeepSpeedPolicy:
             settings["gradient_clipping"], self.clips = 0.0, True  # DeepSpeed would clip, and forget the norm
             optimizer.register_step_pre_hook(self._clip)
         self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
-        self.factor, self.steps = schedule(optim, total_steps), 0
+        self.factor, self.steps = schedule(optim, total_steps, inner_epochs), 0
         self.gathered = deepspeed.zero.GatheredParameters
         if self.stage == 3:
             for p in model.get_output_embeddings().parameters():  # type: ignore[operator]
@@ -294,7 +301,7 @@ def _without_auto(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_policy(model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
-                temperature: float = 1.0) -> TorchPolicy | DeepSpeedPolicy:  # fmt: skip
+                temperature: float = 1.0, inner_epochs: int = 1) -> TorchPolicy | DeepSpeedPolicy:  # fmt: skip
     """The policy that `policy.backend` names; auto takes DeepSpeed where it is installed."""
     backend = config.backend
     if backend == "auto":
@@ -302,4 +309,4 @@ def make_policy(model: nn.Module, config: PolicyConfig, optim: OptimConfig, tota
     if backend == "torch" and (config.zero_stage or config.deepspeed_config):
         raise ConfigError("policy.zero_stage and policy.deepspeed_config need policy.backend deepspeed")
     owner = TorchPolicy if backend == "torch" else DeepSpeedPolicy
-    return owner(model.to(ranks.device), config, optim, total_steps, ranks, temperature)
+    return owner(model.to(ranks.device), config, optim, total_steps, ranks, temperature, inner_epochs)

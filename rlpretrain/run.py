@@ -76,7 +76,8 @@ class Run:
         self.frozen, self.baseline = make_references(config, model, wants_frozen, again, self.ranks)
         if lora := config.policy.lora:
             adapters.add_lora(model, lora, self.tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
-        self.policy = make_policy(model, config.policy, config.optim, self.total_steps, self.ranks, config.sampling.temperature)
+        self.policy = make_policy(model, config.policy, config.optim, self.total_steps, self.ranks, config.sampling.temperature,
+                                  config.loss.inner_epochs)  # fmt: skip
         self.handed_over = self.policy.adapter if lora and lora.sync == "adapter" else self.policy.weights
         self.engine = Recorded(replayed.facts) if replayed else self._engine(model, begin)
         self.source = replayed or BatchSource(

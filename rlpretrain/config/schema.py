@@ -64,7 +64,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     """Final learning rate over the peak."""
     warmup_steps: int = 10
-    """Linear warm-up."""
+    """Steps of linear warm-up; like `max_steps` they are steps of the run, each of `loss.inner_epochs` optimizer steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's. Our choice: the paper gives none for RLP."""
     weight_decay: float = 0.0
@@ -92,7 +92,7 @@ class LossConfig:
     importance_cap: float = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
     inner_epochs: Count = 1
-    """Optimizer steps on one batch; advantages and old log-probs are frozen at the first."""
+    """Optimizer steps on one batch; advantages and old log-probs are frozen at the first. The schedule spans them all."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -193,7 +193,7 @@ class PretrainConfig:
     packing: Literal["tree", "padded"] = "tree"
     """tree: what contexts share goes through the model once (models that cannot, run padded, and the run says why)."""
     max_steps: Count | None = None
-    """Optimizer steps; or give `epochs`."""
+    """Steps, each a batch and `loss.inner_epochs` optimizer steps on it; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data, where `max_steps` is not given."""
     output_dir: str = "runs/rlp"
