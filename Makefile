@@ -18,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1  # a test worker each core
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env:  ## only the environment: make env LOCK=all-cpu adds vLLM, TRL, PEFT, Ray and lm-eval
+env:  ## only the environment: make env LOCK=demo-cpu leaves out vLLM, TRL, PEFT and Ray
 	@bash scripts/setup.sh $(or $(LOCK),test-cpu)
 
 demo:  ## the whole path on a controlled corpus, with controls: one table, runs/demo/results.json

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+import rlpretrain
 from rewards import information_gain
 from rlpretrain.baseline import Ema
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.loop import judge, train
-from rlpretrain.objectives import available, parse_section
+from rlpretrain.objectives import available, load, parse_section, rlp
+from rlpretrain.objectives.base import NEEDS
 from rlpretrain.run import Run
 from tests.helpers import merged, same, trained, weights
 from tests.tiny import tiny_model
@@ -29,6 +33,26 @@ def test_objectives_are_found_by_module_name_or_by_path():
         parse_section({"name": "rrlp"})
     with pytest.raises(ConfigError, match="cannot be loaded"):
         parse_section({"name": "tests.my_objective:Nothing"})
+
+
+def test_every_token_of_needs_is_read_somewhere_and_no_other_is_accepted(values):
+    """Issue 15.20: "baseline", "reference" and "text" could be asked for, and nothing gave them."""
+    root = Path(rlpretrain.__file__).parent
+    sources = {f: f.read_text() for f in root.rglob("*.py")}
+    for token in NEEDS:
+        readers = [f.name for f, text in sources.items() if re.search(rf'"{token}" (not )?in [a-z_.]*needs', text)]
+        assert readers, f"nothing reads {token!r}"
+    tokenizer = AutoTokenizer.from_pretrained(values["model"])
+    for name in available():
+        assert load(build(merged(values, objective=name, ntp_data=values["data"])), tokenizer).needs <= set(NEEDS)
+    for token in ("baseline", "reference", "text", "taget"):
+        Asking.needs = frozenset({"target", token})
+        with pytest.raises(ConfigError, match=f"Asking: needs has '{token}', which no run can give; there are target, "):
+            load(build(merged(values, objective=f"{__name__}:Asking")), tokenizer)
+
+
+class Asking(rlp.RLP):
+    """An objective that asks for what a test gives it."""
 
 
 def test_a_users_objective_with_stored_rewards_learns(values, tmp_path):
@@ -47,7 +71,7 @@ def test_ntp_is_the_same_as_a_plain_training_loop(values, tmp_path):
     run = merged(values, objective="ntp", positions_per_step=8, data__shuffle=False, optim__warmup_steps=0,
                  optim__clip_grad_norm=0.0, token_budget=200, output_dir=str(tmp_path / "ntp"))  # fmt: skip
     ours = trained(run)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(values["model"])
     tokenizer = AutoTokenizer.from_pretrained(values["model"])

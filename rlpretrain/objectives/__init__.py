@@ -12,7 +12,7 @@ from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import parse
-from rlpretrain.objectives.base import Config, Objective, Setting
+from rlpretrain.objectives.base import NEEDS, Config, Objective, Setting
 from rlpretrain.prompts import Delimiters
 from rollout.types import SamplingParams
 
@@ -62,6 +62,9 @@ def load(run: PretrainConfig, tokenizer: Any) -> Objective:
     """The objective of a run, ready to use."""
     owner, config = parse_section(run.objective)
     objective = owner(config, tokenizer)
+    if unknown := sorted(set(objective.needs) - set(NEEDS)):
+        raise ConfigError(f"objective {owner.__name__}: needs has {', '.join(map(repr, unknown))}, which no run can give; "
+                          f"there are {', '.join(NEEDS)}")
     s = run.sampling
     if objective.has_positions and s.thoughts < 2:
         raise ConfigError(f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position")

@@ -59,16 +59,24 @@ def other_seed(seed: int, k: int = 1) -> int:
     return (seed * 0x9E3779B97F4A7C15 + k) % 2**62
 
 
+NEEDS = {
+    "target": "log-probs of the targets, after the thoughts and without them",
+    "entropy": "the entropy of each token of a document, for `positions`",
+    "batch": "`advantage` sees all groups of a step at once",
+    "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",
+    "ntp_data": "a second stream of documents",
+}
+"""What an objective can ask of a run; each of them is read somewhere, and a test holds it."""
+
+
 class Objective:
     """A pretraining objective. Subclass it in a file of its own, name the class `OBJECTIVE`; see objectives/rlp.py.
 
-    `needs` says what a run must have ready: "target" (log-probs of targets after thoughts), "baseline", "reference",
-    "entropy" (per-token entropies for `positions`), "text", "batch" (advantages see the whole batch at once), "group" (so do
-    `target_weights` a whole group: it may not be spread over micro-batches), "ntp_data" (a second stream of documents).
+    `needs` says what a run must have ready, in the words of `NEEDS`; log-probs without the thought come with "target".
     """
 
     Config: type = Config
-    needs: frozenset[str] = frozenset({"target", "baseline"})
+    needs: frozenset[str] = frozenset({"target"})
     has_positions = True
     answer_tokens = 0  # most that is sampled after a thought, up to `config.closing`; 0: nothing
     progress = 0.0  # how far the run is, 0 to 1: set for each step before its positions are drawn

@@ -114,7 +114,7 @@ class RLPT(base.Objective):
             self.judge = Judge(endpoint(config.judge_url, config.judge_model, key=config.judge_key,
                                         timeout=config.judge_timeout), config.judge_failure, self.counts)  # fmt: skip
         if config.reward != "information_gain":
-            self.needs, self.answer_tokens = self.needs - {"target", "baseline"}, config.max_prediction_tokens
+            self.needs, self.answer_tokens = self.needs - {"target"}, config.max_prediction_tokens
 
     @property
     def min_length(self) -> int:
