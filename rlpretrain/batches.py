@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlpretrain.config import ConfigError
 from rlpretrain.documents import DocumentStream
+from rlpretrain.lengths import check_engine
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document, MicroBatch
@@ -41,6 +42,8 @@ class BatchSource:
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
         self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
         self.token_budget, self.steps = token_budget, steps
+        if objective.has_positions:
+            check_engine(objective, stream.longest, getattr(engine, "max_model_len", None))
         self.queue = RolloutQueue(in_flight)
         self._ahead: list[tuple[list[tuple[Document, Position, int]], Ticket]] = []  # submitted, not yet taken
         self.taken = 0  # batches

@@ -77,6 +77,11 @@ class DocumentStream:
         """Documents and tail pieces left out as blank or too short; of a stream, those met so far."""
         return self._reader.dropped
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document; of a stream, whose documents are not known yet, `max_length`."""
+        return self._reader.longest
+
     def __len__(self) -> int:
         """Documents of one epoch over all ranks; TypeError for a stream, whose length is unknown."""
         return len(self._reader)
@@ -130,6 +135,7 @@ class _Indexed:
         if not len(self.kept):
             raise cutter.all_short(self.dropped)
         self.size = {"documents": len(self.kept), "tokens": int(lengths[self.kept].sum())}
+        self.longest = int(lengths[self.kept].max())
         self._order: tuple[int, np.ndarray] = (-1, self.kept)
 
     def _tokenise(self, batch: dict[str, list], rows: list[int]) -> dict[str, list]:
@@ -188,6 +194,7 @@ class _Streamed:
 
     def __init__(self, rows: IterableDataset, cutter: Cutter, rank: int, world_size: int):
         self.rows, self.cutter, self.rank, self.world_size, self.epoch = rows, cutter, rank, world_size, 0
+        self.longest = cutter.data.max_length
         self._start(None, read=0, found=0, dropped=0)
 
     def __len__(self) -> int:

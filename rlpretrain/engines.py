@@ -13,6 +13,7 @@ from torch import nn
 
 from rlpretrain.adapters import adapter_config, has_lora, plain_copy
 from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.lengths import limit_of
 from rlpretrain.models import save_start
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
@@ -22,9 +23,6 @@ from rollout.engine import Engine
 from rollout.hf import HFEngine
 from rollout.types import Group, Position
 from rollout.weights import Probe
-
-ROOM = 16
-"""Tokens that a context may be longer than the document's part of it, its template aside: tags, beginning of text."""
 
 
 def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, objective: Objective, ranks: Ranks, *,
@@ -64,9 +62,12 @@ def _where(config: PretrainConfig, start: Path | None) -> dict[str, Any]:
 
 def _vllm(config: PretrainConfig, model: nn.Module, objective: Objective, start: Path | None) -> dict[str, Any]:
     """The arguments of a VLLMEngine."""
-    e, positions = config.engine, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    e, limit = config.engine, limit_of(model)
+    most = limit.tokens if limit else None
+    if e.max_model_len and most and e.max_model_len > most:
+        raise ConfigError(f"engine.max_model_len is {e.max_model_len}, but {limit.reason}: set it to at most {most}")
     return _where(config, start) | {
-        "dtype": e.dtype or config.model.dtype, "max_model_len": e.max_model_len or longest(config, objective, positions),
+        "dtype": e.dtype or config.model.dtype, "max_model_len": e.max_model_len or longest(config, objective, most),
         "max_num_seqs": e.batch_size, "kv_cache_gib": e.kv_cache_gib, "gpu_memory_utilization": e.gpu_memory_utilization,
         "block_size": e.block_size, "seed": config.seed, "options": e.options, "sleep": e.sleep,
         "lora": adapter_config(model) if has_lora(model) and config.policy.lora.sync == "adapter" else None,
@@ -134,12 +135,10 @@ def write_start(config: PretrainConfig, model: nn.Module, tokenizer: Any, ranks:
     return start
 
 
-def longest(config: PretrainConfig, objective: Objective, positions: int | None) -> int:
-    """The longest context plus thought of a run, but room for the probe, and not over the model's positions."""
-    template = objective.config.template
-    words = 0 if template == "raw" else len(objective.prompt(Position("", 1, (0,), (0,))).token_ids)
-    wanted = max(config.data.max_length + words + config.sampling.max_thought_tokens + ROOM, 512)
-    return min(wanted, positions or wanted)
+def longest(config: PretrainConfig, objective: Objective, most: int | None) -> int:
+    """The longest context with its thought and what is said after it; room for the probe, at most what the model takes."""
+    wanted = max(objective.window(config.data.max_length).sampled, 512)
+    return min(wanted, most or wanted)
 
 
 class SyncProbe:

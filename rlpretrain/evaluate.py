@@ -20,6 +20,7 @@ from rewards.controls import other_document, shuffled
 from rlpretrain.batches import roll_out, token_entropies
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.documents import read_all
+from rlpretrain.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.scoring import Scorer, score
@@ -112,6 +113,7 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     `frozen` is the model, or a scorer of it, whose no-think arm the honest gain is measured against (itself, if none).
     Positions and thoughts depend on `seed` and the document's id only, whatever the ranks and the order.
     """
+    check_rows(objective, max((len(d.token_ids) for d in documents), default=0), limit_of(model))
     scorer, reference = Scorer(model), frozen if isinstance(frozen, Scorer) else Scorer(frozen if frozen is not None else model)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
     entropies: Sequence[Any] = [None] * len(documents)

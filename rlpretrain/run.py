@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rewards.controls import CollapseMonitor
-from rlpretrain import adapters, attention, checkpoint, compat, models, records
+from rlpretrain import adapters, attention, checkpoint, compat, lengths, models, records
 from rlpretrain.baseline import make_references
 from rlpretrain.batches import BatchSource, ReplaySource
 from rlpretrain.config import ConfigError, PretrainConfig
@@ -66,6 +66,8 @@ class Run:
         replayed = ReplaySource(Store(config.replay, self.ranks.rank)) if config.replay else None
         stream = None if replayed else DocumentStream(config.data, self.tokenizer, min_length=shortest, **place)
         self.held_out = held_out(config, self.tokenizer, self.objective, self.ranks.size)
+        others = DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None
+        lengths.check_run(model, self.objective, stream, others, self.held_out)
         self.total_steps = self._total_steps(stream, replayed)
 
         begin = write_start(config, model, self.tokenizer, self.ranks, changed=bool(added) or config.model.from_scratch)
@@ -82,8 +84,7 @@ class Run:
         self.engine = Recorded(replayed.facts) if replayed else self._engine(model, begin)
         self.source = replayed or BatchSource(
             self.objective, stream, self.engine, self.policy, seed=config.seed, rank=self.ranks.rank, size=self.ranks.size,
-            ntp_stream=DocumentStream(config.ntp_data, self.tokenizer, **place) if config.ntp_data else None,
-            token_budget=config.token_budget, in_flight=config.engine.in_flight, steps=self.total_steps,
+            ntp_stream=others, token_budget=config.token_budget, in_flight=config.engine.in_flight, steps=self.total_steps,
         )  # fmt: skip
         self.store = Store(self.folder / "rollouts", self.ranks.rank) if config.save_rollouts else None
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0

@@ -19,6 +19,7 @@ from rewards.likelihood import row_entropies
 from rlpretrain import adapters
 from rlpretrain.attention import placeholder
 from rlpretrain.compat import backbone_of, forward_of, gathered, head_of, sharded
+from rlpretrain.lengths import limit_of
 from rlpretrain.packing import Layout, idle, pack
 from rlpretrain.ranks import Ranks
 from rlpretrain.tree import Tree
@@ -33,12 +34,15 @@ class Scorer(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.limit = model, limit_of(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, rows: Tensor, labels: Tensor,
                 temperature: Tensor | float = 1.0, want: str = "logps",
                 tree: Tree | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds entropies or argmaxes [K]."""
+        longest = input_ids.shape[1] if tree is None else tree.deepest
+        if self.limit is not None and longest > self.limit.tokens:
+            raise ValueError(f"a row of {longest} tokens is to be scored, but {self.limit.reason}: shorten documents or thoughts")
         extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree

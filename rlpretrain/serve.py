@@ -9,6 +9,7 @@ from typing import Any
 
 from rlpretrain import __version__, models
 from rlpretrain.config import ConfigError, ModelConfig
+from rlpretrain.lengths import limit_of
 from rlpretrain.ranks import join
 
 INSTALL = 'pip install "rlpretrain[serve]"'
@@ -68,7 +69,8 @@ def served(args: Namespace) -> Any:
 
         model: Any = models.load_model(config).to(join(args.device).device)
         text = model.config.get_text_config()
-        longest = min(args.max_model_len or 1 << 30, getattr(text, "max_position_embeddings", None) or 1 << 30)
+        limit = limit_of(model)
+        longest = min(args.max_model_len or 1 << 30, limit.tokens if limit else 1 << 30)
         engine = BatchedEngine(HFEngine(model, tokenizer=tokenizer, shares_weights=False, batch_size=args.batch_size))
         return Served(engine, max_model_len=longest, vocabulary=text.vocab_size, **facts)
     from rollout.vllm_local import VLLMEngine

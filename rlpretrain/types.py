@@ -59,6 +59,18 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """The most tokens that a document of some length makes; see `Objective.window`."""
+
+    prompt: int
+    """Of a prompt, open tag included."""
+    sampled: int
+    """Of a prompt with its thought and what is said after it: what an engine must take."""
+    row: int
+    """Of a whole row, with an injected close tag and the target: what the model must take."""
+
+
+@dataclass(frozen=True, slots=True)
 class Arm:
     """The no-think arm alone, padded: what a model needs that scores nothing else (frozen and EMA baselines)."""
 

@@ -50,7 +50,7 @@ LAYERS = [
     {"tree", "types", "config", "config.*", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
-    {"packing", "attention", "adapters", "scoring", "losses"},
+    {"packing", "lengths", "attention", "adapters", "scoring", "losses"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
     {"loop", "evaluate", "engines", "experiment", "heat"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}

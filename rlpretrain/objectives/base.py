@@ -12,7 +12,7 @@ from torch import Tensor
 from rewards import leave_one_out
 from rlpretrain.positions import PositionPicker
 from rlpretrain.prompts import Delimiters, ThoughtPrompt
-from rlpretrain.types import Document, MicroBatch, Scores
+from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 
@@ -100,6 +100,31 @@ class Objective:
         if not self.has_positions:
             return 2
         return max(2, self.config.min_context + (1 if self.config.positions == "answer" else self.config.target_length))
+
+    @property
+    def added_tokens(self) -> int:
+        """Most tokens that a prompt adds to its context: the words of the template and the open tag."""
+        return len(self.prompt(Position("", 1, (0,), (0,))).token_ids) - 1
+
+    @property
+    def shortest_target(self) -> int:
+        """Fewest tokens of a document that no prompt contains, since they are predicted."""
+        return 1 if self.config.positions == "answer" else self.config.target_length
+
+    def window(self, size: int, thought_tokens: int | None = None) -> Window:
+        """The most tokens that a document of `size` tokens makes, with thoughts of up to `thought_tokens` (the setting's).
+
+        Context and target are parts of the document, so a row is the document and what is put between them. An objective whose
+        prompts hold more than that says so in `added_tokens`.
+        """
+        if not self.has_positions:
+            return Window(size, size, size)
+        thought = self.setting.params.max_thought_tokens if thought_tokens is None else thought_tokens
+        prompt = size - self.shortest_target + self.added_tokens
+        sampled = prompt + thought + self.answer_tokens
+        close = 1  # injected after a thought that did not close itself
+        target = self.shortest_target if "target" in self.needs else 0
+        return Window(prompt, sampled, max(size, sampled + close + target))
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """Where to think; `trunk[i]` is the entropy (nats) of the model's prediction of token i, where "entropy" is needed."""

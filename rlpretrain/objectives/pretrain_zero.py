@@ -82,6 +82,17 @@ class PretrainZero(base.Objective):
         self.answer_tokens = config.max_answer_tokens
         self.predictor = ThoughtPrompt(tokenizer, self.template.delimiters, config.predictor_template)
 
+    @property
+    def added_tokens(self) -> int:
+        """The longer of the two prompts; the predictor's holds a mask too."""
+        finder = len(self.predictor.head) + len(self.predictor.tail) + len(self._ids(self.config.mask)) + 1
+        return max(len(self.template.head) + len(self.template.tail) + 1, finder)
+
+    @property
+    def shortest_target(self) -> int:
+        """The whole paragraph is read."""
+        return 0
+
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """The whole paragraph: its position is its end."""
         return [Position(document.id, len(document.token_ids), document.token_ids, ())]

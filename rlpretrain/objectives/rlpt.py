@@ -122,6 +122,17 @@ class RLPT(base.Objective):
         c = self.config
         return super().min_length if c.segments == "tokens" else max(2, c.min_context + c.min_segment_tokens)
 
+    @property
+    def added_tokens(self) -> int:
+        """The longer of the two prompts; that of the middle segment holds a mask too."""
+        middle = len(self.middle.head) + len(self.middle.tail) + len(self.mask) + 1
+        return max(super().added_tokens, middle) if self.config.msr_weight else super().added_tokens
+
+    @property
+    def shortest_target(self) -> int:
+        """A sentence may be shorter than `target_length`."""
+        return super().shortest_target if self.config.segments == "tokens" else self.config.min_segment_tokens
+
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """Segments with another before and another after them; some to be predicted from both sides."""
         c, ids = self.config, document.token_ids
