@@ -41,9 +41,10 @@ COLUMNS = {
 
 def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train and evaluate what is not done yet, then write and return the results; `jobs` in place of the file's."""
+    path = Path(path).expanduser()
     experiment = load(path)
     experiment = replace(experiment, jobs=jobs) if jobs else experiment
-    where, out = Path(path).parent, Path(experiment.output_dir)
+    where, out = path.parent, Path(experiment.output_dir)
     todo = [Job(experiment=experiment, name=name, seed=seed, where=where)
             for seed in experiment.seeds for name in (*experiment.methods, BASE)]  # fmt: skip
     if not all((job.folder / "evaluation.json").exists() for job in todo):

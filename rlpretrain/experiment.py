@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from rlpretrain.checkpoint import changes
-from rlpretrain.config import STRICT, ConfigError, Count, DataConfig, PretrainConfig, headed
-from rlpretrain.config.io import HEADS, build, parse, read_mapping, to_dict
-from rlpretrain.objectives import parse_section
+from rlpretrain.config import STRICT, ConfigError, Count, DataConfig, PathText, PretrainConfig, Seed, headed
+from rlpretrain.config.io import HEADS, build, parse, read_mapping, section, to_dict
+from rlpretrain.config.plain import LATER, unwrapped
+from rlpretrain.objectives import config_of, parse_section
 
 BASE = "base"
 ENDLESS = 10**9
+
+
+Fields = Annotated[dict[str, Any], LATER]
+"""Fields of a run: what they are is known once its objective is."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Method:
     """One row of the table."""
 
-    config: str
+    config: PathText
     """YAML file of a run, relative to the experiment's."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: Fields = field(default_factory=dict)
     """Fields laid over it."""
     match: Literal["tokens", "flops"] | None = None
     """Train until as many tokens of documents, or floating-point operations, are spent as by `like` with the same seed."""
@@ -40,7 +45,7 @@ class Judged:
 
     data: Annotated[DataConfig, headed("path")]
     """Held-out documents."""
-    objective: Annotated[dict[str, Any], headed("name")] = field(default_factory=lambda: {"name": "rlp"})
+    objective: Annotated[dict[str, Any], headed("name"), LATER] = field(default_factory=lambda: {"name": "rlp"})
     """Where to think and what to predict, for all."""
     documents: Count = 64
     """How many documents."""
@@ -58,9 +63,9 @@ class Experiment:
     """The rows: name to method."""
     evaluation: Judged
     """How they are compared."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Every method is trained once with each."""
-    common: dict[str, Any] = field(default_factory=dict)
+    common: Fields = field(default_factory=dict)
     """Fields laid over every method's configuration, below its own `set`."""
     jobs: Count = 1
     """Trainings at a time, each a process of its own; with `ray`, the cluster decides."""
@@ -68,7 +73,7 @@ class Experiment:
     """Ray cluster (local, auto, or an address) that runs them; its machines and this one must reach `output_dir`, model, data."""
     resources: dict[str, float] = field(default_factory=lambda: {"num_cpus": 1.0})
     """What a training takes of the cluster: num_cpus, num_gpus."""
-    output_dir: str = "runs/compare"
+    output_dir: PathText = "runs/compare"
     """Run folders, results.json, results.csv, results.svg."""
 
 
@@ -99,7 +104,7 @@ class Job:
             values |= {"seed": self.seed, "output_dir": str(self.folder), "console": False}
             if method.match:
                 values |= {"max_steps": ENDLESS}  # its budget ends it
-            config = build(values)
+            config = build(values, config_of)
             parse_section(config.objective)
         except ConfigError as error:
             raise ConfigError(f"method {name or self.name} ({file}): {error}") from None
@@ -108,8 +113,14 @@ class Job:
 
 def load(path: str | Path) -> Experiment:
     """A checked experiment; every configuration in it is built once, so that mistakes show before any training."""
-    file = Path(path)
-    experiment = parse(Experiment, read_mapping(file))
+    file = Path(path).expanduser()
+    try:
+        experiment = parse(Experiment, read_mapping(file))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {file})") from None
+    judged = experiment.evaluation
+    judged = replace(judged, objective=section(judged.objective, config_of))
+    experiment = replace(experiment, evaluation=judged)
     if not experiment.methods or not experiment.seeds:
         raise ConfigError(f"{file}: an experiment needs at least one method and one seed")
     if len(set(experiment.seeds)) < len(experiment.seeds):
@@ -143,6 +154,7 @@ def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = out.get(key)
         if key in HEADS:
+            old, value = (unwrapped(v) for v in (old, value))
             old, value = ({HEADS[key]: v} if isinstance(v, str) else v for v in (old, value))
             if key == "objective" and value and old and value.get("name", old.get("name")) != old.get("name"):
                 old = None

@@ -248,7 +248,7 @@ class Run:
                                       grad_norm=row.get("grad_norm", 0.0),
                                       thought_length=row.get("completions/mean_length", 0.0))  # fmt: skip
             self.stopped = self.stopped or (f"collapse: {why}" if why else None)
-        if self.held_out is not None and (step % c.eval.every == 0 or last):
+        if self.held_out is not None and (last or c.eval.every and step % c.eval.every == 0):
             row |= self._evaluate()
         if self.trackers:
             mine = [g for g in batch.groups if (g.id, 0) in self.metrics.rewards]  # the rest went to other ranks

@@ -168,7 +168,7 @@ def test_as_a_module(monkeypatch, capsys):
     """`python -m rlpretrain`; and an objective may be given by its name alone."""
     import runpy
 
-    from rlpretrain.commands.section import objective_section
+    from rlpretrain.commands.arguments import objective_section
 
     monkeypatch.setattr("sys.argv", ["rlpretrain", "--help"])
     with pytest.raises(SystemExit) as end:

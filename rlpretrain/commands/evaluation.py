@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.commands.section import objective_section
+from rlpretrain.commands.arguments import objective_section, path, seed
 from rlpretrain.config import ConfigError, ModelConfig
 
 
 def register(commands: Any) -> None:
     """Add `eval` to the command line."""
     p = commands.add_parser("eval", help="what thinking is worth on held-out text")
-    p.add_argument("model", help="hub id or folder")
-    p.add_argument("--data", required=True, help="held-out documents")
-    p.add_argument("--frozen", help="initial model for the honest gain; the model itself by default")
+    p.add_argument("model", type=path, help="hub id or folder")
+    p.add_argument("--data", type=path, required=True, help="held-out documents")
+    p.add_argument("--frozen", type=path, help="initial model for the honest gain; the model itself by default")
     p.add_argument("--objective", default="{name: rlp}", help="YAML: the objective section (where to think, how far to predict)")
     p.add_argument("--column", default="text", help="column with the text")
     p.add_argument("--by", help="column to split the table by, for instance depth")
@@ -29,8 +29,8 @@ def register(commands: Any) -> None:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
     p.add_argument("--trust-remote-code", action="store_true")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", help="write the numbers here too")
+    p.add_argument("--seed", type=seed, default=0)
+    p.add_argument("--json", type=path, help="write the numbers here too")
     p.set_defaults(command=evaluate)
 
 

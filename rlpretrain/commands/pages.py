@@ -6,29 +6,29 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rlpretrain.commands.section import objective_section
+from rlpretrain.commands.arguments import count, objective_section, path, seed
 
 
 def register(commands: Any) -> None:
     """Add `report` and `inspect` to the command line."""
     p = commands.add_parser("report", help="a run as one HTML page: curves, warnings, thoughts and what each is worth")
-    p.add_argument("run", help="folder of a run")
-    p.add_argument("--out", help="file to write; report.html in the run's folder by default")
-    p.add_argument("--step", type=int, help="step whose thoughts are shown, where the run kept them; the last by default")
-    p.add_argument("--documents", type=int, default=12, help="how many documents")
-    p.add_argument("--model", help="model that gains are computed with; the trained one by default")
+    p.add_argument("run", type=path, help="folder of a run")
+    p.add_argument("--out", type=path, help="file to write; report.html in the run's folder by default")
+    p.add_argument("--step", type=count, help="step whose thoughts are shown, where the run kept them; the last by default")
+    p.add_argument("--documents", type=count, default=12, help="how many documents")
+    p.add_argument("--model", type=path, help="model that gains are computed with; the trained one by default")
     p.set_defaults(command=report)
 
     p = commands.add_parser("inspect", help="where would thinking help this model? The same page for any checkpoint and text")
-    p.add_argument("model", help="hub id or folder")
-    p.add_argument("--text", required=True, help="file with documents")
-    p.add_argument("--out", default="inspect.html", help="file to write")
+    p.add_argument("model", type=path, help="hub id or folder")
+    p.add_argument("--text", type=path, required=True, help="file with documents")
+    p.add_argument("--out", type=path, default="inspect.html", help="file to write")
     p.add_argument("--objective", default="{}", help="YAML: fields of the objective section (positions, target_length, ...)")
-    p.add_argument("--documents", type=int, default=12, help="how many documents")
-    p.add_argument("--thoughts", type=int, default=4, help="sampled thoughts per position")
-    p.add_argument("--max-thought-tokens", type=int, default=128)
-    p.add_argument("--max-length", type=int, default=512, help="longest document in tokens")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--documents", type=count, default=12, help="how many documents")
+    p.add_argument("--thoughts", type=count, default=4, help="sampled thoughts per position")
+    p.add_argument("--max-thought-tokens", type=count, default=128)
+    p.add_argument("--max-length", type=count, default=512, help="longest document in tokens")
+    p.add_argument("--seed", type=seed, default=0)
     p.set_defaults(command=inspect)
 
 

@@ -7,25 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.commands.section import objective_section
+from rlpretrain.commands.arguments import count, objective_section, path, seed
 
 
 def register(commands: Any) -> None:
     """Add `prepare` to the command line."""
     p = commands.add_parser("prepare", help="what `trl grpo` takes from disk: a checkpoint that knows thoughts, and prompts",
                             description="Writes OUT/model and OUT/prompts; docs/trl.md has the rest.")  # fmt: skip
-    p.add_argument("model", help="hub id or folder")
-    p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--data", required=True, help="documents to train on")
-    p.add_argument("--held-out", help="documents to evaluate on: the split test")
+    p.add_argument("model", type=path, help="hub id or folder")
+    p.add_argument("--out", type=path, required=True, help="folder to write")
+    p.add_argument("--data", type=path, required=True, help="documents to train on")
+    p.add_argument("--held-out", type=path, help="documents to evaluate on: the split test")
     p.add_argument("--objective", default="{name: rlp}", help="YAML: the objective section (where to think, how far to predict)")
     p.add_argument("--column", default="text", help="column with the text")
-    p.add_argument("--max-length", type=int, default=2048, help="longest document in tokens")
-    p.add_argument("--epochs", type=int, default=1, help="how often each document is given new positions")
+    p.add_argument("--max-length", type=count, default=2048, help="longest document in tokens")
+    p.add_argument("--epochs", type=count, default=1, help="how often each document is given new positions")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the written weights")
     p.add_argument("--revision", help="branch, tag or commit on the hub")
     p.add_argument("--trust-remote-code", action="store_true")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.set_defaults(command=prepare)
 
 

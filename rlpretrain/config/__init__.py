@@ -3,7 +3,7 @@
 `base` has what sections are made with, `inputs`, `engines` and `schema` the sections, `io` reads and checks them.
 """
 
-from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, headed
+from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.engines import EngineConfig, SamplingConfig
 from rlpretrain.config.inputs import DataConfig, ModelConfig
 from rlpretrain.config.schema import (
@@ -21,6 +21,6 @@ from rlpretrain.config.schema import (
 
 __all__ = [
     "PAPER_RECIPE", "STRICT", "Amount", "BaselineConfig", "CheckpointConfig", "ConfigError", "Count", "DataConfig",
-    "EngineConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig", "OptimConfig", "PolicyConfig", "PretrainConfig",
-    "SamplingConfig", "StopConfig", "headed",
+    "EngineConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig", "OptimConfig", "PathText", "PolicyConfig",
+    "PretrainConfig", "SamplingConfig", "Seed", "StopConfig", "Whole", "headed",
 ]  # fmt: skip

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy, torch and vLLM all take."""
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or a hub id; a `~` at its beginning is the user's home folder, since no shell reads a YAML file."""
 
 
 def headed(head: str) -> BeforeValidator:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from rlpretrain.config.base import STRICT, Amount, Count
+from rlpretrain.config.base import STRICT, Amount, Count, PathText
 from rollout.types import sane_temperature
 
 
@@ -73,13 +73,13 @@ class EngineConfig:
     """Ray cluster to join (auto, or host:port); a local one is started by default."""
     urls: tuple[str, ...] = ()
     """The servers of vllm_server, as http://host:port."""
-    weights_dir: str | None = None
+    weights_dir: PathText | None = None
     """Folder, shared with the servers, that weights pass through; output_dir/weights by default."""
     transfer: Literal["file", "nccl"] = "file"
     """How weights reach the servers: through weights_dir, or from GPU to GPU (started with --weight-transfer-config)."""
     master_address: str | None = None
     """With nccl, the address at which the servers reach the trainer; this machine's name by default."""
-    token_file: str | None = None
+    token_file: PathText | None = None
     """File with the servers' API key."""
     concurrency: Count = 64
     """Most prompts in flight at a server."""

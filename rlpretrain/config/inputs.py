@@ -7,16 +7,16 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from rlpretrain.config.base import STRICT
+from rlpretrain.config.base import STRICT, Count, PathText
 
 
 @dataclass(config=STRICT, kw_only=True)
 class ModelConfig:
     """The base checkpoint."""
 
-    path: str
+    path: PathText
     """Hub id or folder of a Hugging Face causal language model."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Hub id or folder of the tokenizer; the model's own by default."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -32,7 +32,7 @@ class ModelConfig:
     """Linear layers in four (nf4) or eight bits by bitsandbytes, for adapters on top (QLoRA, arXiv 2305.14314)."""
     from_scratch: bool = False
     """Take only the configuration of `path` and initialise the weights from the seed: pretraining from nothing."""
-    config_beside: str | None = None
+    config_beside: PathText | None = None
     """Folder, relative to the YAML file, with the model's config.json: what `--dry-run` reads where `path` is on the hub."""
 
 
@@ -40,7 +40,7 @@ class ModelConfig:
 class DataConfig:
     """Where documents come from: any file or hub dataset that the `datasets` library reads."""
 
-    path: str
+    path: PathText
     """File (.txt, .jsonl, .json, .csv, .parquet), folder, glob, or hub id."""
     name: str | None = None
     """Configuration name of a hub dataset."""
@@ -52,7 +52,7 @@ class DataConfig:
     """Column with the answer to the prompt: a document is the two after each other, `positions: answer` think between them."""
     answer_join: str = "\n"
     """Text between prompt and answer; it belongs to the prompt."""
-    max_length: int = _field(default=2048)
+    max_length: Count = _field(default=2048)
     """Longest document in tokens; `long` says what happens to longer ones."""
     long: Literal["split", "truncate"] = "split"
     """Cut longer documents into several, or keep only their beginning."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import difflib
+import functools
 import inspect
 import itertools
 import textwrap
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +17,55 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rlpretrain.config import STRICT, ConfigError, ModelConfig, PretrainConfig
+from rlpretrain.config import STRICT, ConfigError, ModelConfig, PretrainConfig, names, plain
+from rlpretrain.config.names import dotted, inner, owner_at
 
 HEADS = {"model": "path", "data": "path", "ntp_data": "path", "objective": "name", "engine": "name", "baseline": "name"}
 """Sections that a plain string may stand for, and the field it then is."""
 
 
-def build(values: Mapping[str, Any]) -> PretrainConfig:
-    """A checked PretrainConfig from plain nested values; fields of `model` may stand beside it (DESIGN §6)."""
+Find = Callable[[str], type]
+"""The Config class of an objective by its name: `rlpretrain.objectives.config_of`."""
+
+
+def build(values: Mapping[str, Any], find: Find | None = None) -> PretrainConfig:
+    """A checked PretrainConfig from plain nested values; fields of `model` may stand beside it (DESIGN §6).
+
+    With `find`, an objective's text fields that were read from YAML or a command line stay the text that stands there.
+    """
     values = dict(values)
-    beside = {k: values.pop(k) for k in list(values) if k not in _names(PretrainConfig) and k in _names(ModelConfig)}
+    if "objective" in values:
+        values["objective"] = section(values["objective"], find)
+    fields_of_model = names.names(ModelConfig)
+    beside = {k: values.pop(k) for k in list(values) if k not in names.names(PretrainConfig) and k in fields_of_model}
     if beside:
         model = values.get("model")
         values["model"] = (dict(model) if isinstance(model, Mapping) else {"path": model} if model else {}) | beside
     return parse(PretrainConfig, values)
 
 
+def section(given: Any, find: Find | None = None) -> Any:
+    """An objective section as it was given, its scalars settled."""
+    given = plain.unwrapped(given)
+    if isinstance(given, str):
+        return str(given)
+    if find is None or not isinstance(given, Mapping):
+        return plain.typed(given)
+    owner = find(str(given.get("name", "rlp")))
+    return plain.settle(owner, given, "objective") | ({"name": str(given["name"])} if "name" in given else {})
+
+
 def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
     """`values` as an instance of the dataclass `owner`; raises ConfigError with key, reason and the nearest known name."""
+    values = plain.settle(owner, values, where)
     try:
-        return TypeAdapter(owner).validate_python(dict(values))
+        return _adapter(owner).validate_python(values)
     except ValidationError as error:
         lines = []
         for item in error.errors():
             key = ".".join(str(part) for part in (*filter(None, [where]), *item["loc"]))
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                known = _names(_owner_at(owner, item["loc"][:-1]))
-                if owner is PretrainConfig and len(item["loc"]) == 1:
-                    known += [name for name in _names(ModelConfig) if name not in known]  # they may stand beside `model`
-                near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-                lines.append(f"unknown key '{key}': {hint}")
+                lines.append(f"unknown key '{key}': {_instead(owner, item['loc'])}")
             elif item["type"] in ("missing", "missing_argument"):
                 lines.append(f"'{key}' is required")
             else:
@@ -57,29 +73,52 @@ def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
         raise ConfigError("; ".join(lines)) from None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it."""
-    file = Path(path)
+@functools.cache
+def _adapter(owner: type) -> TypeAdapter[Any]:
+    """Pydantic's reader of a dataclass, which takes a while to make."""
+    return TypeAdapter(owner)
+
+
+def _instead(owner: type, place: Sequence[Any]) -> str:
+    """What could be meant by the key at `place`, which is none."""
+    known = names.names(owner_at(owner, place[:-1]))
+    if owner is PretrainConfig and len(place) == 1:
+        known += [name for name in names.names(ModelConfig) if name not in known]  # they may stand beside `model`
+    return names.hint(str(place[-1]), known, tuple(dotted(owner)))
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), find: Find | None = None) -> PretrainConfig:
+    """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it; see `build`.
+
+    An error in it names the file, unless it is in what was laid over.
+    """
+    file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"no such config file: {file} (it comes first: rlpretrain train CONFIG.yaml --field value)")
-    return build(apply_overrides(read_mapping(file), overrides))
+    values = read_mapping(file)
+    laid_over = apply_overrides(values, overrides)
+    try:
+        return build(laid_over, find)
+    except ConfigError as error:
+        where = f"{file}, or what was laid over it" if overrides else str(file)
+        raise ConfigError(f"{error} (in {where})") from None
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """What a YAML file holds; ConfigError if it cannot be read or is no mapping."""
+    """What a YAML file holds, as `plain.read` gives it; ConfigError if it cannot be read or is no mapping."""
     try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except OSError as error:
+        values = plain.read(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from None
+        raise ConfigError(f"{file} is not YAML: {plain.where_and_why(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold a mapping of keys, found {type(values).__name__}")
     return values
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`--optim.lr 1e-4 --max_steps=10` laid over nested values; the values are read as YAML."""
+    """`--optim.lr 1e-4 --max_steps=10` laid over nested values; each is read as its field's type wants it."""
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -93,19 +132,12 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:
-            below = node.get(parent)
+            below = plain.unwrapped(node.get(parent))
             if not isinstance(below, dict):
                 below = {HEADS.get(parent, "path"): below} if isinstance(below, str) else {}
             node[parent] = below
             node = below
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"'--{key} {text}' is not YAML: {str(error).splitlines()[0]}") from None
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        node[leaf] = value
+        node[leaf] = plain.given(text)
     return values
 
 
@@ -120,7 +152,7 @@ def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
     documented = getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__
     hints, meanings = typing.get_type_hints(owner), _meanings(owner)
     for f in fields(owner):
-        kind = _inner(hints[f.name])
+        kind = inner(hints[f.name])
         text = meanings.get(f.name, "")
         if is_dataclass(kind):
             rows.append((f"{prefix}{f.name}", "", text))
@@ -141,20 +173,3 @@ def _meanings(owner: type) -> dict[str, str]:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
                 found[line.target.id] = inspect.cleandoc(str(ast.literal_eval(below.value)))
     return found
-
-
-def _names(owner: Any) -> list[str]:
-    return [f.name for f in fields(owner)] if is_dataclass(owner) else []
-
-
-def _inner(kind: Any) -> Any:
-    """X of `X | None`."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(a for a in typing.get_args(kind) if a is not type(None))
-    return kind
-
-
-def _owner_at(owner: Any, path: Sequence[Any]) -> Any:
-    for part in path:
-        owner = _inner(typing.get_type_hints(owner).get(part, owner))
-    return owner

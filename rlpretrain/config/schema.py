@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, headed
+from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.engines import EngineConfig, SamplingConfig
 from rlpretrain.config.inputs import DataConfig, ModelConfig
 
@@ -45,7 +45,7 @@ class PolicyConfig:
     """auto: DeepSpeed where it is installed, else torch."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
-    deepspeed_config: str | None = None
+    deepspeed_config: PathText | None = None
     """A DeepSpeed JSON file; its values hold, except those that this library must own (batch sizes, accumulation)."""
     lora: LoraConfig | None = None
     """Train adapters, not all weights; `{}` takes the defaults."""
@@ -61,15 +61,15 @@ class OptimConfig:
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after warm-up; cosine and linear end at `min_lr_ratio` of the peak."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Amount = 0.0
     """Final learning rate over the peak."""
-    warmup_steps: int = 10
+    warmup_steps: Whole = 10
     """Steps of linear warm-up; like `max_steps` they are steps of the run, each of `loss.inner_epochs` optimizer steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's. Our choice: the paper gives none for RLP."""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """AdamW's, on matrices only."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: Amount = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
 
@@ -77,9 +77,9 @@ class OptimConfig:
 class LossConfig:
     """The terms of the loss."""
 
-    clip_low: float = 0.2
+    clip_low: Amount = 0.2
     """Ratio clipped below at 1 - clip_low. Our choice: the paper gives no value."""
-    clip_high: float = 0.28
+    clip_high: Amount = 0.28
     """Ratio clipped above at 1 + clip_high. Our choice: the paper gives no value."""
     policy_coef: float = 1.0
     """Weight of the clipped surrogate; 0 leaves only next-token and reader terms (a control)."""
@@ -89,7 +89,7 @@ class LossConfig:
     """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0 there)."""
     reduction: Literal["thought_mean", "token_mean"] = "thought_mean"
     """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens."""
-    importance_cap: float = 2.0
+    importance_cap: Amount = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
     inner_epochs: Count = 1
     """Optimizer steps on one batch; advantages and old log-probs are frozen at the first. The schedule spans them all."""
@@ -103,7 +103,7 @@ class BaselineConfig:
     """none: 0. self: the current model without a thought. frozen: the initial model. ema: its moving average (the paper)."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.999
     """EMA decay per optimizer step."""
-    frozen_every: int = 10
+    frozen_every: Whole = 10
     """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never. Under LoRA the initial model is
     the trained one with its adapters off, else it is a copy that 0 saves."""
     cache_tokens: Annotated[int, Field(ge=0)] = 2**24
@@ -114,10 +114,10 @@ class BaselineConfig:
 class EvalConfig:
     """Evaluation during training."""
 
-    data: str | None = None
+    data: PathText | None = None
     """Held-out documents; none, no evaluation."""
-    every: Count = 100
-    """Steps between evaluations; one more at the end."""
+    every: Whole = 100
+    """Steps between evaluations; one more at the end. 0: only at the end."""
     documents: Count = 64
     """How many held-out documents."""
     thoughts: Count = 4
@@ -128,8 +128,8 @@ class EvalConfig:
 class CheckpointConfig:
     """What is kept on disk."""
 
-    every: int = 100
-    """Steps between checkpoints; one more at the end. 0: only the final model."""
+    every: Whole = 100
+    """Steps between checkpoints; one more at the end. 0: none, only the final model at the end."""
     keep: Count = 3
     """Newest checkpoints kept; the best one is kept beside them."""
 
@@ -140,7 +140,7 @@ class StopConfig:
 
     collapse: bool = True
     """Stop when the collapse monitor fires, and return the best checkpoint."""
-    patience: int = 0
+    patience: Whole = 0
     """Evaluations without a better gain before stopping; 0: never."""
     collapse_window: Count = 20
     """Steps over which the monitor averages."""
@@ -196,9 +196,9 @@ class PretrainConfig:
     """Steps, each a batch and `loss.inner_epochs` optimizer steps on it; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data, where `max_steps` is not given."""
-    output_dir: str = "runs/rlp"
+    output_dir: PathText = "runs/rlp"
     """Folder of the run."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything random."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -213,7 +213,7 @@ class PretrainConfig:
     """Progress bar and thought tables on the console."""
     save_rollouts: bool = False
     """Keep every step's groups and documents as parquet under output_dir/rollouts."""
-    replay: str | None = None
+    replay: PathText | None = None
     """Folder of kept rollouts to train on; nothing is sampled. `max_steps` is at most the number of steps it holds."""
     push_to_hub: str | None = None
     """Hub id for the final model."""

@@ -6,17 +6,16 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import ConfigError, PretrainConfig, names
 from rlpretrain.config.io import parse
 from rlpretrain.objectives.base import NEEDS, Config, Objective, Setting
 from rlpretrain.prompts import Delimiters
 from rollout.types import SamplingParams
 
-__all__ = ["Config", "Objective", "Setting", "available", "delimiters", "find", "load", "parse_section"]
+__all__ = ["Config", "Objective", "Setting", "available", "config_of", "delimiters", "find", "load", "parse_section"]
 
 
 def available() -> list[str]:
@@ -39,16 +38,19 @@ def find(name: str) -> type[Objective]:
         raise ConfigError(f"objective '{name}' cannot be loaded: {error}") from None
 
 
+def config_of(name: str) -> type:
+    """The Config class of an objective: what `config.io.build` settles the values of its section with."""
+    return find(name).Config
+
+
 def parse_section(section: Mapping[str, Any]) -> tuple[type[Objective], Any]:
     """(class, checked Config) of an `objective:` section; unknown keys are refused with the nearest name."""
     section = dict(section)
     owner = find(section.pop("name", "rlp"))
-    known = [f.name for f in fields(owner.Config)]
+    known, elsewhere = names.names(owner.Config), tuple(names.dotted(PretrainConfig))
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known) or 'no fields'}"
-            raise ConfigError(f"unknown key 'objective.{key}': {hint}")
+            raise ConfigError(f"unknown key 'objective.{key}': {names.hint(key, known, elsewhere)}")
     return owner, parse(owner.Config, section, "objective")
 
 
