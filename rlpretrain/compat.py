@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 from collections.abc import Iterable
@@ -31,6 +32,24 @@ class Head:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+
+def fill_vocabulary(tokenizer: Any) -> None:
+    """Give every hole in the ids of a fast tokenizer's vocabulary a token that no text has.
+
+    A new token gets the number of tokens as its id: with a hole below, that is another token's (tokenizers 0.23).
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {}
+    vocabulary = state.get("model", {}).get("vocab")
+    if not isinstance(vocabulary, dict):  # a list has no holes
+        return
+    holes = sorted(set(range(max(vocabulary.values()) + 1)) - set(vocabulary.values()))
+    if not holes:
+        return
+    by_id = {token["id"]: token["content"] for token in state["added_tokens"]}
+    vocabulary.update({by_id.get(i, f"<unused_{i}>"): i for i in holes})
+    tokenizer._tokenizer = type(backend).from_str(json.dumps(state))
 
 
 def head_of(model: nn.Module) -> Head:

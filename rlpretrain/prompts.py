@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AddedToken, PreTrainedModel
 
+from rlpretrain.compat import fill_vocabulary
 from rlpretrain.config import ConfigError
 from rollout.types import Position, Prompt
 
@@ -54,21 +55,32 @@ def ensure_delimiters(tokenizer: Any, model: PreTrainedModel | None = None, deli
     """
     delimiters = delimiters or Delimiters()
     known = tokenizer.get_vocab()
-    used = len(tokenizer)
+    used = sorted(known.values())
     added = [tag for tag in (delimiters.open, delimiters.close) if tag not in known]
     if added:
+        fill_vocabulary(tokenizer)
         tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in added])
+        if taken := set(tokenizer.convert_tokens_to_ids(added)) & set(used):
+            raise ConfigError(f"this tokenizer gives new tokens ids that others have ({', '.join(map(str, sorted(taken)))}): its "
+                              "vocabulary has holes. Add the tags to it yourself, or take two of its tokens: objective.open "
+                              "and objective.close")  # fmt: skip
     if model is None:
         return added
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    if (size := table_size(tokenizer)) > rows:
+        model.resize_token_embeddings(size, mean_resizing=True)
     spare = [i for i in tokenizer.convert_tokens_to_ids(added) if i < rows]
+    in_use = slice(0, min(len(used), rows)) if used == list(range(len(used))) else [i for i in used if i < rows]
     with torch.no_grad():
         for table in (model.get_input_embeddings(), model.get_output_embeddings()) if spare else ():
             if table is not None:  # a tied head is done twice, to the same effect
-                table.weight[spare] = table.weight[: min(used, rows)].float().mean(0).to(table.weight.dtype)
+                table.weight[spare] = table.weight[in_use].float().mean(0).to(table.weight.dtype)
     return added
+
+
+def table_size(tokenizer: Any) -> int:
+    """Rows that a table of embeddings needs: one more than the largest id. `len` counts tokens, and ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 class ThoughtPrompt:

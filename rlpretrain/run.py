@@ -27,6 +27,7 @@ from rlpretrain.objectives import delimiters, parse_section
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.packing import Layout, balanced, count, idle, pack
 from rlpretrain.policy import make_policy
+from rlpretrain.prompts import table_size
 from rlpretrain.ranks import Ranks, join
 from rlpretrain.scoring import Beside, check_tree
 from rlpretrain.types import Batch, Document, MicroBatch, Scores, Totals
@@ -103,7 +104,7 @@ class Run:
         self._whole: nn.Module | None = None
         if start is not None:
             self._resume(start)
-        vocabulary = len(self.tokenizer)
+        vocabulary = table_size(self.tokenizer)
         probed = not isinstance(self.engine, HFEngine | Recorded)
         self.probe = SyncProbe(config, self.engine, self.policy, vocabulary) if probed else None
         self.engine.sync(self.handed_over, self.step)  # a resumed run's; and servers may hold those of another run

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from rollout.types import Position, Prompt, SamplingParams, sane_temperature
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Seed = Annotated[int, Field(ge=0, le=2**62)]
+
+def _no_truth(value: Any) -> Any:
+    """JSON's true is no 1: pydantic would take it for one."""
+    if isinstance(value, bool):
+        raise ValueError("a number is due, not true or false")
+    return value
+
+
+Number = BeforeValidator(_no_truth)
+"""Before the type of every field that is a number."""
+TokenId = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
+"""Strict, which refuses truths too, and is fast for the many that a body holds."""
+Count = Annotated[int, Field(ge=1), Number]
+Seed = Annotated[int, Field(ge=0, le=2**62), Number]
 """Thought k of a request has a seed of its own, which must still fit 63 bits."""
-Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(sane_temperature)]
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(sane_temperature), Number]
+Share = Annotated[float, Field(gt=0, le=1), Number]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 """One complaint is enough: a large body of nothing but errors would cost more memory than a good one."""
 Short = Annotated[str, Field(min_length=1, max_length=256)]
@@ -52,16 +65,16 @@ class Completion(Body):
 
     model: str | None = None
     prompt: Ids | Annotated[list[Ids], Field(fail_fast=True)] | Annotated[str, Field(min_length=1)]
-    n: Annotated[int, Field(ge=1)] = 1
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    n: Count = 1
+    max_tokens: Count = 16
     temperature: Temperature = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Number] = 0
     seed: Seed = 0
     stop: list[Short] | Short | None = Field(default=None, max_length=64)
     stop_token_ids: Ids = Field(default_factory=list, max_length=1024)
     ignore_eos: bool = False
-    logprobs: Literal[0] | None = None
+    logprobs: Annotated[Literal[0] | None, Number] = None
     return_token_ids: bool = False
     skip_special_tokens: bool = True
     stream: Literal[False] = False
@@ -86,12 +99,11 @@ class Completion(Body):
 class Params(Body):
     """`SamplingParams`, bounded."""
 
-    max_thought_tokens: Annotated[int, Field(ge=1)]
+    max_thought_tokens: Count
     temperature: Temperature = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), Number] = 0
     eos_ids: Ids = Field(default_factory=list, max_length=1024)
-
 
     def params(self) -> SamplingParams:
         """The library's."""
@@ -117,7 +129,7 @@ class PositionBody(Body):
     """`Position`."""
 
     document_id: Annotated[str, Field(max_length=1024)]
-    index: Annotated[int, Field(ge=0, le=2**62)]
+    index: Annotated[int, Field(ge=0, le=2**62), Number]
     context_ids: Ids = Field(default_factory=list)
     target_ids: Ids = Field(default_factory=list)
     suffix_ids: Ids = Field(default_factory=list)
@@ -132,7 +144,7 @@ class Rollout(Body):
 
     prompts: Annotated[list[PromptBody], Field(fail_fast=True)]
     params: Params
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Count = 1
     seeds: Annotated[list[Seed], Field(fail_fast=True)]
     positions: Annotated[list[PositionBody], Field(fail_fast=True)] | None = None
 

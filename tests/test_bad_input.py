@@ -91,7 +91,8 @@ def test_a_misspelt_key_on_the_command_line(values, tmp_path, capsys):
     [
         {"max_steps": 0}, {"positions_per_step": 0}, {"token_budget": 0}, {"log_every": 0}, {"checkpoint__keep": 0},
         {"sampling__temperature": -1.0}, {"sampling__top_p": 0.0}, {"sampling__max_thought_tokens": 0},
-        {"stop__nonfinite": 0}, {"eval__every": -1}, {"checkpoint__every": -1}, {"loss__inner_epochs": 0}, {"baseline__decay": 1.5},
+        {"stop__nonfinite": 0}, {"eval__every": -1}, {"checkpoint__every": -1}, {"loss__inner_epochs": 0},
+        {"baseline__decay": 1.5},
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_by_name(values, change):

@@ -212,3 +212,33 @@ def test_an_error_in_a_file_names_the_file_and_the_line(tmp_path, capsys):
     path.write_bytes(b"model: \xff\xfe")
     assert cli.main(["train", str(path)]) == 2
     assert f"{path} cannot be read" in capsys.readouterr().err
+
+
+def test_an_objective_is_given_by_name_yaml_or_file(tmp_path, values):
+    """issue 15.19: `eval`, `inspect` and `prepare` take `--objective FILE`."""
+    from rlpretrain.commands.arguments import objective_section
+
+    section = {"name": "rlp", "marker": "0012", "every": 4}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values | {"objective": section}))
+    (tmp_path / "section.yml").write_text("name: rlp\nmarker: 0012\nevery: 4\n")
+    (tmp_path / "short.yaml").write_text("model: a\ndata: b\nobjective: rpt\n")
+    for given in (str(tmp_path / "run.yaml"), str(tmp_path / "section.yml"), "{name: rlp, marker: 0012, every: 4}"):
+        assert objective_section(given) == section
+    assert objective_section(str(tmp_path / "short.yaml")) == objective_section("rpt") == {"name": "rpt"}
+    assert objective_section("tests.my_objective:LengthObjective") == {"name": "tests.my_objective:LengthObjective"}
+    (tmp_path / "none.yaml").write_text("model: a\ndata: b\n")
+    for given, said in ((str(tmp_path / "gone.yaml"), "there is no such file"), ("3", "a name, fields as"), ("[rlp]", "a name, "),
+                        (str(tmp_path / "none.yaml"), "no objective section"), ("rlpp", "did you mean 'rlp'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            objective_section(given)
+
+
+def test_evaluation_every_0_steps_is_one_at_the_end(corpus, values):
+    """issue 15.26: what `checkpoint.every: 0` means of checkpoints, `eval.every: 0` means of evaluations."""
+    from rlpretrain import Pretrainer
+
+    evaluation = {"data": str(corpus / "held_out.jsonl"), "documents": 4, "thoughts": 2, "every": 0}
+    Pretrainer(build(values | {"eval": evaluation, "max_steps": 2})).train()
+    rows = [json.loads(line) for line in (Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    assert ["eval/gain" in row for row in rows] == [False, True]
+    assert not list(Path(values["output_dir"]).glob("checkpoint-*"))

@@ -444,3 +444,45 @@ def test_prompt_bodies_read_back_as_prompts():
     prompt = Prompt((1, 2), (3,), (4,), (5,), ("x",))
     assert PromptBody(**asdict(prompt)).prompt() == prompt
     assert VOCABULARY == 300
+
+
+def test_a_truth_is_no_number_in_any_body(client):
+    """issue 15.19: JSON's true was taken for token id 1, n 1, temperature 1."""
+    from rollout import wire
+
+    good = {
+        wire.Rollout: {"prompts": [{"token_ids": [5], "stop_ids": [7], "close_ids": [7], "join_ids": [8]}], "n": 1, "seeds": [3],
+                       "params": {"max_thought_tokens": 2, "temperature": 1, "top_p": 1, "top_k": 0, "eos_ids": [1]},
+                       "positions": [{"document_id": "d", "index": 1, "context_ids": [5], "target_ids": [6], "suffix_ids": [7]}]},
+        wire.Completion: {"prompt": [5, 6], "n": 1, "max_tokens": 2, "temperature": 1, "top_p": 1, "top_k": 0, "seed": 3,
+                          "stop_token_ids": [7], "logprobs": 0},
+    }  # fmt: skip
+    routes = {wire.Rollout: "/rollout", wire.Completion: "/v1/completions"}
+    for kind, body in good.items():
+        assert client.post(routes[kind], json=body).status_code == 200
+        places = list(numbers(body))
+        assert len(places) >= 9
+        for place in places:
+            for truth in (True, False):
+                answer = client.post(routes[kind], json=changed(body, place, truth))
+                assert answer.status_code == 400, (place, truth, answer.text)
+                assert str(place[-1]) in answer.text or str(place[-2]) in answer.text
+
+
+def numbers(body, where=()):
+    """The place of every number in a body."""
+    items = body.items() if isinstance(body, dict) else enumerate(body) if isinstance(body, list) else ()
+    for key, value in items:
+        if isinstance(value, int | float):
+            yield (*where, key)
+        yield from numbers(value, (*where, key))
+
+
+def changed(body, place, value):
+    """A copy with another value at a place."""
+    body = json.loads(json.dumps(body))
+    node = body
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    return body
