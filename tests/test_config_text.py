@@ -227,7 +227,7 @@ def test_an_objective_is_given_by_name_yaml_or_file(tmp_path, values):
     assert objective_section(str(tmp_path / "short.yaml")) == objective_section("rpt") == {"name": "rpt"}
     assert objective_section("tests.my_objective:LengthObjective") == {"name": "tests.my_objective:LengthObjective"}
     (tmp_path / "none.yaml").write_text("model: a\ndata: b\n")
-    for given, said in ((str(tmp_path / "gone.yaml"), "there is no such file"), ("3", "unknown objective .3."), ("[rlp]", "a name, "),
+    for given, said in ((str(tmp_path / "gone.yaml"), "there is no such file"), ("3", "objective '3'"), ("[rlp]", "a name, "),
                         (str(tmp_path / "none.yaml"), "no objective section"), ("rlpp", "did you mean 'rlp'")):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             objective_section(given)
