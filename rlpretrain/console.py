@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rlpretrain.config import PretrainConfig
+from rlpretrain.token_text import TokenReader
 from rollout.types import Group
 
 SHOWN = {"loss": "loss", "ig/mean": "gain", "ig/frozen": "frozen", "ntp/loss": "ntp", "thought/closed_frac": "closed",
@@ -66,11 +67,13 @@ class Console:
 
 def thought_table(group: Group, tokenizer: Any, limit: int = 4) -> Table:
     """The thoughts of one position, as text."""
-    context = shown(tokenizer.decode(group.position.context_ids[-24:]))
-    target = shown(tokenizer.decode(group.position.target_ids))
+    reader, position = TokenReader(tokenizer), group.position
+    context = shown(reader.text(position.context_ids[-24:], after=position.context_ids[:-24]))
+    target = shown(reader.spelled(position.target_ids, after=position.context_ids))
     table = Table("thought", "tokens", "ended", title=escape(f"…{context} ▸ {target}"), title_justify="left")
     for t in group.thoughts[:limit]:
-        table.add_row(escape(shown(tokenizer.decode(t.token_ids))), str(len(t.token_ids)), str(t.finish_reason))
+        text = shown(reader.text(t.token_ids, after=group.prompt.token_ids))
+        table.add_row(escape(text), str(len(t.token_ids)), str(t.finish_reason))
     return table
 
 

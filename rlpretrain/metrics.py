@@ -20,6 +20,7 @@ import torch
 from rewards.controls import repetition, target_leakage
 from rlpretrain.console import shown
 from rlpretrain.ranks import Ranks
+from rlpretrain.token_text import TokenReader
 from rlpretrain.types import MicroBatch, Scores
 from rollout.types import Group
 
@@ -247,20 +248,19 @@ def thought_rows(groups: Sequence[Group], tokenizer: Any, rewards: Mapping[tuple
                  positions: int = 4, thoughts: int = 4) -> list[tuple[Any, ...]]:  # fmt: skip
     """Some thoughts of a step as rows of `COLUMNS`, control characters made visible. The reward is that of `rewards`, by group
     and place in it, or the one stored on the group; None where there is none, and where the thought counts nowhere."""
-    known = rewards or {}
-
-    def text(ids: Sequence[int]) -> str:
-        return shown(tokenizer.decode(ids))
-
-    def reward(group: Group, k: int) -> float | None:
-        found = known.get((group.id, k), math.nan if group.rewards is None else group.rewards[k])
-        return None if math.isnan(found) else found
-
-    return [
-        (f"{g.position.document_id}@{g.position.index}", text(g.position.context_ids[-48:]), text(g.position.target_ids),
-         text(t.token_ids), len(t.token_ids), str(t.finish_reason), reward(g, k))
-        for g in groups[:positions] for k, t in enumerate(g.thoughts[:thoughts])
-    ]  # fmt: skip
+    known, reader = rewards or {}, TokenReader(tokenizer)
+    out: list[tuple[Any, ...]] = []
+    for group in groups[:positions]:
+        at, prompt = group.position, group.prompt.token_ids
+        where = f"{at.document_id}@{at.index}"
+        context = shown(reader.text(at.context_ids[-48:], after=at.context_ids[:-48]))
+        target = shown(reader.spelled(at.target_ids, after=at.context_ids))
+        for k, thought in enumerate(group.thoughts[:thoughts]):
+            ids, text = thought.token_ids, shown(reader.text(thought.token_ids, after=prompt))
+            found = known.get((group.id, k), math.nan if group.rewards is None else group.rewards[k])
+            reward = None if math.isnan(found) else found
+            out.append((where, context, target, text, len(ids), str(thought.finish_reason), reward))
+    return out
 
 
 def markdown(rows: Sequence[tuple[Any, ...]]) -> str:

@@ -22,7 +22,7 @@ from rlpretrain.console import shown
 from rlpretrain.health import Health
 from rlpretrain.heat import CONTROLS, Place
 from rlpretrain.metrics import METRICS
-from rlpretrain.positions import TokenText
+from rlpretrain.token_text import TokenReader
 from rlpretrain.types import Document
 
 CURVES: Mapping[str, Sequence[str]] = {
@@ -114,47 +114,52 @@ def render(page: Page) -> str:
         panels = []
         page.missing.append('curves: pip install "rlpretrain[plot]"')
     settings = yaml.safe_dump(page.record.get("config"), sort_keys=False, allow_unicode=True) if page.record.get("config") else ""
+    documents = []
+    if page.documents:
+        reader = TokenReader(page.tokenizer)
+        documents = [_document(d, there, reader, max(scale, 1e-6)) for d, there in page.documents]
     return environment.get_template("report.html.jinja").render(
-        page=page, documents=[_document(d, there, page.tokenizer, max(scale, 1e-6)) for d, there in page.documents],
+        page=page, documents=documents,
         panels=panels, warnings=warnings_of(page.rows, found), scale=scale, controls=CONTROLS, version=__version__,
         last=page.rows[-1] if page.rows else {}, meanings=METRICS, settings=settings,
     )  # fmt: skip
 
 
-def _document(document: Document, there: Sequence[Place], tokenizer: Any, scale: float) -> dict[str, Any]:
-    """A document for the template: pieces of text, some of them marked, and its positions."""
-    text, starts = TokenText(tokenizer)(document.token_ids)
-    starts = [*starts, len(text)]
+def _document(document: Document, there: Sequence[Place], reader: TokenReader, scale: float) -> dict[str, Any]:
+    """A document for the template: pieces of text, each target token one of its own, and its positions."""
+    tokens = reader(document.token_ids)
     marks: dict[int, tuple[float | None, int]] = {}
     for k, place in enumerate(there):
         index = place.group.position.index
         values: Sequence[float | None] = place.gains or [None] * max(1, len(place.group.position.target_ids))
         for j, gain in enumerate(values):
-            if index + j < len(document.token_ids):
+            if index + j < len(tokens):
                 marks.setdefault(index + j, (gain, k))
-    pieces, at = [], 0
-    for token in sorted(marks):
-        gain, k = marks[token]
-        start, end = starts[token], starts[token + 1]
-        pieces.append({"text": shown(text[at:start], 20_000)})
-        pieces.append({"text": shown(text[start:end]), "gain": gain, "place": k,
-                       "colour": shade(gain or 0.0, scale)})  # fmt: skip
-        at = end
-    pieces.append({"text": shown(text[at:], 20_000)})
-    return {"id": shown(document.id, 80), "pieces": pieces, "places": [_place(place, tokenizer, scale) for place in there]}
+    pieces: list[dict[str, Any]] = []
+    at = 0
+    for marked in sorted(marks):
+        gain, k = marks[marked]
+        pieces.append({"text": shown("".join(token.text for token in tokens[at:marked]), 20_000)})
+        text, label = shown(tokens[marked].inline), shown(tokens[marked].spelled)
+        pieces.append({"text": text, "label": label, "gain": gain, "place": k, "colour": shade(gain or 0.0, scale)})
+        at = marked + 1
+    pieces.append({"text": shown("".join(token.text for token in tokens[at:]), 20_000)})
+    return {"id": shown(document.id, 80), "pieces": pieces, "places": [_place(place, reader, scale) for place in there]}
 
 
-def _place(place: Place, tokenizer: Any, scale: float) -> dict[str, Any]:
-    position = place.group.position
+def _place(place: Place, reader: TokenReader, scale: float) -> dict[str, Any]:
+    group, position = place.group, place.group.position
     scored = [row.gain for row in place.rows if row.gain is not None]
+    target = [token.spelled for token in reader(position.target_ids, after=position.context_ids)]
+    rows = []
+    for row in place.rows:
+        thought, gains = row.thought, zip(target, row.gains, strict=False)
+        rows.append({
+            "text": shown(reader.text(thought.token_ids, after=group.prompt.token_ids)), "length": len(thought.token_ids),
+            "finish": str(thought.finish_reason), "reward": row.reward, "advantage": row.advantage, "gain": row.gain,
+            "tokens": [{"text": shown(text, 40), "gain": gain, "colour": shade(gain, scale)} for text, gain in gains],
+        })  # fmt: skip
     return {
-        "index": position.index, "role": place.group.role, "gain": float(np.mean(scored)) if scored else None,
-        "target": shown(tokenizer.decode(position.target_ids), 400),
-        "controls": place.controls,
-        "rows": [{
-            "text": shown(tokenizer.decode(row.thought.token_ids)), "length": len(row.thought.token_ids),
-            "finish": str(row.thought.finish_reason), "reward": row.reward, "advantage": row.advantage, "gain": row.gain,
-            "tokens": [{"text": shown(tokenizer.decode([t]), 40), "gain": g, "colour": shade(g, scale)}
-                       for t, g in zip(position.target_ids, row.gains, strict=False)],
-        } for row in place.rows],
+        "index": position.index, "role": group.role, "gain": float(np.mean(scored)) if scored else None,
+        "target": shown("".join(target), 400), "controls": place.controls, "rows": rows,
     }  # fmt: skip
