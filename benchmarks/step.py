@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from rlpretrain.objectives import rlp
-from rollout import FinishReason, Group, Position, Prompt, Thought
+from rollout import Document, FinishReason, Group, Position, Prompt, Thought
 from rollout.store import Store
 from tests.tiny import word_tokenizer
 
@@ -121,7 +121,7 @@ def ours(kind: str, folder: Path, shape: Shape, steps: int) -> list[float]:
         store = Store(folder / f"rollouts-{kind}")
         for step in range(1, steps + 1):
             ids, groups = batch(shape, step - 1)
-            store.write(step, groups, [(f"d{step - 1}", ids, "")], {"shares_weights": True})
+            store.write(step, groups, [Document(f"d{step - 1}", tuple(ids))], {"shares_weights": True})
         name = "benchmarks.step:ScoredFirst" if kind == "scored_first" else "rlp"
         values |= {"objective": {"name": name, "target_length": shape.target}, "replay": str(store.folder),
                    "sampling": {"thoughts": shape.thoughts, "max_thought_tokens": shape.thought},

@@ -22,7 +22,7 @@ from rlpretrain.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.engine import Engine
 from rollout.queue import Rollout, RolloutQueue, Ticket
-from rollout.store import Store, StoreError
+from rollout.store import Store, StoreError, document_from_row, document_to_row
 from rollout.types import Group, Position
 
 PATIENCE = 10_000
@@ -131,7 +131,7 @@ class BatchSource:
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
         waiting = [place for chosen, _ in self._ahead for place in chosen]  # a resumed run samples them anew
-        spare = [(d.id, d.token_ids, d.source, p.index, s, len(p.target_ids), p.suffix_ids) for d, p, s in waiting + self._spare]
+        spare = [_place_to_row(*place) for place in waiting + self._spare]
         return {
             "stream": self.stream.state_dict(), "taken": self.taken, "drawn": self.drawn, "without": self.without, "spare": spare,
             "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
@@ -141,12 +141,30 @@ class BatchSource:
         """Go back to a cursor that `state_dict` gave."""
         self.stream.load_state_dict(state["stream"])
         self.taken, self.drawn, self.without = state["taken"], state["drawn"], state["without"]
-        self._spare = []
-        for id_, ids, source, i, seed, size, suffix in state["spare"]:
-            document, ids = Document(id_, tuple(ids), source), tuple(ids)
-            self._spare.append((document, Position(id_, i, ids[:i], ids[i : i + size], tuple(suffix)), seed))
+        self._spare = [_place_from_row(row) for row in state["spare"]]
         if self.ntp_stream is not None:
             self.ntp_stream.load_state_dict(state["ntp_stream"])
+
+
+def _place_to_row(document: Document, position: Position, seed: int) -> dict[str, Any]:
+    """A position that waits for its step, with its document, as a checkpoint keeps it."""
+    start = document.token_ids[: position.index]
+    context = None if position.context_ids == start else position.context_ids
+    return {"document": document_to_row(document), "index": position.index, "context_ids": context,
+            "target_ids": position.target_ids, "suffix_ids": position.suffix_ids, "seed": seed}
+
+
+def _place_from_row(row: Any) -> tuple[Document, Position, int]:
+    """What `_place_to_row` wrote, or an older checkpoint's tuple without `meta` and `answer_at`."""
+    if not isinstance(row, dict):
+        id_, ids, source, index, seed, size, suffix = row
+        document = Document(id_, tuple(ids), source)
+        context, target = document.token_ids[:index], document.token_ids[index : index + size]
+    else:
+        document, index, seed = document_from_row(row["document"]), row["index"], row["seed"]
+        context, target, suffix = row["context_ids"], row["target_ids"], row["suffix_ids"]
+        context = document.token_ids[:index] if context is None else context
+    return document, Position(document.id, index, tuple(context), tuple(target), tuple(suffix)), seed
 
 
 class ReplaySource:
@@ -163,7 +181,7 @@ class ReplaySource:
         """The groups and documents of the next step, however many there are."""
         self.done += 1
         groups, documents, _ = self._read(self.done)
-        return Batch(tuple(groups), tuple(Document(*d) for d in documents))
+        return Batch(tuple(groups), tuple(documents))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor."""

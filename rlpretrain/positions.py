@@ -102,9 +102,9 @@ class PositionPicker:
         if self.function is not None:
             return self._checked(document, self.function(document, rng))
         if self.kind == "answer":
-            if "answer_at" not in (document.meta or {}):
+            if document.answer_at is None:
                 raise ConfigError(f"positions 'answer': {document.source} has no answer; set data.answer_column")
-            return [document.meta["answer_at"]]
+            return [document.answer_at]
         text, starts = self.text(ids)
         if self.marker is None:
             return [bisect_right(starts, match.end()) - 1 for match in SENTENCE_END.finditer(text)]

@@ -122,7 +122,7 @@ def _thoughts(page: Page, folder: Path, step: int | None, documents: int, model:
     step = store.steps()[-1] if step is None else step
     groups, known, _ = store.read(step)
     page.about = f"The thoughts of step {step}, as they were sampled; gains are those of the model as it is now."
-    kept = {i: Document(i, ids, source) for i, ids, source in known}
+    kept = {document.id: document for document in known}
     ids = list(dict.fromkeys(g.position.document_id for g in groups))[:documents]
     objective = load_objective(config, tokenizer)
     _fill(page, [g for g in groups if g.position.document_id in ids], kept, objective, live, reference, tokenizer, config)

@@ -141,7 +141,7 @@ class Run:
         self.timer["rollout"] = time.perf_counter() - begin
         if self.store:
             facts = {"engine": self.engine.health(), "shares_weights": self.engine.shares_weights, **compat.versions()}
-            self.store.write(self.step + 1, batch.groups, [(d.id, d.token_ids, d.source) for d in batch.documents], facts)
+            self.store.write(self.step + 1, batch.groups, batch.documents, facts)
         self.sampled = sum(len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in batch.groups)
         return replace(batch, groups=tuple(self.objective.select(batch.groups)))
 

@@ -218,8 +218,8 @@ class Cutter:
     def document(self, row: int, piece: int, ids: Sequence[int], answer_at: int, values: Mapping[str, Any]) -> Document:
         """`piece` -1 is a whole text; `values` are the row's columns."""
         meta = {name: values[name] for name in self.data.meta_columns}
-        meta |= {} if answer_at < 0 else {"answer_at": answer_at}
-        return Document(str(row) if piece < 0 else f"{row}.{piece}", tuple(ids), self.source(row), meta or None)
+        id_ = str(row) if piece < 0 else f"{row}.{piece}"
+        return Document(id_, tuple(ids), self.source(row), meta or None, None if answer_at < 0 else answer_at)
 
     def all_short(self, dropped: int) -> ConfigError:
         """What to raise when nothing is left."""

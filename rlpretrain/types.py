@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlpretrain.tree import Tree
-from rollout.types import Group
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A tokenised text. `source` says where it came from (file and line, or dataset and row); `meta` keeps other columns."""
-
-    id: str
-    token_ids: tuple[int, ...]
-    source: str = ""
-    meta: dict[str, Any] | None = None
+from rollout.types import Document, Group
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,19 @@
 
 from rollout.engine import Engine
 from rollout.hf import HFEngine
-from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought, WeightSource
+from rollout.types import (
+    Document,
+    FinishReason,
+    Group,
+    Position,
+    Prompt,
+    SamplingParams,
+    Thought,
+    WeightSource,
+)
 
 __all__ = [
+    "Document",
     "Engine",
     "FinishReason",
     "Group",

@@ -2,17 +2,24 @@
 
 `step-000012-rank-0.groups.parquet` holds the groups, `...documents.parquet` the documents of the step's next-token loss. The
 groups are written last, so a step whose groups are there is whole. Any parquet reader can open them.
+
+Documents are kept whole: their other columns as JSON in `meta`, where the answer begins in `answer_at`. Files
+of before these two columns are read without.
 """
 
 from __future__ import annotations
 
+import base64
+import datetime
+import decimal
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rollout.types import FinishReason, Group, Position, Prompt, Thought
+from rollout.types import Document, FinishReason, Group, Position, Prompt, Thought
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +42,8 @@ def _schemas() -> tuple[Any, Any]:
     groups = pa.schema({"id": pa.string(), "position": position, "prompt": prompt, "thoughts": pa.list_(thought),
                         "policy_version": pa.int64(), "parent_id": pa.string(), "role": pa.string(),
                         "rewards": pa.list_(pa.float64()), "extra": pa.string()})  # fmt: skip
-    documents = pa.schema({"id": pa.string(), "token_ids": ids, "source": pa.string()})
+    documents = pa.schema({"id": pa.string(), "token_ids": ids, "source": pa.string(), "meta": pa.string(),
+                           "answer_at": pa.int64()})
     return groups, documents
 
 
@@ -48,16 +56,18 @@ class Store:
 
     def __init__(self, folder: str | Path, rank: int = 0):
         self.folder, self.rank = Path(folder), rank
+        self.told = False  # of files that are older than a column
 
-    def write(self, step: int, groups: Sequence[Group], documents: Iterable[tuple[str, Sequence[int], str]],
-              facts: Mapping[str, Any]) -> None:  # fmt: skip
-        """Keep a step's groups, and its documents as (id, token ids, source). A step written before is replaced."""
+    def write(
+        self, step: int, groups: Sequence[Group], documents: Iterable[Document], facts: Mapping[str, Any]
+    ) -> None:
+        """Keep a step's groups and its documents. A step written before is replaced."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         group_schema, document_schema = _schemas()
         rows = {
-            "documents": ([{"id": i, "token_ids": ids, "source": source} for i, ids, source in documents], document_schema),
+            "documents": ([document_to_row(document) for document in documents], document_schema),
             "groups": ([asdict(g) | {"extra": json.dumps(g.extra)} for g in groups], group_schema),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +75,12 @@ class Store:
         for kind, (found, schema) in rows.items():
             path = self._path(step, kind)
             work = path.with_name(f".{path.name}.tmp")
-            pq.write_table(pa.Table.from_pylist(found, schema=schema.with_metadata(about)), work, compression="zstd")
+            pq.write_table(
+                pa.Table.from_pylist(found, schema=schema.with_metadata(about)), work, compression="zstd"
+            )
             work.replace(path)
 
-    def read(self, step: int) -> tuple[list[Group], list[tuple[str, tuple[int, ...], str]], dict[str, Any]]:
+    def read(self, step: int) -> tuple[list[Group], list[Document], dict[str, Any]]:
         """(groups, documents, facts) of a step, as they were written."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -88,7 +100,14 @@ class Store:
                 raise StoreError(f"{path} has schema version {version}, this is {SCHEMA_VERSION}: read it with the release "
                                  "that wrote it")  # fmt: skip
         groups = [_group(row) for row in tables["groups"].to_pylist()]
-        documents = [(d["id"], tuple(d["token_ids"]), d["source"]) for d in tables["documents"].to_pylist()]
+        if "answer_at" not in tables["documents"].column_names and not self.told:
+            self.told = True
+            warnings.warn(
+                f"{self.folder} was written before documents kept where their answers begin: to an objective that asks "
+                "(sft_mixed with ntp_data.answer_column) they are texts without prompts",
+                stacklevel=2,
+            )
+        documents = [document_from_row(row) for row in tables["documents"].to_pylist()]
         return groups, documents, json.loads(tables["groups"].schema.metadata[b"facts"])
 
     def cut(self, step: int) -> None:
@@ -133,6 +152,65 @@ class Recorded:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def document_to_row(document: Document) -> dict[str, Any]:
+    """A document as numbers and texts: a row of a store, a part of a checkpoint.
+
+    Raises StoreError for a value in `meta` that neither JSON nor `_KINDS` can write (an image, an object).
+    """
+    return {
+        "id": document.id,
+        "token_ids": document.token_ids,
+        "source": document.source,
+        "meta": None if document.meta is None else _meta_to_json(document),
+        "answer_at": document.answer_at,
+    }
+
+
+def document_from_row(row: Mapping[str, Any]) -> Document:
+    """The document that `document_to_row` wrote; an older row gives one without `meta` and `answer_at`."""
+    meta = row.get("meta")
+    return Document(
+        row["id"],
+        tuple(row["token_ids"]),
+        row["source"],
+        None if meta is None else json.loads(meta, object_hook=_plain),
+        row.get("answer_at"),
+    )
+
+
+_KINDS: dict[str, tuple[type, Any, Any]] = {
+    "datetime": (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    "date": (datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+    "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+    "seconds": (
+        datetime.timedelta,
+        lambda v: [v.days, v.seconds, v.microseconds],
+        lambda v: datetime.timedelta(*v),
+    ),
+    "decimal": (decimal.Decimal, str, decimal.Decimal),
+    "bytes": (bytes, lambda v: base64.b64encode(v).decode(), base64.b64decode),
+}
+"""Types of columns that JSON lacks: name, (type, to JSON, back). Datetimes come first, as they are dates too."""
+_MARK = "rlpretrain type"
+
+
+def _meta_to_json(document: Document) -> str:
+    def marked(value: Any) -> Any:
+        for name, (kind, out, _) in _KINDS.items():
+            if isinstance(value, kind):
+                return {_MARK: name, "value": out(value)}
+        raise StoreError(
+            f"document {document.id} ({document.source}): its meta holds a {type(value).__name__}, which cannot "
+            "be kept: leave that column out of meta_columns"
+        )
+
+    return json.dumps(document.meta, default=marked)
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    return _KINDS[value[_MARK]][2](value["value"]) if value.keys() == {_MARK, "value"} else value
 
 
 def _group(row: dict[str, Any]) -> Group:

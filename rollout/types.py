@@ -28,6 +28,21 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """A tokenised text, as it is trained on, stored, replayed and resumed.
+
+    `source` says where it came from (file and line, or dataset and row); `meta` keeps other columns of its
+    row. `answer_at` is the index of the answer's first token, where the text is a prompt with an answer.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    source: str = ""
+    meta: dict[str, Any] | None = None
+    answer_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
     """A place in a document where the model may think before it predicts.
 

@@ -126,7 +126,7 @@ def test_traces_for_sft_are_prompts_with_answers(tmp_path):
     paths = dial_family.write(tmp_path, base=1, train=20, held_out=1)
     config = load(FAMILY / "sft_mixed.yaml", ["--ntp_data.path", str(paths["train"])])
     for document in read_all(config.ntp_data, dial_family.tokenizer()):
-        at = document.meta["answer_at"]
+        at = document.answer_at
         text = TOKENIZER.decode(document.token_ids[:at]), TOKENIZER.decode(document.token_ids[at:], skip_special_tokens=False)
         assert text[0].endswith("it shows") and text[1].startswith(dial.OPEN)
 

@@ -41,7 +41,7 @@ class SFTMixed(NTP):
         """Weights [M]: 0 where a prompt is predicted, which nobody has to learn."""
         if not micro.documents:
             return super().ntp_weights(micro, scores)
-        weights = [torch.arange(1, len(d.token_ids)) >= (d.meta or {}).get("answer_at", 0) for d in micro.documents]
+        weights = [torch.arange(1, len(d.token_ids)) >= (d.answer_at or 0) for d in micro.documents]
         return torch.cat(weights).to(scores.trunk_logps)
 
 

@@ -126,7 +126,7 @@ def test_a_document_of_a_prompt_and_its_answer(tmp_path, streaming):
     documents = stream.take(24)
     assert stream.dropped == 3 and stream.take(1)[0].id == "0"
     for i, document in enumerate(documents):
-        at = document.meta["answer_at"]
+        at = document.answer_at
         assert tokenizer.decode(document.token_ids[:at]) == f"what is w{i} so"
         assert tokenizer.decode(document.token_ids[at:-1]) == document.meta["answer"]
         assert document.token_ids[-1] == tokenizer.eos_token_id

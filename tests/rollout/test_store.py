@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.store import Store, StoreError
-from rollout.types import FinishReason, Group, Position, Prompt, Thought
+from rollout.types import Document, FinishReason, Group, Position, Prompt, Thought
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)
 LOGPS = st.floats(allow_nan=False, width=64)
@@ -37,8 +38,33 @@ def groups(draw):
     return Group(draw(st.text(max_size=5)), position, prompt, said, draw(st.integers(0, 99)), parent, role, rewards, extra)
 
 
+MOMENTS = (
+    st.datetimes() | st.dates() | st.times() | st.timedeltas() | st.datetimes(timezones=st.just(datetime.UTC))
+)
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3)
+    | st.binary(max_size=3)
+)
+CELLS = st.recursive(
+    VALUES | MOMENTS | st.decimals(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+DOCUMENTS = st.builds(
+    Document,
+    st.text(max_size=4),
+    IDS,
+    st.text(max_size=4),
+    st.none() | st.dictionaries(st.text(max_size=3), CELLS, max_size=3),
+    st.none() | st.integers(0, 9),
+)
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.lists(groups(), max_size=3), st.lists(st.tuples(st.text(max_size=4), IDS, st.text(max_size=4)), max_size=3))
+@given(st.lists(groups(), max_size=3), st.lists(DOCUMENTS, max_size=3))
 def test_read_is_what_was_written(tmp_path_factory, found, documents):
     store = Store(tmp_path_factory.mktemp("store"))
     store.write(3, found, documents, {"engine": "hf", "shares_weights": True})
@@ -59,7 +85,7 @@ def test_a_reward_that_does_not_apply_stays_nan(tmp_path):
 def test_ranks_and_steps_are_kept_apart(tmp_path):
     for rank in (0, 1):
         for step in (1, 2):
-            Store(tmp_path, rank).write(step, [dataclasses.replace(GROUP, id=f"{rank}.{step}")], [("d", (1, 2, 3), "")], {})
+            Store(tmp_path, rank).write(step, [dataclasses.replace(GROUP, id=f"{rank}.{step}")], [Document("d", (1, 2, 3))], {})
     assert Store(tmp_path, 1).steps() == [1, 2] and Store(tmp_path, 1).read(2)[0][0].id == "1.2"
 
 
@@ -101,3 +127,18 @@ def test_a_broken_or_foreign_file_is_named(tmp_path):
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(StoreError, match="is not a readable parquet file"):
         store.read(1)
+
+
+def test_a_store_of_before_meta_and_answers_still_loads(tmp_path):
+    """Issue 15.4: the two columns are new; files without them are read."""
+    store = Store(tmp_path)
+    store.write(1, [GROUP], [Document("d", (1, 2, 3), "d.txt:1", {"depth": 3}, 2)], {})
+    path = store._path(1, "documents")
+    pq.write_table(pq.read_table(path).drop_columns(["meta", "answer_at"]), path)
+    with pytest.warns(UserWarning, match="before documents kept where their answers begin"):
+        assert store.read(1)[1] == [Document("d", (1, 2, 3), "d.txt:1")]
+
+
+def test_a_value_that_cannot_be_kept_is_named(tmp_path):
+    with pytest.raises(StoreError, match=r"document d \(d.txt:1\): its meta holds a object.*meta_columns"):
+        Store(tmp_path).write(1, [GROUP], [Document("d", (1,), "d.txt:1", {"picture": object()})], {})
