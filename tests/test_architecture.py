@@ -52,7 +52,8 @@ LAYERS = [
     | {"metrics", "console", "health", "judge"},
     {"packing", "lengths", "attention", "adapters", "scoring", "losses"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
-    {"loop", "evaluate", "engines", "experiment", "heat"},
+    {"loop", "evaluate", "engines", "builder", "experiment", "heat"}
+    | {"run_evaluation", "run_output", "run_state", "run_stop"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}
     | {"trl", "trl_data", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
     {"cli", "commands", "commands.*", "doctor", "dry_run", "__main__"},

@@ -118,7 +118,7 @@ def test_a_stream_needs_max_steps(values):
 
 
 def test_positions_that_do_not_divide_over_ranks(values, monkeypatch):
-    monkeypatch.setattr("rlpretrain.run.join", lambda device: Ranks(0, 3))
+    monkeypatch.setattr("rlpretrain.builder.join", lambda device: Ranks(0, 3))
     with pytest.raises(ConfigError, match="positions_per_step 4 does not divide over 3 ranks"):
         start(values)
 

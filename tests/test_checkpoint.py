@@ -183,7 +183,7 @@ class Collapsing(CollapseMonitor):
 
 
 def test_a_collapse_gives_back_the_best_checkpoint(values, corpus, monkeypatch):
-    monkeypatch.setattr("rlpretrain.run.CollapseMonitor", Collapsing)
+    monkeypatch.setattr("rlpretrain.run_stop.CollapseMonitor", Collapsing)
     run = Run(build(merged(values, max_steps=9, checkpoint__every=4, checkpoint__keep=1, eval__every=3, eval__documents=4,
                            eval__data=str(corpus / "held_out.jsonl"), stop__collapse=True)), None)  # fmt: skip
     at_best, finish = {}, run.finish
@@ -208,7 +208,7 @@ def test_a_collapse_gives_back_the_best_checkpoint(values, corpus, monkeypatch):
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_collapse_without_a_checkpoint_keeps_the_last_weights(values, corpus, monkeypatch, evaluated):
-    monkeypatch.setattr("rlpretrain.run.CollapseMonitor", Collapsing)
+    monkeypatch.setattr("rlpretrain.run_stop.CollapseMonitor", Collapsing)
     held_out = {"eval__every": 2, "eval__documents": 4, "eval__data": str(corpus / "held_out.jsonl")} if evaluated else {}
     out = result(values, max_steps=9, stop__collapse=True, **held_out)
     assert out["stopped"] == "collapse: it fell" and out["steps"] == 5

@@ -133,7 +133,7 @@ def test_a_run_stops_at_once_when_the_engine_keeps_old_weights(run, monkeypatch,
 
 
 def test_several_ranks_are_refused(run, monkeypatch):
-    monkeypatch.setattr("rlpretrain.run.join", lambda device: Ranks(0, 2))
+    monkeypatch.setattr("rlpretrain.builder.join", lambda device: Ranks(0, 2))
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
     monkeypatch.setattr(Ranks, "barrier", lambda self: None)
     with pytest.raises(ConfigError, match="engine vllm_local trains on one rank, not 2"):

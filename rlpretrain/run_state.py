@@ -1,0 +1,54 @@
+"""What a run carries from one step to the next, written into a checkpoint and read back from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpretrain import checkpoint, records, run_stop
+from rlpretrain.config.io import to_dict
+
+
+def resolved(run: Any) -> dict[str, Any]:
+    """The configuration with the objective's defaults. `run` is rlpretrain.run.Run, here and below."""
+    objective = {"name": run.config.objective.get("name", "rlp"), **asdict(run.objective.config)}
+    return to_dict(run.config) | {"objective": objective}
+
+
+def save(run: Any) -> None:
+    """Write the checkpoint of the present step. All ranks call it."""
+    state = {
+        "config": resolved(run),
+        "backend": type(run.policy).__name__,
+        "best": run.best,
+        "spent": asdict(run.spent),
+        "skipped": run.skipped,
+        "skipped_in_row": run.skipped_in_row,
+        "monitor": run.monitor.state_dict(),
+    }
+    mine = {
+        "source": run.source.state_dict(),
+        "baseline": run.baseline.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    checkpoint.save(run.folder, run.step, run.ranks, {"policy": run.policy}, state, mine)
+    if run.ranks.first:
+        checkpoint.rotate(run.folder, run.config.checkpoint.keep, run.best["step"])
+
+
+def restore(run: Any, path: Path) -> None:
+    """Go back to the checkpoint `path`. All ranks call it."""
+    state, mine = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
+    run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
+    run.stopped = run_stop.over_budget(run)
+    run.skipped, run.skipped_in_row = state["skipped"], state["skipped_in_row"]
+    run.monitor.load_state_dict(state["monitor"])
+    run.source.load_state_dict(mine["source"])
+    run.baseline.load_state_dict(mine["baseline"])
+    torch.set_rng_state(mine["rng"])
+    run.policy.load(path)
+    if run.store:
+        run.store.cut(run.step)
