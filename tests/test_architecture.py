@@ -50,9 +50,9 @@ LAYERS = [
     {"tree", "types", "config", "config.*", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
-    {"packing", "lengths", "attention", "adapters", "scoring", "losses"},
+    {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
-    {"loop", "evaluate", "engines", "builder", "experiment", "heat"}
+    {"loop", "advantages", "evaluate", "engines", "builder", "experiment", "heat"}
     | {"run_evaluation", "run_output", "run_state", "run_stop"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}
     | {"trl", "trl_data", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
