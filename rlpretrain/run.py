@@ -16,10 +16,12 @@ from rlpretrain.config import PretrainConfig
 from rlpretrain.config.io import to_dict
 from rlpretrain.console import Console
 from rlpretrain.engines import lie_down, wake_up
+from rlpretrain.health import Health
 from rlpretrain.metrics import StepMetrics, Trackers, staleness
 from rlpretrain.packing import balanced, count, idle, pack
 from rlpretrain.run_evaluation import RunEvaluation, score_of
 from rlpretrain.scoring import check_tree
+from rlpretrain.tag_gain import gains_of_empty_thoughts
 from rlpretrain.types import Batch, MicroBatch, Scores, Totals
 
 
@@ -65,6 +67,8 @@ class Run(Parts):
     evaluation: RunEvaluation
     console: Console
     trackers: Trackers | None
+    health: Health
+    """What is wrong with the run, so far."""
     facts: dict[str, Any]
     """What run.json says beside the configuration."""
 
@@ -87,6 +91,9 @@ class Run(Parts):
             self.console.say(line)
         log = (self.folder, config.report_to, to_dict(config), self.folder.name, self.step, max(1, self.total_steps // 5))
         self.trackers = Trackers(*log) if self.ranks.first else None
+        self.health = Health()
+        if self.ranks.first:
+            self.health.replay(run_output.logged_rows(self.folder))
         self.facts = run_output.facts(self)
         self.write_run_json("running")
 
@@ -128,6 +135,9 @@ class Run(Parts):
         self.metrics.add("batch/micro_batches", most)
         self._account(batch, micros)
         micros += [idle(self.layout.pad_id)] * (int(most) - len(micros))
+        if self._measures_frozen() and layout.target:
+            gains = gains_of_empty_thoughts(self.policy.score, self.frozen, batch, layout, self.ranks)
+            self.metrics.add("ig/empty", gains)
         if layout.tree and "tree_difference" not in self.facts:
             self.facts["tree_difference"] = check_tree(self.policy.score, micros[0], layout, totals, self.ranks, self.half)
             self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")
@@ -153,8 +163,7 @@ class Run(Parts):
         """Gather what the log will show of a micro-batch."""
         self.note(loss=loss.detach())
         self.metrics.observe(micro, scores, reward, own)
-        every = self.config.baseline.frozen_every
-        if self.frozen is not None and every and self.step % every == 0:
+        if self._measures_frozen():
             base = scores.baseline_logps if self.frozen is self.baseline else self.frozen.logps(micro)
             base = (base * micro.target_mask).sum(-1)
             target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
@@ -208,6 +217,8 @@ class Run(Parts):
             mine = [g for g in batch.groups if (g.id, 0) in self.metrics.rewards]  # the rest went to other ranks
             self.trackers.write(step, row, mine, self.tokenizer, self.metrics.rewards)
         self.console.step(step, row, batch.groups, self.tokenizer)
+        for finding in self.health.observe(step, row):
+            self.console.say(f"warning, step {step}: {finding}")
         self.last = row
         if c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped):
             run_state.save(self)
@@ -234,6 +245,11 @@ class Run(Parts):
             records.write_json(self.folder / "run.json", run_output.record(self, status) | more)
 
     # inside
+
+    def _measures_frozen(self) -> bool:
+        """Whether gains against the initial model are measured in the present step."""
+        every = self.config.baseline.frozen_every
+        return self.frozen is not None and every > 0 and self.step % every == 0
 
     def _begin_step(self) -> None:
         self.metrics, self.timer, self.bad = StepMetrics(), Timer(time.perf_counter()), None

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rlpretrain import compat, models, run_state
@@ -36,6 +38,12 @@ def facts(run: Any) -> dict[str, Any]:
         "documents_too_short": run.dropped,
         "resumed_from": str(run.resumed_from) if run.resumed_from else None,
     }
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl: of a resumed run those up to its checkpoint, else none."""
+    log = folder / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def keep_rollouts(run: Any, batch: Batch) -> None:
@@ -75,6 +83,7 @@ def record(run: Any, status: str) -> dict[str, Any]:
         "engine": run.engine.health(),
         "versions": compat.versions(),
         "best": run.best,
+        "warnings": [{"step": found.step, "rule": found.rule, "text": found.text} for found in run.health.findings],
         **run.facts,
     }
 

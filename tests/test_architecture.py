@@ -51,7 +51,7 @@ LAYERS = [
     {"sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
     {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"},
-    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records"},
+    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records", "tag_gain"},
     {"loop", "advantages", "evaluate", "engines", "builder", "experiment", "heat"}
     | {"run_evaluation", "run_output", "run_state", "run_stop"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}

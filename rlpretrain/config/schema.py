@@ -187,7 +187,8 @@ class PretrainConfig:
     ntp_data: Annotated[DataConfig | None, headed("path")] = None
     """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
     recipe: Literal["default", "paper"] = "default"
-    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, wherever not set."""
+    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, for objective rlp the paper's kind of prompt
+    (`objective.template: rlp`), wherever not set."""
     positions_per_step: Count = 512
     """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents per step."""
     token_budget: Count = 16384
@@ -227,6 +228,10 @@ class PretrainConfig:
         values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
         if values.get("recipe") == "paper":
             values = _under(values, PAPER_RECIPE)
+            objective = values.get("objective", "rlp")
+            objective = {"name": objective} if isinstance(objective, str) else dict(objective)
+            if objective.get("name", "rlp") == "rlp":
+                values["objective"] = {"template": "rlp"} | objective
         if values.get("max_steps") is None and values.get("epochs") is None:
             values["epochs"] = 1.0
         return values
