@@ -47,9 +47,12 @@ def ensure_delimiters(tokenizer: Any, model: PreTrainedModel | None = None, deli
 
     They are added as ordinary (not "special") tokens: decoding with `skip_special_tokens` leaves them in the text,
     where `strip_thoughts` finds them, rather than letting a thought run into the answer unmarked. The embedding table
-    grows only if it is too small, by transformers' own mean initialisation; tied heads stay tied. A table with spare
-    rows keeps its size, and the new tags take the mean of the rows in use, input and output. The same torch seed gives
-    the same weights.
+    grows only if it is too small; tied heads stay tied, and a table with spare rows keeps its size.
+
+    A new tag starts as the mean of the rows of the pieces that the tokenizer wrote it with before ("<", "think", ">"),
+    input and output. On SmolLM2-135M, 32 positions of GSM8K with targets of three tokens, an empty thought then costs
+    5.1 nats; started as the mean of all rows it costs 6.6 (NOTES.md). Where the tokenizer has no such pieces (a word
+    tokenizer), the tag starts as the mean of the rows in use.
 
     A model whose table was too small from the start, for a tokenizer that has both tags, is resized too.
     """
@@ -57,6 +60,7 @@ def ensure_delimiters(tokenizer: Any, model: PreTrainedModel | None = None, deli
     known = tokenizer.get_vocab()
     used = sorted(known.values())
     added = [tag for tag in (delimiters.open, delimiters.close) if tag not in known]
+    pieces = {tag: _pieces(tokenizer, tag) for tag in added}
     if added:
         fill_vocabulary(tokenizer)
         tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in added])
@@ -69,13 +73,22 @@ def ensure_delimiters(tokenizer: Any, model: PreTrainedModel | None = None, deli
     rows = model.get_input_embeddings().weight.shape[0]
     if (size := table_size(tokenizer)) > rows:
         model.resize_token_embeddings(size, mean_resizing=True)
-    spare = [i for i in tokenizer.convert_tokens_to_ids(added) if i < rows]
-    in_use = slice(0, min(len(used), rows)) if used == list(range(len(used))) else [i for i in used if i < rows]
+    in_use = [i for i in used if i < rows]
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
     with torch.no_grad():
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()) if spare else ():
-            if table is not None:  # a tied head is done twice, to the same effect
-                table.weight[spare] = table.weight[in_use].float().mean(0).to(table.weight.dtype)
+        for table in {id(table.weight): table for table in tables if table is not None}.values():
+            for tag in added:
+                row = tokenizer.convert_tokens_to_ids(tag)
+                if pieces[tag] or row < rows:
+                    start = table.weight[pieces[tag] or in_use].float().mean(0)
+                    table.weight[row] = start.to(table.weight.dtype)
     return added
+
+
+def _pieces(tokenizer: Any, tag: str) -> list[int]:
+    """The ids that a tokenizer writes a tag with that is no token of its own; none where it does not know a part of it."""
+    ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
+    return [] if tokenizer.unk_token_id in ids else list(ids)
 
 
 def table_size(tokenizer: Any) -> int:

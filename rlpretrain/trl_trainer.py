@@ -47,7 +47,7 @@ class RLPConfig(GRPOConfig):
     baseline: str = field(default="self", metadata={"help": "What the gain is measured against: self, frozen, ema, none."})
     ema_decay: float = field(default=0.999, metadata={"help": "Of the baseline ema, per optimizer step."})
     ntp_coef: float = field(default=0.3, metadata={"help": "Weight of the next-token loss on the documents; 0 in the paper."})
-    cut: str = field(default="mask", metadata={"help": "Unclosed thoughts: mask, force_close, penalise."})
+    cut: str = field(default="penalise", metadata={"help": "Unclosed thoughts: mask, force_close, penalise."})
     cut_penalty: float = field(default=1.0, metadata={"help": "Nats that cut penalise takes."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column with the text."})
     max_length: int = field(default=2048, metadata={"help": "Longest document in tokens."})

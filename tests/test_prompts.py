@@ -113,6 +113,23 @@ def test_spare_rows_are_used_and_set_to_the_mean(architecture):
         assert table.requires_grad
 
 
+@pytest.mark.parametrize("size", [None, 512])  # a table that grows, and one with spare rows
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # tied and not
+def test_a_new_tag_starts_as_the_mean_of_its_own_pieces(architecture, size):
+    """Issue 15.21: a base that never saw the tags begins nearer to reading on behind them."""
+    tokenizer = bpe_tokenizer([LINE, "think"], 300)
+    pieces = {tag: tokenizer(tag)["input_ids"] for tag in TAGS}
+    model = tiny_model(architecture, vocab_size=size or len(tokenizer))
+    old = [t.weight.detach().clone() for t in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert ensure_delimiters(tokenizer, model) == TAGS
+    for table, before in zip((model.get_input_embeddings(), model.get_output_embeddings()), old, strict=True):
+        for tag in TAGS:
+            row = table.weight[tokenizer.convert_tokens_to_ids(tag)]
+            assert torch.allclose(row, before[pieces[tag]].mean(0), atol=1e-6), tag
+            assert len(pieces[tag]) > 1, "a tag of one piece would show nothing"
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (architecture == "qwen3")
+
+
 def test_one_spare_row_and_one_to_grow():
     tokenizer, model = word_tokenizer(["ann", "has", "6"]), tiny_model(vocab_size=7)
     mean = model.get_input_embeddings().weight[:6].mean(0)

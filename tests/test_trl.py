@@ -193,7 +193,7 @@ def test_baselines_are_those_they_say(base, corpus, tmp_path, baseline):
 
 def test_unclosed_thoughts_count_nowhere(base, corpus, tmp_path):
     model, tokenizer = base
-    reward = InformationGainReward(model, tokenizer, **AFTER)
+    reward = InformationGainReward(model, tokenizer, cut="mask", **AFTER)
     reward.watch(model)
     row = to_prompt_dataset(str(corpus / "train.jsonl"), tokenizer, **AFTER)[0]
     columns = {name: [row[name]] * 3 for name in COLUMNS[1:]}

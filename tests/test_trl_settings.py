@@ -93,7 +93,7 @@ def test_the_update_is_the_pretrainers_where_thoughts_are_not_counted(values, co
     assert 6 <= counted <= 26 and max(g.abs().max() for g in gradient.values()) > 1e-3
     model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     tokenizer, seen = AutoTokenizer.from_pretrained(corpus / "base"), Gradient()
-    args = settings(tmp_path, RLPConfig, ntp_coef=ntp, max_completion_length=60, num_generations=8, **AFTER,
+    args = settings(tmp_path, RLPConfig, ntp_coef=ntp, cut="mask", max_completion_length=60, num_generations=8, **AFTER,
                     **(ONE | {"per_device_train_batch_size": 32}))  # fmt: skip
     RLPTrainer(model, args=args, train_dataset=rows(batch, tokenizer), processing_class=tokenizer, callbacks=[seen],
                rollout_func=stored(batch)).train()  # fmt: skip
@@ -107,8 +107,8 @@ def half_cut(corpus: Path, folder: Path, **fields: Any) -> tuple[Any, list[dict[
         return [0.01 * k for k in range(len(completion_ids))]
 
     texts = Dataset.from_json(str(corpus / "train.jsonl"))
-    args = settings(folder, RLPConfig, max_steps=1, max_completion_length=40, baseline="none", log_completions=True, **fields,
-                    **AFTER)  # fmt: skip
+    args = settings(folder, RLPConfig, max_steps=1, max_completion_length=40, baseline="none", log_completions=True,
+                    **{"cut": "mask"} | fields, **AFTER)  # fmt: skip
     trainer = RLPTrainer(str(corpus / "base"), args=args, train_dataset=texts, reward_funcs=[nothing])
     given: list[dict[str, Any]] = []
     make = trainer._generate_and_score_completions
@@ -275,7 +275,7 @@ def test_frozen_is_frozen_beside_modules_that_are_saved_whole(tmp_path):
 def test_several_rewards_want_every_thought_to_count(texts, corpus, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
-    reward = InformationGainReward(model, tokenizer, **AFTER)
+    reward = InformationGainReward(model, tokenizer, cut="mask", **AFTER)
     with pytest.raises(ConfigError, match="cut mask with several reward functions"):
         trl.GRPOTrainer(model, reward_funcs=[reward, lambda completion_ids, **_: [0.0] * len(completion_ids)],
                         callbacks=[reward.callback], train_dataset=reward.dataset(texts), args=settings(tmp_path),

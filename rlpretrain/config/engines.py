@@ -24,10 +24,12 @@ class SamplingConfig:
     """Nucleus; below 1 the importance ratios are biased."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
-    max_thought_tokens: Count = 2048
-    """Longest thought, close tag included."""
-    cut: Literal["mask", "force_close", "penalise"] = "mask"
-    """A thought that did not close itself: counts nowhere, is closed for it, or is closed and loses `cut_penalty`. Our choice."""
+    max_thought_tokens: Count = 256
+    """Longest thought, close tag included. A base that never saw the tags closes no thought at first, so at first every thought
+    is this long. `recipe: paper` sets the paper's 2048."""
+    cut: Literal["mask", "force_close", "penalise"] = "penalise"
+    """A thought that did not close itself: counts nowhere (mask), is closed for it (force_close), or is closed for it and loses
+    `cut_penalty` (penalise). Our choice: under `mask` a base that never saw the tags learns nothing (NOTES.md)."""
     cut_penalty: float = 1.0
     """Nats taken from the reward of an unclosed thought under `cut: penalise`. Our choice."""
 
