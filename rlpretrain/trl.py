@@ -66,8 +66,8 @@ class ObjectiveReward:
 
     def __init__(self, model: Any = None, tokenizer: Any = None, name: str = "rlp", *,
                  baseline: Literal["self", "frozen", "ema", "none"] = "self", ema_decay: float = 0.999,
-                 cut: Literal["mask", "force_close", "penalise"] = "penalise", cut_penalty: float = 1.0, token_budget: int = 16384,
-                 **fields: Any):  # fmt: skip
+                 cut: Literal["mask", "force_close", "penalise"] = "penalise", cut_penalty: float = 1.0,
+                 token_budget: int = 16384, **fields: Any):  # fmt: skip
         if isinstance(model, str) or (model is not None and tokenizer is None):
             raise ConfigError("give the model itself and its tokenizer: both may need the thought delimiters before the trainer "
                               "has them")  # fmt: skip

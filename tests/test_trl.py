@@ -239,7 +239,7 @@ def test_a_match_is_found_in_a_completion(base, corpus):
     digit = tokenizer.decode(row["target_ids"][:1])
     said = [f"so {reward.delimiters.close} has {digit} .", f"so {reward.delimiters.close} has so .", "so has 1 ."]
     rewards = reward([row["prompt"]] * 3, tokenizer(said)["input_ids"], **{n: [row[n]] * 3 for n in COLUMNS[1:]})
-    assert rewards == [1.0, 0.0, None]
+    assert rewards == [1.0, 0.0, -1.0], "an unclosed thought loses cut_penalty"
 
 
 def test_with_adapters(base, corpus, tmp_path):

@@ -158,17 +158,18 @@ def test_objectives_by_name(corpus, tmp_path, name, section):
     trainer_at(prepared, getattr(rlpretrain.trl, f"{name}_reward"), out).train()
     (table,) = steps(out)
     tokenizer, model = AutoTokenizer.from_pretrained(prepared / "model"), weights(prepared, out, 1)
-    assert len(table) == 16 and table[name].notna().any()
+    closed = table.completion.str.contains("</hm>")
+    assert len(table) == 16 and closed.any()
     if name == "rpt":
-        assert set(table[name].dropna()) <= {0.0, 1.0}
+        assert set(table[name][closed]) <= {0.0, 1.0} and set(table[name][~closed]) <= {-1.0}
         assert table.completion.str.contains("</hm> .").any()  # it goes on to a prediction
-        assert (table[name].notna() == table.completion.str.contains("</hm>")).all()
         return
     expected = [math.exp(x) for x in after_thoughts(model, tokenizer, table, "</hm>")]
     if name == "rlpr":
         base = [math.exp(x) for x in without(model, tokenizer, table, "<hm>")]
         expected = [a - b if math.isnan(a) else max(0.0, min(1.0, a - b)) for a, b in zip(expected, base, strict=True)]
-    assert table[name].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    assert table[name][closed].tolist() == pytest.approx([e for e, c in zip(expected, closed, strict=True) if c], abs=1e-5)
+    assert (table[name][~closed] < 0).all()  # they lose cut_penalty
 
 
 def test_a_late_reward_follows_the_trainer_that_calls_it(corpus, tmp_path):
