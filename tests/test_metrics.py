@@ -26,6 +26,7 @@ from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import merged, trained
+from tests.tiny import word_tokenizer
 
 
 def rows(folder: Path) -> list[dict]:
@@ -161,15 +162,14 @@ def test_tensorboard_has_every_number(values):
 
 
 def test_nothing_in_a_thought_is_markdown():
-    class Words:
-        def decode(self, ids: tuple[int, ...]) -> str:
-            return "| a `b` |\n# <script>\x1b[0m\u202e"
-
-    thought = Thought((1,), (0.0,), FinishReason.CLOSE, 0, 0)
-    group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,), 0, rewards=(0.5,))
-    (row,) = thought_rows([group], Words())
-    assert thought_rows([group], Words(), {("g", 0): math.nan})[0][-1] is None
-    assert thought_rows([group], Words(), {("g", 0): 2.0})[0][-1] == 2.0
+    hostile = "| a `b` |\n# <script>\x1b[0m\u202e"
+    tokenizer = word_tokenizer([hostile])
+    word = tokenizer.convert_tokens_to_ids(hostile)
+    thought = Thought((word,), (0.0,), FinishReason.CLOSE, 0, 0)
+    group = Group("g", Position("d", 1, (word,), (word,)), Prompt((word,), ()), (thought,), 0, rewards=(0.5,))
+    (row,) = thought_rows([group], tokenizer)
+    assert thought_rows([group], tokenizer, {("g", 0): math.nan})[0][-1] is None
+    assert thought_rows([group], tokenizer, {("g", 0): 2.0})[0][-1] == 2.0
     assert row[0] == "d@1" and row[4:] == (1, "close", 0.5) and "␛[0m⟨U+202E⟩" in row[3]
     line = markdown([row]).splitlines()[2]
     assert line.count("|") == 8 and "# <script>" in line and line.count("`") == 14
