@@ -270,7 +270,7 @@ class Speaks:
     def __init__(self, text: str):
         self.text = text
 
-    def decode(self, ids) -> str:
+    def decode(self, ids, **_) -> str:
         return self.text
 
 
