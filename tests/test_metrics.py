@@ -264,27 +264,19 @@ def test_trackers_keep_what_came_before_the_checkpoint(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
-class Speaks:
-    """A tokenizer whose text is what it is told."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def decode(self, ids, **_) -> str:
-        return self.text
-
-
 TEXTS = ["[/bold]", "[red]x", "[/]", "\\", "[link=x]a\\", "a[b]c[/b]", "[[", "]", "", "\x1b[2J", "é\n\t▸"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_thoughts_are_shown_as_they_are(values, text, capsys):
-    thought = Thought((1, 2), (-1.0, -1.0), FinishReason.CLOSE, 0, 0)
-    group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), (2,)), (thought,) * 5, 0)
-    assert thought_table(group, Speaks(text)).row_count == 4
+    tokenizer = word_tokenizer([text])
+    word = tokenizer.convert_tokens_to_ids(text)
+    thought = Thought((word,), (-1.0,), FinishReason.CLOSE, 0, 0)
+    group = Group("g", Position("d", 1, (word,), (word,)), Prompt((word,), (word,)), (thought,) * 5, 0)
+    assert thought_table(group, tokenizer).row_count == 4
     console = Console(build(values | {"console": True}), total=1, done=0, first=True)
     console.say(f"added {text}")
-    console.step(1, {"loss": 1.0, "step_time": 0.1, "eval/gain": 0.5}, [group], Speaks(text))
+    console.step(1, {"loss": 1.0, "step_time": 0.1, "eval/gain": 0.5}, [group], tokenizer)
     console.close()
     out = capsys.readouterr().out
     assert "loss 1.000" in out and "eval/gain 0.500" in out
