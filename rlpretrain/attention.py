@@ -85,8 +85,8 @@ def _attend(before: str, module: nn.Module, query: Tensor, key: Tensor, value: T
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         usual = AttentionInterface().get_interface(before, eager)
         return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if dropout or kwargs.get("s_aux") is not None:
-        raise ValueError("tree attention knows neither dropout nor attention sinks")
+    if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("tree attention knows neither dropout nor attention sinks nor position biases: packing: padded does")
     if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -81,7 +81,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         torch.set_num_threads(config.threads)
     tags = delimiters(config.objective)
     model, tokenizer, added = models.load(config.model, tags, config.seed)
-    models.check_head(model.to(ranks.device))
+    models.check_model(model.to(ranks.device))
     objective = load_objective(config, tokenizer)
     place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
     replayed = ReplaySource(Store(config.replay, ranks.rank), config.max_steps) if config.replay else None

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from rlpretrain.adapters import adapter_config, has_lora, plain_copy
+from rlpretrain.attention import PREFIX
+from rlpretrain.compat import attention_of
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.lengths import limit_of
 from rlpretrain.models import save_start
@@ -79,7 +81,9 @@ def _pool(config: PretrainConfig, model: nn.Module, objective: Objective, start:
     from rollout.ray_pool import RayEngine
 
     e = config.engine
+    kernel = attention_of(model).removeprefix(PREFIX)
     small = _where(config, start) | {"dtype": e.dtype or config.model.dtype, "batch_size": e.batch_size}
+    small |= {"attn_implementation": kernel}
     name = f"{Path(config.output_dir).resolve()}-{os.environ.get('MASTER_PORT', os.getpid())}"
     return RayEngine(
         e.of, _vllm(config, model, objective, start) if e.of == "vllm_local" else small, num_engines=e.num_engines,

@@ -69,6 +69,13 @@ def check_rows(
     `thought_tokens` is the longest thought; by default the one of the objective's setting.
     """
     names, need = names or Names(), objective.window(longest, thought_tokens)
+    proxy = getattr(objective, "proxy", None)
+    reads = limit_of(proxy.model) if proxy is not None else None
+    if reads is not None and longest > reads.tokens:
+        raise ConfigError(
+            f"objective.proxy reads whole documents, and {reads.reason}, but a document of {names.documents} has {longest} "
+            f"tokens: set {names.max_length} to at most {reads.tokens}, or take another proxy"
+        )
     if limit is None or need.row <= limit.tokens:
         return
     room = longest - (need.row - limit.tokens)

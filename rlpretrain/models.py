@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,15 @@ from rlpretrain import __version__
 from rlpretrain.adapters import adapter_config, has_lora, pieces, plain_name
 from rlpretrain.compat import INSTALL, keep_differentiable
 from rlpretrain.config import ConfigError, ModelConfig
+from rlpretrain.kernels import settle
 from rlpretrain.prompts import Delimiters, ensure_delimiters
-from rlpretrain.scoring import check_head
+from rlpretrain.randomness import checkpoint_layers
+from rlpretrain.scoring import check_head, check_model
 from rollout.weights import write_adapter
 
-__all__ = ["check_head", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model", "save_start"]
+__all__ = ["check_head", "check_model", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model", "save_start"]
+
+logger = logging.getLogger(__name__)
 
 CARD = """---
 library_name: transformers
@@ -78,7 +83,10 @@ def _no_bars() -> Iterator[None]:
 
 
 def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """The checkpoint in evaluation mode (no dropout: sampled and trained log-probs must agree); ConfigError if there is none."""
+    """The checkpoint, with nothing random in its forward: sampled and trained log-probs must agree. ConfigError if there is none.
+
+    It attends by a kernel that computes its attention (`kernels.settle`).
+    """
     form: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
         form["attn_implementation"] = config.attn_implementation
@@ -111,13 +119,12 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     broken = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if broken:
         raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")
+    if dropped := settle(model, config.attn_implementation):
+        logger.warning("%s attends by eager: the usual kernel does not compute %s", type(model).__name__, dropped)
+    model.eval()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        return model.train()
-    return model.eval()
+        checkpoint_layers(model)
+    return model
 
 
 def _quantized(config: ModelConfig) -> Any:

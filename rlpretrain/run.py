@@ -139,7 +139,7 @@ class Run(Parts):
             gains = gains_of_empty_thoughts(self.policy.score, self.frozen, batch, layout, self.ranks)
             self.metrics.add("ig/empty", gains)
         if layout.tree and "tree_difference" not in self.facts:
-            self.facts["tree_difference"] = check_tree(self.policy.score, micros[0], layout, totals, self.ranks, self.half)
+            self.facts["tree_difference"] = check_tree(self.policy, micros[0], layout, totals, self.ranks, self.half)
             self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")
         return micros
 

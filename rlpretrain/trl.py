@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,12 +30,14 @@ from rlpretrain.adapters import plain_name
 from rlpretrain.baseline import Ema, Frozen
 from rlpretrain.compat import attention_of, keep_differentiable, sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
+from rlpretrain.kernels import settle
 from rlpretrain.loop import rewards_of
 from rlpretrain.objectives import Objective, available, parse_section
 from rlpretrain.packing import Layout, count, idle, pack
 from rlpretrain.prompts import Delimiters, ensure_delimiters
+from rlpretrain.randomness import check_deterministic, in_mode, switch_off
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring import Beside, check_head, score
+from rlpretrain.scoring import Beside, check_model, score
 from rlpretrain.trl_data import COLUMNS, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset
 from rlpretrain.trl_live import LiveModel, adapters_of, evaluating, plain, ranks_of
 from rlpretrain.types import Batch
@@ -160,9 +163,11 @@ class ObjectiveReward:
         if self.baseline == "frozen" and own:
             raise ConfigError(f"baseline frozen: adapters can be turned off, but weights of the model itself are trained as well "
                               f"({own[0]}): freeze them (biases: bias='none'), or use self or none")  # fmt: skip
+        self._settle(inner, parted)
         with attention.attending_by(inner, self.attention):
             if not parted:
-                check_head(inner)
+                settle(inner)
+                check_model(inner)
             self.layout.tree = attention.install(inner) is None
             self.attention = attention_of(inner) if self.attention else None
             if peft is not None:
@@ -178,6 +183,19 @@ class ObjectiveReward:
                 if self.initial:
                     whole.load_state_dict(self.initial, strict=False)  # without buffers, and tied ones once
                 self.reference = Ema(whole, self.ema_decay) if self.baseline == "ema" else Frozen(whole)
+
+    def _settle(self, model: nn.Module, parted: bool) -> None:
+        """Let the trainer's model compute what it samples, trains and scores: nothing random, no part of attention left out."""
+        with in_mode(model, training=True):
+            off = switch_off(model, ask=not parted)
+            if not parted:
+                check_deterministic(model)
+        if off:
+            said = f"{self.__name__}: set to 0 in the model, since thoughts are scored as sampled: {', '.join(off)}"
+            warnings.warn(said, stacklevel=3)
+        if not parted and (dropped := settle(model)):
+            said = f"{self.__name__}: the model now attends by eager, since its kernel does not compute {dropped}"
+            warnings.warn(said, stacklevel=3)
 
     def __call__(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]],
                  log_metric: Callable[..., None] | None = None, log_extra: Callable[..., None] | None = None,

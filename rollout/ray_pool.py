@@ -37,8 +37,9 @@ class Worker:
             from rollout.hf import HFEngine
 
             where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
+            form = {k: v for k, v in settings.items() if k in ("dtype", "attn_implementation")}
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=settings.get("dtype", "float32"), **where)
+            model = AutoModelForCausalLM.from_pretrained(settings["model"], **{"dtype": "float32"} | form | where)
             rest = {k: v for k, v in settings.items() if k in ("batch_size",)}
             tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], **where) if settings.get("tokenizer") else None
             self.engine = HFEngine(model.eval().to(device), tokenizer=tokenizer, shares_weights=False, **rest)

@@ -50,7 +50,8 @@ LAYERS = [
     {"tree", "types", "config", "config.*", "config_io", "compat", "ranks"},
     {"sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
-    {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"},
+    {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"}
+    | {"kernels", "randomness"},
     {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records", "tag_gain"},
     {"loop", "advantages", "evaluate", "engines", "builder", "experiment", "heat"}
     | {"run_evaluation", "run_output", "run_state", "run_stop"},

@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     tags = delimiters(config.objective)
     device = join(args.device).device
     model, tokenizer, added = models.load(config.model, tags, args.seed)
-    models.check_head(model.to(device))
+    models.check_model(model.to(device))
     if added:
         print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
     frozen = None

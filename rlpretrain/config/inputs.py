@@ -23,7 +23,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the trained weights."""
     attn_implementation: str | None = None
-    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...)."""
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default one that computes the model."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless you know the author."""
     gradient_checkpointing: bool = False

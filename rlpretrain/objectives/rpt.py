@@ -170,7 +170,8 @@ class _Proxy:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False).to(device)
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(self, document: Document) -> Tensor:
