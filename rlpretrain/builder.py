@@ -12,7 +12,7 @@ from torch import nn
 
 from rlpretrain import adapters, attention, checkpoint, lengths, models
 from rlpretrain.baseline import Baseline, Frozen, make_references
-from rlpretrain.batches import BatchSource, ReplaySource
+from rlpretrain.batches import BatchSource, ReplaySource, rollouts_in
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.documents import DocumentStream
 from rlpretrain.engines import SyncProbe, make_engine, write_start
@@ -84,7 +84,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     models.check_model(model.to(ranks.device))
     objective = load_objective(config, tokenizer)
     place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
-    replayed = ReplaySource(Store(config.replay, ranks.rank), config.max_steps) if config.replay else None
+    replayed = ReplaySource(Store(rollouts_in(config.replay), ranks.rank)) if config.replay else None
     stream = None
     if replayed is None:
         stream = DocumentStream(config.data, tokenizer, min_length=objective.min_length, **place)
@@ -150,7 +150,7 @@ def count_steps(config: PretrainConfig, objective: Objective, stream: DocumentSt
                 replayed: ReplaySource | None) -> int:  # fmt: skip
     """How many steps a run of this configuration has."""
     if stream is None or replayed:
-        return replayed.planned
+        return min(config.max_steps or len(replayed.steps), len(replayed.steps))
     if config.max_steps is not None:
         return config.max_steps
     if config.data.streaming:
@@ -186,7 +186,7 @@ def _layout(config: PretrainConfig, objective: Objective, tokenizer: Any, frozen
         config.token_budget,
         sampling.cut,
         sampling.cut_penalty,
-        objective.setting.reduction,
+        config.loss.reduction,
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         tree,
         "target" in objective.needs,

@@ -60,7 +60,8 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], N
         plot(results, out / "results.svg")
     except ImportError:
         say('no plot: pip install "rlpretrain[plot]"')
-    return results
+        return results | {"plotted": False}
+    return results | {"plotted": True}
 
 
 def check(experiment: Experiment, where: Path) -> None:

@@ -7,16 +7,20 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
 
+from rlpretrain.floors import refuse_older
 from rollout.weights import complete, parameters_of
+
+refuse_older()  # at the start of whatever computes
 
 INSTALL = {name: f'pip install "rlpretrain[{name}]"' for name in ("deepspeed", "vllm", "ray", "trl", "peft", "qlora", "eval")}
 
@@ -32,6 +36,17 @@ class Head:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+
+@contextmanager
+def without_notices() -> Iterator[None]:
+    """Without transformers' notices, errors aside."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def fill_vocabulary(tokenizer: Any) -> None:

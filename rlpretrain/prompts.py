@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AddedToken, PreTrainedModel
 
-from rlpretrain.compat import fill_vocabulary
+from rlpretrain.compat import fill_vocabulary, without_notices
 from rlpretrain.config import ConfigError
 from rollout.types import Position, Prompt
 
@@ -72,7 +72,8 @@ def ensure_delimiters(tokenizer: Any, model: PreTrainedModel | None = None, deli
         return added
     rows = model.get_input_embeddings().weight.shape[0]
     if (size := table_size(tokenizer)) > rows:
-        model.resize_token_embeddings(size, mean_resizing=True)
+        with without_notices():  # of how the new rows begin, which is meant
+            model.resize_token_embeddings(size, mean_resizing=True)
     in_use = [i for i in used if i < rows]
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     with torch.no_grad():

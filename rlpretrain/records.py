@@ -51,3 +51,13 @@ def keep_batch(folder: Path, step: int, rank: int, reason: str | None, groups: S
     kept = {"step": step, "reason": reason, "groups": [asdict(g) for g in groups],
             "documents": [asdict(d) for d in {d.id: d for d in documents}.values()]}  # fmt: skip
     write_json(folder / "nonfinite" / f"step-{step}-rank-{rank}.json", kept)
+
+
+def nothing_learnt(stopped: str | None, skipped: int, steps: int, folder: Path) -> str | None:
+    """Why a run has no model worth saving: it stopped at NaN or inf, or skipped every step."""
+    if stopped and stopped.startswith("nonfinite"):
+        return stopped
+    if not skipped or skipped < steps:
+        return None
+    return (f"nonfinite: all {steps} steps were skipped, so no model is saved: its weights would be those of the beginning; the "
+            f"batches are in {folder / 'nonfinite'}")  # fmt: skip

@@ -110,7 +110,6 @@ class Run(Parts):
         begin = time.perf_counter()
         ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
-        self.objective.progress = batch.progress
         self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
         lie_down(self.config, self.engine)
         self.timer.rollout = time.perf_counter() - begin
@@ -227,8 +226,8 @@ class Run(Parts):
 
     def end(self) -> dict[str, Any]:
         """Save the final model: the best checkpoint's after a collapse, else the last."""
-        if self.stopped and self.stopped.startswith("nonfinite"):
-            raise Diverged(self.stopped)
+        if why := records.nothing_learnt(self.stopped, self.skipped, self.step, self.folder):
+            raise Diverged(why)
         return run_output.end(self)
 
     def close(self) -> None:

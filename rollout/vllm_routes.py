@@ -19,6 +19,16 @@ SUPPORTED = ((0, 30), (0, 33))
 class EngineUnavailable(RuntimeError):
     """No server answered within the deadline; the message says what each of them said last."""
 
+    says_all = True  # a command line prints the message without a traceback
+
+
+class Refused(EngineUnavailable):
+    """A server refuses for good: asked again it would say the same. The message says what to do."""
+
+
+TRANSIENT = (408, 425, 429)
+"""Answers of the 4xx kind that another time may turn out otherwise."""
+
 
 @dataclass
 class Server:
@@ -33,26 +43,63 @@ class Server:
     card: dict[str, Any] = field(default_factory=dict)  # what it says of its model: id and max_model_len
     client: Any = field(default=None, repr=False)
     group: Any = field(default=None, repr=False)  # its NCCL group
+    ours: bool = False  # `rlpretrain serve`, not vLLM's own server
+    stuck: int = 0  # how often it said no to the weights, in the same words
+
+    def says_no(self, error: Exception) -> None:
+        """Note an error; one for good, or the same again from a server that is healthy, is not waited out."""
+        same = isinstance(error, EngineUnavailable) and str(error) in self.last_error
+        self.stuck = 2 if isinstance(error, Refused) else self.stuck + 1 if same else int(isinstance(error, EngineUnavailable))
+        self.last_error = str(error) if isinstance(error, EngineUnavailable) else repr(error)
 
     async def healthy(self, timeout: float | None = None) -> bool:
         """Whether it says so; connection errors are the caller's."""
         answer = await self.client.get("/health", **({"timeout": timeout} if timeout else {}))
         return answer.status_code == 200
 
-    async def check(self) -> None:
+    async def check(self, vocabulary: int | None = None, folder: Path | None = None) -> None:
         """Refuse at the start what would fail at the first sync, and note its model's card."""
         answer = await self.client.get("/version")
         if answer.status_code in (401, 403):
-            raise EngineUnavailable(f"{self.url} refuses the token (engine.token_file): {answer.text[:200]}")
+            raise Refused(f"{self.url} refuses the token (engine.token_file): {answer.text[:200]}")
         facts = answer.json() if answer.status_code == 200 else {}
-        ours = facts.get("server") == "rlpretrain"  # rollout/service.py: the same routes
+        ours = self.ours = facts.get("server") == "rlpretrain"  # rollout/service.py: the same routes
         said, (low, high) = facts.get("version", "unknown"), SUPPORTED
         if not ours and not low <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < high:
             words = " to below ".join(".".join(map(str, version)) for version in SUPPORTED)
-            raise EngineUnavailable(f"{self.url} runs vLLM {said}; its routes are known from {words}")
+            raise Refused(f"{self.url} runs vLLM {said}; its routes are known from {words}")
         if not ours and (await self.client.get("/is_paused")).status_code == 404:
-            raise EngineUnavailable(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
+            raise Refused(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
         self.card = (await self.client.get("/v1/models")).json()["data"][0]
+        if vocabulary is not None:
+            await self.check_vocabulary(vocabulary)
+        if folder is not None and self.ours:
+            await self.check_folder(folder)
+
+    async def check_vocabulary(self, size: int) -> None:
+        """Refused unless the server's model knows the id `size - 1` and no id from `size` on: it would not take the weights."""
+        params = SamplingParams(1, temperature=0.0)
+        last = await self.client.post("/v1/completions", json=completion(self.card["id"], Prompt((size - 1,), ()), params, 1, 0))
+        more = await self.client.post("/v1/completions", json=completion(self.card["id"], Prompt((size,), ()), params, 1, 0))
+        if last.status_code == 400 or more.status_code == 200:
+            raise Refused(
+                f"{self.url} serves a model of {'more' if more.status_code == 200 else 'fewer'} than {size} tokens, and this run "
+                f"trains one of {size}: both must begin with the same checkpoint. Where the run adds the tags of a thought, "
+                "write a base that has them (rlpretrain tag MODEL --out DIR), serve DIR and train from it"
+            )
+
+    async def check_folder(self, folder: Path) -> None:
+        """Refused if our own service may not read the folder that weights pass through; vLLM's server reads any path."""
+        probe = folder / ".probe"
+        probe.mkdir(parents=True, exist_ok=True)
+        try:
+            what = {"method": "reload_weights", "kwargs": {"weights_path": str(probe.resolve())}}
+            answer = await self.client.post("/collective_rpc", json=what)  # 400: it is empty, as it should be
+        finally:
+            probe.rmdir()
+        if answer.status_code == 403:
+            raise Refused(f"{self.url} may not read engine.weights_dir, {folder.resolve()}: {_message(answer)}. Start it with "
+                          "--weights-dir, a folder that engine.weights_dir is or lies in")  # fmt: skip
 
     async def load_weights(self, folder: Path, mark: str) -> None:
         """Pause, load, empty the caches, note the mark, resume."""
@@ -85,11 +132,30 @@ class Server:
         return answer.status_code == 200 and answer.json().get("weight_version") == mark
 
     async def ask(self, route: str, **what: Any) -> Any:
-        """POST; EngineUnavailable for every answer but 200."""
+        """POST; EngineUnavailable for every answer but 200, Refused where asking again cannot help."""
         answer = await self.client.post(route, **what)
         if answer.status_code != 200:
-            raise EngineUnavailable(f"{self.url}{route} answered {answer.status_code}: {answer.text[:300]}")
+            for_good = 400 <= answer.status_code < 500 and answer.status_code not in TRANSIENT
+            kind = Refused if for_good else EngineUnavailable
+            raise kind(f"{self.url}{route} answered {answer.status_code}: {_message(answer)}")
         return answer
+
+
+def body_of(answer: Any) -> Any:
+    """The body of an answer; KeyError, as for one of another form, where it is no JSON: the server's fault, not the caller's."""
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise KeyError(f"an answer that is no JSON: {error}") from None
+
+
+def _message(answer: Any) -> str:
+    """What an error says, in a line."""
+    try:
+        said = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        said = answer.text
+    return " ".join(str(said).split())[:300]
 
 
 def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:

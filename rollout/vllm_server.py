@@ -5,15 +5,14 @@ Start each with
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm \
         --dtype float32 --max-num-seqs 256
 
-(with the CPU build: `python -m vllm.entrypoints.openai.api_server --model MODEL ... --no-enable-chunked-prefill`, without which
-vLLM 0.32 dies of seeded requests on a CPU as soon as it reads a prompt in pieces). The dev mode opens the
-routes that weights need; keep such a server on a private network. Weights travel as safetensors through `weights_dir`, a
-folder that trainer and servers share (shared memory on one machine).
+(with the CPU build as docs/rollout.md has it). The dev mode opens the routes that weights need; keep such a server on a private
+network. Weights travel as safetensors through `weights_dir`, a folder that trainer and servers share.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import shutil
 import threading
@@ -29,10 +28,13 @@ import torch
 
 from rollout.engine import check_request
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
-from rollout.vllm_routes import EngineUnavailable, Server, completion, thoughts
+from rollout.vllm_routes import EngineUnavailable, Refused, Server, body_of, completion, thoughts
 from rollout.weights import complete, parameters_of, write_weights
 
+log = logging.getLogger(__name__)
 INSTALL = 'pip install "rlpretrain[server]"'
+EVERY = 10.0
+"""Seconds between two lines that say who is waited for."""
 GRACE = 30.0
 """Seconds that servers still starting have, at the beginning, once one of them answers; they are taken in later too."""
 
@@ -46,9 +48,10 @@ class VLLMServerEngine:
     and up to eight times as many, and taken back with the present weights. `request_timeout` is for one answer; after `deadline`
     seconds without any server that works, `sample` and `sync` raise EngineUnavailable. `transfer` nccl sends weights from GPU to
     GPU instead (see `vllm_nccl`; the servers reach this process at `master_address`). `lead` is false on the ranks that leave
-    weights to rank 0; `share` gives all ranks rank 0's value, and lets the others wait for it.
-
-    All calls run on one event loop in a thread of its own, so any thread and any loop may `sample`.
+    weights to rank 0; `share` gives all ranks rank 0's value, and lets the others wait for it. `vocabulary` is the number of
+    tokens of the model that is trained. `say` hears now and then who is waited for, and for how long still. What all servers
+    refuse for good (a table of another size, a folder they may not read) raises at once. All calls run on one event loop in a
+    thread of its own, so any thread and any loop may `sample`.
     """
 
     shares_weights = False
@@ -57,6 +60,7 @@ class VLLMServerEngine:
                  trust_remote_code: bool = False, token: str | None = None, concurrency: int = 64, request_timeout: float = 120.0,
                  deadline: float = 300.0, patience: float = 1.0, version: int = 0, block_size: int | None = None,
                  transfer: str = "file", master_address: str | None = None, lead: bool = True,
+                 vocabulary: int | None = None, say: Callable[[str], None] = log.warning,
                  share: Callable[[Any], Any] = lambda value: value) -> None:  # fmt: skip
         try:
             import httpx
@@ -70,6 +74,7 @@ class VLLMServerEngine:
         self.weights_dir, self.concurrency, self.deadline, self.patience = Path(weights_dir), concurrency, deadline, patience
         self.request_timeout, self.lead, self.share = request_timeout, lead, share
         self._short = min(10.0, request_timeout)  # for questions that cost a server nothing
+        self.vocabulary, self.say, self._said = vocabulary, say, 0.0
         self.block_size = block_size or 128  # the largest that servers choose by themselves
         self.timings: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
@@ -190,7 +195,8 @@ class VLLMServerEngine:
         for server in self.servers:
             server.client = self._httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits,
                                                     timeout=self.request_timeout)  # fmt: skip
-        begun = [asyncio.ensure_future(self._wait_for(server)) for server in self.servers]
+        end = time.monotonic() + self.deadline
+        begun = [asyncio.ensure_future(self._wait_for(server, end)) for server in self.servers]
         first, _ = await asyncio.wait(begun, timeout=self.deadline, return_when=asyncio.FIRST_COMPLETED)
         if first:
             await asyncio.wait(begun, timeout=GRACE)
@@ -200,14 +206,14 @@ class VLLMServerEngine:
         if not there:
             raise EngineUnavailable(f"no vLLM server answered within {self.deadline:.0f} s ({self._last_words()})")
         for server in there:
-            await server.check()
+            await server.check(self.vocabulary, self.weights_dir if self.transfer == "file" and self.lead else None)
         self.model = there[0].card["id"]
         self.max_model_len: int = min(s.card["max_model_len"] for s in there)
         for server in self.servers:
             server.alive = server in there
         self._nurses = [asyncio.ensure_future(self._take_back(server)) for server in self.servers]
 
-    async def _wait_for(self, server: Server) -> None:
+    async def _wait_for(self, server: Server, end: float) -> None:
         """Until a server that is starting answers."""
         while True:
             try:
@@ -216,7 +222,15 @@ class VLLMServerEngine:
                 server.last_error = "not healthy"
             except self._httpx.TransportError as error:
                 server.last_error = repr(error)
-            await asyncio.sleep(self.patience)
+            await self._pause(self.patience, end)
+
+    async def _pause(self, seconds: float, end: float) -> None:
+        """Wait a moment, and now and then say for whom."""
+        now = time.monotonic()
+        if now - self._said > EVERY and end - now < self.deadline - 1:
+            self._said = now
+            self.say(f"waiting for vLLM servers, {max(0.0, end - now):.0f} s more (engine.deadline): {self._last_words()}")
+        await asyncio.sleep(seconds)
 
     async def _sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]) -> list[list[Thought]]:
         groups: list[list[Thought]] = [[] for _ in prompts]
@@ -269,7 +283,7 @@ class VLLMServerEngine:
                     answer = await server.client.post("/v1/completions", json=request)
                     if answer.status_code == 200:
                         self._answered = time.monotonic()
-                        found = thoughts(_json(answer), prompt, params, seed, version)
+                        found = thoughts(body_of(answer), prompt, params, seed, version)
                         if found is not None:
                             return found, server
                         server.last_error = "it aborted a request"
@@ -304,10 +318,15 @@ class VLLMServerEngine:
 
     async def _least_loaded(self, end: float) -> Server:
         while not (working := [s for s in self.servers if s.alive]):
+            if self._hopeless():
+                raise Refused(f"no vLLM server takes the present weights ({self._last_words()})")
             if time.monotonic() > max(end, self._answered + self.deadline):
                 raise EngineUnavailable(f"no vLLM server works, for {self.deadline:.0f} s ({self._last_words()})")
-            await asyncio.sleep(self.patience / 4)
+            await self._pause(self.patience / 4, max(end, self._answered + self.deadline))
         return min(working, key=lambda s: s.load)
+
+    def _hopeless(self) -> bool:
+        return all(s.stuck > 1 for s in self.servers)
 
     def _failed(self, server: Server, why: str) -> None:
         """Leave a server out until it is healthy again."""
@@ -328,7 +347,7 @@ class VLLMServerEngine:
                 if not await server.healthy(self._short):
                     continue
                 if not server.card:  # it was not there at the beginning
-                    await server.check()
+                    await server.check(self.vocabulary)
                 if server.card["max_model_len"] < self.max_model_len:
                     raise EngineUnavailable(f"it reads {server.card['max_model_len']} tokens, the others {self.max_model_len}")
                 mark = self._mark
@@ -337,10 +356,10 @@ class VLLMServerEngine:
                         continue  # rank 0 will give it the weights
                     await self._load(server, mark)
                 if mark == self._mark:  # else there are newer weights by now
-                    server.alive = True
+                    server.alive, server.stuck = True, 0
                     self.counts["servers_taken_back"] += 1
             except Exception as error:  # whatever it says, the others go on
-                server.last_error = repr(error)
+                server.says_no(error)
 
     async def _sync(self, version: int) -> None:
         begin = time.perf_counter()
@@ -358,14 +377,19 @@ class VLLMServerEngine:
             self._open.set()
         end = time.monotonic() + self.deadline
         while self.lead and not any(s.alive for s in self.servers):  # the first that comes back is given these weights
-            if time.monotonic() > end:
+            if time.monotonic() > end or self._hopeless():
                 raise EngineUnavailable(f"no vLLM server took the weights of version {version} ({self._last_words()})")
-            await asyncio.sleep(self.patience / 4)
+            await self._pause(self.patience / 4, end)
         self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
 
     async def _load_or_leave(self, server: Server, mark: str) -> None:
         try:
             await self._load(server, mark)
+        except Refused as error:
+            self._failed(server, str(error))
+            server.says_no(error)
+            if not self._synced:
+                raise
         except (self._httpx.HTTPError, EngineUnavailable, TimeoutError) as error:
             self._failed(server, repr(error))
 
@@ -374,11 +398,3 @@ class VLLMServerEngine:
             return await server.receive_weights(self._state, mark, self.master_address, self.request_timeout)
         assert self._folder is not None
         await server.load_weights(self._folder.resolve(), mark)
-
-
-def _json(answer: Any) -> Any:
-    """The body of an answer; KeyError, as for one of another form, where it is no JSON: the server's fault, not the caller's."""
-    try:
-        return answer.json()
-    except ValueError as error:
-        raise KeyError(f"an answer that is no JSON: {error}") from None

@@ -139,6 +139,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 class StaleWeights(RuntimeError):
     """An engine does not sample from the weights it was given."""
 
+    says_all = True  # a command line prints the message without a traceback
+
 
 class Probe:
     """Shows after every sync that an engine samples from the policy's weights: a few tokens, and what the trainer makes of them.

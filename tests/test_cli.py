@@ -22,8 +22,12 @@ def config(values, tmp_path) -> str:
 
 
 def said(capsys) -> dict:
-    """What a training run printed last."""
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    """What a training run came to: its last line is short, and names the file with the numbers."""
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert len(last) < 400 and "{" not in last
+    result = json.loads(Path(last.rpartition("numbers: ")[2]).read_text())
+    assert last.startswith(f"{result['steps']} steps") and f"model: {result['model']}" in last
+    return result
 
 
 def test_corpus(tmp_path, capsys):

@@ -53,10 +53,14 @@ def test_only_sampling_then_only_training(values, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(merged(values, max_steps=3, output_dir=str(tmp_path / "sampled"))))
     assert cli.main(["rollout", str(file)]) == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = capsys.readouterr().out.splitlines()[-1]
+    said = json.loads((tmp_path / "sampled" / "result.json").read_text())
+    assert last == (f"3 steps, 12 groups; train on them: --replay {tmp_path / 'sampled'}; "
+                    f"numbers: {tmp_path / 'sampled' / 'result.json'}")  # fmt: skip
     assert said == {"steps": 3, "groups": 12, "rollouts": str(tmp_path / "sampled" / "rollouts")}
     assert not (tmp_path / "sampled" / "model").exists()
-    assert cli.main(["train", str(file), "--output_dir", str(tmp_path / "t"), "--replay", said["rollouts"]]) == 0
+    words = ["--output_dir", str(tmp_path / "t"), "--replay", str(tmp_path / "sampled")]
+    assert cli.main(["train", str(file), *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
     assert "sampling/raw_max" not in rows[0] and all(row["sampling/raw_max"] != 1 for row in rows[1:])
 

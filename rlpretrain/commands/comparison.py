@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +20,11 @@ def register(commands: Any) -> None:
 
 def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain compare EXPERIMENT.yaml`."""
-    from rich.console import Console
-
+    from rlpretrain.commands.tables import show
     from rlpretrain.compare import compare as run
     from rlpretrain.compare import table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    results = run(args.experiment, jobs=args.jobs, say=console.print)
-    console.print(table(results))
-    console.print(f"numbers: {results['folder']}/results.json, .csv, .svg")
+    results = run(args.experiment, jobs=args.jobs, say=lambda line: print(line, flush=True))
+    show(table(results))
+    print(f"numbers: {results['folder']}/results.json, .csv" + (", .svg" if results["plotted"] else ""))
     return 0

@@ -36,10 +36,10 @@ def register(commands: Any) -> None:
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and without thinking."""
-    from rich.console import Console
     from rich.table import Table
 
     from rlpretrain import models
+    from rlpretrain.commands.tables import show
     from rlpretrain.config import io as c
     from rlpretrain.documents import read_all
     from rlpretrain.evaluate import MEANING, by_meta
@@ -88,7 +88,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         if name in results["all"]:
             cells = [f"{r[name]:.3f} [{r[f'{name}_ci'][0]:.3f}, {r[f'{name}_ci'][1]:.3f}]" for r in results.values()]
             table.add_row(name, *cells, MEANING[name])
-    Console().print(table)
+    show(table)
     if args.json:
         write_json(Path(args.json), results)
     return 0

@@ -21,9 +21,8 @@ def _doctor() -> int:
 
 
 def _metrics() -> int:
-    from rich.console import Console
-
+    from rlpretrain.commands.tables import show
     from rlpretrain.metrics import table
 
-    Console().print(table())
+    show(table())
     return 0

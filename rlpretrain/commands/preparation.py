@@ -1,4 +1,4 @@
-"""`rlpretrain prepare`."""
+"""`rlpretrain prepare` and `rlpretrain tag`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain.commands.arguments import count, objective_section, path, seed
+from rlpretrain.config import ConfigError
 
 
 def register(commands: Any) -> None:
-    """Add `prepare` to the command line."""
+    """Add `prepare` and `tag` to the command line."""
     p = commands.add_parser("prepare", help="what `trl grpo` takes from disk: a checkpoint that knows thoughts, and prompts",
                             description="Writes OUT/model and OUT/prompts; docs/trl.md has the rest.")  # fmt: skip
     p.add_argument("model", type=path, help="hub id or folder")
@@ -28,6 +29,17 @@ def register(commands: Any) -> None:
     p.add_argument("--seed", type=seed, default=0)
     p.set_defaults(command=prepare)
 
+    p = commands.add_parser("tag", help="a base checkpoint that knows the tags of a thought: what servers and trainer begin with",
+                            description="Writes OUT, an ordinary checkpoint folder.")  # fmt: skip
+    p.add_argument("model", type=path, help="hub id or folder")
+    p.add_argument("--out", type=path, required=True, help="folder to write")
+    p.add_argument("--objective", default="{name: rlp}", help="the objective section (its tags), or a YAML file that has it")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the written weights")
+    p.add_argument("--revision", help="branch, tag or commit on the hub")
+    p.add_argument("--trust-remote-code", action="store_true")
+    p.add_argument("--seed", type=seed, default=0)
+    p.set_defaults(command=tag)
+
 
 def prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain prepare MODEL --out DIR --data FILE`."""
@@ -41,4 +53,23 @@ def prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     added = found.pop("added")
     print(f"model    {Path(args.out) / 'model'}" + (f", new to it: {', '.join(added)}" if added else ""))
     print(f"prompts  {Path(args.out) / 'prompts'}, " + ", ".join(f"{split}: {n}" for split, n in found.items()))
+    return 0
+
+
+def tag(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`rlpretrain tag MODEL --out DIR`."""
+    from rlpretrain import models
+    from rlpretrain.config import ModelConfig
+    from rlpretrain.objectives import delimiters
+
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists already: remove it, or choose another folder")
+    section = objective_section(args.objective)
+    if (tags := delimiters(section)) is None:
+        raise ConfigError(f"objective {section['name']} has no thoughts, so no tags")
+    config = ModelConfig(path=args.model, revision=args.revision, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model, tokenizer, added = models.load(config, tags, args.seed)
+    models.save_start(model, tokenizer, out)
+    print(f"{out}: " + (f"new to it: {', '.join(added)}" if added else f"a copy, it knew {tags.open} and {tags.close} already"))
     return 0

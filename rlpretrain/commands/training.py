@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ def register(commands: Any) -> None:
     p.add_argument("config", type=path, nargs="?", help="YAML file")
     p.add_argument("--resume", nargs="?", type=path, const="auto", help="auto (the newest usable checkpoint), or its folder")
     p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
-    p.add_argument("--fields", action="store_true", help="list every field with default and meaning, also of CONFIG's objective")
+    p.add_argument("--fields", nargs="?", const="", metavar="SECTION",
+                   help="list every field, or a section's, with default and meaning, also of CONFIG's objective")  # fmt: skip
     p.set_defaults(command=train, takes_fields=True)
 
     p = commands.add_parser("rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False)
@@ -34,8 +34,10 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.config import io as c
     from rlpretrain.objectives import config_of
 
-    if args.fields:
-        _print_fields(c, c.load(args.config, rest, config_of).objective.get("name", "rlp") if args.config else None)
+    if args.fields is not None:
+        if Path(args.fields).suffix in (".yaml", ".yml"):  # --fields CONFIG.yaml
+            args.config, args.fields = args.fields, ""
+        _print_fields(args.fields, c.load(args.config, rest, config_of).objective.get("name", "rlp") if args.config else None)
         return 0
     if not args.config:
         raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
@@ -53,7 +55,7 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+        _end(config.output_dir, result, f"{_trained(result)}; model: {result['model']}")
     return 0
 
 
@@ -63,20 +65,50 @@ def rollout(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.objectives import config_of
     from rlpretrain.pretrainer import Pretrainer
 
-    print(json.dumps(Pretrainer(c.load(args.config, rest, config_of)).rollout()))
+    config = c.load(args.config, rest, config_of)
+    result = Pretrainer(config).rollout()
+    kept = f"{result['steps']} steps, {result['groups']} groups"
+    _end(config.output_dir, result, f"{kept}; train on them: --replay {config.output_dir}")
     return 0
 
 
-def _print_fields(c: Any, used: str | None) -> None:
-    from rich.console import Console
+def _end(folder: str, result: dict[str, Any], summary: str) -> None:
+    """What came of a run: the last line says it, result.json has the numbers."""
+    from rlpretrain.records import write_json
+
+    file = Path(folder) / "result.json"
+    write_json(file, {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()})
+    print(f"{summary}; numbers: {file}", flush=True)
+
+
+def _trained(result: dict[str, Any]) -> str:
+    """Steps, and the gain in the most honest form there is."""
+    said = f"{result['steps']} steps" + (f" (stopped: {result['stopped']})" if result["stopped"] else "")
+    gains = {"eval/gain_frozen": "held-out gain", "ig/frozen": "gain", "ig/self": "gain", "ntp/loss": "next-token loss"}
+    name = next((name for name in gains if name in result), None)
+    skipped = result.get("run/skipped_steps")
+    said += f" ({skipped:.0f} skipped: NaN or inf)" if skipped else ""
+    return said + (f", {gains[name]} {result[name]:.3f} nats" if name else "")
+
+
+def _print_fields(only: str, used: str | None) -> None:
+    """Every field, or those under the dotted name `only`."""
     from rich.table import Table
 
+    from rlpretrain.commands.tables import show
+    from rlpretrain.config import PretrainConfig, names
+    from rlpretrain.config.io import describe
     from rlpretrain.objectives import available, find
 
-    table = Table("field", "default", "meaning")
-    for row in c.describe(c.PretrainConfig):
-        table.add_row(*row)
+    rows = describe(PretrainConfig)
     for name in dict.fromkeys([*available(), *filter(None, [used])]):
-        for field, default, text in c.describe(find(name).Config):
-            table.add_row(f"objective.{field} ({name})", default, text)
-    Console().print(table)
+        rows += [(f"objective.{field} ({name})", default, text) for field, default, text in describe(find(name).Config)]
+    wanted = [row for row in rows if not only or f"{row[0]}.".startswith((f"{only}.", f"{only} "))]
+    if not wanted:
+        known = [row[0].split(" ")[0] for row in rows]
+        near = names.hint(only, sorted({name.split(".")[0] for name in known}), known)
+        raise ConfigError(f"--fields {only}: no such section or field: {near}")
+    table = Table("field", "default", "meaning")
+    for row in wanted:
+        table.add_row(*row)
+    show(table)

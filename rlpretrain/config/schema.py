@@ -87,10 +87,8 @@ class LossConfig:
     """Weight of the interleaved next-token loss on the documents. 0 in the paper."""
     reader_coef: float = 0.1
     """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0 there)."""
-    reduction: Literal["auto", "thought_mean", "token_mean", "sum"] = "auto"
-    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens.
-    sum: sum over a thought's tokens, then the mean over thoughts, which is the policy gradient itself. auto: what the
-    objective's paper has: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else thought_mean."""
+    reduction: Literal["thought_mean", "token_mean"] = "thought_mean"
+    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens."""
     importance_cap: Amount = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
     inner_epochs: Count = 1
@@ -217,7 +215,8 @@ class PretrainConfig:
     save_rollouts: bool = False
     """Keep every step's groups and documents as parquet under output_dir/rollouts."""
     replay: PathText | None = None
-    """Folder of kept rollouts to train on; nothing is sampled. `max_steps` is at most the number of steps it holds."""
+    """Folder of a run that kept its rollouts, or of these alone: they are trained on, nothing is sampled. `max_steps` is at most
+    the number of steps it holds."""
     push_to_hub: str | None = None
     """Hub id for the final model."""
 

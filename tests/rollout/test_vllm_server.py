@@ -18,7 +18,10 @@ from tests.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytest.importorskip("httpx")
-from rollout.vllm_routes import Server  # noqa: E402
+from rollout.vllm_routes import (
+    Refused,  # noqa: E402
+    Server,  # noqa: E402
+)
 from rollout.vllm_server import EngineUnavailable, VLLMServerEngine  # noqa: E402
 from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
 
@@ -288,3 +291,21 @@ def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, mon
         VLLMServerEngine([server.url], **settings)
     with pytest.raises(ValueError, match="needs the URL of at least one server"):
         VLLMServerEngine([], **settings)
+
+
+def test_a_table_of_another_size_is_refused_before_any_weights_travel(make, server):
+    """issue 15.22, with vLLM's own server: it took no weights of another shape, and was asked for ten minutes."""
+    assert sample(make(server.url, vocabulary=VOCABULARY), prompts_of([4]))
+    for size, word in ((VOCABULARY + 2, "fewer"), (VOCABULARY - 1, "more")):
+        with pytest.raises(Refused, match=f"of {word} than {size} tokens.*rlpretrain tag MODEL --out DIR"):
+            make(server.url, vocabulary=size)
+
+
+def test_weights_that_a_healthy_server_cannot_load_are_not_tried_until_the_deadline(make, model, server, monkeypatch):
+    """issue 15.22: the folder is not where the server looks. Last in this file: nobody knows what the server has then."""
+    engine = make(server.url, deadline=120.0)
+    monkeypatch.setattr("rollout.vllm_server.write_weights", lambda folder, state: None)
+    begin = time.monotonic()
+    with pytest.raises(EngineUnavailable, match="no vLLM server took the weights of version 1 .*collective_rpc answered"):
+        engine.sync(weights_of(model), 1)
+    assert time.monotonic() - begin < 60
