@@ -31,6 +31,7 @@ from rlpretrain.baseline import Ema, Frozen
 from rlpretrain.compat import attention_of, keep_differentiable, sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.kernels import settle
+from rlpretrain.lengths import limit_of
 from rlpretrain.loop import rewards_of
 from rlpretrain.objectives import Objective, available, parse_section
 from rlpretrain.packing import Layout, count, idle, pack
@@ -38,8 +39,17 @@ from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.randomness import check_deterministic, in_mode, switch_off
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import Beside, check_model, score
-from rlpretrain.trl_data import COLUMNS, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset
+from rlpretrain.trl_data import (
+    COLUMNS,
+    LONGEST,
+    check_end,
+    check_tags,
+    end_with_thought,
+    fields_of_prompts,
+    to_prompt_dataset,
+)
 from rlpretrain.trl_live import LiveModel, adapters_of, evaluating, plain, ranks_of
+from rlpretrain.trl_prompts import check_lengths, check_prompts, longest_row
 from rlpretrain.types import Batch
 from rollout.types import FinishReason, Group, Position, Thought
 
@@ -90,6 +100,7 @@ class ObjectiveReward:
         self.reference: Frozen | None = None
         self.scored: tuple[Sequence[Group], dict[str, np.ndarray]] = ((), {})
         self.attention: str | None = None  # of the scoring where one rank does it, in a trainer whose own it cannot use
+        self.longest: list[int] = []  # tokens of context and target in the datasets made here
         self.callback, self.late, self.trainer = LiveModel(self), tokenizer is None, None
         self.added: list[str] = []
         if self.late:
@@ -131,6 +142,10 @@ class ObjectiveReward:
             if tuple(tokenizer(prompt)["input_ids"]) != expected:
                 raise ConfigError(f"{self.__name__}: by its settings the first prompt would be {tokenizer.decode(expected)!r}: "
                                   "give it the template and tags that the prompts were made with")  # fmt: skip
+        held = trainer.eval_dataset
+        sets = [trainer.train_dataset, *(held.values() if isinstance(held, Mapping) else [held])]
+        self.longest += [longest_row(data) for data in sets]
+        check_lengths(self.objective, limit_of(plain(trainer.model)), self.longest, trainer.args)
         self.trainer, self.reference = trainer, None
         if trainer.state.global_step and self.baseline in ("frozen", "ema") and not adapters_of(trainer.model):
             raise ConfigError(f"baseline {self.baseline}: this run was resumed, and a reward without its callback does not know "
@@ -143,7 +158,10 @@ class ObjectiveReward:
         """`to_prompt_dataset` for this objective."""
         if self.late:
             raise ConfigError("a reward without a tokenizer makes no prompts: give it one, or use `rlpretrain prepare`")
-        return to_prompt_dataset(documents, self.tokenizer, objective=self.objective, **settings)
+        data = to_prompt_dataset(documents, self.tokenizer, objective=self.objective, **settings)
+        known = hasattr(data, "__len__")  # of a stream only the limit
+        self.longest.append(longest_row(data) if known else settings.get("max_length", LONGEST))
+        return data
 
     def watch(self, model: nn.Module) -> None:
         """The model to score with: what the callback is given when training begins."""
@@ -217,7 +235,12 @@ class ObjectiveReward:
         if self.__name__ in columns and self._scored_here(columns):  # by `Rollouts`
             (groups, gains), rewards = self.scored, list(columns[self.__name__])
         else:
-            groups = _wait(self.objective.rewarded(None, self.groups(completion_ids, columns)))
+            groups = self.groups(completion_ids, columns)
+            own = getattr(trainer, "prompts_by_ids", False) or getattr(trainer, "rollout_func", None) is not None
+            if trainer is not None and not own:
+                expected = [group.prompt.token_ids for group in groups for _ in group.thoughts]
+                check_prompts(trainer.processing_class, prompts, expected)
+            groups = _wait(self.objective.rewarded(None, groups))
             rewards, gains = self.rewards(groups)
         if log_metric is not None:
             self.log(groups, gains, log_metric)

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from rlpretrain.compat import INSTALL
 from rlpretrain.config import ConfigError
+from rlpretrain.lengths import check_engine, check_rows, limit_of
 from rlpretrain.objectives import Setting
 from rlpretrain.trl import COLUMNS, ObjectiveReward
-from rlpretrain.trl_rollout import position_of
+from rlpretrain.trl_live import plain
+from rlpretrain.trl_prompts import NAMES, longest_row, position_of
 from rollout.engine import Engine
 from rollout.hf import HFEngine
 from rollout.queue import Rollout, RolloutQueue
@@ -60,6 +62,7 @@ class AsyncRollouts:
             raise ImportError(f"AsyncRollouts needs TRL with its asynchronous trainer: {INSTALL['trl']}") from error
         _check(reward, engine, dataset, args)
         reward.attention = attention
+        reward.longest.append(longest_row(dataset))
         self.reward, self.args, self.seed, self.sample = reward, args, seed, RolloutSample
         self.engine: Any = engine
         self.version = 0
@@ -80,7 +83,10 @@ class AsyncRollouts:
             raise RuntimeError("AsyncRollouts has no model to score with: pass callbacks=[reward.callback] to the trainer")
         a, eos = self.args, self.reward.tokenizer.eos_token_id
         params = SamplingParams(a.max_completion_length, a.temperature, a.top_p, max(a.top_k, 0), () if eos is None else (eos,))
-        self.reward.objective.setting = Setting(params, a.num_generations, 0.0)
+        objective, longest = self.reward.objective, max(self.reward.longest)
+        objective.setting = Setting(params, a.num_generations, 0.0)
+        check_rows(objective, longest, limit_of(plain(self.reward.model)), NAMES)
+        check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
         self.ahead = max(1, a.max_inflight_tasks // a.num_generations)
         alone = isinstance(self.engine, HFEngine)  # computes in its caller's thread: more at a time would only delay a pause
         self.queue = RolloutQueue(1 if alone else self.ahead, a.heartbeat_stale_after_s)

@@ -18,25 +18,31 @@ from rlpretrain.documents import read_all
 from rlpretrain.objectives import Config, delimiters, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.sources import Cutter
+from rlpretrain.trl_prompts import JUDGED, PromptWriter
 from rlpretrain.types import Document
 
 COLUMNS = ("prompt", "document_id", "position", "context_ids", "target_ids", "suffix_ids")
 """Of a prompt dataset; TRL hands all but the first to reward functions as they are."""
+LONGEST = 2048
+"""Tokens of the longest document, by default."""
 SECTION = "objective"
 """Column of prepared prompts: the objective section they were made with, as JSON, the same in every row."""
 
 
-def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp", column: str = "text", max_length: int = 2048,
+def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp", column: str = "text", max_length: int = LONGEST,
                       epochs: int = 1, seed: int = 0, whole: bool = False, keep: Sequence[str] = (),
-                      **settings: Any) -> Any:  # fmt: skip
+                      by_ids: bool = False, **settings: Any) -> Any:  # fmt: skip
     """Documents → a `datasets.Dataset` of prompts for TRL, a row for each position.
 
     `documents` is a path or hub id (as `data.path`), a `datasets.Dataset` or `IterableDataset` (stays one) with `column`, or
     a sequence of texts. With `epochs` above 1 every document gives new positions each time; `whole` adds the documents, for a
-    next-token loss, and `keep` further columns of a dataset. TRL takes prompts as text and tokenises them again; positions
-    where that gives other ids than the document's are left out, and how many is said in a warning (of a stream at its end).
+    next-token loss, and `keep` further columns of a dataset.
 
-    Raises ConfigError where no position is left, and for positions that need the live model (`entropy`).
+    TRL takes prompts as text and tokenises them again; positions where that gives other ids than the document's are left out,
+    and how many is said in a warning (of a stream at its end). `RLPTrainer`, `Rollouts` and `AsyncRollouts` take the ids: with
+    `by_ids`, for these alone, no position is left out.
+
+    Raises ConfigError where no position is left, or nearly none, and for positions that need the live model (`entropy`).
     """
     import datasets
 
@@ -46,35 +52,35 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
         objective = owner(config, tokenizer)
     elif settings:
         raise ConfigError(f"unknown settings: {', '.join(sorted(settings))}; known here: column, max_length, epochs, seed, "
-                          "whole, keep")  # fmt: skip
+                          "whole, keep, by_ids")  # fmt: skip
     if "entropy" in objective.needs:
         raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
                           "or a proxy model where the objective has one")  # fmt: skip
+    streamed = isinstance(documents, datasets.IterableDataset)
+
     def rows() -> Iterator[dict[str, Any]]:
-        i = given = left_out = 0
+        i, write = 0, PromptWriter(tokenizer, by_ids)
         for _ in range(epochs):
             for document in _documents(documents, tokenizer, column, max_length, keep):
                 for p in objective.positions(document, np.random.default_rng((seed, i))):
-                    ids = objective.prompt(p).token_ids
-                    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-                    if tuple(tokenizer(text)["input_ids"]) != ids:
-                        left_out += 1
+                    text = write(p, objective.prompt(p).token_ids)
+                    if streamed:
+                        write.check(JUDGED)
+                    if text is None:
                         continue
-                    given += 1
                     values = (text, p.document_id, p.index, list(p.context_ids), list(p.target_ids), list(p.suffix_ids))
                     row = {name: (document.meta or {})[name] for name in keep} | dict(zip(COLUMNS, values, strict=True))
                     yield row | ({"document_token_ids": document.token_ids} if whole else {})
                 i += 1
-        if left_out:
-            warnings.warn(f"{left_out} of {left_out + given} positions left out: their prompts tokenise to other ids",
-                          stacklevel=2)  # fmt: skip
+        write.check()
+        if write.warning:
+            warnings.warn(write.warning, stacklevel=2)
 
-    if isinstance(documents, datasets.IterableDataset):
+    if streamed:
         return datasets.IterableDataset.from_generator(rows)
     found = list(rows())
     if not found:
-        raise ConfigError("no document gives a prompt: this objective has no position in any, or those it has are left out (see "
-                          "the warning)")  # fmt: skip
+        raise ConfigError("no document gives a prompt: this objective has no position in any")
     return datasets.Dataset.from_list(found)
 
 

@@ -19,9 +19,11 @@ from transformers import TrainerCallback
 from rlpretrain.baseline import Ema
 from rlpretrain.compat import sharded, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
+from rlpretrain.lengths import limit_of
 from rlpretrain.models import save_start
 from rlpretrain.ranks import Ranks
 from rlpretrain.trl_data import ends_of
+from rlpretrain.trl_prompts import check_lengths, longest_row
 
 EMA = "ema.safetensors"
 """In a checkpoint: the moving average of a reward's baseline."""
@@ -70,7 +72,8 @@ class LiveModel(TrainerCallback):
         if vllm and colocated:
             trl_vllm_on_cpu()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None,
+                       **_: Any) -> None:  # fmt: skip
         """The model as the trainer has it, adapters included."""
         reward, inner = self.reward, plain(model)
         if self.named is not None:
@@ -81,6 +84,8 @@ class LiveModel(TrainerCallback):
             what = "has no rows for the tags of a thought" if lacks else "does not end a generation at the close tag"
             raise ConfigError(f"the trained model is not the one that the reward was given, it {what}: give the "
                               "trainer and the reward the same model and tokenizer")  # fmt: skip
+        data = getattr(train_dataloader, "dataset", None)
+        check_lengths(reward.objective, limit_of(inner), [*reward.longest, longest_row(data)], args)
         reward.watch(model)
         reward.initial = {}
         if state.global_step and isinstance(reward.reference, Ema):

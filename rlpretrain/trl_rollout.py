@@ -9,7 +9,7 @@ experimental.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -21,17 +21,15 @@ from rlpretrain.adapters import pieces
 from rlpretrain.batches import roll_out
 from rlpretrain.compat import gathered
 from rlpretrain.config import ConfigError
+from rlpretrain.lengths import check_engine, check_rows, limit_of
 from rlpretrain.objectives import Setting
 from rlpretrain.trl import COLUMNS, ObjectiveReward
 from rlpretrain.trl_live import plain
+from rlpretrain.trl_prompts import NAMES, longest_row, position_of
 from rollout.engine import Engine
 from rollout.types import Group, Position, SamplingParams
 
-
-def position_of(row: Mapping[str, Any]) -> Position:
-    """The position that a row of a prompt dataset stands for."""
-    ids = (tuple(row[name]) for name in ("context_ids", "target_ids", "suffix_ids"))
-    return Position(row["document_id"], row["position"], *ids)
+NO_MODEL = "Rollouts has no model yet: pass callbacks=[reward.callback] to the trainer"
 
 
 class Rollouts:
@@ -49,6 +47,7 @@ class Rollouts:
         for row in dataset.select_columns(list(COLUMNS)):
             self.places.setdefault(row["prompt"], position_of(row))
         self.synced: int | None = None
+        reward.longest.append(longest_row(dataset))
 
     def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
         """Thoughts for the prompts, which TRL repeats as often as it wants completions."""
@@ -60,6 +59,8 @@ class Rollouts:
             self.synced = step
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         params = SamplingParams(args.max_completion_length, args.temperature, args.top_p, max(args.top_k, 0), eos)
+        if not self.calls:
+            self._check_lengths(params)
         rng = np.random.default_rng((self.seed, self.calls, trainer.accelerator.process_index))
         self.calls += 1
         asked = [(self.places[prompt], len(list(same))) for prompt, same in groupby(prompts)]
@@ -82,10 +83,19 @@ class Rollouts:
             self.reward.__name__: rewards,
         }
 
+    def _check_lengths(self, params: SamplingParams) -> None:
+        """Before the first thought: raise ConfigError for rows that the model or the engine does not take."""
+        if self.reward.model is None:
+            raise RuntimeError(NO_MODEL)
+        objective, longest = self.reward.objective, max(self.reward.longest)
+        objective.setting = Setting(params, 2, 0.0)
+        check_rows(objective, longest, limit_of(plain(self.reward.model)), NAMES)
+        check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trained model's weights under the names of its checkpoint, adapters merged in, shards gathered."""
         if self.reward.model is None:
-            raise RuntimeError("Rollouts has no model yet: pass callbacks=[reward.callback] to the trainer")
+            raise RuntimeError(NO_MODEL)
         for piece in pieces(plain(self.reward.model)):
             with gathered(piece.needs):
                 yield piece.name, piece.make().detach()

@@ -19,8 +19,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rewards import leave_one_out
 from rlpretrain.config import ConfigError
+from rlpretrain.lengths import limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.trl import COLUMNS, ObjectiveReward
+from rlpretrain.trl_prompts import check_documents, check_lengths, longest_row, position_of
 
 
 @dataclass
@@ -66,6 +68,7 @@ class RLPTrainer(GRPOTrainer):
     """
 
     leaves_out_uncounted = True  # thoughts without the objective's reward get none
+    prompts_by_ids = True
     _tag_names = ["trl", "rlp", "rlpretrain"]
     _name = "RLP"
     _paper = {
@@ -111,6 +114,8 @@ class RLPTrainer(GRPOTrainer):
         )  # fmt: skip
         self.reward.callback.init_kwargs = given
         self.known_rewards: Tensor | None = None
+        self.rows: list[dict[str, Any]] = []  # that are being sampled for
+        self.limit = limit_of(model)
         if args.ntp_coef and type(self.reward.objective).ntp_weights is not Objective.ntp_weights:
             raise ConfigError(f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer does "
                               "not: set ntp_coef 0, or use rlpretrain's own trainer")  # fmt: skip
@@ -131,10 +136,19 @@ class RLPTrainer(GRPOTrainer):
         if set(COLUMNS) <= set(columns):
             if args.ntp_coef and "document_token_ids" not in columns:
                 raise ConfigError("ntp_coef needs the documents: make the dataset by reward.dataset(..., whole=True), or set 0")
-            return dataset
+            self.reward.longest.append(longest_row(dataset))
+            return self._fitting(dataset, args)
         keep = [c for c in columns if c not in (args.dataset_text_field, *COLUMNS)] if further else []
-        return self.reward.dataset(dataset, column=args.dataset_text_field, max_length=args.max_length, seed=args.seed,
-                                   epochs=args.epochs_of_positions, whole=True, keep=keep)  # fmt: skip
+        data = self.reward.dataset(dataset, column=args.dataset_text_field, max_length=args.max_length, seed=args.seed,
+                                   epochs=args.epochs_of_positions, whole=True, keep=keep, by_ids=True)  # fmt: skip
+        return self._fitting(data, args)
+
+    def _fitting(self, data: Any, args: RLPConfig) -> Any:
+        """The prompts, if the model takes rows as long as theirs."""
+        check_lengths(self.reward.objective, self.limit, self.reward.longest, args)
+        if args.ntp_coef:
+            check_documents(data, self.limit, args.max_length)
+        return data
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's; a thought that the objective does not count earns nothing from further rewards either."""
@@ -142,8 +156,15 @@ class RLPTrainer(GRPOTrainer):
         self.known_rewards = found.masked_fill(found[:, :1].isnan(), torch.nan)
         return self.known_rewards
 
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """The ids of the documents, which their text may not give again."""
+        if len(prompts) != len(self.rows):
+            raise RuntimeError(f"{len(prompts)} prompts for {len(self.rows)} rows: this TRL samples in another order")
+        return [list(self.reward.objective.prompt(position_of(row)).token_ids) for row in self.rows], None, {}
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with RLP's advantages and the documents of the thoughts."""
+        self.rows = inputs
         out = super()._generate_and_score_completions(inputs)
         group = self.num_generations if self.model.training else self.num_generations_eval
         own = self.scale_rewards == "none" and self.multi_objective_aggregation == "sum_then_normalize"

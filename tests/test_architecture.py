@@ -56,7 +56,7 @@ LAYERS = [
     {"loop", "advantages", "evaluate", "engines", "builder", "experiment", "heat"}
     | {"run_evaluation", "run_output", "run_state", "run_stop"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}
-    | {"trl", "trl_data", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
+    | {"trl", "trl_data", "trl_prompts", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
     {"cli", "commands", "commands.*", "doctor", "dry_run", "__main__"},
 ]
 
