@@ -137,7 +137,7 @@ def test_plain_text_goes_in(corpus, tmp_path, streaming):
     assert {"ntp/loss", "rewards/information_gain/mean", "reward", "completions/mean_length"} <= row.keys()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2510.01265" in card and "RLP: Reinforcement as a Pretraining Objective" in card
-    args = settings(tmp_path, RLPConfig, cut="force_close", max_steps=3)
+    args = settings(tmp_path, RLPConfig, cut="force_close", max_steps=3, max_length=200)
     again = RLPTrainer(str(corpus / "base"), args=args, train_dataset=data)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert again.state.global_step == 3
