@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlpretrain import adapters, attention, checkpoint, lengths, models
+from rlpretrain import adapters, attention, checkpoint, lengths, models, outputs
 from rlpretrain.baseline import Baseline, Frozen, make_references
 from rlpretrain.batches import BatchSource, ReplaySource, rollouts_in
 from rlpretrain.config import ConfigError, PretrainConfig
@@ -76,12 +76,15 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     ranks, folder = join(config.device), Path(config.output_dir)
     owner, _ = parse_section(config.objective)
     _check(config, owner, ranks)
+    outputs.check(config)
     resumed_from = checkpoint.open_folder(folder, resume, ranks)
     if config.threads:
         torch.set_num_threads(config.threads)
     tags = delimiters(config.objective)
     model, tokenizer, added = models.load(config.model, tags, config.seed)
     models.check_model(model.to(ranks.device))
+    if ranks.first:
+        models.try_saving(model, tokenizer, folder, config.model)
     objective = load_objective(config, tokenizer)
     place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
     replayed = ReplaySource(Store(rollouts_in(config.replay), ranks.rank)) if config.replay else None

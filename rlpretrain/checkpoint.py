@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.ranks import Ranks
+from rlpretrain.writing import CannotWrite, check_writable, writing
+from rollout.folders import MARK, begin_folder, finish_folder
 
-FREE_TO_CHANGE = (
-    "output_dir", "console", "log_every", "report_to", "push_to_hub", "threads", "max_steps", "epochs", "checkpoint", "eval",
-    "stop", "device",
+MACHINE = (
+    "output_dir", "console", "log_every", "report_to", "push_to_hub", "threads", "device", "save_rollouts",
+    "engine.urls", "engine.token_file", "engine.weights_dir", "engine.transfer", "engine.master_address",
+    "engine.concurrency", "engine.request_timeout", "engine.deadline", "engine.num_engines", "engine.resources",
+    "engine.strategy", "engine.address", "engine.kv_cache_gib", "engine.gpu_memory_utilization", "engine.sleep",
+    "engine.probe_tolerance", "baseline.cache_tokens",
 )  # fmt: skip
+"""Settings that say where a run runs and what it tells, and decide none of its numbers: machines move."""
+FREE_TO_CHANGE = (*MACHINE, "max_steps", "epochs", "checkpoint", "eval", "stop")
 """Settings that may differ between a checkpoint and the run that resumes from it."""
 
 
@@ -31,27 +39,61 @@ def save(
     files with their sizes goes into state.json, last; then the folder gets its name.
     """
     final, work = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
-    if ranks.first:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    ranks.barrier()
-    for part in parts.values():
-        part.save(work)
-    torch.save(rank_state, work / f"rank-{ranks.rank}.pt")
-    ranks.barrier()
-    if ranks.first:
-        files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
-        (work / "state.json").write_text(json.dumps(state | {"step": step, "ranks": ranks.size, "files": files}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        work.replace(final)
+    try:
+        with writing(final):
+            if ranks.first:
+                begin_folder(final)
+            ranks.barrier()
+            for part in parts.values():
+                part.save(work)
+            torch.save(rank_state, work / f"rank-{ranks.rank}.pt")
+            ranks.barrier()
+            if ranks.first:
+                files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+                facts = {"step": step, "ranks": ranks.size, "written": time.time(), "files": files}
+                (work / "state.json").write_text(json.dumps(state | facts, indent=1))
+                if is_ours(final):
+                    (final / MARK).touch()  # one of an older version
+                finish_folder(work, final)
+    except CannotWrite as error:
+        if ranks.first:
+            shutil.rmtree(work, ignore_errors=True)
+        newest, _ = latest(folder)
+        held = f"the newest whole checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        raise CannotWrite(f"{error}. {held}: make room, then go on with --resume auto") from None
     ranks.barrier()
     return final
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint that `save` wrote; other trainers call theirs checkpoint-<step> too."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return isinstance(state["files"], dict) and "step" in state
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, oldest first."""
     found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
     return sorted(int(m[1]) for m in found if m)
+
+
+def written(path: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970."""
+    try:
+        return float(json.loads((path / "state.json").read_text())["written"])
+    except (OSError, ValueError, LookupError, TypeError):  # of an older version, or broken
+        state = path / "state.json"
+        return (state if state.is_file() else path).stat().st_mtime
+
+
+def by_age(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder, the one written last at the end: numbers begin again where a run goes on from an
+    older one."""
+    paths = [folder / f"checkpoint-{step}" for step in steps(folder)]
+    return sorted(paths, key=written)
 
 
 def broken(path: Path) -> str | None:
@@ -80,26 +122,42 @@ def open_folder(folder: Path, resume: str | bool | None, ranks: Ranks) -> Path |
     Raises ConfigError for a folder that holds another run or cannot be made.
     """
     found: Path | None = None
+    there = any(ranks.gather(holds_run(folder)))  # all ranks look before the first one writes
     if resume in (True, "auto"):
         found, problems = latest(folder)
         for problem in problems if ranks.first else ():
             print(f"ignored: {problem}")
     elif resume:
-        found = Path(str(resume))
-    elif any(ranks.gather((folder / "run.json").exists())):  # all ranks look before the first one writes
+        found = Path(str(resume)).expanduser()
+        if why := broken(found):
+            raise ConfigError(f"cannot resume from {found}: {why}")
+        if there and found.resolve().parent != folder.resolve():
+            raise ConfigError(
+                f"cannot resume from {found}: output_dir {folder} holds another run, and the two would mix. Choose a new "
+                "output_dir to branch off there, or go on with a checkpoint of this folder (--resume auto)"
+            )
+    elif there:
         raise ConfigError(f"{folder} holds another run: resume it (--resume auto) or choose another output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be made: {error}") from None
+    if ranks.first:
+        check_writable(folder, "output_dir")
     return found
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has anything of a run in it."""
+    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl")) or any(
+        is_ours(path) for path in folder.glob("checkpoint-*")
+    )
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest usable checkpoint of a run, and what was wrong with newer ones."""
     problems = []
-    for step in reversed(steps(folder)):
-        path = folder / f"checkpoint-{step}"
+    for path in reversed(by_age(folder)):
         why = broken(path)
         if why is None:
             return path, problems
@@ -119,14 +177,27 @@ def read(path: Path, ranks: Ranks, backend: str, config: dict[str, Any]) -> tupl
         raise ConfigError(
             f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set policy.backend"
         )
+    check_same(state["config"], config, path)
+    return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
+
+
+def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> None:
+    """Raise ConfigError unless a run of `config` may go on with what one of the settings `before` left at `where`."""
     now = json.loads(json.dumps(config))
-    fixed = [{k: v for k, v in c.items() if k not in FREE_TO_CHANGE} for c in (filled(state["config"], now), now)]
-    changed = changes(*fixed)
+    changed = changes(*(without(c, FREE_TO_CHANGE) for c in (filled(before, now), now)))
     if changed:
         raise ConfigError(
-            f"cannot resume from {path}: {'; '.join(changed)}. Use another output_dir, or set the configuration back"
+            f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or set the configuration back"
         )
-    return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
+
+
+def without(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """A configuration less some of its fields, `section` or `section.field`."""
+    left = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items() if k not in fields}
+    for section, _, field in (name.partition(".") for name in fields if "." in name):
+        if isinstance(left.get(section), dict):
+            left[section].pop(field, None)
+    return left
 
 
 def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -145,10 +216,10 @@ def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
-    for step in steps(folder)[:-keep]:
-        if step != best:
-            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+    """Delete all but the `keep` checkpoints that were written last and the best one; never one that is not ours."""
+    for path in [p for p in by_age(folder) if is_ours(p)][:-keep]:
+        if path.name != f"checkpoint-{best}":
+            shutil.rmtree(path)
 
 
 def changes(old: Any, new: Any, name: str = "") -> list[str]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlpretrain import __version__
 from rlpretrain.commands import comparison, corpora, evaluation, installation, pages, preparation, serving, training
 from rlpretrain.config import ConfigError
+from rlpretrain.writing import FULL, LOCKED, explain
 
 FEATURES = (training, serving, evaluation, comparison, pages, preparation, corpora, installation)
 """In the order in which `rlpretrain --help` lists their commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. A ConfigError ends with its message and exit code 2, other errors that say all with 1: no traceback."""
+    """Run a command. Without traceback end: a ConfigError with exit code 2; other errors that say all, a full disk and a folder
+    that cannot be written with 1; Ctrl-C and SIGTERM with 128 and the signal's number."""
     sys.path.append(os.getcwd())  # objectives, position functions and judges of the user's own, as TRL's command line has it
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
@@ -32,6 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in FULL and error.errno not in LOCKED:
+            raise
+        where = Path(error.filename) if error.filename else Path()
+        print(f"rlpretrain: {where if error.filename else 'writing failed'}: {explain(error, where)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"rlpretrain: {error if str(error) else 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from rlpretrain import adapters, models
-from rlpretrain.checkpoint import changes
+from rlpretrain.checkpoint import MACHINE, changes, without
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.documents import read_all
@@ -32,6 +32,7 @@ from rlpretrain.pretrainer import Pretrainer
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.ranks import join
 from rlpretrain.records import write_json
+from rlpretrain.writing import check_writable, writing
 
 COLUMNS = {
     "think_sampled": "thinks, sampled", "direct": "answers directly", "gain_frozen": "gain (nats)", "empty": "gain, empty",
@@ -45,6 +46,7 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], N
     experiment = load(path)
     experiment = replace(experiment, jobs=jobs) if jobs else experiment
     where, out = path.parent, Path(experiment.output_dir)
+    check_writable(out, "output_dir")
     todo = [Job(experiment=experiment, name=name, seed=seed, where=where)
             for seed in experiment.seeds for name in (*experiment.methods, BASE)]  # fmt: skip
     if not all((job.folder / "evaluation.json").exists() for job in todo):
@@ -138,7 +140,8 @@ def to_train(job: Job) -> PretrainConfig | None:
         spent = last_row(replace(job, name=method.like).folder)
         limit = {"input_tokens": int(spent["num_input_tokens"])} if method.match == "tokens" else {"flops": spent["num_flops"]}
         config = replace(config, stop=replace(config.stop, **limit))
-    if wanted.exists() and (different := changes(json.loads(wanted.read_text()), json.loads(json.dumps(to_dict(config))))):
+    sides = [json.loads(wanted.read_text()), json.loads(json.dumps(to_dict(config)))] if wanted.exists() else [{}, {}]
+    if different := changes(*(without(side, MACHINE) for side in sides)):
         raise ConfigError(f"it was run otherwise: {'; '.join(different)}. Remove {job.folder} or choose another output_dir")
     return None if record.exists() and json.loads(record.read_text())["status"] == "done" else config
 
@@ -229,7 +232,7 @@ def _interval(parts: Sequence[dict[str, list[float]]], name: str) -> list[float]
 def _write_csv(path: Path, results: dict[str, Any]) -> None:
     """A line for each method and number: method, number, mean, low, high."""
     work = path.with_name(f".{path.name}.tmp")
-    with work.open("w", newline="") as f:
+    with writing(path), work.open("w", newline="") as f:
         out = csv.writer(f)
         out.writerow(("method", "number", "mean", "low", "high"))
         for name, row in results["methods"].items():

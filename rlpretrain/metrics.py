@@ -22,6 +22,7 @@ from rlpretrain.console import shown
 from rlpretrain.ranks import Ranks
 from rlpretrain.token_text import TokenReader
 from rlpretrain.types import MicroBatch, Scores
+from rlpretrain.writing import writing
 from rollout.types import Group
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -184,8 +185,9 @@ class Trackers:
         if self.file.exists():  # a resumed run: what came after its checkpoint will come again
             kept = [line for line in self.file.read_text().splitlines() if _step(line) <= keep_until]
             work = self.file.with_suffix(".tmp")
-            work.write_text("".join(line + "\n" for line in kept))
-            work.replace(self.file)
+            with writing(self.file):
+                work.write_text("".join(line + "\n" for line in kept))
+                work.replace(self.file)
         self.every = every
         self.closers: list[Any] = []
         self.sinks: list[Callable[[dict[str, float], int, list[tuple[Any, ...]]], None]] = []
@@ -194,7 +196,7 @@ class Trackers:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError('report_to names tensorboard: pip install "rlpretrain[tensorboard]"') from error
-            board = SummaryWriter(str(folder / "tensorboard"))
+            board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1 if keep_until else None)
             self.sinks.append(partial(_to_board, board))
             self.closers.append(board.close)
         for name in ("wandb", "trackio"):
@@ -210,7 +212,7 @@ class Trackers:
     def write(self, step: int, row: dict[str, float], groups: Sequence[Group] = (), tokenizer: Any = None,
               rewards: Mapping[tuple[str, int], float] | None = None) -> None:  # fmt: skip
         """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some positions too."""
-        with self.file.open("a") as f:
+        with writing(self.file), self.file.open("a") as f:
             f.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
         now = groups and self.sinks and (step == 1 or step % self.every == 0)
         thoughts = thought_rows(groups, tokenizer, rewards) if now else []

@@ -24,6 +24,8 @@ from rlpretrain.kernels import settle
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.randomness import checkpoint_layers
 from rlpretrain.scoring import check_head, check_model
+from rlpretrain.writing import CannotWrite, writing
+from rollout.folders import MARK, begin_folder, finish_folder
 from rollout.weights import write_adapter
 
 __all__ = ["check_head", "check_model", "load", "load_model", "load_tokenizer", "model_card", "push", "save_model", "save_start"]
@@ -139,6 +141,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
             raise ConfigError(f"the checkpoint '{config.path}' lacks {len(lacking)} weights of its model, for instance "
                               f"{', '.join(lacking[:3])}: not a causal language model, or saved incompletely")  # fmt: skip
     keep_differentiable(model)
+    neutralise_generation(model)
     broken = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if broken:
         raise ConfigError(f"the weights of '{config.path}' hold NaN or inf: {', '.join(broken[:3])} and {len(broken)} in all")
@@ -189,9 +192,11 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
     if not first:
         return
     if lora:
-        shutil.rmtree(path.with_name("adapter"), ignore_errors=True)
-        path.with_name("adapter").mkdir()
-        write_adapter(path.with_name("adapter"), adapter, adapter_config(policy.model))
+        folder = path.with_name("adapter")
+        with writing(folder):
+            work = begin_folder(folder)
+            write_adapter(work, adapter, adapter_config(policy.model))
+            finish_folder(work, folder)
     _write(policy.model, state, tokenizer, path)
 
 
@@ -202,8 +207,6 @@ def save_start(model: Any, tokenizer: Any, path: Path) -> None:
 
 def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> None:
     """An ordinary folder, aside and then renamed; of a quantised model one in its full precision."""
-    work = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
     kept = model.state_dict().keys()  # buffers too are the checkpoint's, where they are stored
     buffers = {plain_name(model, n): b for n, b in model.named_buffers() if n in kept}
     state = {n: b for n, b in buffers.items() if n is not None} | state
@@ -213,11 +216,67 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         model.generation_config = ends
-    with _no_bars():
-        model.save_pretrained(work, state_dict=_tied_once(model, state))
-    tokenizer.save_pretrained(work)
-    shutil.rmtree(path, ignore_errors=True)
-    work.replace(path)
+    with writing(path), _no_bars():
+        work = begin_folder(path)
+        try:
+            model.save_pretrained(work, state_dict=_tied_once(model, state))
+            tokenizer.save_pretrained(work)
+            finish_folder(work, path)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def try_saving(model: Any, tokenizer: Any, folder: Path, config: ModelConfig) -> None:
+    """Write everything but the weights, as at the end of a run, and delete it: ConfigError for what cannot be saved.
+
+    transformers refuses to save some configurations that it loads, for instance one that sets `temperature` without `do_sample`.
+    """
+    path = folder / "trial"
+    try:
+        with writing(path):
+            work = begin_folder(path)
+            model.config.save_pretrained(work)
+            if model.can_generate():
+                model.generation_config.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+    except CannotWrite as error:
+        raise ConfigError(str(error)) from None
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"the model could not be saved at the end, transformers refuses the configuration or the tokenizer of "
+                          f"'{config.path}': {why}") from None  # fmt: skip
+    finally:
+        shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
+
+
+def neutralise_generation(model: Any) -> None:
+    """Unset what decoding never reads: `temperature` without `do_sample`, `length_penalty` without beams, a padding id of -1.
+
+    Many checkpoints come with such a generation_config.json; transformers loads it and refuses to save it. Decoding stays as
+    it is.
+    """
+    ends = getattr(model, "generation_config", None)
+    if ends is None:
+        return
+    try:
+        ends.validate(strict=True)
+        return
+    except ValueError:  # what is not named below stays, and `try_saving` says what it is
+        unread: list[str] = []
+    if ends.do_sample is not True:
+        unread += ["temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff"]
+    if ends.num_beams in (None, 1):
+        unread += ["early_stopping", "length_penalty"]
+    if ends.pad_token_id is not None and ends.pad_token_id < 0:
+        unread += ["pad_token_id"]
+    if ends.use_cache is False:
+        unread += ["cache_implementation", "cache_config"]
+    if ends.return_dict_in_generate is not True:
+        unread += ["output_scores", "output_logits", "output_attentions", "output_hidden_states"]
+    for name in unread:
+        if getattr(ends, name, None) is not None:
+            setattr(ends, name, None)
 
 
 def _tied_once(model: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +306,7 @@ def push(path: Path, hub_id: str) -> None:
 
     api = HfApi()
     api.create_repo(hub_id, exist_ok=True)
-    api.upload_folder(repo_id=hub_id, folder_path=str(path))
+    api.upload_folder(repo_id=hub_id, folder_path=str(path), ignore_patterns=[MARK])
 
 
 def _only_config(path: str) -> bool:

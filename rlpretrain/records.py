@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain.types import Document
+from rlpretrain.writing import writing
 from rollout.types import Group
 
 
@@ -40,14 +41,20 @@ class Spent:
 def write_json(path: Path, record: Any) -> None:
     """Write aside, then rename."""
     work = path.with_name(f".{path.name}.tmp")
-    work.write_text(json.dumps(record, indent=1, default=str))
-    work.replace(path)
+    with writing(path):
+        try:
+            work.write_text(json.dumps(record, indent=1, default=str))
+            work.replace(path)
+        except OSError:
+            work.unlink(missing_ok=True)
+            raise
 
 
 def keep_batch(folder: Path, step: int, rank: int, reason: str | None, groups: Sequence[Group],
                documents: Sequence[Document]) -> None:  # fmt: skip
     """Keep the batch of a step with NaN or inf under `folder`/nonfinite."""
-    (folder / "nonfinite").mkdir(parents=True, exist_ok=True)
+    with writing(folder / "nonfinite"):
+        (folder / "nonfinite").mkdir(parents=True, exist_ok=True)
     kept = {"step": step, "reason": reason, "groups": [asdict(g) for g in groups],
             "documents": [asdict(d) for d in {d.id: d for d in documents}.values()]}  # fmt: skip
     write_json(folder / "nonfinite" / f"step-{step}-rank-{rank}.json", kept)

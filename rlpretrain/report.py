@@ -29,6 +29,7 @@ from rlpretrain.page import Page, render
 from rlpretrain.ranks import join
 from rlpretrain.scoring import Scorer, score
 from rlpretrain.types import Document
+from rlpretrain.writing import check_file, writing
 from rollout.hf import HFEngine
 from rollout.store import Store, StoreError
 from rollout.types import Group
@@ -46,6 +47,7 @@ def report(folder: str | Path, out: str | Path | None = None, *, step: int | Non
     """
     folder = Path(folder)
     page = read(folder)
+    check_file(out or folder / "report.html", "--out")
     try:
         _thoughts(page, folder, step, documents, model)
     except (ConfigError, StoreError, OSError, ValueError, KeyError) as error:
@@ -56,6 +58,7 @@ def report(folder: str | Path, out: str | Path | None = None, *, step: int | Non
 def inspect(model: str, text: str, out: str | Path, *, objective: Mapping[str, Any] | None = None, documents: int = 12,
             thoughts: int = 4, max_thought_tokens: int = 128, max_length: int = 512, seed: int = 0) -> Path:  # fmt: skip
     """The same heat map for any checkpoint and text, without a run: where would thinking help this model?"""
+    check_file(out, "--out")
     section = {"name": "rlp", "positions": "every_k", "every": 16, "positions_per_document": 8} | dict(objective or {})
     config = build({
         "model": model, "data": {"path": text, "max_length": max_length}, "objective": section, "seed": seed,
@@ -195,6 +198,7 @@ def _write(page: Page, out: Path) -> Path:
         html = render(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.tmp")
-    work.write_text(html, encoding="utf-8")
-    work.replace(out)
+    with writing(out):
+        work.write_text(html, encoding="utf-8")
+        work.replace(out)
     return out

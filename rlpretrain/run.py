@@ -17,6 +17,7 @@ from rlpretrain.config.io import to_dict
 from rlpretrain.console import Console
 from rlpretrain.engines import lie_down, wake_up
 from rlpretrain.health import Health
+from rlpretrain.interruption import Signals
 from rlpretrain.metrics import StepMetrics, Trackers, staleness
 from rlpretrain.packing import balanced, count, idle, pack
 from rlpretrain.run_evaluation import RunEvaluation, score_of
@@ -69,6 +70,7 @@ class Run(Parts):
     trackers: Trackers | None
     health: Health
     """What is wrong with the run, so far."""
+    signals: Signals
     facts: dict[str, Any]
     """What run.json says beside the configuration."""
 
@@ -81,14 +83,17 @@ class Run(Parts):
         self.sampled, self.spread = 0, False
         self._begin_step()
         self.evaluation = RunEvaluation(self)
+        self.signals = Signals(quiet=not self.ranks.first)
         if self.resumed_from is not None:
             run_state.restore(self, self.resumed_from)
+        moved = run_state.set_aside(self, resume)
         self.engine.sync(self.handed_over, self.step)  # a resumed run's; and servers may hold those of another run
         if self.probe:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         for line in run_output.opening(self, resume):
             self.console.say(line)
+        self.console.say(moved)
         log = (self.folder, config.report_to, to_dict(config), self.folder.name, self.step, max(1, self.total_steps // 5))
         self.trackers = Trackers(*log) if self.ranks.first else None
         self.health = Health()
@@ -212,6 +217,8 @@ class Run(Parts):
         self.stopped = self.stopped or run_stop.collapsed(self, row)
         if self.held_out is not None and (last or c.eval.every and step % c.eval.every == 0):
             row |= self._evaluate()
+        if step < self.total_steps and self.stopped is None:
+            self.stopped = run_stop.interrupted(self)
         if self.trackers:
             mine = [g for g in batch.groups if (g.id, 0) in self.metrics.rewards]  # the rest went to other ranks
             self.trackers.write(step, row, mine, self.tokenizer, self.metrics.rewards)
@@ -219,13 +226,16 @@ class Run(Parts):
         for finding in self.health.observe(step, row):
             self.console.say(f"warning, step {step}: {finding}")
         self.last = row
-        if c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped):
+        regular = c.checkpoint.every and (step % c.checkpoint.every == 0 or last or self.stopped)
+        if regular or run_stop.was_interrupted(self):
             run_state.save(self)
 
     # the end
 
     def end(self) -> dict[str, Any]:
         """Save the final model: the best checkpoint's after a collapse, else the last."""
+        if run_stop.was_interrupted(self):
+            raise run_output.interruption(self)
         if why := records.nothing_learnt(self.stopped, self.skipped, self.step, self.folder):
             raise Diverged(why)
         return run_output.end(self)

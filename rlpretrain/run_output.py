@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlpretrain import compat, models, run_state
+from rlpretrain.interruption import Interrupted
 from rlpretrain.types import Batch
+from rlpretrain.writing import writing
 
 
 def opening(run: Any, resume: str | bool | None) -> Iterator[str]:
@@ -50,7 +53,8 @@ def keep_rollouts(run: Any, batch: Batch) -> None:
     """Store a batch before its step, with `save_rollouts`."""
     if run.store:
         facts = {"engine": run.engine.health(), "shares_weights": run.engine.shares_weights, **compat.versions()}
-        run.store.write(run.step + 1, batch.groups, batch.documents, facts)
+        with writing(run.store.folder):
+            run.store.write(run.step + 1, batch.groups, batch.documents, facts)
 
 
 def step_row(run: Any) -> dict[str, float]:
@@ -99,6 +103,14 @@ def save_model(run: Any) -> None:
             steps=run.step,
             delimiters=run.delimiters,
         )
+
+
+def interruption(run: Any) -> Interrupted:
+    """Mark run.json; what to raise, which says how to go on."""
+    run.write_run_json("interrupted")
+    name = run.stopped.removeprefix("interrupted: ")
+    text = f"{name} after step {run.step} of {run.total_steps}: checkpoint-{run.step} is written, go on with --resume auto"
+    return Interrupted(text, signal.Signals[name])
 
 
 def end(run: Any) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlpretrain import checkpoint, records, run_stop
+from rlpretrain import abandoned, checkpoint, records, run_stop
+from rlpretrain.config import ConfigError
 from rlpretrain.config.io import to_dict
 
 
@@ -50,5 +52,24 @@ def restore(run: Any, path: Path) -> None:
     run.baseline.load_state_dict(mine["baseline"])
     torch.set_rng_state(mine["rng"])
     run.policy.load(path)
-    if run.store:
-        run.store.cut(run.step)
+
+
+def set_aside(run: Any, resume: str | bool | None) -> str | None:
+    """Before the first step of a run that goes on, or that begins again where there is no checkpoint: what came later is moved
+    away, so that branches never mix; what was moved, in a line. All ranks call it."""
+    said = None
+    if resume and run.resumed_from is None and (run.folder / "run.json").is_file():
+        checkpoint.check_same(_config_of(run.folder), resolved(run), run.folder)
+    if resume and run.ranks.first:
+        said = abandoned.set_aside(run.folder, run.step, run.resumed_from)
+    run.ranks.barrier()
+    return said
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The settings of the run that a folder holds."""
+    try:
+        return json.loads((folder / "run.json").read_text())["config"]
+    except (ValueError, LookupError, TypeError):
+        why = f"{folder / 'run.json'} is not what was written: remove {folder}, or choose another output_dir"
+        raise ConfigError(why) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,17 @@ def collapsed(run: Any, row: Mapping[str, float]) -> str | None:
         thought_length=row.get("completions/mean_length", 0.0),
     )
     return f"collapse: {why}" if why else None
+
+
+def interrupted(run: Any) -> str | None:
+    """A signal came, to whichever rank. All ranks call it."""
+    number = int(run.ranks.max([float(run.signals.number or 0)])[0])
+    return f"interrupted: {signal.Signals(number).name}" if number else None
+
+
+def was_interrupted(run: Any) -> bool:
+    """Whether a signal is what stopped the run."""
+    return run.stopped is not None and run.stopped.startswith("interrupted: ")
 
 
 def out_of_patience(run: Any) -> str | None:

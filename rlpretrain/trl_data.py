@@ -20,6 +20,7 @@ from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.sources import Cutter
 from rlpretrain.trl_prompts import JUDGED, PromptWriter
 from rlpretrain.types import Document
+from rlpretrain.writing import check_writable
 
 COLUMNS = ("prompt", "document_id", "position", "context_ids", "target_ids", "suffix_ids")
 """Of a prompt dataset; TRL hands all but the first to reward functions as they are."""
@@ -134,9 +135,11 @@ def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], do
     out, section = Path(out), {"name": "rlp", **section}
     if there := next((out / n for n in ("model", "prompts") if (out / n).exists()), None):
         raise ConfigError(f"{there} exists already: remove it, or choose another folder")
+    check_writable(out, "--out")
     if (tags := delimiters(section)) is None:
         raise ConfigError(f"objective {section['name']} has no thoughts to prepare for")
     model, tokenizer, added = models.load(config, tags, seed)
+    models.try_saving(model, tokenizer, out, config)
     owner, parsed = parse_section(section)
     objective = owner(parsed, tokenizer)
     prompts = {split: to_prompt_dataset(path, tokenizer, objective=objective, seed=seed, **settings)

@@ -24,6 +24,7 @@ from rlpretrain.models import save_start
 from rlpretrain.ranks import Ranks
 from rlpretrain.trl_data import ends_of
 from rlpretrain.trl_prompts import check_lengths, longest_row
+from rollout.folders import usual_mode
 
 EMA = "ema.safetensors"
 """In a checkpoint: the moving average of a reward's baseline."""
@@ -106,6 +107,7 @@ class LiveModel(TrainerCallback):
             work = folder / f".{EMA}.tmp"
             average = {name: p.contiguous() for name, p in self.reward.reference.state_dict().items()}
             save_file(average, work, metadata={"log": _log(state)})
+            work.chmod(usual_mode(folder))
             work.replace(folder / EMA)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

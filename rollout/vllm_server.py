@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from rollout.engine import check_request
+from rollout.folders import MARK
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
 from rollout.vllm_routes import EngineUnavailable, Refused, Server, body_of, completion, thoughts
 from rollout.weights import complete, parameters_of, write_weights
@@ -131,7 +132,7 @@ class VLLMServerEngine:
             else:
                 write_weights(self._folder, whole)
             for old in self.weights_dir.glob("version-*"):  # those of a run that was killed too
-                if old != self._folder:
+                if old != self._folder and (old / MARK).is_file():  # never a folder that somebody else made
                     shutil.rmtree(old, ignore_errors=True)
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
         self._run(self._sync(version), self.deadline + 4 * self.request_timeout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.engine import Engine
+from rollout.folders import begin_folder, finish_folder, follow_umask
 from rollout.types import Prompt, SamplingParams, Thought, WeightSource
 
 
@@ -98,17 +98,14 @@ def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Write `folder`/model.safetensors (aside, then renamed), tied weights under every name, as engines elsewhere load it."""
     from safetensors.torch import save_file
 
-    work = folder.with_name(f".{folder.name}.tmp")
-    for old in (folder, work):
-        shutil.rmtree(old, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = begin_folder(folder)
     seen: set[int] = set()
     whole = {}
     for name, tensor in state.items():  # the file format knows no shared memory
         whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
     save_file(whole, work / "model.safetensors", metadata={"format": "pt"})
-    work.replace(folder)
+    finish_folder(work, folder)
 
 
 def write_adapter(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -117,6 +114,7 @@ def write_adapter(folder: Path, state: Mapping[str, torch.Tensor], config: Mappi
 
     save_file({n: t.contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(dict(config)))
+    follow_umask(folder)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -47,14 +47,16 @@ APPS = {"rollout.service", "rlpretrain.trl_trainer"}
 
 # Inside rlpretrain a module may import its own layer and those above it in this list, without cycles.
 LAYERS = [
-    {"tree", "types", "config", "config.*", "config_io", "compat", "floors", "ranks"},
+    {"tree", "types", "config", "config.*", "config_io", "compat", "floors", "ranks"}
+    | {"writing", "interruption"},
     {"sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
     {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"}
     | {"kernels", "randomness"},
-    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records", "tag_gain"},
+    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records", "tag_gain"}
+    | {"abandoned"},
     {"loop", "advantages", "evaluate", "engines", "builder", "experiment", "heat"}
-    | {"run_evaluation", "run_output", "run_state", "run_stop"},
+    | {"outputs", "run_evaluation", "run_output", "run_state", "run_stop"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}
     | {"trl", "trl_data", "trl_prompts", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
     {"cli", "commands", "commands.*", "doctor", "dry_run", "__main__"},

@@ -281,10 +281,10 @@ def test_an_output_folder_that_cannot_be_made(values, tmp_path):
 )
 def test_a_half_written_checkpoint_gives_way_to_the_one_before(values, run_folder, capsys, damage, said):
     damage(run_folder / "checkpoint-6")
-    run = start(values, "auto", **resumable(values, run_folder))
-    assert run.step == 4 and said in capsys.readouterr().out
     with pytest.raises(ConfigError, match=f"cannot resume from .*checkpoint-6: {said}"):  # asked for by name: an error
         start(values, str(run_folder / "checkpoint-6"), **resumable(values, run_folder))
+    run = start(values, "auto", **resumable(values, run_folder))
+    assert run.step == 4 and said in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_is_not_there(values, run_folder):

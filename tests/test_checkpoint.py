@@ -64,7 +64,7 @@ def test_a_checkpoint_is_written_over_and_leaves_nothing_beside_it(tmp_path):
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (2, 4, 6, 8, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        checkpoint.save(tmp_path, step, Ranks(), {"part": Part()}, {"config": {}}, {})
     checkpoint.rotate(tmp_path, keep=2, best=4)
     assert checkpoint.steps(tmp_path) == [4, 8, 10]
     checkpoint.rotate(tmp_path, keep=1, best=None)

@@ -24,7 +24,10 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.compare import compare as run
     from rlpretrain.compare import table
 
-    results = run(args.experiment, jobs=args.jobs, say=lambda line: print(line, flush=True))
+    try:
+        results = run(args.experiment, jobs=args.jobs, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; what is done is kept, the same command goes on there") from None
     show(table(results))
     print(f"numbers: {results['folder']}/results.json, .csv" + (", .svg" if results["plotted"] else ""))
     return 0

@@ -48,7 +48,12 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.objectives import load as load_objective
     from rlpretrain.ranks import join
     from rlpretrain.records import write_json
+    from rlpretrain.writing import check_file
 
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ConfigError(f"--json {args.json}: there is no such folder")
+    if args.json:
+        check_file(args.json, "--json")
     model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     objective = objective_section(args.objective)
     values = {
@@ -68,8 +73,6 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     frozen = None
     if args.frozen:
         frozen = models.load(ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed)[0].to(device)
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ConfigError(f"--json {args.json}: there is no such folder")
     documents = read_all(config.data, tokenizer, limit=args.documents)
     pad = tokenizer.pad_token_id or 0
     whole = run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,11 +47,17 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         from rlpretrain.dry_run import dry_run
 
         return dry_run(config, Path(args.config).parent)
+    from rlpretrain.interruption import Interrupted
     from rlpretrain.pretrainer import Pretrainer
     from rlpretrain.run import Diverged
 
     try:
         result = Pretrainer(config).train(resume=args.resume)
+    except Interrupted as error:
+        command = shlex.join(["rlpretrain", "train", args.config, *rest, "--resume", "auto"])
+        raise Interrupted(f"{error}: {command}", error.number) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped at once; --resume auto goes on from the newest checkpoint") from None
     except Diverged as error:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1

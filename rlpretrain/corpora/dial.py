@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlpretrain.config import ConfigError
+from rlpretrain.writing import check_writable, writing
+from rollout.folders import MARK
+
 OPERATIONS: Mapping[str, Callable[[int], int]] = {
     "up1": lambda d: (d + 1) % 10, "up2": lambda d: (d + 2) % 10, "up3": lambda d: (d + 3) % 10,
     "down1": lambda d: (d - 1) % 10, "down2": lambda d: (d - 2) % 10, "times3": lambda d: (d * 3) % 10,
@@ -287,12 +291,17 @@ def apart(train: int, held_out: int, seed: int, depths: Sequence[int],
 
 def save(folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Sequence[str]) -> dict[str, Path]:
     """Write each of `files` as NAME.jsonl, and model/ with the tokenizer of `words` and the small model's configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
+    names = ["model", *(f"{name}.jsonl" for name in files)]
+    there = next((folder / name for name in names if (folder / name).exists()), None)
+    if there and not (folder / MARK).is_file():
+        raise ConfigError(f"{there} is there already and no corpus that rlpretrain made: choose another folder")
+    check_writable(folder, "the corpus folder")
+    (folder / MARK).touch()
     paths = {}
     for name, rows in files.items():
         paths[name] = folder / f"{name}.jsonl"
         temporary = folder / f".{name}.jsonl.tmp"
-        with temporary.open("w") as f:
+        with writing(paths[name]), temporary.open("w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
         temporary.replace(paths[name])
     tokenizer(words).save_pretrained(folder / "model")
