@@ -39,6 +39,13 @@ def remove_folder(folder: Path) -> Path | None:
     return aside
 
 
+def remove_ours(parent: Path, pattern: str, keep: Path) -> None:
+    """Delete the folders of a pattern that carry our mark, but not `keep`; what somebody else made stays."""
+    for folder in parent.glob(pattern):
+        if folder != keep and (folder / MARK).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def now() -> str:
     """The time as a part of a name, in UTC."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

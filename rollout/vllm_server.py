@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from rollout.engine import check_request
-from rollout.folders import MARK
+from rollout.folders import remove_ours
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
 from rollout.vllm_routes import EngineUnavailable, Refused, Server, body_of, completion, thoughts
 from rollout.weights import complete, parameters_of, write_weights
@@ -131,9 +131,7 @@ class VLLMServerEngine:
                 self._state = whole
             else:
                 write_weights(self._folder, whole)
-            for old in self.weights_dir.glob("version-*"):  # those of a run that was killed too
-                if old != self._folder and (old / MARK).is_file():  # never a folder that somebody else made
-                    shutil.rmtree(old, ignore_errors=True)
+            remove_ours(self.weights_dir, "version-*", keep=self._folder)  # those of a run that was killed too
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
         self._run(self._sync(version), self.deadline + 4 * self.request_timeout)
         self._mark = self.share(self._mark)
