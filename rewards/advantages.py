@@ -15,9 +15,11 @@ from torch import Tensor
 def leave_one_out(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
     """Return each reward minus the mean of the group's *other* rewards: G/(G−1) · (r − mean), n for G with n valid.
 
-    The mean of the others is a baseline that the thought itself cannot move, so the policy gradient stays unbiased;
-    there is no division by the deviation. Advantages of a group sum to 0. A group whose rewards are all negative still
-    learns: its least harmful thought is preferred. A group with fewer than two valid rewards gets all zeros.
+    The mean of the others is a baseline that the thought itself cannot move: it adds no bias to a policy gradient, which
+    sums the log-probs of a thought's tokens (`loss.reduction: sum`). RLP takes their mean, which weighs the tokens of a long
+    thought less: a choice, and no unbiased gradient of the expected reward. There is no division by the deviation.
+    Advantages of a group sum to 0. A group whose rewards are all negative still learns: its least harmful thought is
+    preferred. A group with fewer than two valid rewards gets all zeros.
 
     Exactness: the group's first valid reward is subtracted before anything else. Equal rewards give exactly 0, and a
     constant added to a whole group (a baseline) changes no bit, as long as adding it was exact in float64; otherwise

@@ -100,8 +100,10 @@ def multi_sample_bound(
 
         advantage of thought i = m · (L − L without i),    weight of log p of thought i = m · softmax(logps) at i,
 
-    so that means over thoughts are the gradient of the mean bound. With one sample there is no bound without it: the
-    baseline is the mean of the other thoughts, so the advantage is that of `leave_one_out(logps)`, and the weight 1.
+    so that means over thoughts of advantage · Σ log π(token) + weight · log p have, on-policy, the gradient of the mean bound
+    as their expected gradient. The sum is over a thought's tokens (`loss.reduction: sum`); with their mean it is not. With one
+    sample there is no bound without it: the baseline is the mean of the other thoughts, so the advantage is that of
+    `leave_one_out(logps)`, and the weight 1.
 
     Raises:
         ValueError: `samples` below 1, or G no multiple of it; G < 2 with one sample.

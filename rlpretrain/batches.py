@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,28 @@ PATIENCE = 10_000
 """Documents in a row without a single position after which a run gives up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to think: a position of a document that was drawn, the seed of its thoughts, and the draw's number.
+
+    Several positions of one draw share the number; a document that is drawn again has another.
+    """
+
+    document: Document
+    position: Position
+    seed: int
+    draw: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A batch whose thoughts are being sampled; `progress` is how far the run will be with it."""
+
+    places: list[Place]
+    ticket: Ticket
+    progress: float
+
+
 class BatchSource:
     """Draws the batches of one rank.
 
@@ -46,11 +68,11 @@ class BatchSource:
         if objective.has_positions:
             check_engine(objective, stream.longest, getattr(engine, "max_model_len", None))
         self.queue = RolloutQueue(in_flight)
-        self._ahead: list[tuple[list[tuple[Document, Position, int]], Ticket]] = []  # submitted, not yet taken
+        self._ahead: list[Ahead] = []  # submitted, not yet taken
         self.taken = 0  # batches
         self.drawn = 0  # documents this rank has drawn
         self.without = 0  # of those, documents with no position
-        self._spare: list[tuple[Document, Position, int]] = []
+        self._spare: list[Place] = []
 
     def take(self, n: int, ahead: int = 0) -> Batch:
         """`n` groups of this rank with their documents; for an objective without positions, `n` documents.
@@ -59,33 +81,35 @@ class BatchSource:
         since they may need the policy.
         """
         if not self.objective.has_positions:
-            traces = self._others(self.objective.mix(n))
-            return Batch((), self.stream.take(n - len(traces)) + traces)
+            objective = self.objective.at(self.taken / self.steps)
+            self.taken += 1
+            traces = self._others(objective.mix(n))
+            return Batch((), self.stream.take(n - len(traces)) + traces, objective.progress)
         while len(self._ahead) <= ahead:
-            self.objective.progress = (self.taken + len(self._ahead)) / self.steps
-            chosen = self._positions(n)
-            self._ahead.append((chosen, self.queue.submit(self._pieces(chosen, ahead))))
-        chosen, ticket = self._ahead.pop(0)
+            objective = self.objective.at((self.taken + len(self._ahead)) / self.steps)
+            places = self._positions(n, objective)
+            self._ahead.append(Ahead(places, self.queue.submit(self._pieces(places, objective, ahead)), objective.progress))
+        batch = self._ahead.pop(0)
         self.taken += 1
         try:
-            groups = self.queue.result(ticket)
+            groups = self.queue.result(batch.ticket)
         except ValueError as error:
             raise ConfigError(f"cannot sample thoughts: {error}") from error
-        documents = list({d.id: d for d, *_ in chosen}.values())
+        documents = list({place.draw: place.document for place in batch.places}.values())
         if self.ntp_stream is not None:
             documents = self._others(len(documents))
-        return Batch(tuple(groups), tuple(documents))
+        return Batch(tuple(groups), tuple(documents), batch.progress)
 
     def _others(self, n: int) -> list[Document]:
         """The next `n` documents of `ntp_data`, by ids of their own: rows of both streams are numbered from 0."""
         found = self.ntp_stream.take(n) if self.ntp_stream is not None else []
         return [replace(d, id=f"ntp {d.id}") for d in found]
 
-    def _pieces(self, chosen: Sequence[tuple[Document, Position, int]], ahead: int) -> list[Rollout]:
+    def _pieces(self, places: Sequence[Place], objective: Objective, ahead: int) -> list[Rollout]:
         """The rollouts of a batch: one call of the engine, or several if weights may change between them."""
-        size = math.ceil(len(chosen) / self.queue.in_flight) if ahead else len(chosen)
-        parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        return [partial(self.objective.rollout, self.engine, [p for _, p, _ in part], [s for *_, s in part]) for part in parts]
+        size = math.ceil(len(places) / self.queue.in_flight) if ahead else len(places)
+        parts = [places[i : i + size] for i in range(0, len(places), size)]
+        return [partial(objective.rollout, self.engine, [p.position for p in part], [p.seed for p in part]) for part in parts]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,26 +124,26 @@ class BatchSource:
         """Give up what is being sampled."""
         self.queue.close()
 
-    def _positions(self, n: int) -> list[tuple[Document, Position, int]]:
+    def _positions(self, n: int, objective: Objective) -> list[Place]:
         chosen, self._spare = self._spare[:n], self._spare[n:]
         barren = 0
         while len(chosen) < n:
             documents = self.stream.take(n - len(chosen))
             entropies = [None] * len(documents)
-            if "entropy" in self.objective.needs:
+            if "entropy" in objective.needs:
                 entropies = token_entropies(documents, lambda m: self.policy.score(m, want="entropies")[1], self.token_budget)
             for document, entropy in zip(documents, entropies, strict=True):
                 order = self.drawn * self.size + self.rank
                 self.drawn += 1
                 rng = np.random.default_rng((self.seed, order))
-                found = self.objective.positions(document, rng, entropy)
-                chosen += [(document, p, int(rng.integers(2**62))) for p in found]
+                found = objective.positions(document, rng, entropy)
+                chosen += [Place(document, p, int(rng.integers(2**62)), order) for p in found]
                 barren = 0 if found else barren + 1
                 self.without += not found
             if barren >= PATIENCE:
                 raise ConfigError(
                     f"{barren} documents in a row gave no position: the objective's `positions` "
-                    f"({self.objective.config.positions}), `min_context` or `target_length` do not fit this data"
+                    f"({objective.config.positions}), `min_context` or `target_length` do not fit this data"
                 )
         chosen, self._spare = chosen[:n], chosen[n:] + self._spare
         return chosen
@@ -131,8 +155,8 @@ class BatchSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
-        waiting = [place for chosen, _ in self._ahead for place in chosen]  # a resumed run samples them anew
-        spare = [_place_to_row(*place) for place in waiting + self._spare]
+        waiting = [place for batch in self._ahead for place in batch.places]  # a resumed run samples them anew
+        spare = [_place_to_row(place) for place in waiting + self._spare]
         return {
             "stream": self.stream.state_dict(), "taken": self.taken, "drawn": self.drawn, "without": self.without, "spare": spare,
             "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
@@ -142,30 +166,34 @@ class BatchSource:
         """Go back to a cursor that `state_dict` gave."""
         self.stream.load_state_dict(state["stream"])
         self.taken, self.drawn, self.without = state["taken"], state["drawn"], state["without"]
-        self._spare = [_place_from_row(row) for row in state["spare"]]
+        spare = [_place_from_row(row) for row in state["spare"]]
+        first = {place.document.id: -1 - k for k, place in reversed(list(enumerate(spare)))}
+        # checkpoints that name no draw: a document's positions are of one
+        self._spare = [p if p.draw is not None else replace(p, draw=first[p.document.id]) for p in spare]
         if self.ntp_stream is not None:
             self.ntp_stream.load_state_dict(state["ntp_stream"])
 
 
-def _place_to_row(document: Document, position: Position, seed: int) -> dict[str, Any]:
+def _place_to_row(place: Place) -> dict[str, Any]:
     """A position that waits for its step, with its document, as a checkpoint keeps it."""
+    document, position = place.document, place.position
     start = document.token_ids[: position.index]
     context = None if position.context_ids == start else position.context_ids
     return {"document": document_to_row(document), "index": position.index, "context_ids": context,
-            "target_ids": position.target_ids, "suffix_ids": position.suffix_ids, "seed": seed}
+            "target_ids": position.target_ids, "suffix_ids": position.suffix_ids, "seed": place.seed, "draw": place.draw}
 
 
-def _place_from_row(row: Any) -> tuple[Document, Position, int]:
+def _place_from_row(row: Any) -> Place:
     """What `_place_to_row` wrote, or an older checkpoint's tuple without `meta` and `answer_at`."""
     if not isinstance(row, dict):
         id_, ids, source, index, seed, size, suffix = row
-        document = Document(id_, tuple(ids), source)
+        document, draw = Document(id_, tuple(ids), source), None
         context, target = document.token_ids[:index], document.token_ids[index : index + size]
     else:
         document, index, seed = document_from_row(row["document"]), row["index"], row["seed"]
         context, target, suffix = row["context_ids"], row["target_ids"], row["suffix_ids"]
-        context = document.token_ids[:index] if context is None else context
-    return document, Position(document.id, index, tuple(context), tuple(target), tuple(suffix)), seed
+        context, draw = document.token_ids[:index] if context is None else context, row.get("draw")
+    return Place(document, Position(document.id, index, tuple(context), tuple(target), tuple(suffix)), seed, draw)
 
 
 def rollouts_in(folder: str) -> Path:
@@ -179,8 +207,9 @@ class ReplaySource:
 
     epoch, without = 0, 0
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, max_steps: int | None = None):
         self.store, self.steps, self.done = store, store.steps(), 0
+        self.planned = min(max_steps or len(self.steps), len(self.steps))
         missing = next((i for i, step in enumerate(self.steps, 1) if i != step), 1)
         self.facts = self._read(missing)[2]
 
@@ -188,7 +217,7 @@ class ReplaySource:
         """The groups and documents of the next step, however many there are."""
         self.done += 1
         groups, documents, _ = self._read(self.done)
-        return Batch(tuple(groups), tuple(documents))
+        return Batch(tuple(groups), tuple(documents), (self.done - 1) / max(self.planned, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor."""

@@ -87,7 +87,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         models.try_saving(model, tokenizer, folder, config.model)
     objective = load_objective(config, tokenizer)
     place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
-    replayed = ReplaySource(Store(rollouts_in(config.replay), ranks.rank)) if config.replay else None
+    replayed = ReplaySource(Store(rollouts_in(config.replay), ranks.rank), config.max_steps) if config.replay else None
     stream = None
     if replayed is None:
         stream = DocumentStream(config.data, tokenizer, min_length=objective.min_length, **place)
@@ -153,7 +153,7 @@ def count_steps(config: PretrainConfig, objective: Objective, stream: DocumentSt
                 replayed: ReplaySource | None) -> int:  # fmt: skip
     """How many steps a run of this configuration has."""
     if stream is None or replayed:
-        return min(config.max_steps or len(replayed.steps), len(replayed.steps))
+        return replayed.planned
     if config.max_steps is not None:
         return config.max_steps
     if config.data.streaming:
@@ -189,7 +189,7 @@ def _layout(config: PretrainConfig, objective: Objective, tokenizer: Any, frozen
         config.token_budget,
         sampling.cut,
         sampling.cut_penalty,
-        config.loss.reduction,
+        objective.setting.reduction,
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         tree,
         "target" in objective.needs,

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from rewards import leave_one_out
+from rlpretrain.advantages import rewards_of
 from rlpretrain.baseline import Baseline
 from rlpretrain.evaluate import contrast
-from rlpretrain.loop import rewards_of
 from rlpretrain.packing import Layout, count, pack
 from rlpretrain.scoring import Scorer, score
 from rlpretrain.types import Batch, Document

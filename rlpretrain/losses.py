@@ -20,9 +20,9 @@ def clipped_surrogate(
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Minus the clipped policy-gradient objective of RLP (arXiv 2510.01265, eq. 8; PPO's, arXiv 1707.06347), and diagnostics.
 
-    Each thought token weighs `micro.token_weights` (1/|c| by default), the ratio is taken against `old_logps` (this very
-    forward when None: ratio exactly 1), and what another engine or an older policy sampled enters with the truncated
-    weight exp(old - behaviour). Only log-probs of sampled thought tokens carry gradient.
+    Each thought token weighs `micro.token_weights` (1/|c| for RLP, 1 for a policy gradient: `loss.reduction`). The ratio is
+    taken against `old_logps` (this very forward when None: ratio exactly 1), and what another engine or an older policy
+    sampled enters with the truncated weight exp(old - behaviour). Only log-probs of sampled thought tokens carry gradient.
     """
     new = scores.thought_logps
     old = new.detach() if old_logps is None else old_logps

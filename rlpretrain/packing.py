@@ -7,6 +7,7 @@ Legend: see rlpretrain/types.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ import torch
 
 from rlpretrain.ranks import Ranks
 from rlpretrain.tree import common, grow
+from rlpretrain.trunks import Trunk, Trunks
 from rlpretrain.types import Arm, Batch, Document, MicroBatch, Totals
 from rollout.types import FinishReason, Group, Thought
 
@@ -50,9 +52,17 @@ def is_counted(group: Group, thought: Thought, reward_index: int, cut: str) -> b
 
 
 def count(batch: Batch, cut: str = "mask") -> Totals:
-    """This rank's part of the step's denominators: counted thoughts, their tokens, and predicted document tokens."""
+    """This rank's part of the step's denominators: counted thoughts, their tokens, and predicted document tokens.
+
+    A document counts as often as it was drawn, as in any loop over a data set; so it does not matter which rank drew it.
+    """
     lengths = [len(t.token_ids) for g in batch.groups for i, t in enumerate(g.thoughts) if is_counted(g, t, i, cut)]
-    return Totals(len(lengths), sum(lengths), sum(len(d.token_ids) - 1 for d in {d.id: d for d in batch.documents}.values()))
+    return Totals(len(lengths), sum(lengths), sum(len(d.token_ids) - 1 for d in batch.documents))
+
+
+def token_mean(totals: Totals) -> float:
+    """The weight of a token that, divided by the number of thoughts, gives the mean over all tokens."""
+    return totals.thoughts / max(totals.thought_tokens, 1)
 
 
 def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
@@ -78,18 +88,18 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
 
     pending: list[Unit] = []
     rows = width = 0
-    told: set[str] = set()
+    trunks = Trunks.of(batch)
     for unit, more, longest in units:
         if pending and (rows + more) * max(width, longest) > layout.token_budget:
-            yield _lay(pending, layout, totals, told)
+            yield _lay(pending, layout, totals, trunks)
             pending, rows, width = [], 0, 0
         pending.append(unit)
         rows, width = rows + more, max(width, longest)
     if pending:
-        yield _lay(pending, layout, totals, told)
+        yield _lay(pending, layout, totals, trunks)
     for group, document in large:
         for first, part in _parts(group, document, layout):
-            yield _lay([([part], document)], layout, totals, told, first)
+            yield _lay([([part], document)], layout, totals, trunks, first)
 
 
 def families(batch: Batch) -> list[Unit]:
@@ -118,11 +128,14 @@ def balanced(batch: Batch, layout: Layout, ranks: Ranks) -> Batch:
     units = families(batch)
     moves = handed_over(ranks.gather([cost(unit, layout) for unit in units]))
     given = {i: to for (rank, i), to in moves.items() if rank == ranks.rank}
+    drawn = Counter(d.id for d in batch.documents)
+    again = [[([], d)] * (drawn[d.id] - 1) if d is not None else [] for _, d in units]  # what was drawn twice is in it twice
     if moves:
-        sent = ranks.gather([(to, units[i]) for i, to in given.items()])
-        units = [unit for i, unit in enumerate(units) if i not in given]
+        sent = ranks.gather([(to, unit) for i, to in given.items() for unit in [units[i], *again[i]]])
+        units, again = ([x for i, x in enumerate(those) if i not in given] for those in (units, again))
         units += [unit for part in sent for to, unit in part if to == ranks.rank]
-    return Batch([g for groups, _ in units for g in groups], [d for _, d in units if d is not None])
+    units += [unit for those in again for unit in those]
+    return replace(batch, groups=[g for groups, _ in units for g in groups], documents=[d for _, d in units if d is not None])
 
 
 def handed_over(costs: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
@@ -206,17 +219,15 @@ def _target(group: Group, layout: Layout) -> tuple[int, ...]:
     return group.position.target_ids if layout.target else ()
 
 
-def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], first: int = 0) -> MicroBatch:
+def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, trunks: Trunks, first: int = 0) -> MicroBatch:
     groups = [g for gs, _ in units for g in gs]
     rows: list[tuple[int, ...]] = []
     trunk_at: dict[str, int] = {}
-    trunk: list[tuple[int, int]] = []  # (row, document length) of the documents whose loss is counted here
+    trunk: list[Trunk] = []  # a document that was drawn twice stands here twice: one row, read twice
     for _, document in units:
         if document is not None and document.id not in trunk_at:
             trunk_at[document.id] = len(rows)
-            if document.id not in told:
-                told.add(document.id)
-                trunk.append((len(rows), len(document.token_ids)))
+            trunk += [Trunk(len(rows), document, asked) for asked in trunks.take(document)]
             rows.append(document.token_ids)
 
     shape_b, shape_g = len(groups), max((len(g.thoughts) for g in groups), default=0)
@@ -228,7 +239,6 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
     counted, penalty = np.zeros((shape_b, shape_g), bool), np.zeros((shape_b, shape_g), np.float32)
     target_at, target_labels = np.full((shape_b, shape_g, shape_t, 2), 0), np.zeros((shape_b, shape_t), np.int64)
     target_mask, baseline_at = np.zeros((shape_b, shape_t), bool), np.full((shape_b, shape_t, 2), -1)
-    each = totals.thoughts / max(totals.thought_tokens, 1)
 
     for b, group in enumerate(groups):
         target, prompt = _target(group, layout), group.prompt
@@ -257,7 +267,7 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
             penalty[b, g] = layout.cut_penalty * (layout.cut == "penalise" and bool(close))
             thought_at[b, g, :length] = [(len(rows), start + k - 1) for k in range(length)] or thought_at[b, g, :0]
             thought_labels[b, g, :length], thought_mask[b, g, :length] = thought.token_ids, True
-            weights[b, g, :length] = each if layout.reduction == "token_mean" else 1 / max(length, 1)
+            weights[b, g, :length] = _token_weight(length, layout, totals)
             behaviour[b, g, :length] = thought.behaviour_logps
             target_at[b, g, :size] = [(len(rows), len(row) + k - 1) for k in range(size)] or target_at[b, g, :0]
             rows.append((*row, *target))
@@ -271,16 +281,23 @@ def _lay(units: Sequence[Unit], layout: Layout, totals: Totals, told: set[str], 
         where = [np.arange(len(row)) + r * input_ids.shape[1] for r, row in enumerate(rows)]
     return MicroBatch(
         input_ids=input_ids, attention_mask=attention, position_ids=places, tree=tree, row_tokens=sum(map(len, rows)),
-        arm=_arm(rows, baseline_at, layout), groups=groups, documents=[d for _, d in units if d is not None],
+        arm=_arm(rows, baseline_at, layout), groups=groups, documents=[t.document for t in trunk],
         offsets=[first] * len(groups), thought_rows=_flat(thought_at, where), thought_labels=torch.from_numpy(thought_labels),
         thought_mask=torch.from_numpy(thought_mask), token_weights=torch.from_numpy(weights.astype(np.float32)),
         behaviour_logps=torch.from_numpy(behaviour.astype(np.float32)), counted=torch.from_numpy(counted),
         penalty=torch.from_numpy(penalty),
         target_rows=_flat(target_at, where), target_labels=torch.from_numpy(target_labels),
         target_mask=torch.from_numpy(target_mask), baseline_rows=_flat(baseline_at, where),
-        trunk_rows=torch.from_numpy(np.concatenate([where[r][: n - 1] for r, n in trunk] or [np.zeros(0, np.int64)])),
-        trunk_labels=torch.tensor([x for r, _ in trunk for x in rows[r][1:]], dtype=torch.int64),
+        trunk_rows=torch.from_numpy(np.concatenate([*(where[t.row][: len(t) - 1] for t in trunk), np.zeros(0, np.int64)])),
+        trunk_labels=torch.tensor([x for t in trunk for x in rows[t.row][1:]], dtype=torch.int64), asked=[t.asked for t in trunk],
     )  # fmt: skip
+
+
+def _token_weight(length: int, layout: Layout, totals: Totals) -> float:
+    """The weight of each token of a thought; the loss then divides by the number of thoughts."""
+    if layout.reduction == "sum":
+        return 1.0
+    return token_mean(totals) if layout.reduction == "token_mean" else 1 / max(length, 1)
 
 
 def _flat(at: np.ndarray, where: Sequence[np.ndarray]) -> torch.Tensor:

@@ -115,6 +115,7 @@ class Run(Parts):
         begin = time.perf_counter()
         ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
+        self.objective.progress = batch.progress
         self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
         lie_down(self.config, self.engine)
         self.timer.rollout = time.perf_counter() - begin

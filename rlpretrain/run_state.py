@@ -15,9 +15,10 @@ from rlpretrain.config.io import to_dict
 
 
 def resolved(run: Any) -> dict[str, Any]:
-    """The configuration with the objective's defaults. `run` is rlpretrain.run.Run, here and below."""
+    """The configuration with the objective's defaults and its reduction. `run` is rlpretrain.run.Run, here and below."""
     objective = {"name": run.config.objective.get("name", "rlp"), **asdict(run.objective.config)}
-    return to_dict(run.config) | {"objective": objective}
+    out = to_dict(run.config)
+    return out | {"objective": objective, "loss": out["loss"] | {"reduction": run.objective.setting.reduction}}
 
 
 def save(run: Any) -> None:

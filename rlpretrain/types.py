@@ -18,14 +18,15 @@ from rollout.types import Document, Group
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on: groups, and the documents whose next-token loss it takes, each once.
+    """What one step trains on: groups, and the documents whose next-token loss it takes, each as often as it was drawn.
 
-    Raises ValueError for two documents, or two groups, with one id: by it groups are joined to their document, and parts of a
-    group to each other.
+    `progress` is how far the run is with this batch, 0 to 1. Raises ValueError for two documents of one id that differ, or two
+    groups with one id: by it groups are joined to their document, and parts of a group to each other.
     """
 
     groups: Sequence[Group]
     documents: Sequence[Document]
+    progress: float = 0.0
 
     def __post_init__(self) -> None:
         known: dict[str, Document] = {}
@@ -83,7 +84,7 @@ class MicroBatch:
     arm: Arm
     row_tokens: int  # tokens of all thoughts with their contexts, targets and documents, as if nothing were shared or padded
     groups: Sequence[Group]
-    documents: Sequence[Document]
+    documents: Sequence[Document]  # whose next-token loss is taken here, in the order of `trunk_rows`, as often as drawn
     offsets: Sequence[int]  # [B] the first thought's place in its whole group; above 0 only in parts of one that fits nowhere
     thought_rows: Tensor  # [B, G, L] int64
     thought_labels: Tensor  # [B, G, L] int64
@@ -99,6 +100,7 @@ class MicroBatch:
     trunk_rows: Tensor  # [M] int64
     trunk_labels: Tensor  # [M] int64
     on_policy: bool = False  # sampled by the very weights that are trained: importance weights are exactly 1
+    asked: Sequence[frozenset[int]] = ()  # for each of `documents`, the tokens before which groups of the step think
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""

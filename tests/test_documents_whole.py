@@ -103,11 +103,13 @@ def test_an_older_checkpoint_still_loads(values, tmp_path):
     state = run.source.state_dict()
     places = list(run.source._spare)
     state["spare"] = [
-        (d.id, d.token_ids, d.source, p.index, s, len(p.target_ids), p.suffix_ids) for d, p, s in places
-    ]
+        (p.document.id, p.document.token_ids, p.document.source, p.position.index, p.seed, len(p.position.target_ids),
+         p.position.suffix_ids) for p in places
+    ]  # fmt: skip
     run.source.load_state_dict(state)
-    assert [(p, s) for _, p, s in run.source._spare] == [(p, s) for _, p, s in places]
-    assert [d.token_ids for d, *_ in run.source._spare] == [d.token_ids for d, *_ in places]
+    found = run.source._spare
+    assert [(p.position, p.seed) for p in found] == [(p.position, p.seed) for p in places]
+    assert [p.document.token_ids for p in found] == [p.document.token_ids for p in places]
     run.close()
 
 

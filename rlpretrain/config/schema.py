@@ -87,8 +87,10 @@ class LossConfig:
     """Weight of the interleaved next-token loss on the documents. 0 in the paper."""
     reader_coef: float = 0.1
     """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0 there)."""
-    reduction: Literal["thought_mean", "token_mean"] = "thought_mean"
-    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens."""
+    reduction: Literal["auto", "thought_mean", "token_mean", "sum"] = "auto"
+    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens.
+    sum: sum over a thought's tokens, then the mean over thoughts, which is the policy gradient itself. auto: what the
+    objective's paper has: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else thought_mean."""
     importance_cap: Amount = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
     inner_epochs: Count = 1

@@ -74,5 +74,6 @@ def load(run: PretrainConfig, tokenizer: Any) -> Objective:
         raise ConfigError(f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data")
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
-    objective.setting = Setting(params, s.thoughts, run.loss.reader_coef)
+    reduction = objective.token_reduction if run.loss.reduction == "auto" else run.loss.reduction
+    objective.setting = Setting(params, s.thoughts, run.loss.reader_coef, reduction)
     return objective

@@ -47,11 +47,12 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the run tells its objective: how thoughts are drawn, and the weight of the direct term."""
+    """What the run tells its objective: how thoughts are drawn, the weight of the reader term, how thought tokens are weighed."""
 
     params: SamplingParams
     thoughts: int
     reader_coef: float
+    reduction: str = "thought_mean"
 
 
 def other_seed(seed: int, k: int = 1) -> int:
@@ -79,7 +80,25 @@ class Objective:
     needs: frozenset[str] = frozenset({"target"})
     has_positions = True
     answer_tokens = 0  # most that is sampled after a thought, up to `config.closing`; 0: nothing
-    progress = 0.0  # how far the run is, 0 to 1: set for each step before its positions are drawn
+    token_reduction = "thought_mean"  # what `loss.reduction: auto` is: the paper's mean or sum over a thought's tokens
+
+    __slots__ = ("__dict__", "__weakref__", "progress")
+    progress: float
+    """How far the run is with the batch at hand, 0 to 1: the same for its positions, prompts, rewards and losses."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        self = super().__new__(cls)
+        self.progress = 0.0
+        return self
+
+    def at(self, progress: float) -> Objective:
+        """This objective as it is with another batch: `progress` differs, all else is shared.
+
+        Thoughts of coming batches are sampled while another batch is trained, so they cannot ask one attribute.
+        """
+        other = object.__new__(type(self))
+        other.__dict__, other.progress = self.__dict__, progress
+        return other
 
     def __init__(self, config: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer

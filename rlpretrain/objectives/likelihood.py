@@ -14,6 +14,10 @@ The gradient of an expected likelihood has two terms: the policy gradient of the
 itself, which trains the reader to say the target after this thought. `direct` is the weight of the second; VeriFree and JEPO have
 it (1), RLP has not (0). It comes on top of `loss.reader_coef`, which weighs log p whatever the reward is.
 
+The first term is a sum over a thought's tokens. With `direct: 1` that is what `loss.reduction: auto` takes: on-policy and with
+`reader_coef: 0`, the two terms together have the gradient of the expected score as their mean. With another `direct` it takes
+RLP's mean, which divides the first term by the thought's length and the second by nothing: the gradient of no expectation.
+
 Ours: leave-one-out advantages throughout (RLPR divides by the deviation), the score of the live model (VR-CLI has a frozen one),
 `samples` below G.
 
@@ -69,6 +73,8 @@ class Likelihood(base.Objective):
         super().__init__(config, tokenizer)
         if config.direct and config.score == "perplexity_gain":
             raise ConfigError("objective.direct: perplexity_gain has no direct term (its scorer is frozen); set it to 0")
+        if config.direct == 1:
+            self.token_reduction = "sum"
         if config.direct and config.score == "jepo":
             self.needs = self.needs | {"group"}  # its weights are shares of a bound over all thoughts
 

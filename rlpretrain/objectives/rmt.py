@@ -73,7 +73,7 @@ class RMT(rpt.RPT):
 
     @property
     def budget(self) -> int:
-        """B at the present step."""
+        """B for the batch at hand."""
         c = self.config
         return max(c.min_budget, math.floor(c.budget * c.budget_decay**self.progress))
 
@@ -105,11 +105,11 @@ class RMT(rpt.RPT):
                         extra={"budget": budget}) for g in groups]  # fmt: skip
 
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
-        """Weights [M]: 0 where a token was thought about."""
+        """Weights [M]: 0 where a token was thought about, whatever micro-batch the thoughts are in."""
         weights = super().ntp_weights(micro, scores)
-        asked = {(g.position.document_id, g.position.index) for g in micro.groups}
-        places = [(d.id, i) for d in micro.documents for i in range(1, len(d.token_ids))]
-        return weights.masked_fill(torch.tensor([p in asked for p in places], dtype=torch.bool, device=weights.device), 0.0)
+        drawn = zip(micro.documents, micro.asked, strict=True)
+        asked = [i in places for document, places in drawn for i in range(1, len(document.token_ids))]
+        return weights.masked_fill(torch.tensor(asked, dtype=torch.bool, device=weights.device), 0.0)
 
 
 def _length(thought: Thought) -> int:
