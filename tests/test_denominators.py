@@ -17,7 +17,7 @@ from rlpretrain.loop import train
 from rlpretrain.objectives import rlp
 from rlpretrain.objectives.base import Objective
 from rlpretrain.run import Run
-from tests.helpers import launch, merged, one_step
+from tests.helpers import launch, merged, one_step, trained
 
 
 def applies(thought: Any) -> bool:
@@ -84,6 +84,17 @@ def test_a_live_reward_of_nan_counts_nowhere_in_inner_epochs(values, tmp_path):
     known, _ = one_step(values, objective=objective(Known), output_dir=str(tmp_path / "known"), **changes)
     for a, b in zip(live.policy.model.parameters(), known.policy.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_live_reward_of_nan_counts_nowhere_under_deepspeed(values, tmp_path, stage):
+    """What had been gathered when the NaN turned up is dropped there, too."""
+    changes = BASE | {"loss__reduction": "token_mean", "token_budget": 150, "max_steps": 2}
+    known = trained(values, objective=objective(Known), output_dir=str(tmp_path / "known"), **changes)
+    policy = {"backend": "deepspeed", "zero_stage": stage}
+    live = trained(values, objective=objective(Live), output_dir=str(tmp_path / "live"), policy=policy, **changes)
+    for name, tensor in known.items():
+        torch.testing.assert_close(live[name], tensor, rtol=1e-4, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_nothing_is_scored_twice_where_all_rewards_are_numbers(values):
