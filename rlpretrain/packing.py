@@ -1,4 +1,4 @@
-"""Groups and documents → micro-batches. A group straddles two of them only if it fits into none; a trunk's loss counts once.
+"""Groups and documents → micro-batches. A group straddles two of them only if it fits into none; a draw counts once.
 
 A row per thought (prompt + thought + target), a row per document (its next-token loss and the no-think arm). The padded layout
 pads them on the right, so default position ids are right for any architecture; the tree layout holds what rows share once.

@@ -112,7 +112,6 @@ class LiveModel(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """After the optimizer step."""
-        self.reward.objective.progress = state.global_step / max(state.max_steps, 1)
         if self.reward.reference is not None:
             self.reward.reference.update(_Weights(plain(model)))
 
