@@ -171,7 +171,7 @@ def timings(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians over steps in seconds, the parts of a weight sync, and the largest differences between engine and trainer."""
 
     def of(name: str) -> list[float]:
-        return [row[name] for row in rows if name in row]
+        return [row[name] for row in rows if row.get(name) is not None]
 
     parts = sorted({name for row in rows for name in row if name.startswith("perf/weight_sync")})
     out: dict[str, Any] = {short: statistics.median(of(name)) if of(name) else None for short, name in MEDIANS.items()}

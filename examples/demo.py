@@ -195,11 +195,11 @@ def evaluation(model: Path, frozen: Path, data: Path, seed: int, controls: bool)
         "no_think_loss": found.losses.tolist(),
         "tokens": found.tokens.tolist(),
     }
-    return {"depth": [str(d.meta["depth"]) for d in found.documents], **values}
+    return {"depth": [str(d.meta["depth"]) for d in found.documents], "rows": found.rows, **values}
 
 
 def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """results.json: every number with its 95% interval, bootstrapped over problems and seeds."""
+    """results.json: every number with its 95% interval over problems and seeds (rlpretrain/intervals.py), and each seed's own."""
     results: dict[str, Any] = {"seeds": list(seeds), "by_k": {}, "seconds": {}}
     for name in ("base", "rlp", "ntp_tokens", "ntp_compute"):
         folders = [out / "base" if name == "base" else out / f"{name}-{s}" for s in seeds]
@@ -214,17 +214,19 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def numbers(parts: Sequence[dict[str, Any]], depths: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Means over the problems of these depths and over seeds, each with its interval."""
+    """Means over the problems of these depths and over seeds, each with its interval and, as `_seeds`, each seed's own."""
     import numpy as np
 
-    from rlpretrain.evaluate import interval
+    from rlpretrain.intervals import interval, points
 
     keep = np.isin(parts[0]["depth"], depths)
+    rows = np.array(parts[0].get("rows", range(len(keep))), str)[keep]  # one document a row where an older evaluation is silent
     out: dict[str, Any] = {}
     for name in names:
         values = np.array([p[name] for p in parts])[:, keep]
         weights = np.array([p["tokens"] for p in parts])[:, keep] if name == "no_think_loss" else None
-        out[name], out[f"{name}_ci"] = interval(values, weights)
+        out[name], out[f"{name}_ci"] = interval(values, weights, rows=rows)
+        out[f"{name}_seeds"] = points(values, weights).tolist()
     return out
 
 

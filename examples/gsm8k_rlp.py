@@ -232,22 +232,22 @@ def values(found: Evaluation) -> dict[str, Any]:
 
 def numbers(found: Evaluation) -> dict[str, Any]:
     """Means, each with its 95% interval under the same name with `_ci`."""
-    from rlpretrain.evaluate import interval
+    from rlpretrain.intervals import interval
 
     summary = found.summary()
     for name in MORE:
-        summary[name], summary[f"{name}_ci"] = interval(values(found)[name][None])
+        summary[name], summary[f"{name}_ci"] = interval(values(found)[name], rows=found.rows)
     return summary
 
 
 def change(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """After minus before at the same positions, with intervals."""
-    from rlpretrain.evaluate import interval
+    from rlpretrain.intervals import interval
 
     first, second = values(before), values(after)
     out: dict[str, Any] = {}
     for name in ("gain_frozen", "gain", "thought_worth"):
-        out[name], out[f"{name}_ci"] = interval((second[name] - first[name])[None])
+        out[name], out[f"{name}_ci"] = interval(second[name] - first[name], rows=after.rows)
     return out
 
 

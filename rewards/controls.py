@@ -133,7 +133,9 @@ class CollapseMonitor:
     - the mean gain is below 0, after a mean that was above 0 and better by more than `margin` nats;
     - the mean no-think loss is more than `no_think_rise` nats above `no_think_loss`, the value at the start of the run
       (None: the mean of the first full window);
-    - at once: any value that is NaN or infinite.
+
+    A value that is NaN or infinite is no measurement: it enters no mean, sets no best and ends no run (a step with a loss
+    that is not finite is skipped, and `stop.nonfinite` counts those).
 
     A run whose gain never was positive does not fire on the first rule: it has not begun. Measure the gain against the
     frozen initial model; against the current one it flatters itself. All numbers are plain floats, nats where they are
@@ -157,27 +159,26 @@ class CollapseMonitor:
 
     def observe(self, *, gain: float, no_think_loss: float, grad_norm: float, thought_length: float) -> str | None:
         """Take in one step; return why the run should stop, or None."""
-        seen = {"information gain": gain, "no-think loss": no_think_loss, "gradient norm": grad_norm,
-                "thought length": thought_length}
-        broken = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
-        if broken:
-            return ", ".join(broken)
-        self._gains.append(gain)
-        self._losses.append(no_think_loss)
-        if len(self._gains) < self.window:
-            return None
-        mean_gain, mean_loss = sum(self._gains) / self.window, sum(self._losses) / self.window
-        self.best_gain = max(self.best_gain, mean_gain)
+        mean_gain, mean_loss = self._mean(self._gains, gain), self._mean(self._losses, no_think_loss)
+        if mean_gain is not None:
+            self.best_gain = max(self.best_gain, mean_gain)
         if self.reference is None:
             self.reference = mean_loss
         ending = f"; gradient norm {grad_norm:.3g}, thought length {thought_length:.3g}"
-        if mean_gain < 0 < self.best_gain and self.best_gain - mean_gain > self.margin:
+        if mean_gain is not None and mean_gain < 0 < self.best_gain and self.best_gain - mean_gain > self.margin:
             return (f"information gain fell to {mean_gain:.3f} nats (mean of {self.window} steps) after a best of "
                     f"{self.best_gain:.3f}{ending}")
-        if mean_loss - self.reference > self.no_think_rise:
+        if mean_loss is not None and self.reference is not None and mean_loss - self.reference > self.no_think_rise:
             return (f"no-think loss rose to {mean_loss:.3f} nats (mean of {self.window} steps) from "
                     f"{self.reference:.3f}{ending}")
         return None
+
+    def _mean(self, seen: deque[float], value: float) -> float | None:
+        """Mean of the last `window` values that are finite, this one included; None where it adds none, or they are too few."""
+        if not math.isfinite(value):
+            return None
+        seen.append(value)
+        return sum(seen) / self.window if len(seen) == self.window else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen so far, as numbers and lists that JSON can hold (no best gain yet: None)."""

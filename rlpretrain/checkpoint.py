@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rlpretrain.as_json import dumps
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.ranks import Ranks
@@ -51,7 +52,7 @@ def save(
             if ranks.first:
                 files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
                 facts = {"step": step, "ranks": ranks.size, "written": time.time(), "files": files}
-                (work / "state.json").write_text(json.dumps(state | facts, indent=1))
+                (work / "state.json").write_text(dumps(state | facts, indent=1))
                 if is_ours(final):
                     (final / MARK).touch()  # one of an older version
                 finish_folder(work, final)

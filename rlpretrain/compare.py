@@ -2,7 +2,8 @@
 
 Each training is a run folder of its own, in a process of its own; what is done is kept, so a comparison that was stopped goes
 on where it was. Every model is evaluated twice on the same held-out documents: by one common objective, so that methods can be
-compared, and by its own, against the base, so that one sees whether it learnt what it was rewarded for.
+compared, and by its own, against the base, so that one sees whether it learnt what it was rewarded for. All methods answer the
+same held-out rows with the same seeds, so two of them are compared by the differences there, whose intervals are narrower.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import numpy as np
 import torch
 
 from rlpretrain import adapters, models
+from rlpretrain.as_json import finite
 from rlpretrain.checkpoint import MACHINE, changes, without
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.documents import read_all
-from rlpretrain.evaluate import evaluate, interval
+from rlpretrain.evaluate import evaluate
 from rlpretrain.experiment import BASE, Experiment, Job, Judged, load
+from rlpretrain.intervals import interval, points
 from rlpretrain.objectives import delimiters
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.pretrainer import Pretrainer
@@ -151,7 +154,8 @@ def to_evaluate(job: Job) -> dict[str, Any] | None:
     file, names = job.folder / "evaluation.json", [job.name] if job.method else list(job.experiment.methods)
     wanted = {"evaluation": to_dict(job.experiment.evaluation), "objectives": {n: job.config(n).objective for n in names}}
     settings = json.loads(json.dumps(wanted))
-    return None if file.exists() and json.loads(file.read_text())["settings"] == settings else settings
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return None if found.get("settings") == settings and "rows" in found.get("common", {}) else settings  # older ones lack rows
 
 
 def last_row(folder: Path) -> dict[str, float]:
@@ -179,8 +183,8 @@ def _common(own: PretrainConfig, judged: Judged) -> PretrainConfig:
                   "sampling": {"max_thought_tokens": judged.max_thought_tokens}})  # fmt: skip
 
 
-def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = False) -> dict[str, list[float]]:
-    """Numbers per position of the model at `path`, against the base."""
+def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = False) -> dict[str, list[Any]]:
+    """Numbers per position of the model at `path`, against the base, and each position's source row."""
     e, device = job.experiment.evaluation, join(config.device).device
     tags = delimiters(config.objective)
     start = replace(config.model, path=path)
@@ -194,53 +198,87 @@ def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = Fal
         pad_id=tokenizer.pad_token_id or 0,
     )  # fmt: skip
     values = found.values | {"no_think_loss": found.losses, "tokens": found.tokens}
-    return {name: v.tolist() for name, v in values.items()}
+    return {name: v.tolist() for name, v in values.items()} | {"rows": found.rows}
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
-    """Every number of every method with its 95% interval, bootstrapped over documents and seeds; and what it cost."""
+    """Every number of every method with its 95% interval and each seed's own, differences between methods, and what it cost."""
     out: dict[str, Any] = {}
     folder = Path(experiment.output_dir)
     read = {name: [json.loads((folder / f"{name}-{s}" / "evaluation.json").read_text()) for s in experiment.seeds]
             for name in (BASE, *experiment.methods)}  # fmt: skip
     for name, parts in read.items():
-        row: dict[str, Any] = {n: _interval([p["common"] for p in parts], n) for n in COLUMNS if n in parts[0]["common"]}
+        common = [p["common"] for p in parts]
+        row: dict[str, Any] = {n: _interval(common, n) for n in COLUMNS if n in common[0]}
+        row["by_seed"] = {n: _by_seed(common, n) for n in COLUMNS if n in common[0]}
         if name != BASE:
             own, before = ([p["own"][name] for p in read[n]] for n in (name, BASE))
             given = experiment.methods[name].own
             number = given or next((n for n in ("asked", "reward", "gain_frozen") if n in own[0]), "no_think_loss")
             if number not in own[0]:
                 raise ConfigError(f"method {name}: own '{number}' is none of its numbers: {', '.join(own[0])}")
-            row["own"] = {"number": number, "before": _interval(before, number), "after": _interval(own, number)}
+            row["own"] = {"number": number, "before": _interval(before, number), "after": _interval(own, number),
+                          "change": _interval(own, number, before), "by_seed": _by_seed(own, number)}  # fmt: skip
             spent = [last_row(folder / f"{name}-{s}") for s in experiment.seeds]
             runs = [json.loads((folder / f"{name}-{s}" / "run.json").read_text()) for s in experiment.seeds]
             row["spent"] = {n: float(np.mean([r[f"num_{n}"] for r in spent])) for n in ("input_tokens", "tokens", "flops")}
             row["steps"], row["stopped"] = [r["step"] for r in spent], [r["stopped"] for r in runs]
         out[name] = row
     documents = len(read[BASE][0]["common"]["tokens"])
-    return {"folder": str(folder), "seeds": list(experiment.seeds), "documents": documents, "methods": out}
+    sources = len(set(read[BASE][0]["common"]["rows"]))
+    results = {"folder": str(folder), "seeds": list(experiment.seeds), "documents": documents, "source_rows": sources,
+               "methods": out, "differences": _differences(read)}  # fmt: skip
+    return finite(results)
 
 
-def _interval(parts: Sequence[dict[str, list[float]]], name: str) -> list[float]:
-    """[mean, low, high] over documents and seeds; NaN (not applicable) counts nowhere."""
+def _differences(read: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """{"a - b": {number: [mean, low, high]}} of every two methods, the base among them, on the same rows and seeds."""
+    names, out = list(read), {}
+    for k, second in enumerate(names):
+        for first in names[k + 1 :]:
+            parts, others = ([p["common"] for p in read[n]] for n in (first, second))
+            both = [n for n in COLUMNS if n in parts[0] and n in others[0]]
+            out[f"{first} - {second}"] = {n: _interval(parts, n, others) for n in both}
+    return out
+
+
+def _interval(parts: Sequence[dict[str, list[Any]]], name: str,
+              less: Sequence[dict[str, list[Any]]] | None = None) -> list[float]:  # fmt: skip
+    """[mean, low, high] over source rows and seeds, of a number or of its differences from `less` at the same positions.
+
+    NaN (not applicable) counts nowhere.
+    """
     values = np.array([p[name] for p in parts], float)
-    weights = np.isfinite(values) * (np.array([p["tokens"] for p in parts]) if name == "no_think_loss" else 1.0)
-    mean, (low, high) = interval(np.nan_to_num(values), weights)
+    if less is not None:
+        values = values - np.array([p[name] for p in less], float)
+    mean, (low, high) = interval(values, _weights(parts, name), rows=parts[0]["rows"])
     return [mean, low, high]
 
 
+def _by_seed(parts: Sequence[dict[str, list[Any]]], name: str) -> list[float]:
+    """The mean of each seed."""
+    return points(np.array([p[name] for p in parts], float), _weights(parts, name)).tolist()
+
+
+def _weights(parts: Sequence[dict[str, list[Any]]], name: str) -> np.ndarray | None:
+    """A loss per token is weighed by its tokens, everything else counts alike."""
+    return np.array([p["tokens"] for p in parts], float) if name == "no_think_loss" else None
+
+
 def _write_csv(path: Path, results: dict[str, Any]) -> None:
-    """A line for each method and number: method, number, mean, low, high."""
+    """A line for each method (or difference of two) and number: method, number, mean, low, high, and each seed's mean."""
     work = path.with_name(f".{path.name}.tmp")
     with writing(path), work.open("w", newline="") as f:
         out = csv.writer(f)
-        out.writerow(("method", "number", "mean", "low", "high"))
+        out.writerow(("method", "number", "mean", "low", "high", *(f"seed {s}" for s in results["seeds"])))
         for name, row in results["methods"].items():
-            numbers = {n: row[n] for n in COLUMNS if n in row}
+            numbers = {n: [*row[n], *row["by_seed"][n]] for n in COLUMNS if n in row}
             if "own" in row:
                 numbers |= {f"own {row['own']['number']}, {when}": row["own"][when] for when in ("before", "after")}
                 numbers |= {n: [v, "", ""] for n, v in row["spent"].items()}
             out.writerows((name, number, *values) for number, values in numbers.items())
+        for pair, found in results["differences"].items():
+            out.writerows((pair, number, *values) for number, values in found.items())
     work.replace(path)
 
 
@@ -248,11 +286,9 @@ def table(results: dict[str, Any]) -> Any:
     """The results as a rich table."""
     from rich.table import Table
 
-    def cell(values: list[float] | None) -> str:
-        return "" if values is None else f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
-
     shown = Table("", "its own number", "base", "after", *COLUMNS.values(), "tokens", "TFLOP",
-                  title=f"{results['documents']} held-out documents, seeds {results['seeds']}; 95% intervals")  # fmt: skip
+                  title=f"{results['documents']} held-out documents of {results['source_rows']} rows, seeds {results['seeds']}; "
+                        "95% intervals over rows and seeds")  # fmt: skip
     for name, row in results["methods"].items():
         own, spent = row.get("own"), row.get("spent")
         mine = (own["number"], cell(own["before"]), cell(own["after"])) if own else ("", "", "")
@@ -261,24 +297,62 @@ def table(results: dict[str, Any]) -> Any:
     return shown
 
 
+def differences(results: dict[str, Any]) -> Any:
+    """A rich table of paired differences: of each method from the base and from the first method."""
+    from rich.table import Table
+
+    first = next(name for name in results["methods"] if name != BASE)
+    shown = Table("paired differences", *COLUMNS.values(), title="at the same rows, with the same seeds; 95% intervals")
+    for pair, row in results["differences"].items():
+        if pair.endswith((f" - {BASE}", f" - {first}")):
+            shown.add_row(pair, *(cell(row.get(n)) for n in COLUMNS))
+    return shown
+
+
+def cell(values: Sequence[float | None] | None) -> str:
+    """Mean and interval; empty where there is none."""
+    if values is None or values[0] is None:
+        return ""
+    mean, *ends = values
+    return f"{mean:.2f}" if None in ends else f"{mean:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Accuracy with and without a thought, and the gain, of every method, with intervals."""
+    """Accuracy with and without a thought, and the gain, of every method, and its difference from the first, with intervals.
+
+    Seeds are the pale points.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     names = list(results["methods"])[::-1]
-    figure = Figure(figsize=(11, 0.34 * len(names) + 1.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(14, 0.34 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     panels = [[("think_sampled", "o", 0.12), ("direct", "s", -0.12)], [("gain_frozen", "o", 0.12), ("shuffled", "s", -0.12)]]
-    for axis, panel in zip(axes, panels, strict=True):
+    for axis, panel in zip(axes, panels, strict=False):
         for number, mark, shift in panel:
-            rows = [(i, results["methods"][n][number]) for i, n in enumerate(names) if number in results["methods"][n]]
-            mean, low, high = (np.array([r[k] for _, r in rows]) for k in range(3))
-            axis.errorbar(mean, [i + shift for i, _ in rows], xerr=[mean - low, high - mean], fmt=mark, capsize=2,
-                          label=COLUMNS[number])  # fmt: skip
+            rows = {i + shift: results["methods"][n] for i, n in enumerate(names) if number in results["methods"][n]}
+            line = _bars(axis, {at: row[number] for at, row in rows.items()}, mark, COLUMNS[number])
+            for at, row in rows.items():
+                seeds = row["by_seed"][number]
+                axis.plot(seeds, [at] * len(seeds), "|", color=line, alpha=0.5, markersize=5)
         axis.grid(axis="x", alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
     axes[0].set(yticks=range(len(names)), yticklabels=names, xlabel="share of held-out positions", xlim=(0, 1))
     axes[1].set(xlabel="nats against the frozen base")
+    first = next(name for name in results["methods"] if name != BASE)
+    for number, mark, shift in panels[0]:
+        pairs = {i + shift: results["differences"].get(f"{n} - {first}", {}).get(number) for i, n in enumerate(names)}
+        _bars(axes[2], {at: row for at, row in pairs.items() if row}, mark, COLUMNS[number])
+    axes[2].axvline(0, color="black", linewidth=0.6)
+    axes[2].grid(axis="x", alpha=0.3)
+    axes[2].set(xlabel=f"the same less that of {first}, paired")
     with matplotlib.rc_context({"svg.hashsalt": "rlpretrain"}):  # the same numbers give the same file
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _bars(axis: Any, rows: dict[float, list[float | None]], mark: str, label: str) -> Any:
+    """Means with their intervals, where there is one, at the heights `rows`; returns their colour."""
+    mean, low, high = (np.array([r[k] for r in rows.values()], float) for k in range(3))
+    ends = np.nan_to_num([mean - low, high - mean])
+    return axis.errorbar(mean, list(rows), xerr=ends, fmt=mark, capsize=2, label=label)[0].get_color()

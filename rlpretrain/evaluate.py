@@ -1,7 +1,7 @@
 """What thinking is worth on held-out text: gain, controls, no-think loss, and hits with and without a thought.
 
-Every number comes per position, so that intervals can be bootstrapped over documents (and seeds); `summary` gives means with
-95% intervals. A thought that did not close itself is closed for it here, and counted in `unclosed`.
+Every number comes per position, with the document it belongs to; `summary` gives means with 95% intervals over whole source
+rows (rlpretrain/intervals.py). A thought that did not close itself is closed for it here, and counted in `unclosed`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rewards.controls import other_document, shuffled
 from rlpretrain.batches import roll_out, token_entropies
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.documents import read_all
+from rlpretrain.intervals import interval, row_of
 from rlpretrain.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
@@ -42,6 +43,7 @@ MEANING = {
     "length": "tokens per thought",
     "reward": "reward of thoughts that the objective can judge without log-probabilities",
     "asked": "the same of groups that these asked for (PretrainZero's predictors: their accuracy)",
+    "not_finite": "share of positions with a log-probability of NaN or infinity, which are in no mean; only where there are some",
 }
 
 
@@ -75,34 +77,23 @@ class Evaluation:
         """Mean of every number, and its 95% interval under the same name with `_ci`."""
         out: dict[str, float | list[float]] = {}
         for name, values in self.values.items():
-            out[name], out[f"{name}_ci"] = interval(values[None], seed=seed)
-        out["no_think_loss"], out["no_think_loss_ci"] = interval(self.losses[None], self.tokens[None], seed=seed)
+            out[name], out[f"{name}_ci"] = interval(values, rows=self.rows, seed=seed)
+        out["no_think_loss"], out["no_think_loss_ci"] = interval(self.losses, self.tokens, rows=self.rows, seed=seed)
+        if broken := self.not_finite:
+            out["not_finite"] = broken
         return out
 
+    @property
+    def rows(self) -> list[str]:
+        """The source row of each position."""
+        return [row_of(d.id) for d in self.documents]
 
-def interval(
-    values: np.ndarray, weights: np.ndarray | None = None, *, seed: int = 0, draws: int = 2000
-) -> tuple[float, list[float]]:
-    """Weighted mean of values [seeds, problems], and its 95% percentile bootstrap over problems and over seeds.
-
-    The problems are the same for every seed, so whole columns and whole rows are resampled.
-    """
-    values = np.asarray(values, float)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, float)
-    if values.shape[1] == 0:
-        return float("nan"), [float("nan")] * 2
-    rng = np.random.default_rng(seed)
-    n_seeds, n = values.shape
-    rows, columns = _times_drawn(rng, n_seeds, draws), _times_drawn(rng, n, draws)
-    top, bottom = (((rows @ part) * columns).sum(1) for part in (values * weights, weights))
-    low, high = np.quantile(top / bottom, [0.025, 0.975])
-    return float((values * weights).sum() / weights.sum()), [float(low), float(high)]
-
-
-def _times_drawn(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
-    """How often each of n things comes in n draws with replacement, `draws` times over [draws, n]."""
-    drawn = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
-    return np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
+    @property
+    def not_finite(self) -> float:
+        """Share of positions at which a log-probability is NaN or infinite: they are in no mean, and the means say less."""
+        scored = [self.values[n] for n in ("gain", "gain_frozen") if n in self.values]
+        fine = np.isfinite([self.losses, *scored]).all(0)
+        return float(1 - fine.mean()) if len(fine) else 0.0
 
 
 def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Document], *, frozen: nn.Module | None = None,
@@ -150,9 +141,9 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     unclosed = np.array([[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for g in groups], float)
     values = {"unclosed": unclosed.mean(1), "length": lengths.mean(1)}
     if groups[0].rewards is not None:
-        values["reward"] = np.array([np.nanmean(g.rewards) for g in groups])
+        values["reward"] = np.array([_mean(g.rewards or ()) for g in groups])
     if any(asked.values()):
-        values["asked"] = np.array([np.mean(asked[g.id] or [0.0]) for g in groups])
+        values["asked"] = np.array([_mean(asked[g.id] or (0.0,)) for g in groups])
     if "target" not in objective.needs:
         return Evaluation(values, kept, losses, tokens, groups)
     no_thinks = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}
@@ -189,6 +180,12 @@ def held_out(config: PretrainConfig, tokenizer: Any, objective: Objective, ranks
         raise ConfigError(f"eval.data {path}: {sum(usable)} of {len(found)} documents can be used (have a position); "
                           "evaluation needs 2 for each rank")  # fmt: skip
     return found
+
+
+def _mean(rewards: Sequence[float]) -> float:
+    """Mean of the rewards there are; NaN where no thought has one, which then counts nowhere."""
+    known = [r for r in rewards if np.isfinite(r)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _number(document_id: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rewards.controls import repetition, target_leakage
+from rlpretrain.as_json import dumps
 from rlpretrain.console import shown
 from rlpretrain.ranks import Ranks
 from rlpretrain.token_text import TokenReader
@@ -107,12 +108,13 @@ class StepMetrics:
         self.totals[name] += float(value)
 
     def add(self, name: str, values: Any, weight: float | None = None) -> None:
-        """Add a tensor's elements, or a mean with its weight."""
+        """Add a tensor's elements, or a mean with its weight; what is not finite is not added."""
         if isinstance(values, torch.Tensor):
             values = values[torch.isfinite(values)].double()
             total, n = float(values.sum()), float(values.numel())
         else:
-            total, n = float(values) * (w := 1.0 if weight is None else weight), w
+            n = (1.0 if weight is None else weight) * math.isfinite(values)
+            total = float(values) * n if n else 0.0
         self.sums[name][0] += total
         self.sums[name][1] += n
 
@@ -211,13 +213,17 @@ class Trackers:
 
     def write(self, step: int, row: dict[str, float], groups: Sequence[Group] = (), tokenizer: Any = None,
               rewards: Mapping[tuple[str, int], float] | None = None) -> None:  # fmt: skip
-        """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some positions too."""
+        """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some positions too.
+
+        What is not a finite number is null in the file, and left out for trackers, which would draw it.
+        """
         with writing(self.file), self.file.open("a") as f:
-            f.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
+            f.write(dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
         now = groups and self.sinks and (step == 1 or step % self.every == 0)
         thoughts = thought_rows(groups, tokenizer, rewards) if now else []
+        known = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
         for sink in self.sinks:
-            sink(row, step, thoughts)
+            sink(known, step, thoughts)
 
     def close(self) -> None:
         for close in self.closers:

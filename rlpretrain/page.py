@@ -106,7 +106,7 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
     found = [place for _, there in page.documents for place in there]
-    gains = [abs(g) for place in found for row in place.rows for g in row.gains]
+    gains = [abs(g) for place in found for row in place.rows for g in row.gains if np.isfinite(g)]
     scale = float(np.quantile(gains, 0.95)) if gains else 1.0
     try:
         panels = curves(page.rows)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlpretrain.as_json import dumps
 from rlpretrain.types import Document
 from rlpretrain.writing import writing
 from rollout.types import Group
@@ -39,11 +39,11 @@ class Spent:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write aside, then rename."""
+    """Write aside, then rename. What is not a finite number becomes null."""
     work = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
-            work.write_text(json.dumps(record, indent=1, default=str))
+            work.write_text(dumps(record, indent=1, default=str))
             work.replace(path)
         except OSError:
             work.unlink(missing_ok=True)

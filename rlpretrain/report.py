@@ -7,6 +7,7 @@ rlpretrain/page.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def read(folder: Path) -> Page:
     for line in lines:
         try:
             row = json.loads(line)
-            page.rows.append({k: float(v) for k, v in row.items() if isinstance(v, int | float)})
+            page.rows.append({k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)})
         except (ValueError, AttributeError):
             page.missing.append(f"a line of metrics.jsonl that is not whole, behind step {len(page.rows)}")
     if not page.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -274,7 +275,11 @@ class Run(Parts):
         """Evaluate, and compare with the best so far."""
         row = self.evaluation.evaluate()
         score = score_of(row)
-        if self.best["gain"] is None or score > self.best["gain"]:
+        broken = row.get("eval/not_finite", 0.0)
+        if broken or not math.isfinite(score):  # no measurement: neither a best nor one without progress
+            said = f"{broken:.0%} of the positions have log-probs of NaN or inf" if broken else "no number"
+            self.console.say(f"step {self.step}: the evaluation decides nothing ({said})")
+        elif self.best["gain"] is None or not self.best["gain"] >= score:  # an older run may have kept NaN as its best
             self.best = {"step": self.step, "gain": score, "stale": 0}
             if self.config.checkpoint.every and self.step % self.config.checkpoint.every:
                 run_state.save(self)

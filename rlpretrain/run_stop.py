@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -34,10 +35,10 @@ def collapsed(run: Any, row: Mapping[str, float]) -> str | None:
         return None
     # ig/frozen is the honest gain but known only now and then; where ig/self flatters, the no-think loss rises
     why = run.monitor.observe(
-        gain=row.get("ig/self", 0.0),
+        gain=row.get("ig/self", math.nan),
         no_think_loss=row["ntp/loss"],
-        grad_norm=row.get("grad_norm", 0.0),
-        thought_length=row.get("completions/mean_length", 0.0),
+        grad_norm=row.get("grad_norm", math.nan),
+        thought_length=row.get("completions/mean_length", math.nan),
     )
     return f"collapse: {why}" if why else None
 

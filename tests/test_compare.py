@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from rlpretrain.cli import main
-from rlpretrain.compare import compare
+from rlpretrain.compare import compare, differences, table, to_evaluate
 from rlpretrain.config import ConfigError
-from rlpretrain.experiment import laid_over, load
+from rlpretrain.experiment import Job, laid_over, load
+from rlpretrain.intervals import interval
 from tests.conftest import tiny_values
 
 
@@ -80,8 +83,54 @@ def test_the_table_is_what_the_evaluations_hold(done):
         rows = {(r["method"], r["number"]): r for r in csv.DictReader(f)}
     assert float(rows["rlp", "gain_frozen"]["low"]) == rlp["gain_frozen"][1]
     assert float(rows["ntp_flops", "flops"]["mean"]) == results["methods"]["ntp_flops"]["spent"]["flops"]
+    assert rlp["by_seed"]["gain_frozen"] == pytest.approx(
+        [np.mean(p["common"]["gain_frozen"]) for p in evaluations(file, "rlp")])  # fmt: skip
+    assert float(rows["rlp", "gain_frozen"]["seed 1"]) == rlp["by_seed"]["gain_frozen"][1]
     assert json.loads((file.parent / "compared" / "results.json").read_text()) == json.loads(json.dumps(results))
     assert (file.parent / "compared" / "results.svg").read_text().count("<svg") == 1
+
+
+def test_methods_are_compared_by_paired_differences(done):
+    """Issue 15 V: at the same rows with the same seeds, beside the marginal numbers."""
+    file, results = done
+    names = list(results["methods"])  # the base first
+    assert list(results["differences"]) == [f"{b} - {a}" for k, a in enumerate(names) for b in names[k + 1 :]]
+    first, second = ([p["common"] for p in evaluations(file, name)] for name in ("rlp", "ntp_tokens"))
+    apart = np.array([p["gain_frozen"] for p in first]) - np.array([p["gain_frozen"] for p in second])
+    mean, ends = interval(apart, rows=first[0]["rows"])
+    found = results["differences"]["rlp - ntp_tokens"]
+    assert found["gain_frozen"] == [mean, *ends]
+    rlp, ntp = (results["methods"][n]["no_think_loss"][0] for n in ("rlp", "ntp_tokens"))
+    assert found["no_think_loss"][0] == pytest.approx(rlp - ntp)
+    with (file.parent / "compared" / "results.csv").open() as f:
+        rows = {(r["method"], r["number"]): r for r in csv.DictReader(f)}
+    assert float(rows["rlp - ntp_tokens", "gain_frozen"]["high"]) == ends[1]
+    assert results["source_rows"] == 12 and first[0]["rows"] == second[0]["rows"]
+    shown = Console(width=300, file=io.StringIO())
+    shown.print(table(results))
+    shown.print(differences(results))
+    said = shown.file.getvalue()
+    assert "12 held-out documents of 12 rows" in said and "rlp - ntp_flops" in said and "rlp - ntp_tokens" not in said
+
+
+def evaluations(file: Path, name: str) -> list[dict[str, Any]]:
+    """What each seed of a method was found to be."""
+    return [json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text()) for s in (0, 1)]
+
+
+def test_an_evaluation_without_source_rows_is_made_again(done, corpus, tmp_path):
+    """One of an older version cannot say which positions belong together."""
+    job = Job(experiment=load(done[0]), name="rlp", seed=0, where=done[0].parent)
+    assert to_evaluate(job) is None
+    old = evaluations(done[0], "rlp")[0]
+    del old["common"]["rows"]
+    file = job.folder / "evaluation.json"
+    kept = file.read_text()
+    try:
+        file.write_text(json.dumps(old))
+        assert to_evaluate(job) == old["settings"]
+    finally:
+        file.write_text(kept)
 
 
 def test_what_is_done_is_not_done_again(done, corpus, tmp_path):

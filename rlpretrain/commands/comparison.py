@@ -22,12 +22,13 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain compare EXPERIMENT.yaml`."""
     from rlpretrain.commands.tables import show
     from rlpretrain.compare import compare as run
-    from rlpretrain.compare import table
+    from rlpretrain.compare import differences, table
 
     try:
         results = run(args.experiment, jobs=args.jobs, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; what is done is kept, the same command goes on there") from None
     show(table(results))
+    show(differences(results))
     print(f"numbers: {results['folder']}/results.json, .csv" + (", .svg" if results["plotted"] else ""))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,12 +85,19 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         seed=args.seed,
         pad_id=pad,
     )
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return ""
+        low, high = row.get(f"{name}_ci", (math.nan, math.nan))  # NaN: all of it is one source row
+        return f"{row[name]:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+
     parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
     results = {name: part.summary() for name, part in parts.items()}
     table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")
     for name in MEANING:
         if name in results["all"]:
-            cells = [f"{r[name]:.3f} [{r[f'{name}_ci'][0]:.3f}, {r[f'{name}_ci'][1]:.3f}]" for r in results.values()]
+            cells = [cell(r, name) for r in results.values()]
             table.add_row(name, *cells, MEANING[name])
     show(table)
     if args.json:

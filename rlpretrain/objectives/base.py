@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,11 @@ class Setting:
     thoughts: int
     reader_coef: float
     reduction: str = "thought_mean"
+
+
+def worth_telling_apart(group: Group) -> bool:
+    """Whether two thoughts of a group earn different rewards; NaN, which differs from itself too, is none."""
+    return len({reward for reward in group.rewards or () if not math.isnan(reward)}) > 1
 
 
 def other_seed(seed: int, k: int = 1) -> int:

@@ -126,7 +126,7 @@ class PretrainZero(base.Objective):
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """Groups whose thoughts do not all earn the same."""
-        return [g for g in groups if len(set(g.rewards or ())) > 1]
+        return [g for g in groups if base.worth_telling_apart(g)]
 
     def span(self, thought: Thought, text: str) -> str | None:
         """The span that a generator's thought names, if it will do."""

@@ -149,7 +149,7 @@ class RPT(base.Objective):
         """The groups that teach something."""
         if not self.config.dynamic_sampling or "target" in self.needs:
             return list(groups)
-        return [g for g in groups if len(set(g.rewards or ())) > 1]
+        return [g for g in groups if base.worth_telling_apart(g)]
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """The matches [B, G]; dense variants put the next token's probability in place of a 0."""

@@ -105,9 +105,18 @@ def test_monitor_fires_when_the_no_think_loss_rises() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_monitor_fires_at_once_on_values_that_are_not_finite(value: float) -> None:
-    reason = CollapseMonitor().observe(gain=1.0, no_think_loss=1.0, grad_norm=value, thought_length=3.0)
-    assert reason == f"gradient norm is {value}"
+def test_what_is_not_a_number_enters_no_mean_sets_no_best_and_ends_no_run(value: float) -> None:
+    """Issue 15.12: one NaN used to end the run, and what came after it was not looked at."""
+    gains = [1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
+    holes = [1.0, value, 1.0, value, value, 1.0, 1.0, value, -1.0, value, -1.0, -1.0]
+    plain, holed = CollapseMonitor(window=4), CollapseMonitor(window=4)
+    verdict = run(plain, gains)[-1]
+    assert verdict is not None and run(holed, holes) == [None] * 11 + [verdict]
+    assert holed.state_dict() == plain.state_dict() | {"losses": [1.0] * 4}
+    losses = CollapseMonitor(window=2, no_think_loss=1.0)
+    assert [reason is None for reason in run(losses, [1.0] * 5, [1.0, value, 1.0, value, 3.0])] == [True] * 4 + [False]
+    norm = CollapseMonitor().observe(gain=1.0, no_think_loss=1.0, grad_norm=value, thought_length=value)
+    assert norm is None
 
 
 @settings(deadline=None)
