@@ -1,6 +1,7 @@
 """`rlpretrain train CONFIG --dry-run`: check a configuration, count its model, estimate memory, print the schedule.
 
-Offline, and without weights: the model is built on the meta device from its config.json, which may lie beside the recipe.
+Without weights, and offline but for the servers that the settings name, which are asked whether they take a connection: the model
+is built on the meta device from its config.json, which may lie beside the recipe.
 For a run of several processes: WORLD_SIZE=8 rlpretrain train CONFIG --dry-run.
 """
 
@@ -15,17 +16,23 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from rlpretrain import compat
+from rlpretrain import compat, readiness
 from rlpretrain.adapters import check
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
 from rlpretrain.config.io import build, to_dict
+from rlpretrain.lengths import check_rows, limit_of
 from rlpretrain.memory import GIB, Sizes, count_parameters, memory, peak
 from rlpretrain.models import _only_config, load_tokenizer
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.policy import ds_settings, schedule
 from rlpretrain.prompts import Delimiters, ensure_delimiters
-from rlpretrain.sources import _files, open_rows, quiet
+from rlpretrain.readiness import missing_tags
+from rlpretrain.sources import Cutter, _files, open_rows, quiet
+from rlpretrain.types import Window
+
+SAMPLE = 20_000
+"""Rows of a data set that a dry run reads at most."""
 
 
 def dry_run(config: PretrainConfig, beside: Path) -> int:
@@ -37,8 +44,8 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     objective = make_objective(config, notes)
     check(config)
     shape, where = model_shape(config.model, beside)
-    sizes = make_sizes(config, objective, shape, notes)
     documents = count_rows(config.data, notes)
+    sizes = make_sizes(config, objective, shape, notes, measure_documents(config, objective, notes))
     if config.ntp_data:
         count_rows(config.ntp_data, notes)
     if config.eval.data:
@@ -52,7 +59,9 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     show("Settings that are not defaults, and what auto means here", ("field", "value"), list(settings.items()))
     title = f"{type(shape).__name__} of {where}: P = {sizes.parameters:,} parameters. Memory of a rank of {sizes.ranks}, at most"
     show(title, ("part", "GiB", "when", "formula"), rows)
-    show("Schedule", ("", ""), list(timetable(config, objective, sizes, documents).items()))
+    plan = timetable(config, objective, sizes, documents)
+    show("Schedule", ("", ""), list(plan.items()))
+    notes += readiness.notes(config, objective.config, sizes, peak(memories), objective.has_positions)
     print(*(f"note: {note}" for note in notes), sep="\n")
     return 0
 
@@ -91,12 +100,14 @@ def model_shape(model: ModelConfig, beside: Path) -> tuple[Any, str]:
 def make_objective(config: PretrainConfig, notes: list[str]) -> Objective:
     """The objective as a run builds it. A tokenizer that is in no folder here is stood in for by one that knows all bytes."""
     owner, section = parse_section(config.objective)
-    if Path(config.model.tokenizer or config.model.path).is_dir():
+    at_hand = Path(config.model.tokenizer or config.model.path).is_dir()
+    if at_hand:
         tokenizer = load_tokenizer(config.model)
     else:
         notes.append("the tokenizer is in no folder here: the words of a template are counted in bytes, an upper bound")
         tokenizer = _stand_in()
     if owner.has_positions:
+        notes += missing_tags(tokenizer, Delimiters(section.open, section.close)) if at_hand else []
         ensure_delimiters(tokenizer, None, Delimiters(section.open, section.close))
     return load_objective(config, tokenizer)
 
@@ -110,8 +121,13 @@ def _stand_in() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
 
-def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: list[str]) -> Sizes:
-    """Ranks, backend and lengths of the run; ConfigError for settings that cannot work together."""
+def make_sizes(
+    config: PretrainConfig, objective: Objective, shape: Any, notes: list[str], longest: int | None = None
+) -> Sizes:
+    """Ranks, backend and lengths of the run; ConfigError for settings that cannot work together.
+
+    `longest` is the length of the longest document; where it is not known, `data.max_length` bounds it.
+    """
     ranks, policy, backend = int(os.environ.get("WORLD_SIZE", 1)), config.policy, config.policy.backend
     if config.positions_per_step % ranks:
         raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks")
@@ -124,36 +140,64 @@ def make_sizes(config: PretrainConfig, objective: Objective, shape: Any, notes: 
     dtype = getattr(torch, config.model.dtype)
     stage = ds_settings(policy, config.optim, dtype)["zero_optimization"]["stage"] if backend == "deepspeed" else 0
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    prompt = row = config.data.max_length
-    piece = template = 0
+    longest = config.data.max_length if longest is None else longest
+    window = objective.window(longest)
+    row, step, piece = window.row, _step_tokens(config, objective, window, longest, ranks), 0
     if objective.has_positions:
-        c, thought = objective.config, config.sampling.max_thought_tokens + objective.answer_tokens
-        template = len(objective.template.head) + len(objective.template.tail)
-        prompt = template + config.data.max_length - c.target_length + 1
-        row = prompt + thought + 1 + c.target_length
-        arm = c.no_think != "raw" or config.ntp_data is not None  # a row of its own for the arm without a thought
-        each, around = row, (1 + arm) * row  # tokens a thought, and those that all of them share
-        if config.packing == "tree":  # the trunk and what a prompt adds to it; a thought is a branch
-            added = prompt if objective.template.head else template
-            each, around = row - prompt, config.data.max_length + added + arm * (prompt + c.target_length)
-        group, piece = around + config.sampling.thoughts * each, around + each
+        shared, each = _group_tokens(config, objective, window, longest)
+        group, piece = shared + config.sampling.thoughts * each, shared + each
         if group > config.token_budget:
             notes.append(f"a group at its longest has {group:,} tokens, more than token_budget: there its thoughts are "
                          "spread over micro-batches, and the step scores everything once more")  # fmt: skip
-    most = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    room = most - (row - template - config.data.max_length) if most else config.data.max_length
-    if room < 2:
-        raise ConfigError(f"the model has {most} positions: sampling.max_thought_tokens leaves no room for a context")
-    if room < config.data.max_length:
-        notes.append(f"a document over {room} tokens leaves no room in the model's {most} positions: lower data.max_length")
+    check_rows(objective, longest, limit_of(shape))
     if objective.has_positions and config.engine.name in ("vllm_server", "ray"):
         notes.append(f"engine {config.engine.name}: what it needs on its own devices is not in this table")
     if objective.has_positions and config.engine.name == "vllm_local" and config.engine.kv_cache_gib is None:
         notes.append(f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the device, "
                      "its weights included")  # fmt: skip
-    micro = max(config.token_budget, row, piece)
+    micro = min(max(config.token_budget, row, piece), step)
     parameters, trained, linear = count_parameters(shape, config.model.trust_remote_code, policy.lora)
-    return Sizes(parameters, trained, linear, ranks, backend, stage, device, prompt, row, micro)
+    return Sizes(parameters, trained, linear, ranks, backend, stage, device, window.prompt, row, micro, longest)
+
+
+def _group_tokens(config: PretrainConfig, objective: Objective, window: Window, longest: int) -> tuple[int, int]:
+    """(tokens that the thoughts of a group share, document included; tokens of each thought), at most."""
+    target = objective.config.target_length
+    arm = objective.config.no_think != "raw" or config.ntp_data is not None  # a row of its own without a thought
+    if config.packing == "padded":
+        return (1 + arm) * window.row, window.row
+    added = window.prompt if objective.template.head else objective.added_tokens
+    return longest + added + arm * (window.prompt + target), window.row - window.prompt + 1
+
+
+def _step_tokens(config: PretrainConfig, objective: Objective, window: Window, longest: int, ranks: int) -> int:
+    """Tokens that a step of one rank puts through the model, at most: what bounds a micro-batch beside token_budget."""
+    positions = config.positions_per_step // ranks
+    if not objective.has_positions:
+        return positions * longest
+    shared, each = _group_tokens(config, objective, window, longest)
+    return positions * (shared + config.sampling.thoughts * each)
+
+
+def measure_documents(config: PretrainConfig, objective: Objective, notes: list[str]) -> int | None:
+    """Tokens of the longest document, where data and tokenizer are here; None where only `data.max_length` bounds it.
+
+    Of more than SAMPLE rows only the first are read; then longer ones may follow, and a note says so.
+    """
+    data, at_hand = config.data, Path(config.model.tokenizer or config.model.path).is_dir()
+    if not at_hand or data.streaming or config.replay or not (Path(data.path).expanduser().exists() or _files(data)):
+        return None
+    with quiet():
+        rows = open_rows(data)
+        cutter = Cutter(data, objective.tokenizer, objective.min_length)
+        part = rows.select(range(min(len(rows), SAMPLE)))
+        pieces = cutter.pieces({name: part[name] for name in cutter.columns}, range(len(part)))
+    longest = max((len(piece[0]) for row in pieces for piece in row), default=0)
+    if len(part) < len(rows):
+        notes.append(f"the longest of the first {SAMPLE:,} documents has {longest:,} tokens; data.max_length, "
+                     f"{data.max_length:,}, is what bounds the rest, and the estimates")  # fmt: skip
+        return None
+    return longest
 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:
@@ -185,6 +229,8 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
         out["thoughts"] = whole(n * s.thoughts)
         out["sampled tokens, at most"] = whole(n * s.thoughts * s.max_thought_tokens)
         out["scored tokens, at most"] = f"{whole(n * s.thoughts * sizes.row)}, in rows of up to {sizes.row:,}"
+    if sizes.device == "cpu" or torch.cuda.is_available():
+        out["time on this machine, roughly"] = expected_time(config, objective, sizes, steps)
     warm, inner = config.optim.warmup_steps, config.loss.inner_epochs
     rate = schedule(config.optim, steps or 1, inner)
     places = sorted({1, max(1, warm), *((max(1, steps // 2), steps) if steps else ())})
@@ -196,6 +242,17 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
         return out | {"rows there are": "unknown offline"}
     epochs = f": {needed * steps / documents:.3g} epochs" if steps else ""
     return out | {"rows there are": f"{documents:,}{epochs}" + "; long ones are split" * (config.data.long == "split")}
+
+
+def expected_time(config: PretrainConfig, objective: Objective, sizes: Sizes, steps: int | None) -> str:
+    """How long a step takes, and all of them, by the measured speed of this machine."""
+    speed = readiness.measure_speed(sizes.device, getattr(torch, config.model.dtype))
+    thoughts = config.positions_per_step // sizes.ranks * config.sampling.thoughts if objective.has_positions else 0
+    trained = _step_tokens(config, objective, objective.window(sizes.longest), sizes.longest, sizes.ranks)
+    sampled = thoughts * config.sampling.max_thought_tokens
+    seconds = readiness.time_of_step(config, sizes, speed, trained, thoughts, sampled)
+    total = f", {readiness.in_words(seconds * steps)} in all" if steps else ""
+    return f"{readiness.in_words(seconds)} a step{total}, if all is at its longest"
 
 
 def resolved(config: PretrainConfig, objective: Objective, sizes: Sizes) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from rlpretrain.config import ConfigError, EngineConfig, LoraConfig, PretrainCon
 from rlpretrain.objectives import parse_section
 
 GIB = 2**30
+LIBRARIES = 0.5 * GIB
+"""What a process holds once everything is imported: .44 GiB were measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,9 @@ class Sizes:
     row: int
     """Longest row in tokens: prompt, thought, close tag and target."""
     micro: int
-    """Most tokens of one micro-batch."""
+    """Most tokens of one micro-batch: `token_budget`, or all that a step has."""
+    longest: int = 0
+    """Tokens of the longest document."""
 
 
 def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None) -> tuple[int, int, int]:
@@ -97,6 +101,8 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     ]
     if b == 2 or stage:
         items.append(Item("fp32 master weights", 4 * t / share[1], f"4 {what}{over[1]}"))
+    if sizes.device == "cpu":
+        items.append(Item("Python and libraries", LIBRARIES, "torch, transformers, datasets: measured"))
     thinks = parse_section(config.objective)[0].has_positions
     items += engine_weights(config.engine, config.model.dtype, p, stage) if thinks else []
     if thinks and config.baseline.name == "ema":

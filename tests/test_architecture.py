@@ -59,7 +59,7 @@ LAYERS = [
     | {"outputs", "run_evaluation", "run_output", "run_state", "run_stop"},
     {"run", "pretrainer", "serve", "page", "report", "compare"}
     | {"trl", "trl_data", "trl_prompts", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
-    {"cli", "commands", "commands.*", "doctor", "dry_run", "__main__"},
+    {"cli", "commands", "commands.*", "doctor", "dry_run", "readiness", "__main__"},
 ]
 
 

@@ -17,7 +17,7 @@ from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build, load, read_mapping
 from rlpretrain.dry_run import dry_run, make_objective, make_sizes, model_shape
 from rlpretrain.experiment import load as load_experiment
-from rlpretrain.memory import Item, Sizes, count_parameters, memory, peak
+from rlpretrain.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
 from rlpretrain.objectives import parse_section
 from tests.helpers import merged
 from tests.tiny import tiny_model
@@ -80,10 +80,11 @@ def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch):
     p = PARAMETERS
     sizes = {"weights": 2 * p, "gradients": 2 * p, "AdamW's two moments": 8 * p, "fp32 master weights": 4 * p,
              "baseline ema": 4 * p, "initial model": 2 * p}  # fmt: skip
+    sizes["Python and libraries"] = LIBRARIES
     assert {name: one[name].bytes for name in sizes} == sizes
     assert {name for name, item in one.items() if item.when == "always"} == set(sizes)
     rows = {when: sum(i.bytes for i in one.values() if i.when == when) for when in ("training", "sampling")}
-    assert peak(list(one.values())) == 22 * p + max(rows.values())
+    assert peak(list(one.values())) == 22 * p + LIBRARIES + max(rows.values())
 
     monkeypatch.setenv("WORLD_SIZE", "8")
     eight = planned()
