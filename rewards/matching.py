@@ -1,6 +1,9 @@
 """Whether what a model says is what the text goes on with: exact prefixes in bytes, and predictions found between delimiters."""
 
 from collections.abc import Sequence
+from typing import AnyStr
+
+BRACKETS = {("{", "}"), ("[", "]"), ("(", ")"), (b"{", b"}"), (b"[", b"]"), (b"(", b")")}
 
 
 def prefix_match(prediction: bytes, truth: bytes, ends: Sequence[int]) -> bool:
@@ -17,27 +20,30 @@ def prefix_match(prediction: bytes, truth: bytes, ends: Sequence[int]) -> bool:
     return bool(prediction) and truth.startswith(prediction) and len(prediction) in ends
 
 
-def last_between(text: str, opening: str, closing: str) -> str | None:
+def last_between(text: AnyStr, opening: AnyStr, closing: AnyStr) -> AnyStr | None:
     """What stands between the last `opening` and the `closing` that belongs to it; None where there is no such pair.
 
-    Where the two are brackets (`\\\\boxed{` and `}`), brackets inside count: `\\\\boxed{x^{2}}` holds `x^{2}`.
+    All three are texts, or all are bytes (what tokens hold exactly, where a character may be cut). Where the
+    two are brackets (`\\boxed{` and `}`), brackets inside count: `\\boxed{x^{2}}` holds `x^{2}`.
 
-    >>> last_between("so \\\\boxed{4} no \\\\boxed{x^{2}} !", "\\\\boxed{", "}")
+    >>> last_between("so \\boxed{4} no \\boxed{x^{2}} !", "\\boxed{", "}")
     'x^{2}'
+    >>> last_between(b"so {4}", b"{", b"}")
+    b'4'
     """
     start = text.rfind(opening)
     if start < 0:
         return None
     start += len(opening)
-    bracket = {"}": "{", "]": "[", ")": "("}.get(closing)
-    inner = bracket if bracket and opening.endswith(bracket) else None
+    bracket = opening[-1:]
+    nested = (bracket, closing) in BRACKETS
     depth, at = 0, start
     while at < len(text):
         if text.startswith(closing, at):
             if not depth:
                 return text[start:at]
             depth -= 1
-        elif inner and text[at] == inner:
+        elif nested and text.startswith(bracket, at):
             depth += 1
         at += 1
     return None

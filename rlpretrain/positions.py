@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from rlpretrain.config import ConfigError
+from rlpretrain.token_text import TokenReader
 from rlpretrain.types import Document
 
 KINDS = ("random", "every_k", "entropy", "before", "after", "sentence", "answer")
 SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*\s+(?=\S)|\n+\s*(?=\S)|[。！？]+(?=\S)")
+NO_CHARACTER = re.compile("[\udc80-\udcff]")
 CACHED_PIECES = 500_000
 MOST_BYTES = 4
 """Tokens that one character may be spread over."""
@@ -156,15 +158,35 @@ class PositionPicker:
 class TokenText:
     """The text of token ids, and for each token where in it its first visible character stands.
 
-    Tokens are decoded beside their neighbour, since alone they may lose a space; those that are only some bytes of a
-    character are held to start at that character, the first of them, or right behind it. Pieces are kept for next time.
+    Where the vocabulary is made of bytes, text comes from the tokens' bytes. Elsewhere tokens are decoded beside
+    their neighbour, since alone they may lose a space; pieces are kept for next time. A token that is only some
+    bytes of a character is held to start at that character, if it is the first of them, or right behind it.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self.reader = TokenReader(tokenizer)
         self.pieces: dict[tuple[int, ...], str] = {}
 
     def __call__(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        return self._from_bytes(ids) if self.reader.exact else self._from_pieces(ids)
+
+    def _from_bytes(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        parts = self.reader.raw(ids)
+        text = b"".join(parts).decode("utf-8", "surrogateescape")  # one character for a byte that is none
+        begins, at = [], 0  # the byte with which each character begins
+        for character in text:
+            begins.append(at)
+            at += 1 if "\udc80" <= character <= "\udcff" else len(character.encode())
+        starts, end, last = [], 0, 0
+        for part in parts:
+            first, end = last, end + len(part)
+            last = bisect_left(begins, end)
+            piece = text[first:last]
+            starts.append(first + len(piece) - len(piece.lstrip()))
+        return NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text), starts
+
+    def _from_pieces(self, ids: Sequence[int]) -> tuple[str, list[int]]:
         parts: list[str] = []
         starts: list[int] = []
         size, before, read = 0, 0, 0  # characters so far; ids[before:read] is the neighbour, ids[read:] is open

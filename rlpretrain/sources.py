@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetNotFoundError
 from datasets.fingerprint import Hasher
 
 from rlpretrain.config import ConfigError, DataConfig
+from rlpretrain.token_text import TokenReader
 from rlpretrain.types import Document
 
 KINDS = {
@@ -31,6 +32,8 @@ KINDS = {
 """File ending to reader of `datasets`."""
 Piece = tuple[list[int], int]
 """Token ids, and where in them the answer begins (-1: nowhere)."""
+BEHIND = ("\n", "a", ".", "1")
+"""Characters behind which an answer is tokenised as one that goes on."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
@@ -143,6 +146,16 @@ def _bad_line(file: str) -> str | None:
     return None
 
 
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and behind every text."""
+    bare, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for at in range(len(framed) - len(bare) + 1):
+        if framed[at : at + len(bare)] == bare:
+            return framed[:at], framed[at + len(bare) :]
+    bos = tokenizer.bos_token_id
+    return ([bos] if bos is not None and framed[:1] == [bos] else []), []
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars and log lines of `datasets`, which are as they were afterwards."""
@@ -164,8 +177,10 @@ class Cutter:
     def __init__(self, data: DataConfig, tokenizer: Any, min_length: int):
         self.data, self.tokenizer, self.min_length = data, tokenizer, min_length
         self.eos = tokenizer.eos_token_id if data.append_eos else None
-        probe, bos = tokenizer("a")["input_ids"], tokenizer.bos_token_id
-        self.lead = [bos] if bos is not None and probe[:1] == [bos] else []
+        self.lead, self.tail = _frame(tokenizer)
+        if data.max_length <= len(self.lead):
+            raise ConfigError(f"data.max_length is {data.max_length}: the tokenizer alone begins a text with {len(self.lead)}")
+        self.reader = TokenReader(tokenizer)
         whole_file = os.path.isfile(os.path.expanduser(data.path)) and "[" not in data.split
         self.lines = whole_file and data.path.endswith(".txt")
         self.columns = (data.column, *([data.answer_column] if data.answer_column else ()))
@@ -182,8 +197,11 @@ class Cutter:
         if data.answer_column is None:
             return [[(part, -1) for part in self._cut(ids)] for ids in self._ids(columns, data.column, rows)]
         prompts = self._ids(columns, data.column, rows, after=data.answer_join)
-        answers = self._ids(columns, data.answer_column, rows, add_special_tokens=False)
-        return [[self._joined(prompt, answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+        alone = self._ids(columns, data.answer_column, rows, add_special_tokens=False)
+        both = zip(columns[data.column], columns[data.answer_column], strict=True)
+        texts = [f"{prompt}{data.answer_join}" for prompt, _ in both]
+        given = zip(texts, columns[data.answer_column], prompts, alone, strict=True)
+        return [[self._joined(*row)] for row in given]
 
     def _ids(self, columns: Mapping[str, Sequence[Any]], name: str, rows: Sequence[int], after: str = "",
              **how: Any) -> list[list[int]]:  # fmt: skip
@@ -195,20 +213,48 @@ class Cutter:
         found = iter(self.tokenizer(full, return_attention_mask=False, verbose=False, **how)["input_ids"] if full else [])
         return [next(found) if text and not text.isspace() else [] for text in texts]
 
-    def _joined(self, prompt: list[int], answer: list[int]) -> Piece:
+    def _joined(self, text: str, answer: str, prompt: list[int], alone: list[int]) -> Piece:
         """Prompt and answer; nothing where one is blank, or both are longer than `max_length`."""
-        if prompt and prompt[-1] == self.tokenizer.eos_token_id:
-            prompt = prompt[:-1]
-        ids = [*prompt, *answer, *([self.eos] if self.eos is not None and answer[-1:] != [self.eos] else ())]
-        return (ids, len(prompt)) if prompt and answer and len(ids) <= self.data.max_length else ([], -1)
+        if not prompt or not alone:
+            return [], -1
+        prompt = prompt[: len(prompt) - len(self.tail)]
+        ids, at = self._beside(text, answer, prompt, alone)
+        ids = [*ids, *([self.eos] if self.eos is not None and ids[-1:] != [self.eos] else ())]
+        return (ids, at) if len(ids) <= self.data.max_length else ([], -1)
+
+    def _beside(self, text: str, answer: str, prompt: list[int], alone: list[int]) -> Piece:
+        """Ids that say `text` and `answer` one after the other, and the first of the answer's.
+
+        A tokenizer may begin every text with a space of its own, or mark a word that goes on: then the answer's own
+        ids say something else behind a prompt. In this order, the first that says what both texts say together:
+        their common ids, where the prompt's are the first of them; the answer's own behind the prompt's; those it
+        has behind another character; and the common ids from the first that is not the prompt's.
+        """
+        common = self.tokenizer(text + answer, verbose=False)["input_ids"]
+        common = common[: len(common) - len(self.tail)]
+        if common[: len(prompt)] == prompt and len(common) > len(prompt):
+            return common, len(prompt)
+        said = self.reader.text(common)
+        for ids in (alone, *(self._behind(character, answer) for character in dict.fromkeys((text[-1:], *BEHIND)))):
+            if ids and self.reader.text(prompt + ids) == said:
+                return prompt + ids, len(prompt)
+        shared = next((k for k, pair in enumerate(zip(prompt, common, strict=False)) if len({*pair}) > 1), len(common) - 1)
+        return common, min(shared, len(common) - 1)
+
+    def _behind(self, character: str, answer: str) -> list[int]:
+        """The answer's ids behind a character; none where they merge with it."""
+        before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (character, character + answer))
+        return both[len(before) :] if before and both[: len(before)] == before else []
 
     def _cut(self, ids: list[int]) -> list[list[int]]:
+        """A text's pieces. The last holds something of the text: its end alone is no document."""
         if not ids:
             return [[]]
+        said = len(ids) - (len(self.tail) if self.tail and ids[-len(self.tail) :] == self.tail else 0)
         if self.eos is not None and ids[-1:] != [self.eos]:
             ids = [*ids, self.eos]
         most, step = self.data.max_length, self.data.max_length - len(self.lead)
-        tails = range(most, len(ids), step) if self.data.long == "split" else ()
+        tails = range(most, said, step) if self.data.long == "split" else ()
         return [ids[:most], *(self.lead + ids[i : i + step] for i in tails)]
 
     def source(self, row: int) -> str:

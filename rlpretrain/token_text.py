@@ -65,16 +65,30 @@ class TokenReader:
             known = set(tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)]))
             self.pieces = len(known - {None, tokenizer.unk_token_id}) == 256
 
+    @property
+    def exact(self) -> bool:
+        """Whether the vocabulary says the bytes of its tokens."""
+        return self.byte_of is not None or self.pieces
+
     def __call__(self, ids: Sequence[int], after: Sequence[int] = ()) -> list[TokenText]:
         """What each of `ids` gives where it follows `after`."""
         near = [int(i) for i in after[-NEAR:]]
         whole = [*near, *(int(i) for i in ids)]
-        if self.byte_of is None and not self.pieces:
+        if not self.exact:
             return self._decoded(whole)[len(near) :]
-        found = [self._bytes(i) for i in whole]
-        if self.pieces and whole and not near and found[0][:1] == b" " and not self._decode(whole[:1]).startswith(" "):
-            found[0] = found[0][1:]  # the dummy prefix
-        return self._spread(whole, found)[len(near) :]
+        return self._spread(whole, self._raw(whole, first=not near))[len(near) :]
+
+    def raw(self, ids: Sequence[int], after: Sequence[int] = ()) -> list[bytes]:
+        """The bytes of each of `ids` where it follows `after`: exact where the vocabulary is made of bytes.
+
+        A text that was decoded cannot say them: characters that are not whole became U+FFFD, with byte fallback
+        the whole ones beside them too.
+        """
+        near = [int(i) for i in after[-NEAR:]]
+        whole = [*near, *(int(i) for i in ids)]
+        if self.exact:
+            return self._raw(whole, first=not near)[len(near) :]
+        return [token.text.encode("utf-8", "surrogatepass") for token in self._decoded(whole)][len(near) :]
 
     def text(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text of `ids` where they follow `after`."""
@@ -83,6 +97,13 @@ class TokenReader:
     def spelled(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text of `ids` with all white space and unfinished characters visible."""
         return "".join(token.spelled for token in self(ids, after))
+
+    def _raw(self, ids: Sequence[int], first: bool) -> list[bytes]:
+        found = [self._bytes(i) for i in ids]
+        prefixed = first and self.pieces and ids and found[0][:1] == b" "
+        if prefixed and not self._decode(ids[:1]).startswith(" "):
+            found[0] = found[0][1:]  # the dummy prefix
+        return found
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self.added:

@@ -175,9 +175,21 @@ class HFEngine:
             strings = owners[row].stop_strings
             if strings and row not in text_ends:
                 window = max(len(s.encode()) for s in strings) + 8
-                text = self.tokenizer.decode(ids[row, max(0, step + 1 - window) : step + 1].tolist())
-                if any(s in text for s in strings):
+                near = ids[row, max(0, step + 1 - window) : step + 1].tolist()
+                if any(s in text for s in strings for text in self._readings(near)):
                     text_ends[row] = step
+
+    def _readings(self, ids: list[int]) -> Iterator[str]:
+        """The text of ids whose first may lie within a character.
+
+        With byte fallback one byte that belongs to no character makes U+FFFD of all bytes beside it, so the text
+        is read from the next tokens on too.
+        """
+        for first in range(min(4, len(ids))):
+            text = self.tokenizer.decode(ids[first:])
+            yield text
+            if "\N{REPLACEMENT CHARACTER}" not in text:
+                return
 
     def _thought(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from rewards import leave_one_out
 from rlpretrain.positions import PositionPicker
 from rlpretrain.prompts import Delimiters, ThoughtPrompt
+from rlpretrain.token_text import TokenReader
 from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
@@ -109,6 +110,7 @@ class Objective:
     def __init__(self, config: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
         self.setting = Setting(SamplingParams(max_thought_tokens=1), 2, 0.0)  # replaced by objectives.load
+        self.reader = TokenReader(tokenizer)
         if not self.has_positions:
             return
         self.template = ThoughtPrompt(tokenizer, Delimiters(config.open, config.close), config.template)
@@ -218,7 +220,8 @@ class Objective:
         """The text after a thought's close tag, as far as it was sampled; empty where the thought did not close itself."""
         if thought.answer_span is None:
             return ""
-        return self.tokenizer.decode(thought.token_ids[slice(*thought.answer_span)], clean_up_tokenization_spaces=False)
+        start, end = thought.answer_span
+        return self.reader.text(thought.token_ids[start:end], after=thought.token_ids[:start])
 
     def notes(self) -> dict[str, float]:
         """Numbers of its own for the log of a step, named `objective/...`."""

@@ -149,7 +149,7 @@ class PretrainZero(base.Objective):
 
     def text(self, position: Position) -> str:
         """The paragraph as text."""
-        return self.tokenizer.decode(position.context_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.reader.text([i for i in position.context_ids if i not in self.picker.special])
 
     def _ids(self, text: str, special: bool = True) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])

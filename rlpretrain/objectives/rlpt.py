@@ -212,7 +212,7 @@ class RLPT(base.Objective):
         return (last_between(self.said(thought), self.config.opening, self.config.closing) or "").strip()
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        return self.reader.text([i for i in ids if i not in self.picker.special]).strip()
 
     def right(self, thought: Thought, position: Position) -> bool:
         """Whether the words written after a thought begin what follows."""

@@ -117,33 +117,30 @@ class RPT(base.Objective):
 
     def prediction(self, thought: Thought) -> bytes | None:
         """The bytes in the last box after the close tag; None where there is none."""
-        text = self.said(thought)
-        found = last_between(text, self.config.opening, self.config.closing)
-        return None if found is None else (found.strip() if self.config.strip else found).encode()
+        if thought.answer_span is None:
+            return None
+        start, end = thought.answer_span
+        said = b"".join(self.reader.raw(thought.token_ids[start:end], after=thought.token_ids[:start]))
+        found = last_between(said, self.config.opening.encode(), self.config.closing.encode())
+        return _stripped(found) if self.config.strip and found is not None else found
 
     def truth(self, position: Position) -> tuple[bytes, list[int]]:
-        """The text of the target, and the byte lengths of its first 1, 2, ... tokens.
+        """The bytes of the target, and the byte lengths of its first 1, 2, ... tokens.
 
-        Lengths that would cut a character in two are left out: no prediction can end there. Where the context ends within a
-        character there are none.
+        Bytes come from the tokens, so a window may end within a character. Lengths that would cut a character
+        in two are left out: no prediction can end there. Where the context ends within a character there are
+        none.
         """
-        near = position.context_ids[-8:]
-
-        def text(n: int) -> str:
-            return self.tokenizer.decode([*near, *position.target_ids[:n]], clean_up_tokenization_spaces=False)
-
-        before, whole = text(0), text(len(position.target_ids))
-        if not whole.startswith(before):
+        if _unfinished(b"".join(self.reader.raw(position.context_ids[-8:]))):
             return b"", []
-        after = whole[len(before) :]
-        lead = len(after) - len(after.lstrip()) if self.config.strip else 0
-        ends = []
-        for n in range(1, len(position.target_ids) + 1):
-            part = text(n)
-            if whole.startswith(part) and not part.endswith("\N{REPLACEMENT CHARACTER}"):  # else it cuts a character
-                kept = part[len(before) + lead :]
-                ends.append(len((kept.rstrip() if self.config.strip else kept).encode()))
-        return after[lead:].encode(), [n for n in ends if n]
+        parts = self.reader.raw(position.target_ids, after=position.context_ids)
+        heads = [b"".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        whole = heads[-1] if heads else b""
+        clean = [head for head in heads if not _unfinished(head)]
+        if not self.config.strip:
+            return whole, [len(head) for head in clean if head]
+        lead = len(whole) - len(_stripped(whole + b".")) + 1  # spaces at its end are those before another word
+        return whole[lead:], [len(kept) for head in clean if (kept := _stripped(head))]
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that teach something."""
@@ -161,6 +158,20 @@ class RPT(base.Objective):
             return dense
         nobody = (hits.nan_to_num(0.0) == 0).all(1, keepdim=True)
         return torch.where(nobody, dense, hits)
+
+
+def _unfinished(data: bytes) -> bool:
+    """Whether bytes end within a character of UTF-8."""
+    for size in range(1, min(3, len(data)) + 1):
+        lead = data[-size]
+        if lead & 0b1100_0000 != 0b1000_0000:  # the byte that begins a character says how many it has
+            return lead >= 0b1100_0000 and size < (2 if lead < 0b1110_0000 else 3 if lead < 0b1111_0000 else 4)
+    return False
+
+
+def _stripped(data: bytes) -> bytes:
+    """Without the white space of any script around it; bytes that are no character stay."""
+    return data.decode("utf-8", "surrogateescape").strip().encode("utf-8", "surrogateescape")
 
 
 class _Proxy:
