@@ -207,8 +207,9 @@ class ReplaySource:
 
     epoch, without = 0, 0
 
-    def __init__(self, store: Store, max_steps: int | None = None):
+    def __init__(self, store: Store, max_steps: int | None = None, tokenizer: str | None = None):
         self.store, self.steps, self.done = store, store.steps(), 0
+        self.tokenizer = tokenizer  # its fingerprint: a resumed replay has the same
         self.planned = min(max_steps or len(self.steps), len(self.steps))
         missing = next((i for i, step in enumerate(self.steps, 1) if i != step), 1)
         self.facts = self._read(missing)[2]
@@ -221,10 +222,14 @@ class ReplaySource:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor."""
-        return {"done": self.done}
+        return {"done": self.done, "tokenizer_ids": self.tokenizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a cursor that `state_dict` gave."""
+        known = state.get("tokenizer_ids")  # None in an older checkpoint
+        if None not in (known, self.tokenizer) and known != self.tokenizer:
+            raise ConfigError("the tokenizer is another one than when this replay was checkpointed: its ids mean other "
+                              "texts; set model.path or model.tokenizer back")
         self.done = state["done"]
 
     @contextmanager

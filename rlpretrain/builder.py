@@ -23,6 +23,7 @@ from rlpretrain.packing import Layout
 from rlpretrain.policy import make_policy
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
+from rlpretrain.sources import fingerprint
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Recorded, Store
@@ -87,7 +88,10 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         models.try_saving(model, tokenizer, folder, config.model)
     objective = load_objective(config, tokenizer)
     place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
-    replayed = ReplaySource(Store(rollouts_in(config.replay), ranks.rank), config.max_steps) if config.replay else None
+    replayed = None
+    if config.replay:
+        stored = Store(rollouts_in(config.replay), ranks.rank)
+        replayed = ReplaySource(stored, config.max_steps, fingerprint(tokenizer))
     stream = None
     if replayed is None:
         stream = DocumentStream(config.data, tokenizer, min_length=objective.min_length, **place)

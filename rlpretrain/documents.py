@@ -7,8 +7,10 @@ every rank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.fingerprint import Hasher
 
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.sources import Cutter, open_rows, quiet, readable
+from rlpretrain.sources import CUT_VERSION, Cutter, older_fingerprint, open_rows, quiet, readable, reads_cells
 from rlpretrain.types import Document
 
 CHUNK = 64
@@ -53,14 +55,15 @@ class DocumentStream:
         if data.max_length < max(min_length, 2):
             raise ConfigError(f"data.max_length is {data.max_length}; a document needs {max(min_length, 2)} tokens")
         with quiet():
-            rows, cutter = open_rows(data), Cutter(data, tokenizer, min_length)
+            rows, cutter = open_rows(data), Cutter(data, tokenizer, min_length, reads_cells(data))
             if isinstance(rows, IterableDataset):
                 self._reader: _Indexed | _Streamed = _Streamed(rows, cutter, rank, world_size)
             else:
                 self._reader = _Indexed(rows, cutter, rank, world_size, seed)
         fields = {f"data.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}
         where = {"seed": seed, "rank": rank, "world_size": world_size, "min_length": min_length}
-        self._identity = {**fields, **where, "tokenizer": cutter.fingerprint, **self._reader.size}
+        self._identity = {**fields, **where, "tokenizer": older_fingerprint(tokenizer), "tokenizer_ids": cutter.fingerprint}
+        self._identity |= self._reader.size
 
     def take(self, n: int) -> list[Document]:
         """The next `n` documents of this rank, over as many epochs as that needs."""
@@ -107,14 +110,21 @@ def read_all(data: DataConfig, tokenizer: Any, *, limit: int | None = None, min_
         return list(islice(stream._reader.one_pass(), limit))
 
 
+def versions() -> list[str]:
+    """Of the libraries that make ids of texts."""
+    return [version(name) for name in ("tokenizers", "transformers")]
+
+
 class _Indexed:
     """Map-style rows: everything is tokenised first; the cursor is one number."""
 
     def __init__(self, rows: Dataset, cutter: Cutter, rank: int, world_size: int, seed: int):
         self.cutter, self.rank, self.world_size, self.seed = cutter, rank, world_size, seed
         data, home = cutter.data, Path(datasets.config.HF_DATASETS_CACHE).expanduser()
-        how = [data.column, data.answer_column, data.answer_join, data.max_length, data.long, cutter.eos]
-        mark = Hasher.hash([rows._fingerprint, cutter.fingerprint, how])
+        how = [CUT_VERSION, cutter.cells, cutter.eos, cutter.lead, cutter.tail, *versions(),
+               data.column, data.answer_column, data.answer_join, data.max_length, data.long]
+        files = [(f["filename"], os.stat(f["filename"]).st_size, os.stat(f["filename"]).st_mtime_ns) for f in rows.cache_files]
+        mark = Hasher.hash([rows._fingerprint, files, cutter.fingerprint, how])
         file = None
         if rows.cache_files and not Path(rows.cache_files[0]["filename"]).is_relative_to(home):
             file = home / "rlpretrain" / f"{mark}.arrow"  # else it would be written into the user's own folder
@@ -204,9 +214,12 @@ class _Streamed:
         """Stand before this rank's row number `read`, in a pass that has given `found` documents."""
         # Each pass has a fresh object: a used one would begin again at the state that it once loaded.
         self.pass_ = split_dataset_by_node(self.rows, rank=self.rank, world_size=self.world_size, strategy="examples")
-        if state is not None:
+        if state is not None and not self.cutter.cells:
             self.pass_.load_state_dict(state)
         self.left = iter(self.pass_)
+        if self.cutter.cells and read:  # the rows of files are counted: checkpoints of before them too
+            with readable(self.cutter.data):
+                next(islice(self.left, read, read), None)
         self.before = {"state": state, "read": read, "found": found, "dropped": dropped}
         self.read, self.found, self.dropped, self.place = read, found, dropped, 0
         self.chunk: list[Document] = []
@@ -215,7 +228,9 @@ class _Streamed:
         """The next chunk that has documents; False at the end of the pass."""
         self.chunk, self.place = [], 0
         while not self.chunk:
-            state = self.pass_.state_dict() if self.read != self.before["read"] else self.before["state"]
+            state = self.before["state"]
+            if self.read != self.before["read"] and not self.cutter.cells:
+                state = self.pass_.state_dict()
             self.before = {"state": state, "read": self.read, "found": self.found, "dropped": self.dropped}
             with readable(self.cutter.data):
                 values = list(islice(self.left, CHUNK))

@@ -48,7 +48,9 @@ def test_two_texts_say_what_they_say_one_after_the_other(family, streaming, tmp_
         if family in BYTES:
             assert text_of(tokenizer, ids) == both
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
-        assert (ids[0] == tokenizer.bos_token_id) == (family in WITH_BOS) and ids.count(tokenizer.bos_token_id or -1) <= 1
+        assert (ids[0] == tokenizer.bos_token_id) == (family in WITH_BOS) and ids.count(
+            tokenizer.bos_token_id or -1
+        ) <= 1
         # the prompt is what a model is asked with, and all that follows is the answer, without a space of its own
         asked = tokenizer(prompt + join)["input_ids"]
         asked = asked[:-1] if asked[-1] == tokenizer.eos_token_id else asked

@@ -49,7 +49,7 @@ APPS = {"rollout.service", "rlpretrain.trl_trainer"}
 LAYERS = [
     {"tree", "types", "config", "config.*", "config_io", "compat", "floors", "ranks"}
     | {"writing", "interruption", "as_json", "intervals"},
-    {"sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
+    {"rows", "sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
     {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"}
     | {"kernels", "randomness"},

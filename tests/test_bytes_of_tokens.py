@@ -109,9 +109,11 @@ def test_markers_and_sentences_are_found_in_every_family(family, kind):
     ids = tuple(tokenizer("two is four. The cat ran! and this it is so")["input_ids"])
     found = picker(Document("d", ids), np.random.default_rng(0))
     rest = [tokenizer.decode(ids[i:], skip_special_tokens=True).strip().lower() for i in found]
-    wanted = {"before": ["is four. the cat ran! and this it is so", "is so"],
-              "after": ["four. the cat ran! and this it is so", "so"],
-              "sentence": ["the cat ran! and this it is so", "and this it is so"]}[kind]
+    wanted = {
+        "before": ["is four. the cat ran! and this it is so", "is so"],
+        "after": ["four. the cat ran! and this it is so", "so"],
+        "sentence": ["the cat ran! and this it is so", "and this it is so"],
+    }[kind]
     assert [r.replace(" ", "") for r in rest] == [w.replace(" ", "") for w in wanted]
 
 
@@ -121,9 +123,14 @@ def test_markers_are_found_beside_characters_of_several_tokens(family):
     ids = tuple(tokenizer("漢字。漢 is 漢🙂 four")["input_ids"])
     found = {}
     for kind in ("before", "after", "sentence"):
-        picker = PositionPicker(kind, tokenizer, per_document=None, marker="is" if kind != "sentence" else None)
+        picker = PositionPicker(
+            kind, tokenizer, per_document=None, marker="is" if kind != "sentence" else None
+        )
         found[kind] = picker(Document("d", ids), np.random.default_rng(0))
-    texts = {kind: [tokenizer.decode(ids[i:], skip_special_tokens=True).strip() for i in f] for kind, f in found.items()}
+    texts = {
+        kind: [tokenizer.decode(ids[i:], skip_special_tokens=True).strip() for i in f]
+        for kind, f in found.items()
+    }
     assert texts["before"] == ["is 漢🙂 four"] and texts["sentence"] == ["漢 is 漢🙂 four"]
     (after,) = found["after"]
     assert b"".join(picker.text.reader.raw(ids[after:], after=ids[:after])).strip().startswith("漢".encode())
@@ -134,7 +141,11 @@ def test_segments_and_spans_are_compared_as_their_tokens_say(family):
     tokenizer = make(family)
     match = made(rlpt, tokenizer, reward="match", min_words=1, opening="[", closing="]")
     ids = tuple(tokenizer("so it is. 漢字 so")["input_ids"])
-    at = next(k for k in range(2, len(ids)) if tokenizer.decode(ids[k:], skip_special_tokens=True).strip() == "漢字 so")
+    at = next(
+        k
+        for k in range(2, len(ids))
+        if tokenizer.decode(ids[k:], skip_special_tokens=True).strip() == "漢字 so"
+    )
     for cut in range(len(ids) - at):  # a window that ends within a character leaves the words before it
         position = Position("d", at - 2, ids[: at - 2], ids[at - 2 : len(ids) - cut])
         begin = match._text(position.target_ids).split()[0]
