@@ -20,6 +20,7 @@ from rlpretrain.documents import DocumentStream
 from rlpretrain.lengths import check_engine
 from rlpretrain.objectives import Objective
 from rlpretrain.packing import Layout, count, pack
+from rlpretrain.spending import Metered, Reads
 from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.engine import Engine
 from rollout.queue import Rollout, RolloutQueue, Ticket
@@ -50,6 +51,7 @@ class Ahead:
     places: list[Place]
     ticket: Ticket
     progress: float
+    reads: Reads
 
 
 class BatchSource:
@@ -68,6 +70,7 @@ class BatchSource:
         if objective.has_positions:
             check_engine(objective, stream.longest, getattr(engine, "max_model_len", None))
         self.queue = RolloutQueue(in_flight)
+        self.reads = Reads()  # of the engine, for the batches that were taken
         self._ahead: list[Ahead] = []  # submitted, not yet taken
         self.taken = 0  # batches
         self.drawn = 0  # documents this rank has drawn
@@ -88,13 +91,16 @@ class BatchSource:
         while len(self._ahead) <= ahead:
             objective = self.objective.at((self.taken + len(self._ahead)) / self.steps)
             places = self._positions(n, objective)
-            self._ahead.append(Ahead(places, self.queue.submit(self._pieces(places, objective, ahead)), objective.progress))
+            engine = Metered(self.engine)
+            ticket = self.queue.submit(self._pieces(places, objective, engine, ahead))
+            self._ahead.append(Ahead(places, ticket, objective.progress, engine.reads))
         batch = self._ahead.pop(0)
         self.taken += 1
         try:
             groups = self.queue.result(batch.ticket)
         except ValueError as error:
             raise ConfigError(f"cannot sample thoughts: {error}") from error
+        self.reads.merge(batch.reads)
         documents = list({place.draw: place.document for place in batch.places}.values())
         if self.ntp_stream is not None:
             documents = self._others(len(documents))
@@ -105,11 +111,11 @@ class BatchSource:
         found = self.ntp_stream.take(n) if self.ntp_stream is not None else []
         return [replace(d, id=f"ntp {d.id}") for d in found]
 
-    def _pieces(self, places: Sequence[Place], objective: Objective, ahead: int) -> list[Rollout]:
+    def _pieces(self, places: Sequence[Place], objective: Objective, engine: Metered, ahead: int) -> list[Rollout]:
         """The rollouts of a batch: one call of the engine, or several if weights may change between them."""
         size = math.ceil(len(places) / self.queue.in_flight) if ahead else len(places)
         parts = [places[i : i + size] for i in range(0, len(places), size)]
-        return [partial(objective.rollout, self.engine, [p.position for p in part], [p.seed for p in part]) for part in parts]
+        return [partial(objective.rollout, engine, [p.position for p in part], [p.seed for p in part]) for part in parts]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -203,12 +209,12 @@ def rollouts_in(folder: str) -> Path:
 
 
 class ReplaySource:
-    """The batches of a store, step by step; in place of a BatchSource."""
+    """The batches of a store, step by step; in place of a BatchSource. It samples nothing, and `reads` says so."""
 
     epoch, without = 0, 0
 
     def __init__(self, store: Store, max_steps: int | None = None, tokenizer: str | None = None):
-        self.store, self.steps, self.done = store, store.steps(), 0
+        self.store, self.steps, self.done, self.reads = store, store.steps(), 0, Reads()
         self.tokenizer = tokenizer  # its fingerprint: a resumed replay has the same
         self.planned = min(max_steps or len(self.steps), len(self.steps))
         missing = next((i for i, step in enumerate(self.steps, 1) if i != step), 1)

@@ -63,8 +63,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm": ("gradient norm before clipping", "no jumps"),
     "learning_rate": ("as scheduled", ""),
     "num_input_tokens": ("tokens of the documents of all steps so far: what papers count", ""),
-    "num_tokens": ("tokens put through the model so far, sampled ones included", ""),
-    "num_flops": ("6 N per trained token and 2 N per sampled or scored token, so far", ""),
+    "num_tokens": ("tokens that models read so far, in every pass: sampled, scored and trained ones", ""),
+    "num_flops": ("6 N per trained token, 2 N per token that is only read, and attention, so far", ""),
     "step_time": ("seconds per step", "steady"),
     "perf/rollout_s": ("of it, sampling thoughts", ""),
     "perf/train_s": ("of it, scoring and updating", ""),
@@ -76,6 +76,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "sampling/probe_difference": ("largest difference in nats between engine and trainer on the probe", "below the tolerance"),
     "batch/padding_frac": ("padding in the micro-batches", "below .5"),
     "batch/packing_ratio": ("tokens of all rows over those put through the model, where shared ones are one", "above 1"),
+    "batch/dropped_frac": ("groups that the objective left out of training; `reward` and the like count them", "below .9"),
     "batch/micro_batches": ("micro-batches in the step", ""),
     "objective/*": ("numbers of the objective's own; rlpt: asked of the judge, known already, share not judged", "failed near 0"),
     "run/epoch": ("passes over the data so far", ""),
@@ -139,16 +140,29 @@ class StepMetrics:
         self.add("thought/uncounted_frac", (~counted).float())
         for group, first, given in zip(micro.groups, micro.offsets, reward.tolist(), strict=True):
             self.rewards.update({(group.id, first + k): given[k] for k in range(len(group.thoughts))})
-            for t in group.thoughts:
-                n = len(t.token_ids)
-                self.longest = max(self.longest, n)
-                self.add("completions/mean_length", n)
-                self.add("completions/clipped_ratio", t.finish_reason == "length")
-                self.add("thought/closed_frac", t.finish_reason == "close")
-                self.add("thought/eos_frac", t.finish_reason == "eos")
-            t = group.thoughts[0]  # one a group is enough for a trend
-            self.add("thought/leakage", target_leakage(t.token_ids, group.position.target_ids))
-            self.add("thought/repetition", repetition(t.token_ids))
+            self._thoughts(group)
+
+    def observe_dropped(self, group: Group, counted: Sequence[bool], rewards: Sequence[float]) -> None:
+        """A group that is left out of training: it counts in what is said of thoughts and their rewards all the same."""
+        self._thoughts(group)
+        self.add("thought/uncounted_frac", 1.0 - torch.tensor(counted, dtype=torch.float64))
+        known = torch.tensor([r for r in rewards if math.isfinite(r)], dtype=torch.float64)
+        self.add("reward", known)
+        if len(known):
+            self.add("reward_std", known.std(correction=0))
+            self.add("frac_reward_zero_std", float(known.max() == known.min()))
+
+    def _thoughts(self, group: Group) -> None:
+        for t in group.thoughts:
+            n = len(t.token_ids)
+            self.longest = max(self.longest, n)
+            self.add("completions/mean_length", n)
+            self.add("completions/clipped_ratio", t.finish_reason == "length")
+            self.add("thought/closed_frac", t.finish_reason == "close")
+            self.add("thought/eos_frac", t.finish_reason == "eos")
+        t = group.thoughts[0]  # one a group is enough for a trend
+        self.add("thought/leakage", target_leakage(t.token_ids, group.position.target_ids))
+        self.add("thought/repetition", repetition(t.token_ids))
 
     def _gains(self, scores: Scores, self_logps: torch.Tensor) -> None:
         counted, mask = scores.counted, scores.target_mask

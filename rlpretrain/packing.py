@@ -7,6 +7,7 @@ Legend: see rlpretrain/types.py.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,15 @@ def is_counted(group: Group, thought: Thought, reward_index: int, cut: str) -> b
     if thought.finish_reason is not FinishReason.CLOSE and cut == "mask":
         return False
     return group.rewards is None or group.rewards[reward_index] == group.rewards[reward_index]
+
+
+def stored_rewards(group: Group, layout: Layout) -> list[float]:
+    """The rewards on a group less what the cut-off policy takes; NaN where there is none and where a thought does not count."""
+    rewards = group.rewards or (math.nan,) * len(group.thoughts)
+    taken = layout.cut_penalty * (layout.cut == "penalise")
+    return [reward - taken * (thought.finish_reason is not FinishReason.CLOSE)
+            if is_counted(group, thought, k, layout.cut) else math.nan
+            for k, (thought, reward) in enumerate(zip(group.thoughts, rewards, strict=True))]  # fmt: skip
 
 
 def count(batch: Batch, cut: str = "mask") -> Totals:

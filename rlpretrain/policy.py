@@ -181,7 +181,7 @@ class DeepSpeedPolicy:
         if self.stage == 3 and self.rounded:
             raise ConfigError("model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less")
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
-        scorer = Scorer(model.to(ranks.device))
+        self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
         optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=optim.betas)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:

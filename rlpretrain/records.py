@@ -15,17 +15,17 @@ from rollout.types import Group
 
 @dataclass(slots=True)
 class Spent:
-    """What a run has spent so far, over all ranks: tokens of documents, tokens put through the model, operations."""
+    """What a run has spent so far, over all ranks: tokens of documents, tokens that models read, operations."""
 
     input_tokens: int = 0
     tokens: int = 0
     flops: float = 0.0
 
-    def add(self, documents: float, trained: float, sampled: float, parameters: int, epochs: int) -> None:
-        """A step's tokens; 6 N operations for a trained one in each inner epoch, 2 N for a sampled one."""
+    def add(self, documents: float, tokens: float, flops: float) -> None:
+        """What a step took; rlpretrain/spending.py says what is counted."""
         self.input_tokens += int(documents)
-        self.tokens += int(trained + sampled)
-        self.flops += (6 * trained * epochs + 2 * sampled) * parameters
+        self.tokens += int(tokens)
+        self.flops += flops
 
     def row(self) -> dict[str, float]:
         """As it is logged."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from rewards.controls import CollapseMonitor
-from rlpretrain import records, run_output, run_state, run_stop
+from rlpretrain import models, records, run_output, run_state, run_stop
+from rlpretrain.baseline import Frozen
 from rlpretrain.builder import Parts, build_parts
 from rlpretrain.config import PretrainConfig
 from rlpretrain.config.io import to_dict
@@ -20,9 +21,10 @@ from rlpretrain.engines import lie_down, wake_up
 from rlpretrain.health import Health
 from rlpretrain.interruption import Signals
 from rlpretrain.metrics import StepMetrics, Trackers, staleness
-from rlpretrain.packing import balanced, count, idle, pack
+from rlpretrain.packing import balanced, count, idle, is_counted, pack, stored_rewards
 from rlpretrain.run_evaluation import RunEvaluation, score_of
 from rlpretrain.scoring import check_tree
+from rlpretrain.spending import Size, size_of
 from rlpretrain.tag_gain import gains_of_empty_thoughts
 from rlpretrain.types import Batch, MicroBatch, Scores, Totals
 
@@ -59,8 +61,8 @@ class Run(Parts):
 
     metrics: StepMetrics
     timer: Timer
-    sampled: int
-    """Tokens that this rank's engine read and wrote for the present step."""
+    sizes: dict[int, Size]
+    """Of the models that read, by their identity."""
     spread: bool
     """Whether a group of the present step fits into no micro-batch, on some rank."""
     bad: str | None
@@ -81,7 +83,7 @@ class Run(Parts):
         self.best = {"step": None, "gain": None, "stale": 0}
         self.monitor = run_stop.make_monitor(config)
         self.stopped, self.last = None, {}
-        self.sampled, self.spread = 0, False
+        self.spread, self.sizes = False, {}
         self._begin_step()
         self.evaluation = RunEvaluation(self)
         self.signals = Signals(quiet=not self.ranks.first)
@@ -121,8 +123,14 @@ class Run(Parts):
         lie_down(self.config, self.engine)
         self.timer.rollout = time.perf_counter() - begin
         run_output.keep_rollouts(self, batch)
-        self.sampled = sum(len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in batch.groups)
-        return replace(batch, groups=tuple(self.objective.select(batch.groups)))
+        kept = tuple(self.objective.select(batch.groups))
+        known = {g.id for g in kept}
+        for group in batch.groups:
+            self.metrics.add("batch/dropped_frac", float(group.id not in known))
+            if group.id not in known:
+                counted = [is_counted(group, t, k, self.layout.cut) for k, t in enumerate(group.thoughts)]
+                self.metrics.observe_dropped(group, counted, stored_rewards(group, self.layout))
+        return replace(batch, groups=kept)
 
     def count(self, batch: Batch) -> Totals:
         """Denominators over all ranks."""
@@ -139,13 +147,14 @@ class Run(Parts):
         most, spread = self.ranks.max([float(len(micros)), float(any(k for m in micros for k in m.offsets))])
         self.spread = bool(spread)
         self.metrics.add("batch/micro_batches", most)
-        self._account(batch, micros)
         micros += [idle(self.layout.pad_id)] * (int(most) - len(micros))
         if self._measures_frozen() and layout.target:
             gains = gains_of_empty_thoughts(self.policy.score, self.frozen, batch, layout, self.ranks)
             self.metrics.add("ig/empty", gains)
         if layout.tree and "tree_difference" not in self.facts:
+            spent = replace(self.policy.scorer.reads)
             self.facts["tree_difference"] = check_tree(self.policy, micros[0], layout, totals, self.ranks, self.half)
+            self.policy.scorer.reads = spent  # once a process: a resumed run would have spent more
             self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")
         return micros
 
@@ -212,6 +221,7 @@ class Run(Parts):
                 records.keep_batch(self.folder, step, self.ranks.rank, self.bad, batch.groups, batch.documents)
         else:
             self.skipped_in_row = 0
+        self._account(batch)
         row = self.metrics.means(self.ranks) | run_output.step_row(self)
         over = run_stop.over_budget(self)
         last = over is not None or step == self.total_steps
@@ -265,11 +275,21 @@ class Run(Parts):
     def _begin_step(self) -> None:
         self.metrics, self.timer, self.bad = StepMetrics(), Timer(time.perf_counter()), None
 
-    def _account(self, batch: Batch, micros: list[MicroBatch]) -> None:
-        """Tokens and floating-point operations so far, over all ranks: 6 N per trained token, 2 N per sampled one."""
-        trained = sum(float(m.attention_mask.sum()) for m in micros)
-        here = [float(sum(len(d.token_ids) for d in batch.documents)), trained, float(self.sampled)]
-        self.spent.add(*self.ranks.sum(here), self.parameters, self.config.loss.inner_epochs)
+    def _account(self, batch: Batch) -> None:
+        """Tokens and floating-point operations of the step, over all ranks."""
+        readers = [(self.policy.model, self.policy.scorer.reads), (self.policy.model, self.source.reads)]
+        beside = {id(b): b for b in (self.frozen, self.baseline) if isinstance(b, Frozen)}
+        readers += [(b.model, b.scorer.reads) for b in beside.values()]
+        if self.objective.proxy is not None:
+            readers.append((self.objective.proxy.model, self.objective.proxy.reads))
+        documents, tokens, operations = float(sum(len(d.token_ids) for d in batch.documents)), 0.0, 0.0
+        for model, reads in readers:
+            if id(model) not in self.sizes:
+                self.sizes[id(model)] = size_of(model, models.count(model))
+            here = reads.take()
+            tokens += here.tokens + here.trained_tokens
+            operations += self.sizes[id(model)].operations(here)
+        self.spent.add(*self.ranks.sum([documents, tokens, operations]))
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate, and compare with the best so far."""

@@ -25,6 +25,7 @@ from rlpretrain.lengths import limit_of
 from rlpretrain.packing import Layout, idle, pack
 from rlpretrain.randomness import check_deterministic, in_mode
 from rlpretrain.ranks import Ranks
+from rlpretrain.spending import Reads, read_by
 from rlpretrain.tree import Tree
 from rlpretrain.types import Batch, MicroBatch, Scores, Totals
 
@@ -37,7 +38,7 @@ class Scorer(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.limit = model, limit_of(model)
+        self.model, self.limit, self.reads = model, limit_of(model), Reads()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, rows: Tensor, labels: Tensor,
                 temperature: Tensor | float = 1.0, want: str = "logps",
@@ -46,6 +47,7 @@ class Scorer(nn.Module):
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
             raise ValueError(f"a row of {longest} tokens is to be scored, but {self.limit.reason}: shorten documents or thoughts")
+        self.reads.add_forward(*read_by(input_ids, attention_mask, position_ids, tree), torch.is_grad_enabled())
         extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree

@@ -48,7 +48,7 @@ APPS = {"rollout.service", "rlpretrain.trl_trainer"}
 # Inside rlpretrain a module may import its own layer and those above it in this list, without cycles.
 LAYERS = [
     {"tree", "types", "config", "config.*", "config_io", "compat", "floors", "ranks"}
-    | {"writing", "interruption", "as_json", "intervals"},
+    | {"writing", "interruption", "as_json", "intervals", "spending"},
     {"rows", "sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
     | {"metrics", "console", "health", "judge"},
     {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"}

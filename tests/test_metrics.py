@@ -100,7 +100,8 @@ def test_numbers_agree_with_the_batch(values):
     assert row["baseline/logp"] == 0.0 and row["ig/self"] == pytest.approx(row["ig/mean"] - row["baseline/self"])
     assert row["loss"] == pytest.approx(row["policy_loss"] + 0.3 * row["ntp/loss"] + 0.1 * row["reader/loss"], abs=1e-5)
     trained = row["num_tokens"] - sum(len(g.prompt.token_ids) for g in kept[0].groups) - sum(len(t.token_ids) for t in thoughts)
-    assert row["num_flops"] == run.parameters * (6 * trained + 2 * (row["num_tokens"] - trained))
+    linear = run.parameters * (6 * trained + 2 * (row["num_tokens"] - trained))
+    assert linear < row["num_flops"] < 1.5 * linear  # attention comes on top; tests/test_spending.py counts it
 
 
 def test_what_is_sampled_and_dropped_was_spent_all_the_same(values):

@@ -86,6 +86,7 @@ class Objective:
     Config: type = Config
     needs: frozenset[str] = frozenset({"target"})
     has_positions = True
+    proxy: Any = None  # a model of the objective's own, with `model` and `reads`: what it reads is spent too
     answer_tokens = 0  # most that is sampled after a thought, up to `config.closing`; 0: nothing
     token_reduction = "thought_mean"  # what `loss.reduction: auto` is: the paper's mean or sum over a thought's tokens
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from rewards.matching import last_between, prefix_match
 from rlpretrain.config import Amount, Count
 from rlpretrain.objectives import base
+from rlpretrain.spending import Reads
 from rlpretrain.types import Document, Scores
 from rollout.engine import Engine
 from rollout.types import Group, Position, Thought
@@ -180,6 +181,7 @@ class _Proxy:
     def __init__(self, path: str):
         from transformers import AutoModelForCausalLM
 
+        self.reads = Reads()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
         self.model = model.eval().requires_grad_(False).to(device)
@@ -188,6 +190,7 @@ class _Proxy:
     def __call__(self, document: Document) -> Tensor:
         """Nats for each token of a document but the first, which has NaN."""
         ids = torch.tensor([document.token_ids], device=self.model.device)
+        self.reads.add(len(document.token_ids))
         logits = self.model(input_ids=ids).logits[0, :-1].float()
         top = logits.topk(min(16, logits.shape[-1])).values.log_softmax(-1)
         return torch.cat([top.new_full((1,), torch.nan), -(top.exp() * top).sum(-1)]).cpu()
