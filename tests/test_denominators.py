@@ -110,7 +110,8 @@ def test_nothing_is_scored_twice_where_all_rewards_are_numbers(values):
 @pytest.mark.parametrize("inner", [1, 2])
 def test_broken_log_probs_are_no_reward_that_does_not_apply(values, inner):
     """A NaN that the model makes skips the step; it does not leave out the thought."""
-    run = Run(build(merged(values, max_steps=2, loss__inner_epochs=inner, baseline__name="none")), None)
+    changes = {"max_steps": 2, "loss__inner_epochs": inner, "baseline__name": "none", "packing": "padded"}
+    run = Run(build(merged(values, **changes)), None)
     score = run.policy.score
 
     def bad(micro, *args):
