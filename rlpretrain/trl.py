@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from rewards.controls import repetition, target_leakage
 from rlpretrain import attention
 from rlpretrain.adapters import plain_name
 from rlpretrain.baseline import Ema, Frozen
 from rlpretrain.compat import attention_of, keep_differentiable, sharded, trainer_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
+from rlpretrain.evaluate import contrast
 from rlpretrain.kernels import settle
 from rlpretrain.lengths import limit_of
 from rlpretrain.loop import rewards_of
@@ -296,11 +298,13 @@ class ObjectiveReward:
         inner = plain(self.model)
         device, scorer = next(inner.parameters()).device, Beside(inner)
         arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
-        batch, layout = Batch(tuple(groups), ()), replace(self.layout, no_think_ids=arms)
+        empty = self._empty(groups)
+        arms |= {e.id: arms[g.id] for e, g in zip(empty, groups, strict=False) if g.id in arms}
+        batch, layout = Batch((*groups, *empty), ()), replace(self.layout, no_think_ids=arms)
         micros = list(pack(batch, layout, count(batch, layout.cut)))
         ranks = Ranks(device=device) if self.attention else ranks_of(device)
         micros += [idle(layout.pad_id)] * (int(ranks.max([float(len(micros))])[0]) - len(micros))
-        found: dict[str, list[list[float]]] = {g.id: [] for g in groups}
+        found: dict[str, list[list[float]]] = {g.id: [] for g in batch.groups}
         with evaluating(self.model), attention.attending_by(inner, self.attention):
             for micro in micros:
                 micro = micro.to(device)
@@ -317,7 +321,14 @@ class ObjectiveReward:
                     found[group.id] += [[float(x) for x in (reward[b, g], after[b, g], base[b], own[b])] for g in rows]
         table = np.array([row for g in groups for row in found[g.id]]).reshape(-1, 4)
         rewards = [None if np.isnan(r) else float(r) for r in table[:, 0]]
-        return rewards, {"reward": table[:, 0], "after": table[:, 1], "baseline": table[:, 2], "self": table[:, 3]}
+        columns = {"reward": table[:, 0], "after": table[:, 1], "baseline": table[:, 2], "self": table[:, 3]}
+        return rewards, columns | {"empty": np.array([row[1] - row[2] for e in empty for row in found[e.id]])}
+
+    def _empty(self, groups: Sequence[Group]) -> list[Group]:
+        """A thought without content at each position, where the baseline is one that its gain says something against."""
+        if self.baseline != "frozen" or not self.layout.target:
+            return []
+        return [replace(g, id=f"{g.id}:empty", rewards=None) for g in contrast(groups, "empty")]
 
     def _against(self, scores: Any, micro: Any) -> Any:
         if self.baseline == "none":
@@ -329,11 +340,17 @@ class ObjectiveReward:
         thoughts = [t for g in groups for t in g.thoughts]
         log("thought/closed_frac", float(np.mean([t.finish_reason is FinishReason.CLOSE for t in thoughts])))
         log("thought/uncounted_frac", float(np.isnan(found["reward"]).mean()))
+        for g in groups[:1]:  # one thought is enough for a trend
+            log("thought/leakage", target_leakage(g.thoughts[0].token_ids, g.position.target_ids))
+            log("thought/repetition", repetition(g.thoughts[0].token_ids))
         counted = ~np.isnan(found["reward"])
         if self.layout.target and counted.any():
             sizes = np.array([len(g.position.target_ids) for g in groups for _ in g.thoughts])[counted]
             gain, own = ((found["after"] - found[n])[counted] for n in ("baseline", "self"))
             log("ig/mean", float(gain.mean()))
+            if self.baseline == "frozen":
+                log("ig/frozen", float(gain.mean()))
+                log("ig/empty", float(found["empty"].mean()))
             log("ig/std", float(gain.std()))
             log("ig/positive_frac", float((gain > 0).mean()))
             log("ig/per_token", float((gain / sizes).mean()))

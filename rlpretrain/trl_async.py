@@ -180,6 +180,7 @@ class AsyncRollouts:
         rewards, found = self.reward.rewards([group])
         self.reward.log([group], found, lambda name, value: self.metrics_queue.put({name: value}))
         counted = [r for r in rewards if r is not None]
+        self.metrics_queue.put({"frac_reward_zero_std": float(len(set(counted)) < 2)})
         if len(counted) < 2:
             self.metrics_queue.put({"sample/dropped_uncounted_total": float(len(rewards))})
             self.barren += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from rlpretrain.baseline import Ema
 from rlpretrain.compat import sharded, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
+from rlpretrain.health import TRL_FIELDS, Health
 from rlpretrain.lengths import limit_of
 from rlpretrain.models import save_start
 from rlpretrain.ranks import Ranks
@@ -39,6 +40,7 @@ class LiveModel(TrainerCallback):
 
     def __init__(self, reward: Any):
         self.reward = reward
+        self.health = Health(TRL_FIELDS)
         self.init_kwargs: dict[str, Any] | None = None  # how the model was loaded
         self.named: str | None = None  # what the configuration calls the model
 
@@ -109,6 +111,13 @@ class LiveModel(TrainerCallback):
             save_file(average, work, metadata={"log": _log(state)})
             work.chmod(usual_mode(folder))
             work.replace(folder / EMA)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """A warning, once, of each thing that keeps the training from learning: the rules of rlpretrain/health.py."""
+        row = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        for finding in self.health.observe(state.global_step, row):
+            if state.is_world_process_zero:
+                warnings.warn(f"step {finding.step}: {finding}", stacklevel=2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """After the optimizer step."""
