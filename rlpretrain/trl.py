@@ -206,7 +206,7 @@ class ObjectiveReward:
 
     def _settle(self, model: nn.Module, parted: bool) -> None:
         """Let the trainer's model compute what it samples, trains and scores: nothing random, no part of attention left out."""
-        with in_mode(model, training=True):
+        with attention.attending_by(model, self.attention), in_mode(model, training=True):
             off = switch_off(model, ask=not parted)
             if not parted:
                 check_deterministic(model)
