@@ -85,7 +85,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     model, tokenizer, added = models.load(config.model, tags, config.seed)
     models.check_model(model.to(ranks.device))
     if ranks.first:
-        models.try_saving(model, tokenizer, folder, config.model)
+        models.try_saving(model, tokenizer, config.model)
     objective = load_objective(config, tokenizer)
     place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
     replayed = None

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from rlpretrain.kernels import settle
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.randomness import checkpoint_layers
 from rlpretrain.scoring import check_head, check_model
-from rlpretrain.writing import CannotWrite, writing
+from rlpretrain.writing import writing
 from rollout.folders import MARK, begin_folder, finish_folder
 from rollout.weights import write_adapter
 
@@ -227,27 +228,21 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
             raise
 
 
-def try_saving(model: Any, tokenizer: Any, folder: Path, config: ModelConfig) -> None:
+def try_saving(model: Any, tokenizer: Any, config: ModelConfig) -> None:
     """Write everything but the weights, as at the end of a run, and delete it: ConfigError for what cannot be saved.
 
     transformers refuses to save some configurations that it loads, for instance one that sets `temperature` without `do_sample`.
     """
-    path = folder / "trial"
     try:
-        with writing(path):
-            work = begin_folder(path)
-            model.config.save_pretrained(work)
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
             if model.can_generate():
-                model.generation_config.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-    except CannotWrite as error:
-        raise ConfigError(str(error)) from None
+                model.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except Exception as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"the model could not be saved at the end, transformers refuses the configuration or the tokenizer of "
                           f"'{config.path}': {why}") from None  # fmt: skip
-    finally:
-        shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
 
 
 def neutralise_generation(model: Any) -> None:

@@ -139,7 +139,7 @@ def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], do
     if (tags := delimiters(section)) is None:
         raise ConfigError(f"objective {section['name']} has no thoughts to prepare for")
     model, tokenizer, added = models.load(config, tags, seed)
-    models.try_saving(model, tokenizer, out, config)
+    models.try_saving(model, tokenizer, config)
     owner, parsed = parse_section(section)
     objective = owner(parsed, tokenizer)
     prompts = {split: to_prompt_dataset(path, tokenizer, objective=objective, seed=seed, **settings)

@@ -23,15 +23,19 @@ class CannotWrite(RuntimeError):
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Raise ConfigError unless the folder `path` exists, or can be made, and takes a file. `what` says whose folder it is."""
-    folder = Path(path)
+    """Raise ConfigError unless the folder `path` exists, or can be made, and takes a file; nothing is left of the trial. `what`
+    says whose folder it is."""
+    folder = Path(path).absolute()
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / ".rlpretrain-trial"
         trial.write_bytes(b"x" * 4096)
         trial.unlink()
+        for empty in made:
+            empty.rmdir()
     except OSError as error:
-        raise ConfigError(f"{what} {folder} cannot be written: {explain(error, folder)}") from None
+        raise ConfigError(f"{what} {path} cannot be written: {explain(error, folder)}") from None
 
 
 def check_file(path: str | Path, what: str) -> None:

@@ -296,6 +296,7 @@ def save(folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Seq
     if there and not (folder / MARK).is_file():
         raise ConfigError(f"{there} is there already and no corpus that rlpretrain made: choose another folder")
     check_writable(folder, "the corpus folder")
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     paths = {}
     for name, rows in files.items():
