@@ -39,7 +39,7 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def check_file(path: str | Path, what: str) -> None:
-    """Raise ConfigError unless the file `path` can be written; what is there stays as it is. Its folder is made."""
+    """Raise ConfigError unless the file `path` can be written; what is there stays as it is."""
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{what} {path} is a folder: name a file")
