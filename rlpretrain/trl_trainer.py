@@ -160,6 +160,8 @@ class RLPTrainer(GRPOTrainer):
         """The ids of the documents, which their text may not give again."""
         if len(prompts) != len(self.rows):
             raise RuntimeError(f"{len(prompts)} prompts for {len(self.rows)} rows: this TRL samples in another order")
+        if missing := [name for name in COLUMNS[1:5] if name not in self.rows[0]]:
+            raise ConfigError(f"the rows lack {', '.join(missing)}: leave remove_unused_columns at false")
         return [list(self.reward.objective.prompt(position_of(row)).token_ids) for row in self.rows], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
