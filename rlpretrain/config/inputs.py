@@ -41,7 +41,7 @@ class DataConfig:
     """Where documents come from: any file or hub dataset that the `datasets` library reads."""
 
     path: PathText
-    """File (.txt, .jsonl, .json, .csv, .parquet), folder, glob, or hub id."""
+    """File (.txt, .jsonl, .json, .csv, .parquet), folder (all its files), glob, or hub id. An existing name is literal."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
