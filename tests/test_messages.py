@@ -208,7 +208,8 @@ def test_text_in_brackets_is_no_markup(capsys):
 def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys):
     from rlpretrain import compare
 
-    results = {"folder": str(tmp_path), "seeds": [0], "documents": 1, "methods": {}}
+    results = {"folder": str(tmp_path), "seeds": [0], "documents": 1, "source_rows": 1, "differences": {}}
+    results["methods"] = {"rlp": {"by_seed": {}}}
     experiment = compare.Experiment(evaluation={"data": "x"}, output_dir=str(tmp_path))
     monkeypatch.setattr(compare, "load", lambda path: experiment)
     monkeypatch.setattr(compare, "collect", lambda experiment: results)
