@@ -344,6 +344,9 @@ class Cutter:
         common = common[: len(common) - len(self.tail)]
         if common[: len(prompt)] == prompt and len(common) > len(prompt):
             return common, len(prompt)
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and common.count(unknown) > (prompt + alone).count(unknown):
+            return prompt + alone, len(prompt)  # two known words, of which it knows no compound
         said = self.reader.text(common)
         for ids in (alone, *(self._behind(character, answer) for character in dict.fromkeys((text[-1:], *BEHIND)))):
             if ids and self.reader.text(prompt + ids) == said:

@@ -8,6 +8,7 @@ import pytest
 
 from rlpretrain.config import DataConfig
 from rlpretrain.documents import read_all
+from tests.tiny import word_tokenizer
 from tests.tokenizers_family import BYTES, FAMILIES, WITH_BOS, make
 
 PAIRS = [
@@ -92,3 +93,11 @@ def test_a_text_of_exactly_max_length_leaves_no_piece_of_special_tokens(family, 
             assert all(len(d.token_ids) <= length for d in documents)
     (whole,) = read_all(DataConfig(path=str(tmp_path / "d.txt"), max_length=size), tokenizer)
     assert len(whole.token_ids) == size and whole.id == "0"
+
+
+def test_words_whose_compound_is_unknown_stay_two_words(tmp_path):
+    """A vocabulary of words cannot write "sow1"; to read it as unknown would lose prompt and answer."""
+    tokenizer = word_tokenizer(["what", "is", "so", "w1"])
+    (document,) = read(tmp_path, tokenizer, "what is", "w1", " so")
+    assert tokenizer.convert_ids_to_tokens(list(document.token_ids)) == ["what", "is", "so", "w1", "<eos>"]
+    assert document.answer_at == 3
