@@ -23,6 +23,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.loop import train
 from rlpretrain.ranks import Ranks
 from rlpretrain.run import Run
+from rlpretrain.writing import CannotWrite
 from tests.helpers import merged, same, trained
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -344,7 +345,7 @@ def test_an_error_while_a_checkpoint_is_written_leaves_the_last_one_good(values,
         patch.setattr(torch, "save", save)
         patch.setattr(Path, "write_text", write)
         patch.setattr(Path, "replace", rename)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(CannotWrite, match="checkpoint-4.*disk full.*newest whole checkpoint"):
             trained(values, **long)
     assert checkpoint.steps(Path(values["output_dir"])) == [2]
     assert same(whole, trained(values, resume="auto", **long))
@@ -393,7 +394,7 @@ def test_what_is_no_model_is_named(corpus, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "run.json").write_text("{}")
-    for folder, said in ((tmp_path / "bare", "its files are missing"), (tmp_path / "adapter", "it is an adapter"),
+    for folder, said in ((tmp_path / "bare", "none of its files is there"), (tmp_path / "adapter", "it is an adapter"),
                          (tmp_path, f"the model is {tmp_path}/model")):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             load_tokenizer(ModelConfig(path=str(folder)))

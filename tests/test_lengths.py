@@ -75,7 +75,8 @@ def test_no_row_is_longer_than_the_window_says(section: dict[str, Any]):
     objective = owner(config, TOKENIZER)
     objective.setting = Setting(SamplingParams(max_thought_tokens=7), 2, 0.0)
     ids = tuple(TOKENIZER(LINE)["input_ids"])
-    document = Document("d", ids, "here", {"answer_at": len(ids) - 3} if section.get("positions") == "answer" else None)
+    answer_at = len(ids) - 3 if section.get("positions") == "answer" else None
+    document = Document("d", ids, "here", answer_at=answer_at)
     positions = objective.positions(document, np.random.default_rng(0), torch.ones(len(ids)))
     engine = LongestThoughts()
     if section["name"] == "pretrain_zero":  # its rounds depend on what is said: the two prompts, as they are

@@ -136,7 +136,7 @@ def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counte
         once=sum(times[i] == 1 for i in wanted), twice=sum(n > 1 for n in times.values()), aborted=len(aborted),
         lost=sum(not times[i] and i not in aborted for i in wanted),
         left_over=len(Store(folder / "rollouts").steps()) - len(rows(folder)),
-        updates=torch.load(newest / "policy.pt", weights_only=True)["scheduler"]["last_epoch"] if newest else 0,
+        updates=torch.load(newest / "policy.pt", weights_only=True)["steps"] if newest else 0,
     )  # fmt: skip
     return found
 
