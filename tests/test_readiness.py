@@ -59,7 +59,7 @@ def test_the_memory_estimate_is_near_what_a_run_takes(packing, values, tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=alone() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     taken = int(done.stdout.split()[-1])
-    assert 0.8 < estimated(values) / taken < 1.6, f"{estimated(values) / GIB:.2f} GiB said, {taken / GIB:.2f} taken"
+    assert 0.7 < estimated(values) / taken < 1.6, f"{estimated(values) / GIB:.2f} GiB said, {taken / GIB:.2f} taken"
 
 
 def test_the_schedules_own_bound_on_tokens_counts(values):
