@@ -43,7 +43,7 @@ def last_between(text: AnyStr, opening: AnyStr, closing: AnyStr) -> AnyStr | Non
             if not depth:
                 return text[start:at]
             depth -= 1
-        elif nested and text.startswith(bracket, at):
+        elif nested and text[at : at + 1] == bracket:
             depth += 1
         at += 1
     return None
