@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 FIELDS: Mapping[str, str] = {
-    "unclosed": "sampling.cut: force_close", "limit": "sampling.max_thought_tokens", "thoughts": "sampling.thoughts",
-    "temperature": "sampling.temperature", "positions": "objective.positions", "target": "objective.target_length",
+    "unclosed": "sampling.cut: penalise", "limit": "sampling.max_thought_tokens", "thoughts": "sampling.thoughts",
+    "temperature": "sampling.temperature", "positions": "objective.positions",
     "next_token": "loss.ntp_coef", "rate": "optim.lr", "staleness": "engine.max_staleness",
 }
 """The settings that a rule can advise to change, by their names in the configuration of a run."""
 TRL_FIELDS: Mapping[str, str] = {
-    "unclosed": "cut='force_close'", "limit": "max_completion_length", "thoughts": "num_generations",
-    "temperature": "temperature", "positions": "positions", "target": "target_length", "next_token": "ntp_coef",
+    "unclosed": "cut='penalise'", "limit": "max_completion_length", "thoughts": "num_generations",
+    "temperature": "temperature", "positions": "positions", "next_token": "ntp_coef",
     "rate": "learning_rate", "staleness": "max_staleness",
 }
 """The same settings by their names in TRL and in the arguments of the reward function."""
@@ -77,7 +77,8 @@ class Rule:
 
 
 def _falls(gain: Course) -> bool:
-    return gain.now < gain.best - max(0.2, 0.5 * abs(gain.best)) or gain.now < min(0.0, gain.start) - 0.05
+    """Below its best by more than half of it and more than .2 nats, or below both 0 and its start by more than .2 nats."""
+    return gain.now < gain.best - max(0.2, 0.5 * abs(gain.best)) or gain.now < min(0.0, gain.start) - 0.2
 
 
 def _only_tags(gain: Course, empty: Course) -> bool:

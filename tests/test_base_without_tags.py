@@ -59,7 +59,7 @@ def test_no_thought_that_counts_is_said_while_it_goes_on_and_in_the_report(plain
     rows = train(plain, tmp_path / "run", sampling={"cut": "mask", "max_thought_tokens": 2})
     said = " ".join(capsys.readouterr().out.split())
     assert not policy_gradient(rows), "nothing to learn from: the case that must be warned of"
-    assert "warning, step 3: No thought counts" in said and "sampling.cut: force_close" in said
+    assert "warning, step 3: No thought counts" in said and "sampling.cut: penalise" in said
     (warning,) = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
     assert (warning["rule"], warning["step"]) == ("no thought counts", 3)
     page = report(tmp_path / "run").read_text()

@@ -35,7 +35,7 @@ def test_a_base_without_tags_under_mask_is_warned_of(tmp_path):
                         train_dataset=reward.dataset(LONG), args=args).train()  # fmt: skip
     said = [str(w.message) for w in caught if "No thought counts" in str(w.message)]
     assert len(said) == 1 and said[0].startswith("step 3: ")
-    assert "cut='force_close'" in said[0] and "max_completion_length" in said[0]
+    assert "cut='penalise'" in said[0] and "max_completion_length" in said[0]
 
 
 CASES = {
