@@ -37,8 +37,8 @@ def measure(steps: int, packing: str) -> dict[str, float]:
     """Median seconds of each part, and its share of the step; training is all but the rollout."""
     from rlpretrain.config.io import build
     from rlpretrain.corpora import dial
-    from rlpretrain.loop import train
-    from rlpretrain.run import Run
+    from rlpretrain.training.loop import train
+    from rlpretrain.training.run import Run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

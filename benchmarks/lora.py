@@ -56,10 +56,10 @@ def measure(folder: Path, row: str) -> dict[str, float]:
     import torch
 
     from rlpretrain.config.io import build
-    from rlpretrain.dry_run import make_objective, make_sizes, model_shape
-    from rlpretrain.loop import train
-    from rlpretrain.memory import memory, peak
-    from rlpretrain.run import Run
+    from rlpretrain.tools.dry_run import make_objective, make_sizes, model_shape
+    from rlpretrain.tools.memory import memory, peak
+    from rlpretrain.training.loop import train
+    from rlpretrain.training.run import Run
 
     torch.set_num_threads(1)
     settings = ROWS[row]

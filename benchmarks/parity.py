@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from rlpretrain.adapters import adapter_config, adapter_pieces, add_lora, pieces
 from rlpretrain.config import LoraConfig
+from rlpretrain.models.adapters import adapter_config, adapter_pieces, add_lora, pieces
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm_local import VLLMEngine
 from rollout.weights import Probe

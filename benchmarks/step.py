@@ -216,7 +216,7 @@ def trl(folder: Path, shape: Shape, steps: int) -> list[float]:
 
 def tokens(shape: Shape, kind: str) -> int:
     """Tokens of a step that go through the model, padding included, as we lay them out."""
-    from rlpretrain.packing import Layout, count, pack
+    from rlpretrain.scoring.packing import Layout, count, pack
     from rlpretrain.types import Batch, Document
 
     ids, groups = batch(shape, 0)
@@ -245,7 +245,7 @@ def one(kind: str, folder: Path, shape: Shape, steps: int, threads: int) -> dict
     held before them."""
     torch.set_num_threads(threads)
     if kind != "trl":
-        from rlpretrain.run import Run
+        from rlpretrain.training.run import Run
 
         finish = Run.finish
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_workers(args.out, args.seeds)
     results = collect(args.out, args.seeds)
     results["seconds"] |= seconds | {"total": time.perf_counter() - begin}
-    from rlpretrain.records import write_json
+    from rlpretrain.training.records import write_json
 
     write_json(args.out / "results.json", results)
     show(results)
@@ -132,7 +132,7 @@ def run_workers(out: Path, seeds: Sequence[int]) -> None:
 
 def worker(out: Path, seed: int) -> int:
     """RLP and both controls for one seed, and their evaluation."""
-    from rlpretrain.records import write_json
+    from rlpretrain.training.records import write_json
 
     seconds: dict[str, float] = {}
     corpus, base = out / "corpus", out / "base" / "model"
@@ -178,8 +178,8 @@ def ntp_budget(out: Path, name: str, seed: int, documents: int = 64) -> dict[str
 def evaluation(model: Path, frozen: Path, data: Path, seed: int, controls: bool) -> dict[str, Any]:
     """Numbers per held-out problem: at the answer, one sampled thought and the greedy one."""
     from rlpretrain.config.io import build
-    from rlpretrain.documents import read_all
-    from rlpretrain.evaluate import evaluate
+    from rlpretrain.data.stream import read_all
+    from rlpretrain.evaluation.evaluate import evaluate
     from rlpretrain.models import load_model, load_tokenizer
     from rlpretrain.objectives import load
 
@@ -199,7 +199,7 @@ def evaluation(model: Path, frozen: Path, data: Path, seed: int, controls: bool)
 
 
 def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """results.json: every number with its 95% interval over problems and seeds (rlpretrain/intervals.py), and each seed's own."""
+    """results.json: every number with its 95% interval over problems and seeds, and each seed's own."""
     results: dict[str, Any] = {"seeds": list(seeds), "by_k": {}, "seconds": {}}
     for name in ("base", "rlp", "ntp_tokens", "ntp_compute"):
         folders = [out / "base" if name == "base" else out / f"{name}-{s}" for s in seeds]
@@ -217,7 +217,7 @@ def numbers(parts: Sequence[dict[str, Any]], depths: Sequence[str], names: Seque
     """Means over the problems of these depths and over seeds, each with its interval and, as `_seeds`, each seed's own."""
     import numpy as np
 
-    from rlpretrain.intervals import interval, points
+    from rlpretrain.evaluation.intervals import interval, points
 
     keep = np.isin(parts[0]["depth"], depths)
     rows = np.array(parts[0].get("rows", range(len(keep))), str)[keep]  # one document a row where an older evaluation is silent

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpretrain.config import ConfigError
-from rlpretrain.records import write_json
+from rlpretrain.training.records import write_json
 
 if TYPE_CHECKING:
     from rlpretrain.config import PretrainConfig
-    from rlpretrain.evaluate import Evaluation
+    from rlpretrain.evaluation.evaluate import Evaluation
 
 RECIPE = Path(__file__).with_name("gsm8k_rlp.yaml")
 ANNOTATION = re.compile(r"<<.*?>>")
@@ -133,7 +133,7 @@ def document(question: str, answer: str) -> str:
 def prepare(data: str, out: Path) -> dict[str, int]:
     """Write documents.jsonl and, the last twentieth, held_out.jsonl; ConfigError if the problems cannot be read."""
     from rlpretrain.config import DataConfig
-    from rlpretrain.sources import open_rows, quiet
+    from rlpretrain.data.sources import open_rows, quiet
 
     source = DataConfig(path=data, name=None if Path(data).exists() else "main", column="question", meta_columns=("answer",))
     with quiet():
@@ -205,8 +205,8 @@ def evaluation(config: PretrainConfig, trained: str | None, out: Path) -> Evalua
     from dataclasses import replace
 
     from rlpretrain import models
-    from rlpretrain.documents import read_all
-    from rlpretrain.evaluate import evaluate
+    from rlpretrain.data.stream import read_all
+    from rlpretrain.evaluation.evaluate import evaluate
     from rlpretrain.objectives import load, parse_section
     from rlpretrain.prompts import Delimiters
     from rlpretrain.ranks import join
@@ -232,7 +232,7 @@ def values(found: Evaluation) -> dict[str, Any]:
 
 def numbers(found: Evaluation) -> dict[str, Any]:
     """Means, each with its 95% interval under the same name with `_ci`."""
-    from rlpretrain.intervals import interval
+    from rlpretrain.evaluation.intervals import interval
 
     summary = found.summary()
     for name in MORE:
@@ -242,7 +242,7 @@ def numbers(found: Evaluation) -> dict[str, Any]:
 
 def change(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """After minus before at the same positions, with intervals."""
-    from rlpretrain.intervals import interval
+    from rlpretrain.evaluation.intervals import interval
 
     first, second = values(before), values(after)
     out: dict[str, Any] = {}
@@ -256,7 +256,7 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rlpretrain.evaluate import MEANING
+    from rlpretrain.evaluation.evaluate import MEANING
 
     def cell(row: dict[str, Any], name: str) -> str:
         low, high = row[f"{name}_ci"]

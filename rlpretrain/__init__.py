@@ -10,14 +10,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlpretrain import moved
+
 if TYPE_CHECKING:
     from rlpretrain.config import PretrainConfig
-    from rlpretrain.pretrainer import Pretrainer
+    from rlpretrain.training.pretrainer import Pretrainer
 
 __version__ = "0.1.0"
 __all__ = ["PretrainConfig", "Pretrainer", "__version__"]
 
-_HOME = {"PretrainConfig": "rlpretrain.config", "Pretrainer": "rlpretrain.pretrainer"}
+moved.install()
+
+_HOME = {"PretrainConfig": "rlpretrain.config", "Pretrainer": "rlpretrain.training.pretrainer"}
 
 
 def __getattr__(name: str) -> Any:

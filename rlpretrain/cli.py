@@ -12,7 +12,7 @@ from pathlib import Path
 from rlpretrain import __version__
 from rlpretrain.commands import comparison, corpora, evaluation, installation, pages, preparation, serving, training
 from rlpretrain.config import ConfigError
-from rlpretrain.writing import FULL, LOCKED, explain
+from rlpretrain.files import FULL, LOCKED, explain
 
 FEATURES = (training, serving, evaluation, comparison, pages, preparation, corpora, installation)
 """In the order in which `rlpretrain --help` lists their commands."""

@@ -172,7 +172,7 @@ def trl_vllm_on_cpu() -> bool:
     owner = generation.VLLMGeneration
     if missing := [n for n in ("_init_vllm", "sync_weights", "_iter_named_params") if not callable(getattr(owner, n, None))]:
         raise ImportError(f"TRL {importlib.metadata.version('trl')} moved VLLMGeneration's {', '.join(missing)}: its vLLM cannot "
-                          "be made to work on a CPU; use rlpretrain.trl_rollout.Rollouts or TRL 1.16")  # fmt: skip
+                          "be made to work on a CPU; use rlpretrain.trl.rollout.Rollouts or TRL 1.16")  # fmt: skip
     if hasattr(owner, "on_accelerators"):
         return True
     start, sync, llm = owner._init_vllm, owner.sync_weights, generation.LLM

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental import async_grpo
 
 from rlpretrain.trl import InformationGainReward
-from rlpretrain.trl_async import AsyncRollouts
+from rlpretrain.trl.async_rollout import AsyncRollouts
 from rollout.hf import HFEngine
 from tests.test_trl import AFTER, Kept
 

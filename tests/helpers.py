@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 

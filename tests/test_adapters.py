@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from rlpretrain.adapters import add_lora, copy_adapter, off, pieces
-from rlpretrain.baseline import Frozen
 from rlpretrain.compat import keep_differentiable
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.loop import train
 from rlpretrain.models import load_model
-from rlpretrain.packing import Layout, count, pack
-from rlpretrain.run import Run
-from rlpretrain.scoring import Beside, Scorer
+from rlpretrain.models.adapters import add_lora, copy_adapter, off, pieces
+from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.scoring.references import Frozen
+from rlpretrain.scoring.scorer import Beside, Scorer
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rlpretrain.types import Batch
 from tests.helpers import launch, merged, one_step, same, trained, weights
 from tests.test_engines import SHAPE, rows_of
@@ -100,7 +100,7 @@ def test_off_between_forward_and_backward_changes_no_gradient():
 
 def test_adapters_copied_to_another_base():
     model, plain = adapted("qwen3", TAGS, use_dora=True)
-    from rlpretrain.adapters import adapter_pieces
+    from rlpretrain.models.adapters import adapter_pieces
 
     twin = add_lora(copy.deepcopy(plain), LoraConfig(r=4, use_dora=True), TAGS)
     copy_adapter(twin, {p.name: p.make() for p in adapter_pieces(model)})
@@ -216,8 +216,8 @@ def test_a_frozen_baseline_is_the_trained_model_without_its_adapters(values, cor
 @pytest.mark.parametrize("policy", [{"backend": "torch"}, {"backend": "deepspeed", "zero_stage": 3}], ids=str)
 def test_evaluation_against_the_same_weights(values, corpus, tmp_path, policy):
     """As the evaluation of the saved model against the base, in files of their own."""
-    from rlpretrain.documents import read_all
-    from rlpretrain.evaluate import evaluate
+    from rlpretrain.data.stream import read_all
+    from rlpretrain.evaluation.evaluate import evaluate
     from rlpretrain.objectives import load
 
     run = merged(values, policy=policy | {"lora": LORA}, max_steps=2, optim__lr=0.1,
@@ -396,7 +396,7 @@ def test_rounded_weights_have_gradients_on_every_cpu(rounded, monkeypatch, late)
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: say)
         config = build(merged(rounded, model={"path": rounded["model"], "quantization": "4bit"})).model
         if late:
-            monkeypatch.setattr("rlpretrain.models.keep_differentiable", lambda _: None)
+            monkeypatch.setattr("rlpretrain.models.loading.keep_differentiable", lambda _: None)
         torch.manual_seed(2)
         model = stirred(add_lora(load_model(config), LoraConfig(r=4)))
         with torch.no_grad():
@@ -463,7 +463,7 @@ def test_a_saved_rounded_model_keeps_how_generations_end(rounded, tmp_path):
 
 def test_a_trained_model_is_not_rounded_again(rounded, tmp_path):
     """By those who load it with the settings of its run: the report, and a comparison (whose own lines are the same)."""
-    from rlpretrain.report import _load
+    from rlpretrain.reporting.report import _load
 
     run = merged(rounded, model={"path": rounded["model"], "quantization": "4bit"})
     trained(run)

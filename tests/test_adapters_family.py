@@ -12,7 +12,7 @@ import yaml
 
 from rlpretrain.corpora import dial_family
 from rlpretrain.objectives import available
-from rlpretrain.run import Run
+from rlpretrain.training.run import Run
 from rollout.types import Group
 from tests.helpers import merged, one_step
 from tests.tiny import tiny_model

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rlpretrain.config import DataConfig
-from rlpretrain.documents import read_all
+from rlpretrain.data.stream import read_all
 from tests.tiny import word_tokenizer
 from tests.tokenizers_family import BYTES, FAMILIES, WITH_BOS, make
 

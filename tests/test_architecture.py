@@ -1,6 +1,7 @@
 """The arrows between packages and modules, read from the source: who may import whom, and how long a file may get.
 
-A new module of `rlpretrain` needs a line in LAYERS; a file of `rollout` that needs one more library, a line in SPECIAL.
+A new folder of `rlpretrain` needs a line in FOLDERS, and a module beside the folders a word in BESIDE. A file of `rollout` that
+needs one more library needs a line in SPECIAL.
 """
 
 from __future__ import annotations
@@ -42,25 +43,30 @@ SERVING = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp"}  # not in the 
 
 # Routes and subclasses are declared when a module is imported; so these may import what they stand on at the top, and nobody may
 # import these at the top.
-DECLARED = {"rollout/service.py": SERVING, "rollout/guard.py": SERVING, "rlpretrain/trl_trainer.py": {"trl"}}
-APPS = {"rollout.service", "rlpretrain.trl_trainer"}
+DECLARED = {"rollout/service.py": SERVING, "rollout/guard.py": SERVING, "rlpretrain/trl/trainer.py": {"trl"}}
+APPS = {"rollout.service", "rlpretrain.trl.trainer"}
 
-# Inside rlpretrain a module may import its own layer and those above it in this list, without cycles.
-LAYERS = [
-    {"tree", "types", "config", "config.*", "config_io", "compat", "floors", "ranks"}
-    | {"writing", "interruption", "as_json", "intervals", "spending"},
-    {"rows", "sources", "documents", "positions", "prompts", "token_text", "corpora", "corpora.*", "objectives", "objectives.*"}
-    | {"metrics", "console", "health", "judge"},
-    {"trunks", "packing", "lengths", "attention", "adapters", "scoring", "losses"}
-    | {"kernels", "randomness"},
-    {"policy", "baseline", "models", "batches", "checkpoint", "memory", "records", "tag_gain"}
-    | {"abandoned"},
-    {"loop", "advantages", "evaluate", "engines", "builder", "experiment", "heat"}
-    | {"outputs", "run_evaluation", "run_output", "run_state", "run_stop"},
-    {"run", "pretrainer", "serve", "page", "report", "compare"}
-    | {"trl", "trl_data", "trl_prompts", "trl_live", "trl_trainer", "trl_rollout", "trl_async"},
-    {"cli", "commands", "commands.*", "doctor", "dry_run", "readiness", "__main__"},
+# The folders of rlpretrain in the order in which they may import: each what stands above it, and itself, without cycles.
+FOLDERS = [
+    "config",  # what a user may set
+    "",  # the modules beside the folders (BESIDE): what flows, prompts, ranks, files, the names of other libraries
+    "models",  # what the library knows of a Hugging Face model
+    "data",  # text becomes documents becomes places to think
+    "objectives",  # one method, one file
+    "scoring",  # packing, trees, one forward, references
+    "rollouts",  # positions become groups
+    "evaluation",  # numbers on held-out text
+    "tracking",  # what a run logs
+    "training",  # log-probabilities become an update
+    "experiments",  # methods × seeds
+    "reporting",  # a run as a page
+    "trl",  # reward functions and trainers for TRL
+    "corpora",  # controlled corpora
+    "tools",  # doctor, dry run, server
+    "commands",  # the command line
 ]
+BESIDE = {"compat", "files", "floors", "judge", "moved", "prompts", "ranks", "tree", "types"}
+LAST = {"cli", "__main__"}  # beside the folders too, and below them all
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,16 @@ def among(module: str, names: set[str]) -> bool:
 
 
 def layer(module: str) -> int | None:
-    """Rank of a module of rlpretrain; None if it is not in the table, or not of rlpretrain."""
+    """The place of a module of rlpretrain in FOLDERS; None for a module without a place, or of another package."""
     package, _, inner = module.partition(".")
+    folder = inner.partition(".")[0]
     if package != "rlpretrain":
         return None
-    parent = inner.rsplit(".", 1)[0] + ".*"
-    return next((rank for rank, names in enumerate(LAYERS) if inner in names or parent in names), None)
+    if inner in LAST:
+        return len(FOLDERS)
+    if inner in BESIDE:
+        return FOLDERS.index("")
+    return FOLDERS.index(folder) if folder and folder in FOLDERS else None
 
 
 def fail_if(problems: list[str], rule: str) -> None:
@@ -164,26 +174,26 @@ def test_extras_are_imported_where_they_are_used(package):
     fail_if(problems, "optional libraries are imported in the function that uses them, not at the top of a module:")
 
 
-def test_every_module_of_rlpretrain_has_a_layer():
+def test_every_module_of_rlpretrain_has_a_place():
     problems = [
-        f"{path.relative_to(ROOT)}: add {name_of(path).removeprefix('rlpretrain.')!r} to LAYERS in this file"
+        f"{path.relative_to(ROOT)}: put it into a folder of FOLDERS, or its name into BESIDE, in this file"
         for path in files("rlpretrain")
         if name_of(path) != "rlpretrain" and layer(name_of(path)) is None
     ]
-    fail_if(problems, "modules without a place in the layer table:")
+    fail_if(problems, "modules without a place in the house:")
 
 
-def test_layers_point_one_way():
+def test_folders_import_what_stands_above_them():
     problems = []
     for path in files("rlpretrain"):
         here = name_of(path)
-        if here == "rlpretrain":  # the lazy re-exports stand above every layer
+        if here == "rlpretrain":  # the lazy re-exports stand above every folder
             continue
         for found in imports(path):
             mine, other = layer(here), layer(found.module)
             if mine is not None and other is not None and other > mine:
-                problems.append(f"{found.where}: {here} (layer {mine}) imports {found.module} (layer {other})")
-    fail_if(problems, "imports that point up the layers of rlpretrain:")
+                problems.append(f"{found.where}: {here} imports {found.module}, whose folder stands below")
+    fail_if(problems, "imports against the order of the folders of rlpretrain:")
 
 
 @pytest.mark.parametrize("package", OURS)
@@ -215,9 +225,9 @@ def test_no_file_over_400_lines():
 
 
 def test_the_paper_reads_in_three_files():
-    three = {p: lines(p) for p in ("rlpretrain/objectives/rlp.py", "rewards/information_gain.py", "rlpretrain/loop.py")}
+    three = {p: lines(p) for p in ("rlpretrain/objectives/rlp.py", "rewards/information_gain.py", "rlpretrain/training/loop.py")}
     assert sum(three.values()) < 350, three
-    assert three["rlpretrain/loop.py"] <= 100, three
+    assert three["rlpretrain/training/loop.py"] <= 100, three
 
 
 def run(code: str, tmp_path: Path) -> str:
@@ -269,5 +279,6 @@ def test_the_rules_see_what_they_should(tmp_path, monkeypatch):
         ("trl", "11", False),
         ("peft", "13", True),
     ]
-    assert layer("rlpretrain.objectives.mine") == layer("rlpretrain.documents") == 1
+    order = [layer(f"rlpretrain.{name}") for name in ("types", "data.stream", "objectives.mine", "cli")]
+    assert order == sorted(set(order))
     assert layer("rlpretrain.nowhere") is None

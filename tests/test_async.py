@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rollout.hf import HFEngine
 from rollout.store import Store
 from tests.helpers import merged, same, trained, weights

@@ -16,14 +16,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlpretrain import Pretrainer, batches, checkpoint, cli
+from rlpretrain import Pretrainer, cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.loop import train
+from rlpretrain.files import CannotWrite
 from rlpretrain.ranks import Ranks
-from rlpretrain.run import Run
-from rlpretrain.writing import CannotWrite
+from rlpretrain.rollouts import batches
+from rlpretrain.training import checkpoint
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from tests.helpers import merged, same, trained
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -119,7 +121,7 @@ def test_a_stream_needs_max_steps(values):
 
 
 def test_positions_that_do_not_divide_over_ranks(values, monkeypatch):
-    monkeypatch.setattr("rlpretrain.builder.join", lambda device: Ranks(0, 3))
+    monkeypatch.setattr("rlpretrain.training.builder.join", lambda device: Ranks(0, 3))
     with pytest.raises(ConfigError, match="positions_per_step 4 does not divide over 3 ranks"):
         start(values)
 

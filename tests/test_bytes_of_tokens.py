@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rewards.matching import last_between
+from rlpretrain.data.positions import PositionPicker
 from rlpretrain.objectives import Setting, rlpt, rpt
 from rlpretrain.objectives import pretrain_zero as pz
-from rlpretrain.positions import PositionPicker
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.types import Document
 from rollout import HFEngine

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from rewards.controls import CollapseMonitor
-from rlpretrain import Pretrainer, checkpoint
+from rlpretrain import Pretrainer
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
 from rlpretrain.ranks import Ranks
-from rlpretrain.run import Run
+from rlpretrain.training import checkpoint
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rollout.store import Store
 from tests.helpers import merged, same, trained, weights
 
@@ -85,7 +86,7 @@ def test_settings_compare_field_by_field(tmp_path):
 
 def test_a_run_keeps_the_newest_checkpoints_and_the_best(values, corpus, monkeypatch):
     gains = iter([0.1, 0.9, 0.3, 0.2, 0.5, 0.4])
-    summary = "rlpretrain.evaluate.Evaluation.summary"
+    summary = "rlpretrain.evaluation.evaluate.Evaluation.summary"
     monkeypatch.setattr(summary, lambda self, seed=0: {"gain_frozen": next(gains), "no_think_loss": 1.0})
     out = result(values, max_steps=6, checkpoint__every=2, checkpoint__keep=2, eval__every=1, eval__documents=4,
                  eval__data=str(corpus / "held_out.jsonl"))  # fmt: skip
@@ -183,7 +184,7 @@ class Collapsing(CollapseMonitor):
 
 
 def test_a_collapse_gives_back_the_best_checkpoint(values, corpus, monkeypatch):
-    monkeypatch.setattr("rlpretrain.run_stop.CollapseMonitor", Collapsing)
+    monkeypatch.setattr("rlpretrain.training.run_stop.CollapseMonitor", Collapsing)
     run = Run(build(merged(values, max_steps=9, checkpoint__every=4, checkpoint__keep=1, eval__every=3, eval__documents=4,
                            eval__data=str(corpus / "held_out.jsonl"), stop__collapse=True)), None)  # fmt: skip
     at_best, finish = {}, run.finish
@@ -208,7 +209,7 @@ def test_a_collapse_gives_back_the_best_checkpoint(values, corpus, monkeypatch):
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_collapse_without_a_checkpoint_keeps_the_last_weights(values, corpus, monkeypatch, evaluated):
-    monkeypatch.setattr("rlpretrain.run_stop.CollapseMonitor", Collapsing)
+    monkeypatch.setattr("rlpretrain.training.run_stop.CollapseMonitor", Collapsing)
     held_out = {"eval__every": 2, "eval__documents": 4, "eval__data": str(corpus / "held_out.jsonl")} if evaluated else {}
     out = result(values, max_steps=9, stop__collapse=True, **held_out)
     assert out["stopped"] == "collapse: it fell" and out["steps"] == 5
@@ -256,8 +257,8 @@ def test_state_json_is_json(values):
 
 def test_a_checkpoint_of_a_version_with_fewer_settings(values, tmp_path):
     """What it did not know counts as its default; a default that changes what is trained is still refused."""
-    from rlpretrain.checkpoint import filled
     from rlpretrain.config.io import to_dict
+    from rlpretrain.training.checkpoint import filled
 
     run = merged(values, checkpoint={"every": 2}, max_steps=2)
     trained(run)

@@ -10,7 +10,7 @@ import yaml
 
 from rlpretrain import cli
 from rlpretrain.corpora import dial
-from rlpretrain.metrics import METRICS
+from rlpretrain.tracking.metrics import METRICS
 
 
 @pytest.fixture

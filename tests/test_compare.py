@@ -15,10 +15,10 @@ import yaml
 from rich.console import Console
 
 from rlpretrain.cli import main
-from rlpretrain.compare import compare, differences, table, to_evaluate
 from rlpretrain.config import ConfigError
-from rlpretrain.experiment import Job, laid_over, load
-from rlpretrain.intervals import interval
+from rlpretrain.evaluation.intervals import interval
+from rlpretrain.experiments.compare import compare, differences, table, to_evaluate
+from rlpretrain.experiments.experiment import Job, laid_over, load
 from tests.conftest import tiny_values
 
 

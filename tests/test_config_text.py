@@ -14,7 +14,7 @@ from rlpretrain import cli
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import build, load, to_dict
 from rlpretrain.config.names import dotted, inner
-from rlpretrain.experiment import load as load_experiment
+from rlpretrain.experiments.experiment import load as load_experiment
 from rlpretrain.objectives import config_of, parse_section
 
 WORDS = ["7864e12", "1234567", "0012", "1_000", "2024-01-01", "12:30", "yes", "off", "true", "1e5", ".5", "0x1f", "[think]",
@@ -93,7 +93,7 @@ def test_text_in_an_experiment_stays_text(values, tmp_path):
         "evaluation: {data: {path: x, column: 12e3}, objective: {name: rlp, marker: 1_0}}\nseeds: [3]\n"
     )
     experiment = load_experiment(tmp_path / "e.yaml")
-    from rlpretrain.experiment import Job
+    from rlpretrain.experiments.experiment import Job
 
     config = Job(experiment=experiment, name="a", seed=3, where=tmp_path).config()
     assert (config.model.revision, config.data.column, config.optim.lr) == ("7864e12", "yes", 1e-4)

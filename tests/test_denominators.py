@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
 from rlpretrain.objectives import rlp
 from rlpretrain.objectives.base import Objective
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from tests.helpers import launch, merged, one_step, trained
 
 

@@ -15,8 +15,8 @@ from hypothesis import given
 
 from rlpretrain.config.io import build, load
 from rlpretrain.corpora import dial, dial_family
-from rlpretrain.documents import read_all
-from rlpretrain.experiment import load as load_experiment
+from rlpretrain.data.stream import read_all
+from rlpretrain.experiments.experiment import load as load_experiment
 from rlpretrain.judge import Judge
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.types import Document

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlpretrain import doctor
+from rlpretrain.tools import doctor
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.documents import CHUNK, DocumentStream, read_all
+from rlpretrain.data.stream import CHUNK, DocumentStream, read_all
 from tests.tiny import word_tokenizer
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -161,7 +161,7 @@ def test_tokenised_once(folder, monkeypatch):
     (folder / "d.txt").write_text("\n".join(texts(5)))
     data = DataConfig(path=str(folder / "d.txt"))
     first = read_all(data, TOKENIZER)
-    monkeypatch.setattr("rlpretrain.sources.Cutter.pieces", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("rlpretrain.data.sources.Cutter.pieces", lambda *_: pytest.fail("tokenised again"))
     assert read_all(data, TOKENIZER) == first
 
 

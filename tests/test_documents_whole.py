@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from rlpretrain.config import DataConfig
 from rlpretrain.config.io import build
-from rlpretrain.documents import read_all
-from rlpretrain.run import Run
+from rlpretrain.data.stream import read_all
+from rlpretrain.training.run import Run
 from tests.helpers import merged, same, trained
 from tests.tiny import word_tokenizer
 

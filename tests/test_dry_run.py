@@ -15,10 +15,10 @@ from transformers import AutoConfig
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build, load, read_mapping
-from rlpretrain.dry_run import dry_run, make_objective, make_sizes, model_shape
-from rlpretrain.experiment import load as load_experiment
-from rlpretrain.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
+from rlpretrain.experiments.experiment import load as load_experiment
 from rlpretrain.objectives import parse_section
+from rlpretrain.tools.dry_run import dry_run, make_objective, make_sizes, model_shape
+from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
 from tests.helpers import merged
 from tests.tiny import tiny_model
 

@@ -17,15 +17,16 @@ import torch
 import yaml
 from transformers import AutoConfig, GenerationConfig
 
-from rlpretrain import Pretrainer, checkpoint, cli, models
+from rlpretrain import Pretrainer, cli, models
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.interruption import Interrupted
-from rlpretrain.loop import train
+from rlpretrain.files import CannotWrite, check_writable, writing
 from rlpretrain.ranks import Ranks
-from rlpretrain.run import Run
-from rlpretrain.writing import CannotWrite, check_writable, writing
+from rlpretrain.training import checkpoint
+from rlpretrain.training.interruption import Interrupted
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rollout.folders import MARK, begin_folder, finish_folder, remove_folder
 from rollout.store import Store
 from rollout.weights import write_adapter, write_weights

@@ -11,8 +11,8 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.pretrainer import Pretrainer
 from rlpretrain.ranks import Ranks
+from rlpretrain.training.pretrainer import Pretrainer
 from rollout.store import Store
 from rollout.weights import StaleWeights
 from tests.helpers import launch, merged, same, trained, weights
@@ -133,7 +133,7 @@ def test_a_run_stops_at_once_when_the_engine_keeps_old_weights(run, monkeypatch,
 
 
 def test_several_ranks_are_refused(run, monkeypatch):
-    monkeypatch.setattr("rlpretrain.builder.join", lambda device: Ranks(0, 2))
+    monkeypatch.setattr("rlpretrain.training.builder.join", lambda device: Ranks(0, 2))
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
     monkeypatch.setattr(Ranks, "barrier", lambda self: None)
     with pytest.raises(ConfigError, match="engine vllm_local trains on one rank, not 2"):

@@ -11,8 +11,8 @@ import torch
 from rlpretrain import models
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.documents import read_all
-from rlpretrain.evaluate import MEANING, Evaluation, by_meta, contrast, evaluate
+from rlpretrain.data.stream import read_all
+from rlpretrain.evaluation.evaluate import MEANING, Evaluation, by_meta, contrast, evaluate
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.prompts import Delimiters
 from rlpretrain.types import Document

@@ -9,8 +9,8 @@ import pytest
 
 from rlpretrain.config import PretrainConfig
 from rlpretrain.config.io import describe
-from rlpretrain.health import FIELDS, RULES, TRL_FIELDS, Finding, Health
-from rlpretrain.metrics import METRICS
+from rlpretrain.tracking.health import FIELDS, RULES, TRL_FIELDS, Finding, Health
+from rlpretrain.tracking.metrics import METRICS
 
 WELL = {
     "thought/uncounted_frac": 0.05, "frac_reward_zero_std": 0.4, "ig/frozen": 0.4, "ig/empty": 0.1, "ntp/loss": 2.0,

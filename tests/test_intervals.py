@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlpretrain.intervals import interval, points, row_of, student
+from rlpretrain.evaluation.intervals import interval, points, row_of, student
 
 
 def coverage(trials: int, draw, truth: float = 0.0, **options) -> float:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlpretrain import scoring
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.loop import judge
-from rlpretrain.losses import clipped_surrogate, ntp_loss, target_loss
-from rlpretrain.packing import count
-from rlpretrain.run import Run
+from rlpretrain.scoring import scorer as scoring
+from rlpretrain.scoring.packing import count
+from rlpretrain.training.loop import judge
+from rlpretrain.training.losses import clipped_surrogate, ntp_loss, target_loss
+from rlpretrain.training.run import Run
 from rlpretrain.types import Batch, MicroBatch, Scores
 from rollout.types import FinishReason
 from tests.helpers import merged, one_step, same, trained
@@ -208,7 +208,7 @@ def test_6_targets_are_scored_at_temperature_one(values):
 
 def test_6_inner_epochs_freeze_advantages_and_old_log_probs(values, tmp_path):
     run, *_, micros = batch_of(values, loss__inner_epochs=2)
-    from rlpretrain.loop import judge_first
+    from rlpretrain.training.loop import judge_first
 
     (_, advantage, old), *_ = judge_first(run, micros)
     fresh = judge(run.objective, micros[0], run.policy.score(micros[0]))
@@ -248,7 +248,7 @@ def test_8_resume_is_bit_identical(values, tmp_path):
             yield step
 
     run.remaining_steps = until_four
-    from rlpretrain.loop import train
+    from rlpretrain.training.loop import train
 
     train(run)
     run.close()

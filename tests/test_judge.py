@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.judge import Judge, endpoint, parse_verdict, prompt_of, worth_judging
-from rlpretrain.loop import train
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from tests.helpers import merged
 from tests.objectives.test_rlpt import drawn, rlpt, said, sentences
 

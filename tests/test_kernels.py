@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpretrain import attention
 from rlpretrain.compat import attention_of
 from rlpretrain.config import ConfigError, ModelConfig
-from rlpretrain.kernels import check_kernel, settle
 from rlpretrain.models import load_model
-from rlpretrain.packing import Layout, count, pack
+from rlpretrain.models.kernels import check_kernel, settle
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring import Scorer, check_tree, score
+from rlpretrain.scoring import attention
+from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.scoring.scorer import Scorer, check_tree, score
 from rollout.hf import HFEngine
 from rollout.types import Prompt, SamplingParams
 from tests.test_randomness import MORE, SHAPE
@@ -87,7 +87,7 @@ def test_sdpa_drops_the_soft_cap_and_is_not_taken(name, tmp_path, caplog):
         check_kernel(plain)
     with pytest.raises(ConfigError, match="would lose the soft cap on its attention scores.*use eager"):
         load_model(ModelConfig(path=str(folder), attn_implementation="sdpa"))
-    with caplog.at_level("WARNING", "rlpretrain.models"):
+    with caplog.at_level("WARNING", "rlpretrain.models.loading"):
         model = load_model(ModelConfig(path=str(folder)))
     assert "attends by eager" in caplog.text
     (thought,) = asyncio.run(HFEngine(model).sample([Prompt(tuple(ids), ())], SamplingParams(8), 1, [0]))[0]

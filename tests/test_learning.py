@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from rlpretrain import Pretrainer
-from rlpretrain.compare import compare
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial, dial_family
-from rlpretrain.documents import read_all
-from rlpretrain.evaluate import evaluate
+from rlpretrain.data.stream import read_all
+from rlpretrain.evaluation.evaluate import evaluate
+from rlpretrain.experiments.compare import compare
 from rlpretrain.models import load_model, load_tokenizer
 from rlpretrain.objectives import load
 

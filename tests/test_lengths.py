@@ -16,13 +16,13 @@ from rlpretrain import Pretrainer
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.engines import longest as longest_of_engine
-from rlpretrain.evaluate import evaluate
-from rlpretrain.lengths import Names, check_engine, check_rows, limit_of
+from rlpretrain.evaluation.evaluate import evaluate
+from rlpretrain.models.lengths import Names, check_engine, check_rows, limit_of
 from rlpretrain.objectives import Setting, load, parse_section
-from rlpretrain.packing import Layout, count, pack
 from rlpretrain.prompts import ensure_delimiters
-from rlpretrain.scoring import Scorer, score
+from rlpretrain.rollouts.engines import longest as longest_of_engine
+from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 from tests.helpers import merged
@@ -219,7 +219,7 @@ def by_row(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 def trunks(model: Any, documents: list[Document], tree: bool) -> dict[str, torch.Tensor]:
     """Our log-probs of documents in one micro-batch."""
-    from rlpretrain import attention
+    from rlpretrain.scoring import attention
 
     if tree:
         assert attention.install(model) is None

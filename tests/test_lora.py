@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlpretrain.adapters import adapter_pieces, add_lora, pieces, plain_copy
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.pretrainer import Pretrainer
+from rlpretrain.models.adapters import adapter_pieces, add_lora, pieces, plain_copy
+from rlpretrain.training.pretrainer import Pretrainer
 from tests.helpers import launch, merged, same, trained, weights
 from tests.test_engines import SHAPE, rows_of
 from tests.test_policies import SHARDED
@@ -110,7 +110,7 @@ def test_vllm_samples_from_the_adapters_that_are_trained(run, tmp_path, sync):
 
 @pytest.mark.slow
 def test_an_adapter_that_loses_a_tensor_is_found_by_the_probe(run, monkeypatch):
-    from rlpretrain.policy import TorchPolicy
+    from rlpretrain.training.backends import TorchPolicy
     from rollout.weights import StaleWeights
 
     whole = TorchPolicy.adapter

@@ -18,10 +18,11 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from rlpretrain import __version__, cli, doctor, floors
+from rlpretrain import __version__, cli, floors
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.run import Run
+from rlpretrain.tools import doctor
+from rlpretrain.training.run import Run
 from tests.helpers import ROOT, trained
 from tests.test_packaging import pins_of
 
@@ -195,7 +196,7 @@ def test_fields_are_whole_when_piped_and_can_be_asked_for_by_section(capsys, tmp
 def test_text_in_brackets_is_no_markup(capsys):
     from rich.table import Table
 
-    from rlpretrain.commands.tables import show
+    from rlpretrain.tracking.tables import show
 
     table = Table("[bold]name", title="[red]title")
     table.add_row('pip install "rlpretrain[plot]"')
@@ -206,7 +207,7 @@ def test_text_in_brackets_is_no_markup(capsys):
 
 
 def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys):
-    from rlpretrain import compare
+    from rlpretrain.experiments import compare
 
     results = {"folder": str(tmp_path), "seeds": [0], "documents": 1, "source_rows": 1, "differences": {}}
     results["methods"] = {"rlp": {"by_seed": {}}}
@@ -222,7 +223,7 @@ def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys)
 
 
 def test_a_run_that_skipped_every_step_saves_no_model(values, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rlpretrain.run.Run.not_finite", lambda run, *_: setattr(run, "bad", "loss") or True)
+    monkeypatch.setattr("rlpretrain.training.run.Run.not_finite", lambda run, *_: setattr(run, "bad", "loss") or True)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(values | {"max_steps": 3}))
     assert cli.main(["train", str(path), "--console", "true"]) == 1
@@ -233,7 +234,7 @@ def test_a_run_that_skipped_every_step_saves_no_model(values, tmp_path, capsys, 
 
 
 def test_a_replay_takes_the_runs_folder(tmp_path):
-    from rlpretrain.batches import rollouts_in
+    from rlpretrain.rollouts.batches import rollouts_in
 
     (tmp_path / "run" / "rollouts").mkdir(parents=True)
     assert rollouts_in(str(tmp_path / "run")) == rollouts_in(str(tmp_path / "run" / "rollouts")) == tmp_path / "run" / "rollouts"

@@ -19,11 +19,11 @@ import torch
 
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
-from rlpretrain.console import Console, thought_table
-from rlpretrain.loop import train
-from rlpretrain.metrics import COLUMNS, METRICS, StepMetrics, Trackers, markdown, thought_rows
 from rlpretrain.ranks import Ranks
-from rlpretrain.run import Run
+from rlpretrain.tracking.console import Console, thought_table
+from rlpretrain.tracking.metrics import COLUMNS, METRICS, StepMetrics, Trackers, markdown, thought_rows
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import merged, trained
 from tests.tiny import word_tokenizer

@@ -13,9 +13,9 @@ import yaml
 
 from rlpretrain import cli
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.packing import Layout, count, pack
-from rlpretrain.run import Diverged, Run
+from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Diverged, Run
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import launch, merged, same, weights

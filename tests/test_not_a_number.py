@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlpretrain.as_json import dumps, finite
 from rlpretrain.config.io import build
-from rlpretrain.evaluate import Evaluation
-from rlpretrain.metrics import StepMetrics, Trackers
+from rlpretrain.evaluation.evaluate import Evaluation
+from rlpretrain.files import dumps, finite
 from rlpretrain.objectives.base import worth_telling_apart
 from rlpretrain.ranks import Ranks
-from rlpretrain.records import write_json
-from rlpretrain.report import read
-from rlpretrain.run import Run
+from rlpretrain.reporting.report import read
+from rlpretrain.tracking.metrics import StepMetrics, Trackers
+from rlpretrain.training.records import write_json
+from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import merged

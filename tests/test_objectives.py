@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 
 import rlpretrain
 from rewards import information_gain
-from rlpretrain.baseline import Ema
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.loop import judge, train
 from rlpretrain.objectives import available, load, parse_section, rlp
 from rlpretrain.objectives.base import NEEDS
-from rlpretrain.run import Run
+from rlpretrain.scoring.references import Ema
+from rlpretrain.training.loop import judge, train
+from rlpretrain.training.run import Run
 from tests.helpers import merged, same, trained, weights
 from tests.tiny import tiny_model
 

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlpretrain.evaluate import targets
-from rlpretrain.loop import judge, judge_first
+from rlpretrain.evaluation.evaluate import targets
 from rlpretrain.objectives import rlp
-from rlpretrain.packing import Layout, balanced, cost, count, families, handed_over, pack
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring import Scorer
+from rlpretrain.scoring.packing import Layout, balanced, cost, count, families, handed_over, pack
+from rlpretrain.scoring.scorer import Scorer
+from rlpretrain.training.loop import judge, judge_first
 from rlpretrain.types import Batch
 from tests.helpers import launch, merged, one_step
 from tests.test_scoring import VOCABULARY, random_batch
@@ -70,7 +70,7 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
         model = tiny_model("llama", VOCABULARY, seed=1)
 
         def score(self, micro):
-            from rlpretrain.scoring import score
+            from rlpretrain.scoring.scorer import score
 
             return score(Scorer(self.model), replace(micro, tree=None) if not tree else micro)[0]
 
@@ -86,7 +86,7 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
         baseline = staticmethod(lambda scores, micro: scores)
 
     if tree:
-        from rlpretrain import attention
+        from rlpretrain.scoring import attention
 
         attention.install(run.policy.model)
     found: dict[tuple[str, int], tuple[float, float]] = {}

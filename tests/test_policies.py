@@ -10,7 +10,7 @@ import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.policy import ds_settings, schedule
+from rlpretrain.training.backends import ds_settings, schedule
 from tests.helpers import launch, merged, same, trained, weights
 
 STAGES = (0, 1, 2, 3)
@@ -61,8 +61,8 @@ def test_torch_bf16_keeps_a_float32_copy(values, tmp_path):
     """Updates far below bf16's resolution add up."""
     run = merged(values, optim__lr=1e-5, max_steps=3)
     run["model"] = {"path": run["model"], "dtype": "bfloat16"}
-    from rlpretrain.loop import train
-    from rlpretrain.run import Run
+    from rlpretrain.training.loop import train
+    from rlpretrain.training.run import Run
 
     held = Run(build(merged(run, output_dir=str(tmp_path / "r"))), None)
     before = [m.detach().clone() for _, m in held.policy.masters]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlpretrain.config import ConfigError
-from rlpretrain.positions import KINDS, PositionPicker
+from rlpretrain.data.positions import KINDS, PositionPicker
 from rlpretrain.types import Document
 from tests.tiny import EOS, bpe_tokenizer, word_tokenizer
 

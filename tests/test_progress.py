@@ -10,9 +10,9 @@ import pytest
 
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
 from rlpretrain.objectives import ntp, rmt
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rollout.store import Store
 from tests.helpers import merged
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlpretrain.compat import attention_of
 from rlpretrain.config import ConfigError, LoraConfig, ModelConfig
 from rlpretrain.models import load_model
-from rlpretrain.packing import Layout, count, pack
-from rlpretrain.randomness import check_deterministic, in_mode, switch_off
-from rlpretrain.scoring import Scorer, score
+from rlpretrain.models.randomness import check_deterministic, in_mode, switch_off
+from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.scoring.scorer import Scorer, score
 from tests.test_scoring import VOCABULARY, random_batch
 from tests.tiny import ARCHITECTURES, tiny_model, word_tokenizer
 
@@ -145,7 +145,7 @@ def test_a_reward_function_of_trl_settles_the_model_that_it_watches():
 
 
 def test_our_own_adapters_under_checkpointing(tmp_path):
-    from rlpretrain.adapters import add_lora
+    from rlpretrain.models.adapters import add_lora
 
     model = load_model(ModelConfig(path=str(with_rates("opt", tmp_path)), gradient_checkpointing=True))
     add_lora(model, LoraConfig(r=2))

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlpretrain import readiness
 from rlpretrain.cli import main
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.dry_run import make_objective, make_sizes, measure_documents, model_shape
-from rlpretrain.memory import GIB, memory, peak
 from rlpretrain.prompts import Delimiters
+from rlpretrain.tools import readiness
+from rlpretrain.tools.dry_run import make_objective, make_sizes, measure_documents, model_shape
+from rlpretrain.tools.memory import GIB, memory, peak
 from tests.helpers import ROOT, alone, merged
 from tests.test_dry_run import written
 from tests.tiny import tiny_model

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.documents import CHUNK, DocumentStream, read_all
+from rlpretrain.data.stream import CHUNK, DocumentStream, read_all
 from tests.tokenizers_family import make
 
 TOKENIZER = make("byte_bpe")

@@ -14,10 +14,10 @@ import torch
 from rlpretrain import Pretrainer
 from rlpretrain.config import ConfigError, LossConfig
 from rlpretrain.config.io import build
-from rlpretrain.losses import clipped_surrogate, target_loss
 from rlpretrain.objectives import available, parse_section
 from rlpretrain.objectives.likelihood import Config, Likelihood
-from rlpretrain.run import Run
+from rlpretrain.training.losses import clipped_surrogate, target_loss
+from rlpretrain.training.run import Run
 from rlpretrain.types import Scores
 from tests.helpers import merged
 from tests.tiny import word_tokenizer

@@ -11,7 +11,7 @@ import yaml
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.pretrainer import Pretrainer
+from rlpretrain.training.pretrainer import Pretrainer
 from tests.helpers import merged, same, trained, weights
 
 RUNS = {

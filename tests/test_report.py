@@ -23,11 +23,11 @@ from rlpretrain import Pretrainer
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.evaluate import MEANING
-from rlpretrain.heat import CONTROLS, places
-from rlpretrain.metrics import METRICS
-from rlpretrain.page import CURVES, Page, render, shade, shown, warnings_of
-from rlpretrain.report import LARGEST, _thoughts, inspect, read, report
+from rlpretrain.evaluation.evaluate import MEANING
+from rlpretrain.reporting.html import CURVES, Page, render, shade, shown, warnings_of
+from rlpretrain.reporting.report import LARGEST, _thoughts, inspect, read, report
+from rlpretrain.reporting.token_gains import CONTROLS, places
+from rlpretrain.tracking.metrics import METRICS
 from rlpretrain.types import Document
 from rollout.store import Store
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
@@ -164,7 +164,7 @@ def test_hostile_thoughts_stay_text(tmp_path):
 
 
 def test_a_page_never_outgrows_its_size(monkeypatch, tmp_path):
-    from rlpretrain import report as module
+    from rlpretrain.reporting import report as module
 
     monkeypatch.setattr(module, "LARGEST", 300_000)
     page = hostile_page(documents=40)
@@ -289,7 +289,7 @@ def test_inspect_any_checkpoint_and_text(corpus, tmp_path, capsys):
 
 
 def test_without_matplotlib_there_are_no_curves_and_a_line_says_so(kept, tmp_path):
-    code = ("import sys; sys.modules['matplotlib'] = None\nfrom rlpretrain.report import report\n"
+    code = ("import sys; sys.modules['matplotlib'] = None\nfrom rlpretrain.reporting.report import report\n"
             f"print(report({str(kept)!r}, {str(tmp_path / 'page.html')!r}))")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

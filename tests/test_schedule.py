@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.policy import schedule
-from rlpretrain.run import Run
+from rlpretrain.training.backends import schedule
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from tests.helpers import merged
 
 FLAT = {"optim__lr": 1e-3, "optim__warmup_steps": 0}

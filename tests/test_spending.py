@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.metrics import StepMetrics
-from rlpretrain.packing import Layout, stored_rewards
+from rlpretrain.models.spending import Reads, Size, read_by
 from rlpretrain.ranks import Ranks
-from rlpretrain.run import Run
-from rlpretrain.spending import Reads, Size, read_by
+from rlpretrain.scoring.packing import Layout, stored_rewards
+from rlpretrain.tracking.metrics import StepMetrics
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rlpretrain.tree import grow
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.helpers import merged

@@ -13,10 +13,10 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizer
 
-from rlpretrain.batches import ReplaySource
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.documents import DocumentStream, read_all
-from rlpretrain.sources import Cutter, fingerprint, older_fingerprint
+from rlpretrain.data.sources import Cutter, fingerprint, older_fingerprint
+from rlpretrain.data.stream import DocumentStream, read_all
+from rlpretrain.rollouts.batches import ReplaySource
 from tests.tokenizers_family import FAMILIES, make
 
 

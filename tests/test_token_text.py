@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console as Rich
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from rlpretrain.console import thought_table
-from rlpretrain.heat import places
-from rlpretrain.metrics import thought_rows
-from rlpretrain.page import Page, render
+from rlpretrain.data.token_text import SPACES, TokenReader, _byte_level_alphabet
 from rlpretrain.prompts import ThoughtPrompt, ensure_delimiters
-from rlpretrain.token_text import SPACES, TokenReader, _byte_level_alphabet
+from rlpretrain.reporting.html import Page, render
+from rlpretrain.reporting.token_gains import places
+from rlpretrain.tracking.console import thought_table
+from rlpretrain.tracking.metrics import thought_rows
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Thought
 from tests.test_report import Seen

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlpretrain import attention
-from rlpretrain.packing import Layout, count, pack
-from rlpretrain.scoring import Scorer, score
+from rlpretrain.scoring import attention
+from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.tree import grow
 from rlpretrain.types import Batch, Document, MicroBatch
 from rollout.types import FinishReason, Group, Position, Prompt, Thought

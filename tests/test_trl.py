@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from rewards import information_gain
 from rlpretrain.config import ConfigError
 from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, to_prompt_dataset
-from rlpretrain.trl_live import plain
+from rlpretrain.trl.callback import plain
 from rollout.types import FinishReason
 from tests.tiny import bpe_tokenizer
 
@@ -101,7 +101,7 @@ def test_the_two_lines_train_and_log_the_scorers_gain(base, corpus, tmp_path):
 
 
 def test_the_head_check_bears_autocast_and_nothing_more(base):
-    from rlpretrain.scoring import check_head
+    from rlpretrain.scoring.scorer import check_head
 
     model, _ = base
     with torch.no_grad():

@@ -24,11 +24,11 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewards import leave_one_out
-from rlpretrain import trl_async
 from rlpretrain.config import ConfigError
 from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward
-from rlpretrain.trl_async import AsyncRollouts
+from rlpretrain.trl import async_rollout as trl_async
+from rlpretrain.trl.async_rollout import AsyncRollouts
 from rollout.hf import HFEngine
 from tests.helpers import ROOT
 from tests.test_engines import SHAPE

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlpretrain.health import RULES
 from rlpretrain.prompts import Delimiters
+from rlpretrain.tracking.health import RULES
 from rlpretrain.trl import InformationGainReward
 from tests.test_trl import AFTER, Kept, settings
 from tests.test_trl_tokenizers import LONG

@@ -20,7 +20,7 @@ from rewards import leave_one_out
 from rlpretrain.config import ConfigError
 from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward, ObjectiveReward
-from rlpretrain.trl_rollout import Rollouts
+from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
 from tests.helpers import ROOT
 from tests.test_trl import AFTER, Kept, by_hand, settings

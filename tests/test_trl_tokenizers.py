@@ -17,10 +17,10 @@ from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.objectives import parse_section
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.trl import InformationGainReward, ObjectiveReward, to_prompt_dataset
-from rlpretrain.trl_async import AsyncRollouts
-from rlpretrain.trl_data import prepare
-from rlpretrain.trl_prompts import JUDGED, check_prompts, position_of
-from rlpretrain.trl_rollout import Rollouts
+from rlpretrain.trl.async_rollout import AsyncRollouts
+from rlpretrain.trl.data import prepare
+from rlpretrain.trl.prompts import JUDGED, check_prompts, position_of
+from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
 from tests.test_trl import settings
 from tests.tiny import tiny_model

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from rlpretrain.config import ConfigError
 from rlpretrain.corpora import dial
 from rlpretrain.trl import COLUMNS, InformationGainReward
-from rlpretrain.trl_rollout import Rollouts
+from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
 from tests.helpers import ROOT, one_step
 from tests.test_engines import SHAPE

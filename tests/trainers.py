@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import yaml
 
-from rlpretrain import checkpoint
+from rlpretrain.training import checkpoint
 from rollout.store import Store
 from rollout.types import FinishReason, Group
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rlpretrain.run", "rlpretrain.cli"])  # trainers start with everything imported
+PROCESSES.set_forkserver_preload(["rlpretrain.training.run", "rlpretrain.cli"])  # trainers start with everything imported
 
 
 class Trainer:

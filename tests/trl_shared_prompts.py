@@ -12,7 +12,7 @@ import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain.trl import InformationGainReward
-from rlpretrain.trl_rollout import Rollouts
+from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
 from tests.test_trl import AFTER, Kept, by_hand, settings
 

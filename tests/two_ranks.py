@@ -12,9 +12,9 @@ import torch
 
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.packing import cost, families
-from rlpretrain.run import Run
+from rlpretrain.scoring.packing import cost, families
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rlpretrain.types import Batch, MicroBatch, Totals
 from tests.test_nonfinite import poison
 

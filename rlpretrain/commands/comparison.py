@@ -20,9 +20,9 @@ def register(commands: Any) -> None:
 
 def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain compare EXPERIMENT.yaml`."""
-    from rlpretrain.commands.tables import show
-    from rlpretrain.compare import compare as run
-    from rlpretrain.compare import differences, table
+    from rlpretrain.experiments.compare import compare as run
+    from rlpretrain.experiments.compare import differences, table
+    from rlpretrain.tracking.tables import show
 
     try:
         results = run(args.experiment, jobs=args.jobs, say=lambda line: print(line, flush=True))

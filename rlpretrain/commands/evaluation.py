@@ -40,16 +40,17 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.table import Table
 
     from rlpretrain import models
-    from rlpretrain.commands.tables import show
     from rlpretrain.config import io as c
-    from rlpretrain.documents import read_all
-    from rlpretrain.evaluate import MEANING, by_meta
-    from rlpretrain.evaluate import evaluate as run
+    from rlpretrain.data.stream import read_all
+    from rlpretrain.evaluation.evaluate import MEANING, by_meta
+    from rlpretrain.evaluation.evaluate import evaluate as run
+    from rlpretrain.files import check_file
     from rlpretrain.objectives import delimiters
     from rlpretrain.objectives import load as load_objective
     from rlpretrain.ranks import join
-    from rlpretrain.records import write_json
-    from rlpretrain.writing import check_file
+    from rlpretrain.scoring import check_model
+    from rlpretrain.tracking.tables import show
+    from rlpretrain.training.records import write_json
 
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no such folder")
@@ -68,7 +69,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     tags = delimiters(config.objective)
     device = join(args.device).device
     model, tokenizer, added = models.load(config.model, tags, args.seed)
-    models.check_model(model.to(device))
+    check_model(model.to(device))
     if added:
         print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
     frozen = None

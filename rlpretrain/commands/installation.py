@@ -15,14 +15,14 @@ def register(commands: Any) -> None:
 
 
 def _doctor() -> int:
-    from rlpretrain import doctor
+    from rlpretrain.tools import doctor
 
     return doctor.main()
 
 
 def _metrics() -> int:
-    from rlpretrain.commands.tables import show
-    from rlpretrain.metrics import table
+    from rlpretrain.tracking.metrics import table
+    from rlpretrain.tracking.tables import show
 
     show(table())
     return 0

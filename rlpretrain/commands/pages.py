@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
 
 def report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain report RUN_DIR`."""
-    from rlpretrain.report import report as run
+    from rlpretrain.reporting.report import report as run
 
     print(run(args.run, args.out, step=args.step, documents=args.documents, model=args.model))
     return 0
@@ -42,7 +42,7 @@ def report(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def inspect(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain inspect MODEL --text FILE`."""
-    from rlpretrain.report import inspect as run
+    from rlpretrain.reporting.report import inspect as run
 
     print(run(args.model, args.text, args.out, objective=objective_section(args.objective), documents=args.documents,
               thoughts=args.thoughts, max_thought_tokens=args.max_thought_tokens, max_length=args.max_length,

@@ -36,6 +36,6 @@ def register(commands: Any) -> None:
 
 def serve(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain serve MODEL --engine vllm|hf`."""
-    from rlpretrain.serve import serve as run
+    from rlpretrain.tools.serve import serve as run
 
     return run(args)

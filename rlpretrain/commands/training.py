@@ -44,12 +44,12 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
     config = c.load(args.config, rest, config_of)
     if args.dry_run:
-        from rlpretrain.dry_run import dry_run
+        from rlpretrain.tools.dry_run import dry_run
 
         return dry_run(config, Path(args.config).parent)
-    from rlpretrain.interruption import Interrupted
-    from rlpretrain.pretrainer import Pretrainer
-    from rlpretrain.run import Diverged
+    from rlpretrain.training.interruption import Interrupted
+    from rlpretrain.training.pretrainer import Pretrainer
+    from rlpretrain.training.run import Diverged
 
     try:
         result = Pretrainer(config).train(resume=args.resume)
@@ -70,7 +70,7 @@ def rollout(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain rollout CONFIG.yaml [--field value ...]`."""
     from rlpretrain.config import io as c
     from rlpretrain.objectives import config_of
-    from rlpretrain.pretrainer import Pretrainer
+    from rlpretrain.training.pretrainer import Pretrainer
 
     config = c.load(args.config, rest, config_of)
     result = Pretrainer(config).rollout()
@@ -81,7 +81,7 @@ def rollout(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _end(folder: str, result: dict[str, Any], summary: str) -> None:
     """What came of a run: the last line says it, result.json has the numbers."""
-    from rlpretrain.records import write_json
+    from rlpretrain.training.records import write_json
 
     file = Path(folder) / "result.json"
     write_json(file, {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()})
@@ -102,10 +102,10 @@ def _print_fields(only: str, used: str | None) -> None:
     """Every field, or those under the dotted name `only`."""
     from rich.table import Table
 
-    from rlpretrain.commands.tables import show
     from rlpretrain.config import PretrainConfig, names
     from rlpretrain.config.io import describe
     from rlpretrain.objectives import available, find
+    from rlpretrain.tracking.tables import show
 
     rows = describe(PretrainConfig)
     for name in dict.fromkeys([*available(), *filter(None, [used])]):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain.config import ConfigError
-from rlpretrain.writing import check_writable, writing
+from rlpretrain.files import check_writable, writing
 from rollout.folders import MARK
 
 OPERATIONS: Mapping[str, Callable[[int], int]] = {

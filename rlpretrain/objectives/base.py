@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rewards import leave_one_out
-from rlpretrain.positions import PositionPicker
+from rlpretrain.data.positions import PositionPicker
+from rlpretrain.data.token_text import TokenReader
 from rlpretrain.prompts import Delimiters, ThoughtPrompt
-from rlpretrain.token_text import TokenReader
 from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought

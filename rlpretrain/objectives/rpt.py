@@ -32,8 +32,8 @@ from torch import Tensor
 
 from rewards.matching import last_between, prefix_match
 from rlpretrain.config import Amount, Count
+from rlpretrain.models.spending import Reads
 from rlpretrain.objectives import base
-from rlpretrain.spending import Reads
 from rlpretrain.types import Document, Scores
 from rollout.engine import Engine
 from rollout.types import Group, Position, Thought

@@ -10,8 +10,8 @@ import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rollout.types import FinishReason
 from tests.helpers import merged
 

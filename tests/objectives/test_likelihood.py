@@ -11,11 +11,11 @@ import torch
 
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.config.io import build
-from rlpretrain.documents import DocumentStream
-from rlpretrain.loop import train
-from rlpretrain.losses import target_loss
+from rlpretrain.data.stream import DocumentStream
 from rlpretrain.objectives import parse_section
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.losses import target_loss
+from rlpretrain.training.run import Run
 from tests.helpers import merged, one_step
 from tests.tiny import word_tokenizer
 

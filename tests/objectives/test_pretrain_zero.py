@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from rlpretrain.config.io import build
-from rlpretrain.evaluate import evaluate
-from rlpretrain.loop import train
+from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.objectives import Setting
 from rlpretrain.objectives.pretrain_zero import Config, PretrainZero
 from rlpretrain.prompts import ensure_delimiters
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, SamplingParams, Thought
 from tests.helpers import merged

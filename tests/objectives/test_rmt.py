@@ -14,10 +14,10 @@ import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
 from rlpretrain.objectives import Setting
 from rlpretrain.objectives.rmt import RMT, Config
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Position, SamplingParams, Thought
 from tests.helpers import merged, same, trained

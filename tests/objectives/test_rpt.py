@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlpretrain.config.io import build
-from rlpretrain.loop import train
 from rlpretrain.objectives import Setting, find
 from rlpretrain.objectives.rpt import RPT, Config
 from rlpretrain.prompts import ensure_delimiters
-from rlpretrain.run import Run
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 from tests.helpers import merged, one_step

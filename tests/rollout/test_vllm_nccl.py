@@ -7,7 +7,7 @@ import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.pretrainer import Pretrainer
+from rlpretrain.training.pretrainer import Pretrainer
 from tests.helpers import merged
 from tests.tiny import tiny_model
 

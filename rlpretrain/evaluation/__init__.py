@@ -1,0 +1,1 @@
+"""Numbers on held-out text, with their intervals."""

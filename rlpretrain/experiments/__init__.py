@@ -1,0 +1,1 @@
+"""Methods × seeds from one base, with matched budgets."""

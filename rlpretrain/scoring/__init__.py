@@ -1,0 +1,5 @@
+"""Groups and documents are packed into micro-batches, and a model's log-probabilities are read off one forward."""
+
+from rlpretrain.scoring.scorer import Beside, Scorer, check_head, check_model, check_tree, score
+
+__all__ = ["Beside", "Scorer", "check_head", "check_model", "check_tree", "score"]

@@ -1,0 +1,279 @@
+"""Tree attention for Hugging Face models, through their attention interface: exact, at the cost of the tree.
+
+Every token sees the path before its segment, and its segment up to itself. The two parts are computed apart, each in batched
+products without a mask, and merged by their log-sum-exps; the backward pass gives each part the merged ones, so that its own
+softmax comes out right. On a GPU the tree becomes a block mask of FlexAttention.
+Legend: H heads, K of them with keys and values, N tokens of the tree, D a head's width; n segments of a bin, L their longest.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlpretrain.compat import attention_of
+from rlpretrain.models.kernels import PREFIX
+from rlpretrain.tree import Piece, Tree
+
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model cannot attend along a tree; None if it can, as far as its configuration tells."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take its attention from transformers' attention interface"
+    if other := kinds - _KINDS:
+        return f"it has layers of kind {', '.join(sorted(other))}, whose tokens meet outside attention or by other rules"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    return None
+
+
+def install(model: nn.Module) -> str | None:
+    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did before.
+
+    Returns why it cannot, having done nothing, or None.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    before = attention_of(model)
+    if (why := why_not(model)) is not None or before.startswith(PREFIX):
+        return why
+    AttentionInterface.register(PREFIX + before, partial(_attend, before))
+    AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    model.set_attn_implementation(PREFIX + before)
+    return None
+
+
+def placeholder(device: torch.device) -> Tensor:
+    """What a model gets for a mask beside a tree: four dimensions, which transformers hands on as they are, and nothing in it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _attend(before: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+            scaling: float | None = None, dropout: float = 0.0, tree: Tree | None = None, **kwargs: Any) -> Any:  # fmt: skip
+    """The attention function that models call. query [1, H, N, D], key and value [1, K, N, D]; gives [1, N, H, D]."""
+    if tree is None:
+        from transformers import AttentionInterface
+
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        usual = AttentionInterface().get_interface(before, eager)
+        return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("tree attention knows neither dropout nor attention sinks nor position biases: packing: padded does")
+    if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    window = window if window and window < tree.deepest else None
+    if query.is_cuda:
+        out = flex(query, key, value, tree, scale, window, softcap)
+    else:
+        out = _TreeAttention.apply(query, key, value, tree, scale, window, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Attention along a tree, part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None,
+                softcap: float | None) -> Tensor:  # fmt: skip
+        ahead, _ = _kernels(scale, softcap)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_exact(q))
+        for at, real in _bins(tree, q.device):
+            seen = _near(tree, window, at) if window else None
+            some, sums = ahead(*(_take(x, at) for x in (q, k, v)), True, seen)
+            out[0].index_copy_(1, at[real], some.transpose(0, 1)[:, real])
+            lse[0].index_copy_(1, at[real], sums.transpose(0, 1)[:, real])
+        for fork in tree.forks:
+            own = slice(fork.start, fork.stop)
+            seen = _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None]) if window else None
+            some, sums = ahead(q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), False, seen)
+            both = torch.logaddexp(sums, lse[:, :, own])
+            share = (sums - both).exp().unsqueeze(-1).to(q.dtype)
+            out[:, :, own] += (some - out[:, :, own]) * share
+            lse[:, :, own] = both
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.what = tree, scale, window, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        tree, scale, window, softcap = ctx.what
+        _, back = _kernels(scale, softcap)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for at, real in _bins(tree, q.device):
+            seen = _near(tree, window, at) if window else None
+            g, o, s = _take(grad, at) * real[:, None, :, None], _take(out, at), _take(lse, at)
+            parts = back(g, *(_take(x, at) for x in (q, k, v)), o, s, True, seen)
+            for whole, part in zip((dq, dk, dv), parts, strict=True):
+                whole[0].index_copy_(1, at[real], part.transpose(0, 1)[:, real])
+        for fork in tree.forks:
+            own = slice(fork.start, fork.stop)
+            seen = _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None]) if window else None
+            some, *pair = back(grad[:, :, own], q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), out[:, :, own],
+                               lse[:, :, own], False, seen)  # fmt: skip
+            dq[:, :, own] += some
+            for whole, part in zip((dk, dv), pair, strict=True):
+                done = 0
+                for a, b in fork.path:
+                    whole[:, :, a:b] += part[:, :, done : done + b - a]
+                    done += b - a
+        return dq, dk, dv, None, None, None, None
+
+
+@lru_cache(maxsize=4)  # every layer asks
+def _bins(tree: Tree, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(tokens [n, L], which of them are real) of each bin."""
+    found = [torch.from_numpy(at).to(device) for at in tree.bins]
+    return [(at.clamp(min=0), at >= 0) for at in found]
+
+
+def _take(x: Tensor, at: Tensor) -> Tensor:
+    """[1, H, N, ...] → [n, H, L, ...]."""
+    if len(at) == 1:
+        return x[:, :, int(at[0, 0]) : int(at[0, 0]) + at.shape[1]]
+    return x[0][:, at].transpose(0, 1)
+
+
+def _pieces(x: Tensor, path: tuple[Piece, ...]) -> Tensor:
+    """[1, K, N, D] → the tokens of a path."""
+    return x[:, :, path[0][0] : path[0][1]] if len(path) == 1 else torch.cat([x[:, :, a:b] for a, b in path], dim=2)
+
+
+def _along(path: tuple[Piece, ...]) -> Tensor:
+    return torch.cat([torch.arange(a, b) for a, b in path])
+
+
+def _near(tree: Tree, window: int, queries: Tensor, keys: Tensor | None = None) -> Tensor:
+    """[n, 1, queries, keys] which keys before them queries see through a window; without `keys` their own segment up to them."""
+    depth = torch.from_numpy(tree.positions)
+    mine, theirs = depth[queries][:, None, :, None], depth[queries if keys is None else keys][:, None, None, :]
+    seen = mine - theirs < window
+    return seen.tril() if keys is None else seen
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """What log-sum-exps and softmaxes are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+Ahead = Callable[..., tuple[Tensor, Tensor]]
+Back = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _kernels(scale: float, softcap: float | None) -> tuple[Ahead, Back]:
+    """(forward, backward) of one part: torch's fused kernel, or plain products for what that does not know."""
+
+    def ahead(q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        if softcap is None and seen is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return _plain(q, k, v, scale, softcap, _triangle(q, causal, seen))
+
+    def back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+             seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        if softcap is None and seen is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, lse, 0.0, causal, scale=scale)  # fmt: skip
+        return _plain_back(grad, q, k, v, out, lse, scale, softcap, _triangle(q, causal, seen))
+
+    return ahead, back
+
+
+def _triangle(q: Tensor, causal: bool, seen: Tensor | None) -> Tensor | None:
+    if seen is not None or not causal:
+        return seen
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, softcap: float | None, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """float32 logits [n, K, H / K, queries, keys], and the slope of the soft cap."""
+    raw = torch.einsum("nkrqd,nkpd->nkrqp", q, k).to(_exact(q)) * scale
+    slope = None
+    if softcap is not None:
+        capped = torch.tanh(raw / softcap)
+        raw, slope = softcap * capped, 1 - capped**2
+    return (raw if seen is None else raw.masked_fill(~seen[:, :, None], -math.inf)), slope
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
+           seen: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads = q.unflatten(1, (k.shape[1], -1))
+    logits, _ = _logits(heads, k, scale, softcap, seen)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
+    out = torch.einsum("nkrqp,nkpd->nkrqd", weights.to(v.dtype), v)
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _plain_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, softcap: float | None,
+                seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad, q, out, lse = (x.unflatten(1, (k.shape[1], -1)) for x in (grad, q, out, lse))
+    logits, slope = _logits(q, k, scale, softcap, seen)
+    weights = (logits - lse[..., None]).exp()
+    dv = torch.einsum("nkrqp,nkrqd->nkpd", weights.to(v.dtype), grad)
+    moved = torch.einsum("nkrqd,nkpd->nkrqp", grad, v).to(_exact(q)) - (grad * out).sum(-1, dtype=_exact(q))[..., None]
+    inner = weights * moved * scale * (1.0 if slope is None else slope)
+    dq = torch.einsum("nkrqp,nkpd->nkrqd", inner.to(k.dtype), k).flatten(1, 2)
+    dk = torch.einsum("nkrqp,nkrqd->nkpd", inner.to(q.dtype), q)
+    return dq, dk, dv
+
+
+# GPU
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each shape bucket
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """The same on FlexAttention. The tokens are padded to a bucket, so that it compiles once a bucket. Has never run on a GPU."""
+    size, room = q.shape[2], bucket(q.shape[2])
+    q, k, v = (nn.functional.pad(x, (0, 0, 0, room - size)) for x in (q, k, v))
+
+    def cap(score: Tensor, *_: Any) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    out = _compiled()(q, k, v, score_mod=cap if softcap else None, block_mask=_block_mask(tree, room, window, str(q.device)),
+                      scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    return out[:, :, :size]
+
+
+def bucket(size: int) -> int:
+    """The next multiple of a power of two, an eighth of `size` or less, at least 128: little padding, few shapes."""
+    step = max(128, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+@lru_cache(maxsize=8)
+def _block_mask(tree: Tree, room: int, window: int | None, device: str) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segment, place, reach = (torch.from_numpy(x).to(device) for x in tree.reach)
+    depth, more = torch.from_numpy(tree.positions).to(device), (0, room - tree.size)
+    segment, depth = nn.functional.pad(segment, more), nn.functional.pad(depth, more)
+    place = nn.functional.pad(place, more, value=1 << 30)  # nobody sees what fills the bucket
+
+    def sees(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
+        on_path = (place[j] < reach[segment[i], segment[j]]) & (depth[j] <= depth[i])
+        near = depth[i] - depth[j] < window if window else True
+        return (on_path & near) | (i == j)
+
+    return create_block_mask(sees, None, None, room, room, device=device)

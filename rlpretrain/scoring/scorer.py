@@ -1,0 +1,227 @@
+"""MicroBatch → log-probabilities of thoughts, targets and trunk, in one forward.
+
+Only the rows that count reach the LM head, in chunks (`rewards.token_logps`); nothing of size tokens × vocabulary is held.
+Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewards import token_logps
+from rewards.likelihood import row_entropies
+from rlpretrain.compat import attention_of, backbone_of, forward_of, gathered, head_of, sharded
+from rlpretrain.models import adapters
+from rlpretrain.models.kernels import PREFIX, attending_by, check_kernel
+from rlpretrain.models.lengths import limit_of
+from rlpretrain.models.randomness import check_deterministic, in_mode
+from rlpretrain.models.spending import Reads, read_by
+from rlpretrain.ranks import Ranks
+from rlpretrain.scoring.attention import placeholder
+from rlpretrain.scoring.packing import Layout, idle, pack
+from rlpretrain.tree import Tree
+from rlpretrain.types import Batch, MicroBatch, Scores, Totals
+
+
+class Scorer(nn.Module):
+    """A causal LM whose forward gives log-probabilities of given tokens instead of logits.
+
+    Backbone and head both run inside this forward, so that DeepSpeed can gather sharded parameters around it.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.limit, self.reads = model, limit_of(model), Reads()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, rows: Tensor, labels: Tensor,
+                temperature: Tensor | float = 1.0, want: str = "logps",
+                tree: Tree | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds entropies or argmaxes [K]."""
+        longest = input_ids.shape[1] if tree is None else tree.deepest
+        if self.limit is not None and longest > self.limit.tokens:
+            raise ValueError(f"a row of {longest} tokens is to be scored, but {self.limit.reason}: shorten documents or thoughts")
+        self.reads.add_forward(*read_by(input_ids, attention_mask, position_ids, tree), torch.is_grad_enabled())
+        extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if tree is not None:
+            attention_mask, extra["tree"] = placeholder(input_ids.device), tree
+        hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
+        return self.read(hidden, labels, temperature, want)
+
+    def read(self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str) -> tuple[Tensor, Tensor | None]:
+        """What the head says of `labels` [K] given the states [K, H]."""
+        head = head_of(self.model)
+        form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
+        logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
+        if want == "entropies":
+            return logps, row_entropies(hidden, head.weight, **form)
+        return logps, top_tokens(hidden, head.weight, head.bias) if want == "top" else None
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, **extra: Any) -> Tensor:
+        """Final hidden states [R, S, H]."""
+        out = backbone_of(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+        return out.last_hidden_state
+
+
+class Beside(Scorer):
+    """A scorer of a model that is being trained by somebody else: without gradient, and with its adapters off if `bare`.
+
+    Where ZeRO-3 has sharded the model its layers are gathered by their own hooks, the head here: all ranks must call it equally
+    often (`sharded`).
+    """
+
+    def __init__(self, model: nn.Module, bare: bool = False):
+        super().__init__(model)
+        self.bare = bare
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward is an affair of all ranks."""
+        return sharded(self.model)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Scorer's."""
+        with adapters.off(self.model) if self.bare else nullcontext():
+            return super().forward(*args, **kwargs)
+
+    def read(self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str) -> tuple[Tensor, Tensor | None]:
+        """With the whole head."""
+        with gathered(self.model.get_output_embeddings().parameters()):  # type: ignore[operator]
+            return super().read(hidden, labels, temperature, want)
+
+
+@torch.no_grad()
+def top_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: int = 1024) -> Tensor:
+    """The likeliest token [K] after each state; soft-capping and positive scaling leave it as it is."""
+    tops = [nn.functional.linear(part, weight, bias).argmax(-1) for part in hidden.split(chunk)]
+    return torch.cat(tops) if tops else hidden.new_zeros(0, dtype=torch.long)
+
+
+def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: str = "logps") -> tuple[Scores, Tensor | None]:
+    """Scores of a micro-batch; the second value holds what `want` asks for, on the target rows [B, G, T] or the trunk [M].
+
+    `scorer` is a Scorer or what wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`, everything else at 1.
+    Entries outside the masks are 0.
+    """
+    seen = micro.target_mask[:, None, :] & micro.counted[:, :, None]
+    parts = [
+        (micro.thought_rows, micro.thought_labels, micro.thought_mask),
+        (micro.target_rows, micro.target_labels[:, None, :].expand_as(micro.target_rows), seen),
+        (micro.baseline_rows, micro.target_labels, micro.target_mask & (micro.baseline_rows >= 0)),
+        (micro.trunk_rows, micro.trunk_labels, torch.ones_like(micro.trunk_rows, dtype=torch.bool)),
+    ]
+    rows = torch.cat([r[m] for r, _, m in parts])
+    labels = torch.cat([y[m] for _, y, m in parts])
+    heat = torch.ones(len(rows), device=rows.device)
+    heat[: int(micro.thought_mask.sum())] = temperature or 1.0
+    logps, more = scorer(micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want, micro.tree)
+
+    sizes = [int(m.sum()) for _, _, m in parts]
+    flat = logps.split(sizes)
+    filled = [torch.zeros(m.shape, dtype=v.dtype, device=v.device).masked_scatter(m, v)
+              for v, (_, _, m) in zip(flat, parts, strict=True)]  # fmt: skip
+    scores = Scores(filled[0], filled[1], filled[2].detach(), filled[3], micro.target_mask, micro.counted)
+    if want == "top":  # right where the likeliest token is the target's; the no-think arm as one more "thought" at the end
+        right = [torch.zeros(m.shape, dtype=torch.bool, device=m.device).masked_scatter(m, v == y[m])
+                 for v, (_, y, m) in zip(more.split(sizes), parts, strict=True)]  # fmt: skip
+        more = torch.cat([right[1], right[2][:, None]], dim=1)
+    elif want == "entropies":
+        more = more.split(sizes)[3]
+    return scores, more
+
+
+@torch.no_grad()
+def check_tree(policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, ranks: Ranks, half: bool = False) -> float:
+    """Largest difference (nats) over all ranks between the log-probs that a policy gives of a tree and of the same rows padded.
+
+    All ranks call it. Raises ValueError above 1e-3 (.3 with `half` precision): the model lets tokens meet elsewhere than in
+    attention, or attends by rules that the tree does not know. Or it is the padded rows that are wrong, since their kernel leaves
+    a part of the attention out: they are scored once more by `eager` to tell.
+    """
+    padded = list(pack(Batch(micro.groups, micro.documents), replace(layout, tree=False), totals))
+    padded += [idle(layout.pad_id)] * int(ranks.max([float(len(padded))])[0] - len(padded))
+    most = 0.3 if half else 1e-3
+    ours, theirs = _collected(policy.score, [micro]), _collected(policy.score, padded)
+    worst = ranks.max([_apart(ours, theirs)])[0]
+    if worst <= most:
+        return worst
+    said = f"this model gives other log-probs on packed trees than on padded rows (up to {worst:.2e} nats)"
+    kernel = attention_of(policy.model).removeprefix(PREFIX)
+    with attending_by(policy.model, "eager"):
+        reference = _collected(policy.score, padded)
+    off = ranks.max([_apart(theirs, reference)])[0]
+    if not off <= most:
+        raise ValueError(
+            f"{said}, and by attention {kernel} other ones than by eager on the same padded rows (up to {off:.2e}): "
+            f"{kernel} leaves out a part of the model, in sampling too. Set model.attn_implementation: eager"
+        )
+    raise ValueError(
+        f"{said}: it lets tokens meet by rules that tree attention does not know. Its padded rows are those of eager "
+        "attention: train it with packing: padded"
+    )
+
+
+def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Largest difference of two collections of log-probs; inf where one is NaN."""
+    apart = [float((ours[name] - b).abs().max()) for name, b in theirs.items() if b.numel()]
+    return max((math.inf if math.isnan(a) else a for a in apart), default=0.0)
+
+
+def _collected(score: Callable[[MicroBatch], Scores], micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    """Log-probs by group and kind, those of the trunk sorted."""
+    found: dict[str, Tensor] = {}
+    trunk = []
+    for micro in micros:
+        scores = score(micro)
+        trunk.append(scores.trunk_logps.float())
+        for b, group in enumerate(micro.groups):
+            size = len(group.position.target_ids)
+            for g, thought in enumerate(group.thoughts):
+                name = f"{group.id} thought {micro.offsets[b] + g}"
+                found[name] = scores.thought_logps[b, g, : len(thought.token_ids)].float()
+                found[f"{name} target"] = scores.target_logps[b, g, :size].float()
+            found[f"{group.id} baseline"] = scores.baseline_logps[b, :size].float()
+    found["trunk"] = torch.cat(trunk).sort().values
+    return found
+
+
+def check_model(model: nn.Module) -> None:
+    """What is asked of every model before it is trained or evaluated: ConfigError or ValueError that says what is wrong.
+
+    Its forward is not random, its attention kernel computes its attention, and our log-probs are those of its own logits.
+    """
+    check_deterministic(model)
+    check_kernel(model)
+    check_head(model)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
+    """Largest difference between our log-probabilities and those of the model's own logits, on a few tokens.
+
+    Raises ValueError above `tolerance` (scaled for half precision and autocast): the model does something to its logits that
+    `compat` does not know, and every score would be wrong.
+    """
+    weight = model.get_output_embeddings().weight
+    ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
+    ones = torch.ones_like(ids)
+    rows = torch.arange(ids.shape[1] - 1, device=ids.device)
+    with in_mode(model, training=False):
+        gold = forward_of(model)(input_ids=ids, attention_mask=ones).logits.float().log_softmax(-1)[0, :-1]
+        ours, _ = Scorer(model)(ids, ones, None, rows, ids[0, 1:])
+    gold = gold.gather(-1, ids[0, 1:, None])[:, 0]
+    worst = float((gold - ours).abs().max())
+    half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
+    if not worst <= tolerance * (300 if half else 1):
+        raise ValueError(
+            f"{type(model).__name__}: log-probabilities from hidden states differ from its own logits by {worst:.3g} nats; "
+            "it transforms its logits in a way that rlpretrain.compat.head_of does not know"
+        )
+    return worst

@@ -1,0 +1,1 @@
+"""What a run logs, and what a person sees of it."""

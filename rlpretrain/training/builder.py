@@ -1,0 +1,205 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlpretrain import models
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.data.sources import fingerprint
+from rlpretrain.data.stream import DocumentStream
+from rlpretrain.evaluation.evaluate import held_out
+from rlpretrain.models import adapters, lengths
+from rlpretrain.objectives import Objective, delimiters, parse_section
+from rlpretrain.objectives import load as load_objective
+from rlpretrain.prompts import Delimiters, table_size
+from rlpretrain.ranks import Ranks, join
+from rlpretrain.rollouts.batches import BatchSource, ReplaySource, rollouts_in
+from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
+from rlpretrain.scoring import attention
+from rlpretrain.scoring.packing import Layout
+from rlpretrain.scoring.references import Baseline, Frozen, make_references
+from rlpretrain.scoring.scorer import check_model
+from rlpretrain.training import checkpoint, outputs
+from rlpretrain.training.backends import make_policy
+from rlpretrain.types import Document
+from rollout.hf import HFEngine
+from rollout.store import Recorded, Store
+
+
+@dataclass(kw_only=True, eq=False)
+class Parts:
+    """What a run is made of, before its first step; `build_parts` makes it."""
+
+    config: PretrainConfig
+    ranks: Ranks
+    folder: Path
+    resumed_from: Path | None
+    """The checkpoint to go on from."""
+
+    delimiters: Delimiters | None
+    added: list[str]
+    """The delimiters that the tokenizer did not know."""
+    tokenizer: Any
+    objective: Objective
+    held_out: list[Document] | None
+    dropped: int
+    """Documents that were left out for their length."""
+    total_steps: int
+
+    frozen: Frozen | None
+    """The initial model, where something is measured against it."""
+    baseline: Baseline
+    policy: Any
+    handed_over: Any
+    """What the engine gets at a sync: weights, or the adapter."""
+    engine: Any
+    probe: SyncProbe | None
+    """Checks after each sync that the engine has the policy's weights, where it has weights of its own."""
+    source: BatchSource | ReplaySource
+    store: Store | None
+    layout: Layout
+    padded_because: str | None
+    """Why rows are padded where trees were asked for."""
+    half: bool
+    """Whether log-probs are computed in half precision."""
+    parameters: int
+
+
+def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
+    """Check the configuration, load the model and construct everything that the steps of a run need.
+
+    Raises ConfigError for settings that cannot work together, for data or models that cannot be used, and for a folder that
+    holds another run.
+    """
+    ranks, folder = join(config.device), Path(config.output_dir)
+    owner, _ = parse_section(config.objective)
+    _check(config, owner, ranks)
+    outputs.check(config)
+    resumed_from = checkpoint.open_folder(folder, resume, ranks)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tags = delimiters(config.objective)
+    model, tokenizer, added = models.load(config.model, tags, config.seed)
+    check_model(model.to(ranks.device))
+    if ranks.first:
+        models.try_saving(model, tokenizer, config.model)
+    objective = load_objective(config, tokenizer)
+    place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
+    replayed = None
+    if config.replay:
+        stored = Store(rollouts_in(config.replay), ranks.rank)
+        replayed = ReplaySource(stored, config.max_steps, fingerprint(tokenizer))
+    stream = None
+    if replayed is None:
+        stream = DocumentStream(config.data, tokenizer, min_length=objective.min_length, **place)
+    documents = held_out(config, tokenizer, objective, ranks.size)
+    others = DocumentStream(config.ntp_data, tokenizer, **place) if config.ntp_data else None
+    lengths.check_run(model, objective, stream, others, documents)
+    total_steps = count_steps(config, objective, stream, replayed)
+
+    start = write_start(config, model, tokenizer, ranks, changed=bool(added) or config.model.from_scratch)
+    wants_frozen = owner.has_positions and bool(config.baseline.frozen_every or documents)
+    again = _come_again(config, objective, stream, total_steps)
+    frozen, baseline = make_references(config, model, wants_frozen, again, ranks)
+    lora = config.policy.lora
+    if lora:
+        adapters.add_lora(model, lora, tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
+    policy = make_policy(model, config.policy, config.optim, total_steps, ranks, config.sampling.temperature,
+                         config.loss.inner_epochs)  # fmt: skip
+    engine = Recorded(replayed.facts) if replayed else _engine(config, model, tokenizer, objective, policy, ranks, start)
+    source = replayed or BatchSource(
+        objective, stream, engine, policy, seed=config.seed, rank=ranks.rank, size=ranks.size,
+        ntp_stream=others,
+        token_budget=config.token_budget, in_flight=config.engine.in_flight, steps=total_steps,
+    )  # fmt: skip
+    probed = not isinstance(engine, HFEngine | Recorded)
+    padded_because = attention.install(model) if config.packing == "tree" else None
+    return Parts(
+        config=config,
+        ranks=ranks,
+        folder=folder,
+        resumed_from=resumed_from,
+        delimiters=tags,
+        added=added,
+        tokenizer=tokenizer,
+        objective=objective,
+        held_out=documents,
+        dropped=stream.dropped if stream is not None else 0,
+        total_steps=total_steps,
+        frozen=frozen,
+        baseline=baseline,
+        policy=policy,
+        handed_over=policy.adapter if lora and lora.sync == "adapter" else policy.weights,
+        engine=engine,
+        probe=SyncProbe(config, engine, policy, table_size(tokenizer)) if probed else None,
+        source=source,
+        store=Store(folder / "rollouts", ranks.rank) if config.save_rollouts else None,
+        layout=_layout(config, objective, tokenizer, frozen, tree=config.packing == "tree" and padded_because is None),
+        padded_because=padded_because,
+        half=config.model.dtype != "float32" or config.policy.autocast != "none",
+        parameters=models.count(policy.model),
+    )
+
+
+def _check(config: PretrainConfig, owner: type[Objective], ranks: Ranks) -> None:
+    """Refuse what can be known to fail without a model."""
+    if config.positions_per_step % ranks.size:
+        raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {ranks.size} ranks")
+    if "batch" in owner.needs and ranks.size > 1:
+        raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
+    adapters.check(config)
+
+
+def count_steps(config: PretrainConfig, objective: Objective, stream: DocumentStream | None,
+                replayed: ReplaySource | None) -> int:  # fmt: skip
+    """How many steps a run of this configuration has."""
+    if stream is None or replayed:
+        return replayed.planned
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.data.streaming:
+        raise ConfigError("a stream has no known length: give max_steps instead of epochs")
+    positions = (config.epochs or 1.0) * len(stream) * _positions_of_each(objective)
+    return max(1, math.ceil(positions / config.positions_per_step))
+
+
+def _positions_of_each(objective: Objective) -> int:
+    """The most positions of one document."""
+    return getattr(objective.config, "positions_per_document", 1)
+
+
+def _come_again(config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int) -> bool:
+    """Whether documents will be drawn more than once."""
+    if stream is None or config.data.streaming:
+        return False
+    return steps * config.positions_per_step / _positions_of_each(objective) > len(stream)
+
+
+def _engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, objective: Objective, policy: Any, ranks: Ranks,
+            start: Path | None) -> Any:  # fmt: skip
+    """The engine; where the hf engine cannot read the trainer's weights (ZeRO 3) it has a copy of its own."""
+    if config.engine.name == "hf" and not policy.shares_weights:
+        model = models.load(config.model, delimiters(config.objective), config.seed)[0].to(ranks.device)
+    return make_engine(config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start)
+
+
+def _layout(config: PretrainConfig, objective: Objective, tokenizer: Any, frozen: Frozen | None, tree: bool) -> Layout:
+    """How micro-batches are laid out."""
+    sampling = config.sampling
+    return Layout(
+        config.token_budget,
+        sampling.cut,
+        sampling.cut_penalty,
+        objective.setting.reduction,
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        tree,
+        "target" in objective.needs,
+        whole_arms=bool(frozen and frozen.keep),
+    )

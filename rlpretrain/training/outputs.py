@@ -1,0 +1,49 @@
+"""What a run writes may not be what it reads, nor what somebody else put there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.training.checkpoint import holds_run
+from rollout.folders import MARK
+
+
+def check(config: PretrainConfig) -> None:
+    """Raise ConfigError where the outputs of a run would replace its inputs, or folders that no run wrote."""
+    folder = Path(config.output_dir)
+    names = ["model", "nonfinite", "tensorboard", "weights"]
+    names += ["adapter"] if config.policy.lora else []
+    names += ["start"] if config.engine.name != "hf" else []
+    names += ["rollouts"] if config.save_rollouts else []
+    written = {name: (folder / name).resolve() for name in names}
+    for field, path in _inputs(config).items():
+        for name, out in written.items():
+            if path.resolve().is_relative_to(out):
+                raise ConfigError(
+                    f"{field} is {path}, and a run with output_dir {folder} writes its own '{name}' there: choose another "
+                    "output_dir"
+                )
+    if holds_run(folder):  # it is asked for by --resume, or refused elsewhere
+        return
+    for name in ("model", "adapter", "start", "rollouts"):
+        path = folder / name
+        if name in written and path.exists() and not (path / MARK).is_file():
+            raise ConfigError(
+                f"{path} is there already and no run wrote it, but this one would write its own: choose another output_dir"
+            )
+
+
+def _inputs(config: PretrainConfig) -> dict[str, Path]:
+    """The files and folders that a configuration names, as far as they exist."""
+    named = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "data.path": config.data.path,
+        "ntp_data.path": config.ntp_data.path if config.ntp_data else None,
+        "eval.data": config.eval.data,
+        "replay": config.replay,
+        "policy.deepspeed_config": config.policy.deepspeed_config,
+        "engine.token_file": config.engine.token_file,
+    }
+    return {field: Path(str(path)) for field, path in named.items() if path and Path(str(path)).exists()}

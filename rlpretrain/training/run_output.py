@@ -1,0 +1,129 @@
+"""What a run says when it begins, and what it leaves behind: run.json and the final model.
+
+`run` is rlpretrain.training.run.Run.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlpretrain import compat, models
+from rlpretrain.files import writing
+from rlpretrain.training import run_state
+from rlpretrain.training.interruption import Interrupted
+from rlpretrain.types import Batch
+
+
+def opening(run: Any, resume: str | bool | None) -> Iterator[str]:
+    """The lines that a run says before its first step."""
+    lora = run.config.policy.lora
+    if run.added:
+        fixed = "; policy.lora.new_tokens is off: their embeddings stay as they begin"
+        yield f"added to the tokenizer: {', '.join(run.added)}{fixed if lora and not lora.new_tokens else ''}"
+    if run.padded_because:
+        yield f"rows are padded, not packed in trees: {run.padded_because}"
+    if run.dropped:
+        yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens left out"
+    if run.resumed_from:
+        yield f"resumed from {run.resumed_from}"
+    elif resume:
+        yield f"no checkpoint in {run.folder} yet"
+
+
+def facts(run: Any) -> dict[str, Any]:
+    """What run.json says of this run beside its configuration."""
+    return {
+        "added_tokens": run.added,
+        "documents_too_short": run.dropped,
+        "resumed_from": str(run.resumed_from) if run.resumed_from else None,
+    }
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl: of a resumed run those up to its checkpoint, else none."""
+    log = folder / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def keep_rollouts(run: Any, batch: Batch) -> None:
+    """Store a batch before its step, with `save_rollouts`."""
+    if run.store:
+        facts = {"engine": run.engine.health(), "shares_weights": run.engine.shares_weights, **compat.versions()}
+        with writing(run.store.folder):
+            run.store.write(run.step + 1, batch.groups, batch.documents, facts)
+
+
+def step_row(run: Any) -> dict[str, float]:
+    """What is logged of a step beside its own metrics: times, what was spent, where the run stands."""
+    total, timer = time.perf_counter() - run.timer.start, run.timer
+    return {
+        "step_time": total,
+        "perf/rollout_s": timer.rollout,
+        "perf/sync_s": timer.sync,
+        "perf/train_s": total - timer.rollout - timer.sync,
+        **run.spent.row(),
+        "run/epoch": run.source.epoch,
+        "run/skipped_steps": run.skipped,
+        "run/documents_without_position": run.source.without,
+    }
+
+
+def record(run: Any, status: str) -> dict[str, Any]:
+    """The content of run.json: the resolved configuration, what the run found, all versions."""
+    return {
+        "status": status,
+        "stopped": run.stopped,
+        "step": run.step,
+        "total_steps": run.total_steps,
+        "parameters": run.parameters,
+        "ranks": run.ranks.size,
+        "device": str(run.ranks.device),
+        "backend": type(run.policy).__name__,
+        "config": run_state.resolved(run),
+        "engine": run.engine.health(),
+        "versions": compat.versions(),
+        "best": run.best,
+        "warnings": [{"step": found.step, "rule": found.rule, "text": found.text} for found in run.health.findings],
+        **run.facts,
+    }
+
+
+def save_model(run: Any) -> None:
+    """Write the policy as `output_dir`/model, with a model card. All ranks call it."""
+    models.save_model(run.policy, run.tokenizer, run.folder / "model", run.ranks.first)
+    if run.ranks.first:
+        models.model_card(
+            run.folder / "model",
+            base=run.config.model.path,
+            objective=run.config.objective.get("name", "rlp"),
+            steps=run.step,
+            delimiters=run.delimiters,
+        )
+
+
+def interruption(run: Any) -> Interrupted:
+    """Mark run.json; what to raise, which says how to go on."""
+    run.write_run_json("interrupted")
+    name = run.stopped.removeprefix("interrupted: ")
+    text = f"{name} after step {run.step} of {run.total_steps}: checkpoint-{run.step} is written, go on with --resume auto"
+    return Interrupted(text, signal.Signals[name])
+
+
+def end(run: Any) -> dict[str, Any]:
+    """Save the final model, say so in run.json and on the console, upload it if asked to; what the run returns."""
+    best = run.folder / f"checkpoint-{run.best['step']}"
+    back = best if run.stopped and run.stopped.startswith("collapse") and best.is_dir() else None
+    if back:
+        run.policy.load(back)
+    save_model(run)
+    run.write_run_json("done", best_checkpoint_restored=str(back) if back else None)
+    run.console.say(f"stopped early: {run.stopped}" if run.stopped else None)
+    run.console.say(f"model saved to {run.folder / 'model'}" + (f", from {back.name}" if back else ""))
+    if run.config.push_to_hub and run.ranks.first:
+        models.push(run.folder / "model", run.config.push_to_hub)
+    return run.last | {"stopped": run.stopped, "model": str(run.folder / "model"), "steps": run.step}

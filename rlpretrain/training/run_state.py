@@ -1,0 +1,76 @@
+"""What a run carries from one step to the next, written into a checkpoint and read back from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpretrain.config import ConfigError
+from rlpretrain.config.io import to_dict
+from rlpretrain.training import abandoned, checkpoint, records, run_stop
+
+
+def resolved(run: Any) -> dict[str, Any]:
+    """The configuration with the objective's defaults and its reduction. `run` is rlpretrain.training.run.Run, here and below."""
+    objective = {"name": run.config.objective.get("name", "rlp"), **asdict(run.objective.config)}
+    out = to_dict(run.config)
+    return out | {"objective": objective, "loss": out["loss"] | {"reduction": run.objective.setting.reduction}}
+
+
+def save(run: Any) -> None:
+    """Write the checkpoint of the present step. All ranks call it."""
+    state = {
+        "config": resolved(run),
+        "backend": type(run.policy).__name__,
+        "best": run.best,
+        "spent": asdict(run.spent),
+        "skipped": run.skipped,
+        "skipped_in_row": run.skipped_in_row,
+        "monitor": run.monitor.state_dict(),
+    }
+    mine = {
+        "source": run.source.state_dict(),
+        "baseline": run.baseline.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    checkpoint.save(run.folder, run.step, run.ranks, {"policy": run.policy}, state, mine)
+    if run.ranks.first:
+        checkpoint.rotate(run.folder, run.config.checkpoint.keep, run.best["step"])
+
+
+def restore(run: Any, path: Path) -> None:
+    """Go back to the checkpoint `path`. All ranks call it."""
+    state, mine = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
+    run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
+    run.stopped = run_stop.over_budget(run)
+    run.skipped, run.skipped_in_row = state["skipped"], state["skipped_in_row"]
+    run.monitor.load_state_dict(state["monitor"])
+    run.source.load_state_dict(mine["source"])
+    run.baseline.load_state_dict(mine["baseline"])
+    torch.set_rng_state(mine["rng"])
+    run.policy.load(path)
+
+
+def set_aside(run: Any, resume: str | bool | None) -> str | None:
+    """Before the first step of a run that goes on, or that begins again where there is no checkpoint: what came later is moved
+    away, so that branches never mix; what was moved, in a line. All ranks call it."""
+    said = None
+    if resume and run.resumed_from is None and (run.folder / "run.json").is_file():
+        checkpoint.check_same(_config_of(run.folder), resolved(run), run.folder)
+    if resume and run.ranks.first:
+        said = abandoned.set_aside(run.folder, run.step, run.resumed_from)
+    run.ranks.barrier()
+    return said
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The settings of the run that a folder holds."""
+    try:
+        return json.loads((folder / "run.json").read_text())["config"]
+    except (ValueError, LookupError, TypeError):
+        why = f"{folder / 'run.json'} is not what was written: remove {folder}, or choose another output_dir"
+        raise ConfigError(why) from None

@@ -1,0 +1,101 @@
+"""A `rollout_func` for TRL's trainers: one of our engines samples, the live model scores, the reward arrives as a field.
+
+    rollouts = Rollouts(reward, VLLMEngine(...), dataset)
+    GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], rollout_func=rollouts, train_dataset=dataset, ...)
+
+Before it samples, the engine is given the trainer's weights, if an optimizer step was made since. TRL marks its own interface as
+experimental.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rlpretrain.compat import gathered
+from rlpretrain.config import ConfigError
+from rlpretrain.models.adapters import pieces
+from rlpretrain.models.lengths import check_engine, check_rows, limit_of
+from rlpretrain.objectives import Setting
+from rlpretrain.rollouts.batches import roll_out
+from rlpretrain.trl.callback import plain
+from rlpretrain.trl.prompts import NAMES, longest_row, position_of
+from rlpretrain.trl.reward import COLUMNS, ObjectiveReward
+from rollout.engine import Engine
+from rollout.types import Group, Position, SamplingParams
+
+NO_MODEL = "Rollouts has no model yet: pass callbacks=[reward.callback] to the trainer"
+
+
+class Rollouts:
+    """Samples with `engine` at the rows of `dataset` (made by `reward.dataset`), as the trainer's arguments say.
+
+    Raises ConfigError for a dataset that is a stream or lacks columns, and for a prompt that is not in it.
+    """
+
+    def __init__(self, reward: ObjectiveReward, engine: Engine, dataset: Any, seed: int = 0):
+        if not hasattr(dataset, "__len__") or not set(COLUMNS) <= set(dataset.column_names):
+            raise ConfigError("Rollouts needs the dataset that reward.dataset(documents) makes, and not as a stream: TRL hands "
+                              "over prompts alone, their positions are looked up")  # fmt: skip
+        self.reward, self.engine, self.seed, self.calls = reward, engine, seed, 0
+        self.places: dict[str, Position] = {}
+        for row in dataset.select_columns(list(COLUMNS)):
+            self.places.setdefault(row["prompt"], position_of(row))
+        self.synced: int | None = None
+        reward.longest.append(longest_row(dataset))
+
+    def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
+        """Thoughts for the prompts, which TRL repeats as often as it wants completions."""
+        step, args, tokenizer = trainer.state.global_step, trainer.args, self.reward.tokenizer
+        if unknown := next((p for p in prompts if p not in self.places), None):
+            raise ConfigError(f"a prompt is not in the dataset of Rollouts: …{unknown[-80:]!r}")
+        if self.synced != step:
+            self.engine.sync(self.weights, step)
+            self.synced = step
+        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        params = SamplingParams(args.max_completion_length, args.temperature, args.top_p, max(args.top_k, 0), eos)
+        if not self.calls:
+            self._check_lengths(params)
+        rng = np.random.default_rng((self.seed, self.calls, trainer.accelerator.process_index))
+        self.calls += 1
+        asked = [(self.places[prompt], len(list(same))) for prompt, same in groupby(prompts)]
+        groups: list[Group | None] = [None] * len(asked)
+        objective = self.reward.objective
+        for n in sorted({n for _, n in asked}):
+            here = [i for i, (_, times) in enumerate(asked) if times == n]
+            objective.setting = Setting(params, n, 0.0)
+            seeds = [int(s) for s in rng.integers(2**62, size=len(here))]
+            found = roll_out(objective, self.engine, [asked[i][0] for i in here], seeds)
+            for i, group in zip(here, found, strict=True):
+                groups[i] = replace(group, id=f"{group.id}:{i}")
+        whole = [g for g in groups if g is not None]
+        thoughts = [(g, t) for g in whole for t in g.thoughts]
+        rewards = self.reward.known(whole)
+        return {
+            "prompt_ids": [list(g.prompt.token_ids) for g, _ in thoughts],
+            "completion_ids": [list(t.token_ids) for _, t in thoughts],
+            "logprobs": [list(t.behaviour_logps) for _, t in thoughts],
+            self.reward.__name__: rewards,
+        }
+
+    def _check_lengths(self, params: SamplingParams) -> None:
+        """Before the first thought: raise ConfigError for rows that the model or the engine does not take."""
+        if self.reward.model is None:
+            raise RuntimeError(NO_MODEL)
+        objective, longest = self.reward.objective, max(self.reward.longest)
+        objective.setting = Setting(params, 2, 0.0)
+        check_rows(objective, longest, limit_of(plain(self.reward.model)), NAMES)
+        check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained model's weights under the names of its checkpoint, adapters merged in, shards gathered."""
+        if self.reward.model is None:
+            raise RuntimeError(NO_MODEL)
+        for piece in pieces(plain(self.reward.model)):
+            with gathered(piece.needs):
+                yield piece.name, piece.make().detach()
