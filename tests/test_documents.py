@@ -161,7 +161,7 @@ def test_tokenised_once(folder, monkeypatch):
     (folder / "d.txt").write_text("\n".join(texts(5)))
     data = DataConfig(path=str(folder / "d.txt"))
     first = read_all(data, TOKENIZER)
-    monkeypatch.setattr("rlpretrain.data.sources.Cutter.pieces", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("rlpretrain.data.tokenization.Cutter.pieces", lambda *_: pytest.fail("tokenised again"))
     assert read_all(data, TOKENIZER) == first
 
 

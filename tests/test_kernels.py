@@ -18,8 +18,9 @@ from rlpretrain.models import load_model
 from rlpretrain.models.kernels import check_kernel, settle
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
+from rlpretrain.scoring.checks import check_tree
 from rlpretrain.scoring.packing import Layout, count, pack
-from rlpretrain.scoring.scorer import Scorer, check_tree, score
+from rlpretrain.scoring.scorer import Scorer, score
 from rollout.hf import HFEngine
 from rollout.types import Prompt, SamplingParams
 from tests.test_randomness import MORE, SHAPE

@@ -21,7 +21,9 @@ from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
 from rlpretrain.ranks import Ranks
 from rlpretrain.tracking.console import Console, thought_table
-from rlpretrain.tracking.metrics import COLUMNS, METRICS, StepMetrics, Trackers, markdown, thought_rows
+from rlpretrain.tracking.metrics import METRICS
+from rlpretrain.tracking.step_metrics import StepMetrics
+from rlpretrain.tracking.trackers import COLUMNS, Trackers, markdown, thought_rows
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought

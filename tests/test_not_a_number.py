@@ -17,7 +17,8 @@ from rlpretrain.files import dumps, finite
 from rlpretrain.objectives.base import worth_telling_apart
 from rlpretrain.ranks import Ranks
 from rlpretrain.reporting.report import read
-from rlpretrain.tracking.metrics import StepMetrics, Trackers
+from rlpretrain.tracking.step_metrics import StepMetrics
+from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training.records import write_json
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document

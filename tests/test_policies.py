@@ -10,7 +10,8 @@ import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.training.backends import ds_settings, schedule
+from rlpretrain.training.backends.deepspeed import ds_settings
+from rlpretrain.training.optim import schedule
 from tests.helpers import launch, merged, same, trained, weights
 
 STAGES = (0, 1, 2, 3)

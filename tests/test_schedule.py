@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlpretrain.config.io import build
-from rlpretrain.training.backends import schedule
 from rlpretrain.training.loop import train
+from rlpretrain.training.optim import schedule
 from rlpretrain.training.run import Run
 from tests.helpers import merged
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlpretrain.scoring.checks import check_head
 from rlpretrain.scoring.packing import Layout, count, idle, pack
-from rlpretrain.scoring.scorer import Scorer, check_head, score
+from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.tiny import ARCHITECTURES, tiny_model

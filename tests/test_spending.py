@@ -13,7 +13,7 @@ from rlpretrain.config.io import build
 from rlpretrain.models.spending import Reads, Size, read_by
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.packing import Layout, stored_rewards
-from rlpretrain.tracking.metrics import StepMetrics
+from rlpretrain.tracking.step_metrics import StepMetrics
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.tree import grow

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizer
 
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.data.sources import Cutter, fingerprint, older_fingerprint
 from rlpretrain.data.stream import DocumentStream, read_all
+from rlpretrain.data.tokenization import Cutter, fingerprint, older_fingerprint
 from rlpretrain.rollouts.batches import ReplaySource
 from tests.tokenizers_family import FAMILIES, make
 

@@ -15,7 +15,7 @@ from rlpretrain.prompts import ThoughtPrompt, ensure_delimiters
 from rlpretrain.reporting.html import Page, render
 from rlpretrain.reporting.token_gains import places
 from rlpretrain.tracking.console import thought_table
-from rlpretrain.tracking.metrics import thought_rows
+from rlpretrain.tracking.trackers import thought_rows
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Thought
 from tests.test_report import Seen

@@ -101,7 +101,7 @@ def test_the_two_lines_train_and_log_the_scorers_gain(base, corpus, tmp_path):
 
 
 def test_the_head_check_bears_autocast_and_nothing_more(base):
-    from rlpretrain.scoring.scorer import check_head
+    from rlpretrain.scoring.checks import check_head
 
     model, _ = base
     with torch.no_grad():

@@ -23,7 +23,8 @@ from datasets.distributed import split_dataset_by_node
 from datasets.fingerprint import Hasher
 
 from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.data.sources import CUT_VERSION, Cutter, older_fingerprint, open_rows, quiet, readable, reads_cells
+from rlpretrain.data.sources import open_rows, quiet, readable, reads_cells
+from rlpretrain.data.tokenization import CUT_VERSION, Cutter, older_fingerprint
 from rlpretrain.types import Document
 
 CHUNK = 64

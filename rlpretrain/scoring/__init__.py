@@ -1,5 +1,6 @@
 """Groups and documents are packed into micro-batches, and a model's log-probabilities are read off one forward."""
 
-from rlpretrain.scoring.scorer import Beside, Scorer, check_head, check_model, check_tree, score
+from rlpretrain.scoring.checks import check_head, check_model, check_tree
+from rlpretrain.scoring.scorer import Beside, Scorer, score
 
 __all__ = ["Beside", "Scorer", "check_head", "check_model", "check_tree", "score"]

@@ -6,10 +6,7 @@ Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +14,13 @@ from torch import Tensor, nn
 
 from rewards import token_logps
 from rewards.likelihood import row_entropies
-from rlpretrain.compat import attention_of, backbone_of, forward_of, gathered, head_of, sharded
+from rlpretrain.compat import backbone_of, gathered, head_of, sharded
 from rlpretrain.models import adapters
-from rlpretrain.models.kernels import PREFIX, attending_by, check_kernel
 from rlpretrain.models.lengths import limit_of
-from rlpretrain.models.randomness import check_deterministic, in_mode
 from rlpretrain.models.spending import Reads, read_by
-from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.attention import placeholder
-from rlpretrain.scoring.packing import Layout, idle, pack
+from rlpretrain.scoring.attention.interface import placeholder
 from rlpretrain.tree import Tree
-from rlpretrain.types import Batch, MicroBatch, Scores, Totals
+from rlpretrain.types import MicroBatch, Scores
 
 
 class Scorer(nn.Module):
@@ -135,93 +128,3 @@ def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: 
     elif want == "entropies":
         more = more.split(sizes)[3]
     return scores, more
-
-
-@torch.no_grad()
-def check_tree(policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, ranks: Ranks, half: bool = False) -> float:
-    """Largest difference (nats) over all ranks between the log-probs that a policy gives of a tree and of the same rows padded.
-
-    All ranks call it. Raises ValueError above 1e-3 (.3 with `half` precision): the model lets tokens meet elsewhere than in
-    attention, or attends by rules that the tree does not know. Or it is the padded rows that are wrong, since their kernel leaves
-    a part of the attention out: they are scored once more by `eager` to tell.
-    """
-    padded = list(pack(Batch(micro.groups, micro.documents), replace(layout, tree=False), totals))
-    padded += [idle(layout.pad_id)] * int(ranks.max([float(len(padded))])[0] - len(padded))
-    most = 0.3 if half else 1e-3
-    ours, theirs = _collected(policy.score, [micro]), _collected(policy.score, padded)
-    worst = ranks.max([_apart(ours, theirs)])[0]
-    if worst <= most:
-        return worst
-    said = f"this model gives other log-probs on packed trees than on padded rows (up to {worst:.2e} nats)"
-    kernel = attention_of(policy.model).removeprefix(PREFIX)
-    with attending_by(policy.model, "eager"):
-        reference = _collected(policy.score, padded)
-    off = ranks.max([_apart(theirs, reference)])[0]
-    if not off <= most:
-        raise ValueError(
-            f"{said}, and by attention {kernel} other ones than by eager on the same padded rows (up to {off:.2e}): "
-            f"{kernel} leaves out a part of the model, in sampling too. Set model.attn_implementation: eager"
-        )
-    raise ValueError(
-        f"{said}: it lets tokens meet by rules that tree attention does not know. Its padded rows are those of eager "
-        "attention: train it with packing: padded"
-    )
-
-
-def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest difference of two collections of log-probs; inf where one is NaN."""
-    apart = [float((ours[name] - b).abs().max()) for name, b in theirs.items() if b.numel()]
-    return max((math.inf if math.isnan(a) else a for a in apart), default=0.0)
-
-
-def _collected(score: Callable[[MicroBatch], Scores], micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
-    """Log-probs by group and kind, those of the trunk sorted."""
-    found: dict[str, Tensor] = {}
-    trunk = []
-    for micro in micros:
-        scores = score(micro)
-        trunk.append(scores.trunk_logps.float())
-        for b, group in enumerate(micro.groups):
-            size = len(group.position.target_ids)
-            for g, thought in enumerate(group.thoughts):
-                name = f"{group.id} thought {micro.offsets[b] + g}"
-                found[name] = scores.thought_logps[b, g, : len(thought.token_ids)].float()
-                found[f"{name} target"] = scores.target_logps[b, g, :size].float()
-            found[f"{group.id} baseline"] = scores.baseline_logps[b, :size].float()
-    found["trunk"] = torch.cat(trunk).sort().values
-    return found
-
-
-def check_model(model: nn.Module) -> None:
-    """What is asked of every model before it is trained or evaluated: ConfigError or ValueError that says what is wrong.
-
-    Its forward is not random, its attention kernel computes its attention, and our log-probs are those of its own logits.
-    """
-    check_deterministic(model)
-    check_kernel(model)
-    check_head(model)
-
-
-@torch.no_grad()
-def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
-    """Largest difference between our log-probabilities and those of the model's own logits, on a few tokens.
-
-    Raises ValueError above `tolerance` (scaled for half precision and autocast): the model does something to its logits that
-    `compat` does not know, and every score would be wrong.
-    """
-    weight = model.get_output_embeddings().weight
-    ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
-    ones = torch.ones_like(ids)
-    rows = torch.arange(ids.shape[1] - 1, device=ids.device)
-    with in_mode(model, training=False):
-        gold = forward_of(model)(input_ids=ids, attention_mask=ones).logits.float().log_softmax(-1)[0, :-1]
-        ours, _ = Scorer(model)(ids, ones, None, rows, ids[0, 1:])
-    gold = gold.gather(-1, ids[0, 1:, None])[:, 0]
-    worst = float((gold - ours).abs().max())
-    half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
-    if not worst <= tolerance * (300 if half else 1):
-        raise ValueError(
-            f"{type(model).__name__}: log-probabilities from hidden states differ from its own logits by {worst:.3g} nats; "
-            "it transforms its logits in a way that rlpretrain.compat.head_of does not know"
-        )
-    return worst

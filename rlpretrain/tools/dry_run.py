@@ -19,7 +19,8 @@ from transformers import AutoConfig
 from rlpretrain import compat
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
 from rlpretrain.config.io import build, to_dict
-from rlpretrain.data.sources import Cutter, _files, open_rows, quiet
+from rlpretrain.data.sources import _files, open_rows, quiet
+from rlpretrain.data.tokenization import Cutter
 from rlpretrain.models.adapters import check
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.models.loading import load_tokenizer, only_config
@@ -29,7 +30,8 @@ from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.tools import readiness
 from rlpretrain.tools.memory import GIB, Sizes, count_parameters, memory, peak
 from rlpretrain.tools.readiness import missing_tags
-from rlpretrain.training.backends import ds_settings, schedule
+from rlpretrain.training.backends.deepspeed import ds_settings
+from rlpretrain.training.optim import schedule
 from rlpretrain.types import Window
 
 SAMPLE = 20_000

@@ -12,8 +12,8 @@ from torch import nn
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.data.sources import fingerprint
 from rlpretrain.data.stream import DocumentStream
+from rlpretrain.data.tokenization import fingerprint
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.models import adapters, lengths
 from rlpretrain.objectives import Objective, delimiters, parse_section
@@ -23,9 +23,9 @@ from rlpretrain.ranks import Ranks, join
 from rlpretrain.rollouts.batches import BatchSource, ReplaySource, rollouts_in
 from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
 from rlpretrain.scoring import attention
+from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, make_references
-from rlpretrain.scoring.scorer import check_model
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.backends import make_policy
 from rlpretrain.types import Document

@@ -16,12 +16,13 @@ from rlpretrain.config import PretrainConfig
 from rlpretrain.config.io import to_dict
 from rlpretrain.models.spending import Size, size_of
 from rlpretrain.rollouts.engines import lie_down, wake_up
+from rlpretrain.scoring.checks import check_tree
 from rlpretrain.scoring.packing import balanced, count, idle, is_counted, pack, stored_rewards
 from rlpretrain.scoring.references import Frozen
-from rlpretrain.scoring.scorer import check_tree
 from rlpretrain.tracking.console import Console
 from rlpretrain.tracking.health import Health
-from rlpretrain.tracking.metrics import StepMetrics, Trackers, staleness
+from rlpretrain.tracking.step_metrics import StepMetrics, staleness
+from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training import records, run_output, run_state, run_stop
 from rlpretrain.training.builder import Parts, build_parts
 from rlpretrain.training.interruption import Signals

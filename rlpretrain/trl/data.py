@@ -14,8 +14,8 @@ import numpy as np
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig
-from rlpretrain.data.sources import Cutter
 from rlpretrain.data.stream import read_all
+from rlpretrain.data.tokenization import Cutter
 from rlpretrain.files import check_writable
 from rlpretrain.objectives import Config, delimiters, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters

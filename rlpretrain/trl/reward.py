@@ -36,9 +36,10 @@ from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
+from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout, count, idle, pack
 from rlpretrain.scoring.references import Ema, Frozen
-from rlpretrain.scoring.scorer import Beside, check_model, score
+from rlpretrain.scoring.scorer import Beside, score
 from rlpretrain.training.loop import rewards_of
 from rlpretrain.trl.callback import LiveModel, adapters_of, evaluating, plain, ranks_of
 from rlpretrain.trl.data import COLUMNS, LONGEST, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset

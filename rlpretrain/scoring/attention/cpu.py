@@ -1,91 +1,26 @@
-"""Tree attention for Hugging Face models, through their attention interface: exact, at the cost of the tree.
+"""Tree attention on a CPU.
 
-Every token sees the path before its segment, and its segment up to itself. The two parts are computed apart, each in batched
-products without a mask, and merged by their log-sum-exps; the backward pass gives each part the merged ones, so that its own
-softmax comes out right. On a GPU the tree becomes a block mask of FlexAttention.
+A token sees the path before its segment and its segment up to itself. The two parts are computed apart, each in batched products
+without a mask, and merged by their log-sum-exps. The backward pass gives each part the merged ones, so that its own softmax comes
+out right.
 Legend: H heads, K of them with keys and values, N tokens of the tree, D a head's width; n segments of a bin, L their longest.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlpretrain.compat import attention_of
-from rlpretrain.models.kernels import PREFIX
 from rlpretrain.tree import Piece, Tree
 
-_KINDS = {"full_attention", "sliding_attention"}
 
-
-def why_not(model: nn.Module) -> str | None:
-    """Why a model cannot attend along a tree; None if it can, as far as its configuration tells."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not take its attention from transformers' attention interface"
-    if other := kinds - _KINDS:
-        return f"it has layers of kind {', '.join(sorted(other))}, whose tokens meet outside attention or by other rules"
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        return "its attention has sinks"
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    return None
-
-
-def install(model: nn.Module) -> str | None:
-    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did before.
-
-    Returns why it cannot, having done nothing, or None.
-    """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-
-    before = attention_of(model)
-    if (why := why_not(model)) is not None or before.startswith(PREFIX):
-        return why
-    AttentionInterface.register(PREFIX + before, partial(_attend, before))
-    AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
-    model.set_attn_implementation(PREFIX + before)
-    return None
-
-
-def placeholder(device: torch.device) -> Tensor:
-    """What a model gets for a mask beside a tree: four dimensions, which transformers hands on as they are, and nothing in it."""
-    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
-def _attend(before: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-            scaling: float | None = None, dropout: float = 0.0, tree: Tree | None = None, **kwargs: Any) -> Any:  # fmt: skip
-    """The attention function that models call. query [1, H, N, D], key and value [1, K, N, D]; gives [1, N, H, D]."""
-    if tree is None:
-        from transformers import AttentionInterface
-
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        usual = AttentionInterface().get_interface(before, eager)
-        return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("tree attention knows neither dropout nor attention sinks nor position biases: packing: padded does")
-    if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    window = window if window and window < tree.deepest else None
-    if query.is_cuda:
-        out = flex(query, key, value, tree, scale, window, softcap)
-    else:
-        out = _TreeAttention.apply(query, key, value, tree, scale, window, softcap)
-    return out.transpose(1, 2).contiguous(), None
-
-
-class _TreeAttention(torch.autograd.Function):
-    """Attention along a tree, part by part."""
+class TreeAttention(torch.autograd.Function):
+    """Attention along a tree, part by part: query [1, H, N, D], key and value [1, K, N, D], gives [1, H, N, D]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None,
@@ -230,50 +165,3 @@ def _plain_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse:
     dq = torch.einsum("nkrqp,nkpd->nkrqd", inner.to(k.dtype), k).flatten(1, 2)
     dk = torch.einsum("nkrqp,nkrqd->nkpd", inner.to(q.dtype), q)
     return dq, dk, dv
-
-
-# GPU
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each shape bucket
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """The same on FlexAttention. The tokens are padded to a bucket, so that it compiles once a bucket. Has never run on a GPU."""
-    size, room = q.shape[2], bucket(q.shape[2])
-    q, k, v = (nn.functional.pad(x, (0, 0, 0, room - size)) for x in (q, k, v))
-
-    def cap(score: Tensor, *_: Any) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    out = _compiled()(q, k, v, score_mod=cap if softcap else None, block_mask=_block_mask(tree, room, window, str(q.device)),
-                      scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
-    return out[:, :, :size]
-
-
-def bucket(size: int) -> int:
-    """The next multiple of a power of two, an eighth of `size` or less, at least 128: little padding, few shapes."""
-    step = max(128, 1 << max(0, size.bit_length() - 4))
-    return -(-size // step) * step
-
-
-@lru_cache(maxsize=8)
-def _block_mask(tree: Tree, room: int, window: int | None, device: str) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    segment, place, reach = (torch.from_numpy(x).to(device) for x in tree.reach)
-    depth, more = torch.from_numpy(tree.positions).to(device), (0, room - tree.size)
-    segment, depth = nn.functional.pad(segment, more), nn.functional.pad(depth, more)
-    place = nn.functional.pad(place, more, value=1 << 30)  # nobody sees what fills the bucket
-
-    def sees(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
-        on_path = (place[j] < reach[segment[i], segment[j]]) & (depth[j] <= depth[i])
-        near = depth[i] - depth[j] < window if window else True
-        return (on_path & near) | (i == j)
-
-    return create_block_mask(sees, None, None, room, room, device=device)

@@ -1,0 +1,78 @@
+"""Tree attention in a Hugging Face model: which models can, and the attention function that they call."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlpretrain.compat import attention_of
+from rlpretrain.models.kernels import PREFIX
+from rlpretrain.scoring.attention.cpu import TreeAttention
+from rlpretrain.scoring.attention.flex import flex
+from rlpretrain.tree import Tree
+
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model cannot attend along a tree; None if it can, as far as its configuration tells."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take its attention from transformers' attention interface"
+    if other := kinds - _KINDS:
+        return f"it has layers of kind {', '.join(sorted(other))}, whose tokens meet outside attention or by other rules"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    return None
+
+
+def install(model: nn.Module) -> str | None:
+    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did before.
+
+    Returns why it cannot, having done nothing, or None.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    before = attention_of(model)
+    if (why := why_not(model)) is not None or before.startswith(PREFIX):
+        return why
+    AttentionInterface.register(PREFIX + before, partial(_attend, before))
+    AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    model.set_attn_implementation(PREFIX + before)
+    return None
+
+
+def placeholder(device: torch.device) -> Tensor:
+    """What a model gets for a mask beside a tree: four dimensions, which transformers hands on as they are, and nothing in it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _attend(before: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+            scaling: float | None = None, dropout: float = 0.0, tree: Tree | None = None, **kwargs: Any) -> Any:  # fmt: skip
+    """The attention function that models call. query [1, H, N, D], key and value [1, K, N, D]; gives [1, N, H, D]."""
+    if tree is None:
+        from transformers import AttentionInterface
+
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        usual = AttentionInterface().get_interface(before, eager)
+        return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("tree attention knows neither dropout nor attention sinks nor position biases: packing: padded does")
+    if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    window = window if window and window < tree.deepest else None
+    if query.is_cuda:
+        out = flex(query, key, value, tree, scale, window, softcap)
+    else:
+        out = TreeAttention.apply(query, key, value, tree, scale, window, softcap)
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,119 @@
+"""The policy in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlpretrain.config import OptimConfig, PolicyConfig
+from rlpretrain.models.adapters import adapter_pieces, pieces
+from rlpretrain.ranks import Ranks
+from rlpretrain.scoring.scorer import Scorer, score
+from rlpretrain.training.backends.base import StepInfo
+from rlpretrain.training.backends.deepspeed import copy_trained, trained_parameters
+from rlpretrain.training.optim import parameter_groups, schedule
+from rlpretrain.types import MicroBatch, Scores
+
+
+class TorchPolicy:
+    """Plain PyTorch, 1..n processes. Half-precision weights are trained through a float32 copy."""
+
+    shares_weights = True
+    stage_gathers = False
+
+    def __init__(self, model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
+                 temperature: float = 1.0, inner_epochs: int = 1):  # fmt: skip
+        self.model, self.scorer, self.ranks = model, Scorer(model), ranks
+        self.optim, self.temperature = optim, temperature
+        self.autocast = config.autocast == "bfloat16"
+        self.masters = [] if next(model.parameters()).dtype == torch.float32 else list(self._masters(model))
+        groups = parameter_groups(model, optim.weight_decay)
+        if self.masters:
+            copies = {id(p): m for p, m in self.masters}
+            groups = [g | {"params": [copies[id(p)] for p in g["params"]]} for g in groups]
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+        self.factor, self.steps = schedule(optim, total_steps, inner_epochs), 0
+
+    @staticmethod
+    def _masters(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        for p in model.parameters():
+            if p.requires_grad:
+                yield p, p.detach().float().clone().requires_grad_()
+
+    def score(self, micro: MicroBatch, want: str = "logps") -> Scores | tuple[Scores, Tensor | None]:
+        """One forward. With `want` other than "logps" a pair: the scores, and entropies or hits as `scoring.score` says."""
+        context = torch.autocast(self.ranks.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        with context:
+            scores, more = score(self.scorer, micro.to(self.ranks.device), self.temperature, want)
+        return scores if want == "logps" else (scores, more)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to what this step has gathered."""
+        loss.backward()
+
+    def step(self) -> StepInfo:
+        """Sum gradients over ranks, clip, update, clear. A step with a NaN or inf gradient changes nothing."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if self.ranks.size > 1:
+                dist.all_reduce(p.grad)
+        if self.masters:
+            for p, m in self.masters:
+                m.grad, p.grad = p.grad.float(), None
+        owned = [m for _, m in self.masters] or trained
+        limit = self.optim.clip_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(owned, limit))
+        lr, applied = self.optim.lr * self.factor(self.steps), math.isfinite(norm)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.steps += 1
+            with torch.no_grad():
+                for p, m in self.masters:
+                    p.copy_(m)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepInfo(norm, lr, applied)
+
+    def discard(self) -> None:
+        """Forget the gradients gathered so far."""
+        for p in self.model.parameters():
+            p.grad = None
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) pairs as transformers names them, adapters merged in; tied tensors under every name."""
+        return ((piece.name, piece.make()) for piece in pieces(self.model))
+
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters alone, as PEFT names them in files."""
+        return ((piece.name, piece.make()) for piece in adapter_pieces(self.model))
+
+    def save(self, path: Path) -> None:
+        """Everything a bit-identical continuation needs, under `path`."""
+        if self.ranks.first:
+            rounded = getattr(self.model, "is_quantized", False)  # such a base is read again, not kept
+            model = trained_parameters(self.model) if rounded else self.model.state_dict()
+            state = {"model": model, "optimizer": self.optimizer.state_dict(),
+                     "steps": self.steps, "masters": [m.detach() for _, m in self.masters]}  # fmt: skip
+            torch.save(state, path / "policy.pt")
+
+    def load(self, path: Path) -> None:
+        """Take back what `save` wrote."""
+        state = torch.load(path / "policy.pt", map_location=self.ranks.device, weights_only=True)
+        if getattr(self.model, "is_quantized", False):
+            copy_trained(state["model"], self.model)
+        else:
+            self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"] if "steps" in state else state["scheduler"]["last_epoch"]  # older: a LambdaLR's
+        with torch.no_grad():
+            for (_, m), saved in zip(self.masters, state["masters"], strict=True):
+                m.copy_(saved)
