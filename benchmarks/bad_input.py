@@ -25,7 +25,7 @@ import httpx
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.servers import free_port
+from tests.builders.servers import free_port
 
 TOKEN = "a-token-that-only-the-trainer-knows"
 VOCABULARY, LONGEST = 300, 512

@@ -27,7 +27,7 @@ from typing import Any
 
 from examples.demo import BASE_SEEDS, DEPTHS, HERE, evaluation, make_base, make_corpus, numbers, train
 from rlpretrain.training.records import write_json
-from tests.servers import free_port
+from tests.builders.servers import free_port
 
 VLLM = {"kv_cache_gib": 0.1, "block_size": 32}
 SERVER = {"name": "vllm_server", "block_size": 32}

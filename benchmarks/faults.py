@@ -34,9 +34,9 @@ import torch
 from rlpretrain.corpora import dial
 from rlpretrain.objectives import rlp
 from rollout.types import Group
-from tests.servers import Proxy, VLLMServer
-from tests.tiny import tiny_model
-from tests.trainers import Trainer, account, apart, rows
+from tests.builders.servers import Proxy, VLLMServer
+from tests.builders.tiny import tiny_model
+from tests.builders.trainers import Trainer, account, apart, rows
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1,
          "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip

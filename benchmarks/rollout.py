@@ -35,8 +35,8 @@ from rlpretrain.corpora import dial
 from rlpretrain.objectives import rlp
 from rollout import FinishReason, Group, Prompt, SamplingParams, Thought
 from rollout.vllm_routes import completion
-from tests.servers import free_port
-from tests.tiny import word_tokenizer
+from tests.builders.servers import free_port
+from tests.builders.tiny import word_tokenizer
 
 VOCABULARY, LONGEST = 8192, 512
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,

@@ -36,7 +36,7 @@ import torch
 from rlpretrain.objectives import rlp
 from rollout import Document, FinishReason, Group, Position, Prompt, Thought
 from rollout.store import Store
-from tests.tiny import word_tokenizer
+from tests.builders.tiny import word_tokenizer
 
 KINDS = ("tree", "padded", "scored_first", "trl", "ntp")
 CLOSE, FIRST = 4, 5  # <think> 3, </think> 4; words from 5

@@ -15,8 +15,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from tests.test_scoring import random_batch
-from tests.test_tree import MODELS, laid, model_of, numbers, templated
+from tests.builders.batches import random_batch
+from tests.builders.trees import MODELS, laid, model_of, numbers, templated
 
 
 def worst(model: Any, batch: Any, budget: int = 10**6) -> tuple[float, float]:

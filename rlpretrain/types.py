@@ -118,7 +118,11 @@ class Scores:
     trunk_logps: Tensor  # [M], with gradient
     target_mask: Tensor  # [B, T] bool
     counted: Tensor  # [B, G] bool
+    trunk_entropies: Tensor | None = None  # [M] nats, of the predictions of the trunk; only where they were asked for
+    target_hits: Tensor | None = None  # [B, G, T] bool, the target token is the likeliest; only where asked for
+    baseline_hits: Tensor | None = None  # [B, T] bool, the same without the thought
 
     def detached(self) -> Scores:
         """The same numbers without their graph: what rewards may see."""
-        return replace(self, **{n: getattr(self, n).detach() for n in self.__dataclass_fields__})
+        tensors = {n: getattr(self, n) for n in self.__dataclass_fields__}
+        return replace(self, **{n: tensor.detach() for n, tensor in tensors.items() if tensor is not None})

@@ -12,7 +12,8 @@ import torch
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from tests.tiny import tiny_model
+from tests.builders.configs import tiny_values
+from tests.builders.tiny import tiny_model
 
 torch.set_num_threads(1)
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its workers starve where other tests keep all cores busy
@@ -27,18 +28,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "base")
     dial.tokenizer().save_pretrained(folder / "base")
     return folder
-
-
-def tiny_values(corpus: Path, output_dir: Path) -> dict[str, Any]:
-    """A complete small RLP configuration as plain values."""
-    return {
-        "model": str(corpus / "base"), "data": {"path": str(corpus / "train.jsonl"), "max_length": 64},
-        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
-        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"}, "positions_per_step": 4,
-        "optim": {"lr": 1e-2, "warmup_steps": 2}, "policy": {"backend": "torch"}, "max_steps": 3,
-        "checkpoint": {"every": 0}, "stop": {"collapse": False}, "baseline": {"name": "self", "frozen_every": 0},
-        "console": False, "output_dir": str(output_dir), "device": "cpu",
-    }  # fmt: skip
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from rlpretrain.scoring.scorer import Beside, Scorer
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Batch
-from tests.helpers import launch, merged, one_step, same, trained, weights
-from tests.test_engines import SHAPE, rows_of
-from tests.test_policies import SHARDED
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.engines import SHAPE, rows_of
+from tests.builders.policies import SHARDED
+from tests.builders.runs import launch, merged, one_step, same, trained, weights
+from tests.builders.tiny import tiny_model, word_tokenizer
 
 peft = pytest.importorskip("peft", reason="needs PEFT: make env LOCK=test-cpu")
 LORA = {"r": 4, "alpha": 16, "target_modules": ("q_proj", "v_proj", "down_proj")}

@@ -14,8 +14,8 @@ from rlpretrain.corpora import dial_family
 from rlpretrain.objectives import available
 from rlpretrain.training.run import Run
 from rollout.types import Group
-from tests.helpers import merged, one_step
-from tests.tiny import tiny_model
+from tests.builders.runs import merged, one_step
+from tests.builders.tiny import tiny_model
 
 pytest.importorskip("peft", reason="needs PEFT: make env LOCK=test-cpu")
 FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"

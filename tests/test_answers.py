@@ -8,8 +8,8 @@ import pytest
 
 from rlpretrain.config import DataConfig
 from rlpretrain.data.stream import read_all
-from tests.tiny import word_tokenizer
-from tests.tokenizers_family import BYTES, FAMILIES, WITH_BOS, make
+from tests.builders.tiny import word_tokenizer
+from tests.builders.tokenizers_family import BYTES, FAMILIES, WITH_BOS, make
 
 PAIRS = [
     ("2+2=", "4", ""),

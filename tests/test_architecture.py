@@ -282,3 +282,13 @@ def test_the_rules_see_what_they_should(tmp_path, monkeypatch):
     order = [layer(f"rlpretrain.{name}") for name in ("types", "data.stream", "objectives.mine", "cli")]
     assert order == sorted(set(order))
     assert layer("rlpretrain.nowhere") is None
+
+
+def test_no_test_file_imports_another():
+    problems = [
+        found.where
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for found in imports(path)
+        if found.module.startswith("tests.") and any(part.startswith("test_") for part in found.module.split("."))
+    ]
+    fail_if(problems, "what tests share stands in tests/builders:")

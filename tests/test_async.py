@@ -13,7 +13,7 @@ from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.hf import HFEngine
 from rollout.store import Store
-from tests.helpers import merged, same, trained, weights
+from tests.builders.runs import merged, same, trained, weights
 
 
 def rows_of(folder: Path) -> list[dict]:

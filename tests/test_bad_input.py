@@ -26,8 +26,8 @@ from rlpretrain.rollouts import batches
 from rlpretrain.training import checkpoint
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
-from tests.helpers import merged, same, trained
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.runs import merged, same, trained
+from tests.builders.tiny import tiny_model, word_tokenizer
 
 
 def start(values, resume=None, **changes) -> Run:

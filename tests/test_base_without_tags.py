@@ -15,7 +15,7 @@ from rlpretrain.config import SamplingConfig
 from rlpretrain.config.io import build
 from rlpretrain.reporting.report import report
 from rlpretrain.tracking.health import Health
-from tests.tiny import bpe_tokenizer, tiny_model
+from tests.builders.tiny import bpe_tokenizer, tiny_model
 
 TEXTS = [f"the {a} has {n} and the {b} shows {n}" for n in range(10) for a, b in (("cat", "dog"), ("fox", "hen"))]
 

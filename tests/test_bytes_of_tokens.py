@@ -15,8 +15,8 @@ from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.types import Document
 from rollout import HFEngine
 from rollout.types import FinishReason, Position, Prompt, SamplingParams, Thought
-from tests.tiny import tiny_model
-from tests.tokenizers_family import BYTES, FAMILIES, make
+from tests.builders.tiny import tiny_model
+from tests.builders.tokenizers_family import BYTES, FAMILIES, make
 
 TEXTS = ["so 漢字漢 it is 🙂🙂 é", "ann has 2 apples and bob", "ü漢ü字", "naïve café 漢"]
 

@@ -18,7 +18,7 @@ from rlpretrain.training import checkpoint
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.store import Store
-from tests.helpers import merged, same, trained, weights
+from tests.builders.runs import merged, same, trained, weights
 
 STEPS = 6
 LONG = {"max_steps": STEPS, "checkpoint__every": 2, "checkpoint__keep": 9}

@@ -19,7 +19,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval
 from rlpretrain.experiments.compare import compare, differences, table, to_evaluate
 from rlpretrain.experiments.experiment import Job, laid_over, load
-from tests.conftest import tiny_values
+from tests.builders.configs import tiny_values
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:

@@ -225,7 +225,8 @@ def test_an_objective_is_given_by_name_yaml_or_file(tmp_path, values):
     for given in (str(tmp_path / "run.yaml"), str(tmp_path / "section.yml"), "{name: rlp, marker: 0012, every: 4}"):
         assert objective_section(given) == section
     assert objective_section(str(tmp_path / "short.yaml")) == objective_section("rpt") == {"name": "rpt"}
-    assert objective_section("tests.my_objective:LengthObjective") == {"name": "tests.my_objective:LengthObjective"}
+    mine = "tests.builders.my_objective:LengthObjective"
+    assert objective_section(mine) == {"name": mine}
     (tmp_path / "none.yaml").write_text("model: a\ndata: b\n")
     for given, said in ((str(tmp_path / "gone.yaml"), "there is no such file"), ("3", "objective '3'"), ("[rlp]", "a name, "),
                         (str(tmp_path / "none.yaml"), "no objective section"), ("rlpp", "did you mean 'rlp'")):  # fmt: skip

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain import cli
 from rlpretrain.corpora import dial
-from tests.helpers import ROOT, alone
-from tests.servers import free_port
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.runs import ROOT, alone
+from tests.builders.servers import free_port
+from tests.builders.tiny import tiny_model, word_tokenizer
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs fastapi: make env LOCK=test-cpu")

@@ -17,7 +17,7 @@ from rlpretrain.objectives import rlp
 from rlpretrain.objectives.base import Objective
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
-from tests.helpers import launch, merged, one_step, trained
+from tests.builders.runs import launch, merged, one_step, trained
 
 
 def applies(thought: Any) -> bool:

@@ -21,7 +21,7 @@ from rlpretrain.judge import Judge
 from rlpretrain.objectives import load as load_objective
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Thought
-from tests.test_dial import PROBLEMS, compute
+from tests.builders.dial import PROBLEMS, compute
 
 FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"
 TOKENIZER = dial_family.tokenizer()

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.data.stream import CHUNK, DocumentStream, read_all
-from tests.tiny import word_tokenizer
+from tests.builders.tiny import word_tokenizer
 
 WORDS = [f"w{i}" for i in range(40)]
 TOKENIZER = word_tokenizer(WORDS)

@@ -13,8 +13,8 @@ from rlpretrain.config import DataConfig
 from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
 from rlpretrain.training.run import Run
-from tests.helpers import merged, same, trained
-from tests.tiny import word_tokenizer
+from tests.builders.runs import merged, same, trained
+from tests.builders.tiny import word_tokenizer
 
 
 def traces(folder):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoConfig
 
 from rlpretrain.cli import main
@@ -19,8 +18,9 @@ from rlpretrain.experiments.experiment import load as load_experiment
 from rlpretrain.objectives import parse_section
 from rlpretrain.tools.dry_run import dry_run, make_objective, make_sizes, model_shape
 from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
-from tests.helpers import merged
-from tests.tiny import tiny_model
+from tests.builders.configs import written
+from tests.builders.runs import merged
+from tests.builders.tiny import tiny_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QWEN = EXAMPLES / "qwen3_1p7b_rlp.yaml"
@@ -37,13 +37,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def written(values: dict[str, Any], tmp_path: Path) -> str:
-    """`values` as a YAML file."""
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return str(file)
 
 
 def planned(values: dict[str, Any] | None = None, *overrides: str) -> dict[str, Item]:

@@ -30,7 +30,7 @@ from rlpretrain.training.run import Run
 from rollout.folders import MARK, begin_folder, finish_folder, remove_folder
 from rollout.store import Store
 from rollout.weights import write_adapter, write_weights
-from tests.helpers import ROOT, alone, merged, same, weights
+from tests.builders.runs import ROOT, alone, merged, same, weights
 
 LONG = {"checkpoint__every": 2, "checkpoint__keep": 2}
 

@@ -15,15 +15,14 @@ from rlpretrain.ranks import Ranks
 from rlpretrain.training.pretrainer import Pretrainer
 from rollout.store import Store
 from rollout.weights import StaleWeights
-from tests.helpers import launch, merged, same, trained, weights
-from tests.servers import VLLMServer
-from tests.test_policies import SHARDED
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.engines import SHAPE, rows_of
+from tests.builders.policies import SHARDED
+from tests.builders.runs import launch, merged, same, trained, weights
+from tests.builders.servers import VLLMServer
+from tests.builders.tiny import tiny_model, word_tokenizer
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytestmark = pytest.mark.slow
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1,
-         "max_position_embeddings": 512}  # fmt: skip
 
 
 @pytest.fixture
@@ -32,10 +31,6 @@ def run(values, tmp_path):
     tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(tmp_path / "base")
     dial.tokenizer().save_pretrained(tmp_path / "base")
     return merged(values, model=str(tmp_path / "base"), engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_vllm_in_the_loop_samples_from_the_weights_that_are_trained(run, tmp_path):

@@ -17,9 +17,9 @@ from rlpretrain.objectives import load as load_objective
 from rlpretrain.prompts import Delimiters
 from rlpretrain.types import Document
 from rollout.types import FinishReason
-from tests.conftest import tiny_values
-from tests.helpers import merged
-from tests.tiny import tiny_model
+from tests.builders.configs import tiny_values
+from tests.builders.runs import merged
+from tests.builders.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

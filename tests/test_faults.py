@@ -12,11 +12,11 @@ import pytest
 
 from rlpretrain.corpora import dial
 from rollout.store import Store
-from tests.conftest import tiny_values
-from tests.helpers import merged, same, weights
-from tests.servers import VLLMServer
-from tests.tiny import tiny_model
-from tests.trainers import Trainer, account, apart, rows
+from tests.builders.configs import tiny_values
+from tests.builders.runs import merged, same, weights
+from tests.builders.servers import VLLMServer
+from tests.builders.tiny import tiny_model
+from tests.builders.trainers import Trainer, account, apart, rows
 
 pytestmark = pytest.mark.slow
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1,

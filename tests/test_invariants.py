@@ -18,8 +18,8 @@ from rlpretrain.training.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.training.run import Run
 from rlpretrain.types import Batch, MicroBatch, Scores
 from rollout.types import FinishReason
-from tests.helpers import merged, one_step, same, trained
-from tests.tiny import tiny_model
+from tests.builders.runs import merged, one_step, same, trained
+from tests.builders.tiny import tiny_model
 
 
 def leaf_scores(scores: Scores) -> Scores:
@@ -97,7 +97,7 @@ def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
     run.policy.model.double()
     micro = replace(micros[0], token_weights=micros[0].token_weights.double())
     scorer = scoring.Scorer(run.policy.model)
-    scores, _ = scoring.score(scorer, micro)
+    scores = scoring.score(scorer, micro)
     _, advantage, _ = judge(run.objective, micro, scores)
     surrogate, _ = clipped_surrogate(scores, micro, advantage.double(), run.config.loss)
     parameter = run.policy.model.get_input_embeddings().weight
@@ -107,7 +107,7 @@ def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
     def value(shift: float) -> float:
         with torch.no_grad():
             parameter.add_(direction, alpha=shift)
-            logps = scoring.score(scorer, micro)[0].thought_logps
+            logps = scoring.score(scorer, micro).thought_logps
             parameter.sub_(direction, alpha=shift)
         return -float((advantage.double()[..., None] * logps * micro.token_weights * micro.thought_mask).sum())
 
@@ -201,7 +201,7 @@ def test_6_behaviour_and_trainer_agree_at_the_sampling_temperature(values):
 
 def test_6_targets_are_scored_at_temperature_one(values):
     run, *_, micros = batch_of(values, sampling__temperature=0.5)
-    hot = scoring.score(run.policy.scorer, micros[0], 1.0)[0]
+    hot = scoring.score(run.policy.scorer, micros[0], 1.0)
     assert torch.equal(run.policy.score(micros[0]).target_logps, hot.target_logps)
     assert not torch.equal(run.policy.score(micros[0]).thought_logps, hot.thought_logps)
 

@@ -21,8 +21,8 @@ from rlpretrain.config.io import build
 from rlpretrain.judge import Judge, endpoint, parse_verdict, prompt_of, worth_judging
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
-from tests.helpers import merged
-from tests.objectives.test_rlpt import drawn, rlpt, said, sentences
+from tests.builders.rlpt import drawn, rlpt, said, sentences
+from tests.builders.runs import merged
 
 Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 

@@ -23,9 +23,9 @@ from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.scoring.scorer import Scorer, score
 from rollout.hf import HFEngine
 from rollout.types import Prompt, SamplingParams
-from tests.test_randomness import MORE, SHAPE
-from tests.test_scoring import VOCABULARY, logps_of, random_batch
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.builders.architectures import MORE, SHAPE
+from tests.builders.batches import VOCABULARY, logps_of, random_batch
+from tests.builders.tiny import ARCHITECTURES, tiny_model
 
 CAP = {"sliding_window": 7, "attn_logit_softcapping": 0.5, "initializer_range": 0.3}
 GEMMA = {**SHAPE, "head_dim": 8, "query_pre_attn_scalar": 8, **CAP}
@@ -72,7 +72,7 @@ def test_the_loaded_model_computes_what_eager_does(name, tmp_path):
     batch = random_batch(random.Random(0), documents=2, positions=1)
     (micro,) = pack(batch, Layout(10_000, cut="force_close"), count(batch, "force_close"))
     with torch.no_grad():
-        found = score(Scorer(model), micro)[0].trunk_logps
+        found = score(Scorer(model), micro).trunk_logps
         wanted = torch.cat([logps_of(reference, d.token_ids) for d in micro.documents])
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
 
@@ -103,14 +103,14 @@ def test_trees_score_it_as_eager_does(tmp_path):
     batch = random_batch(random.Random(0), documents=2, positions=2)
     (micro,) = pack(batch, Layout(10_000, cut="force_close", tree=True), count(batch, "force_close"))
     with torch.no_grad():
-        found = score(Scorer(model), micro)[0].trunk_logps
+        found = score(Scorer(model), micro).trunk_logps
         wanted = torch.cat([logps_of(reference, d.token_ids) for d in micro.documents])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def policy_of(model: Any) -> Any:
     """What check_tree asks of a policy."""
-    return SimpleNamespace(model=model, score=lambda micro: score(Scorer(model), micro)[0])
+    return SimpleNamespace(model=model, score=lambda micro: score(Scorer(model), micro))
 
 
 def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):

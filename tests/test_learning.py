@@ -16,9 +16,8 @@ from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.experiments.compare import compare
 from rlpretrain.models import load_model, load_tokenizer
 from rlpretrain.objectives import load
+from tests.builders.learning import BASE
 
-BASE = Path(__file__).parent / "data" / "dial_base"
-"""The demo's base model (2000 steps of `examples/dial_base.yaml`, seed 0), stored in bfloat16."""
 FAMILY_BASE = BASE.parent / "family_base"
 """The base of `examples/dial_family` (base.yaml), stored in bfloat16."""
 FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"

@@ -25,8 +25,8 @@ from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.types import Batch, Document
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
-from tests.helpers import merged
-from tests.tiny import bpe_tokenizer, tiny_model
+from tests.builders.runs import merged
+from tests.builders.tiny import bpe_tokenizer, tiny_model
 
 LINE = "The cat sat on the mat and it saw a dog. Then it ran away from the dog. It came back later with two more cats. "
 TOKENIZER = bpe_tokenizer([LINE], 330)
@@ -226,7 +226,7 @@ def trunks(model: Any, documents: list[Document], tree: bool) -> dict[str, torch
     batch = Batch((), tuple(documents))
     (micro,) = pack(batch, Layout(1 << 20, tree=tree), count(batch))
     with torch.no_grad():
-        parts = score(Scorer(model), micro)[0].trunk_logps.split([len(d.token_ids) - 1 for d in micro.documents])
+        parts = score(Scorer(model), micro).trunk_logps.split([len(d.token_ids) - 1 for d in micro.documents])
     return {d.id: part for d, part in zip(micro.documents, parts, strict=True)}
 
 

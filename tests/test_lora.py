@@ -14,10 +14,10 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.models.adapters import adapter_pieces, add_lora, pieces, plain_copy
 from rlpretrain.training.pretrainer import Pretrainer
-from tests.helpers import launch, merged, same, trained, weights
-from tests.test_engines import SHAPE, rows_of
-from tests.test_policies import SHARDED
-from tests.tiny import tiny_model
+from tests.builders.engines import SHAPE, rows_of
+from tests.builders.policies import SHARDED
+from tests.builders.runs import launch, merged, same, trained, weights
+from tests.builders.tiny import tiny_model
 
 peft = pytest.importorskip("peft", reason="needs PEFT: make env LOCK=test-cpu")
 LORA = {"r": 4, "alpha": 16, "target_modules": ("q_proj", "v_proj", "down_proj")}

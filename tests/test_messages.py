@@ -23,8 +23,8 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.tools import doctor
 from rlpretrain.training.run import Run
-from tests.helpers import ROOT, trained
-from tests.test_packaging import pins_of
+from tests.builders.locks import pins_of
+from tests.builders.runs import ROOT, trained
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -144,7 +144,7 @@ def test_a_merged_model_stores_a_tied_head_once(values, corpus):
 
 def test_new_tags_are_added_without_a_notice(caplog, capsys):
     from rlpretrain.prompts import ensure_delimiters
-    from tests.tiny import tiny_model, word_tokenizer
+    from tests.builders.tiny import tiny_model, word_tokenizer
 
     tokenizer = word_tokenizer(["a", "b"])
     with caplog.at_level(logging.WARNING, logger="transformers"):

@@ -27,8 +27,8 @@ from rlpretrain.tracking.trackers import COLUMNS, Trackers, markdown, thought_ro
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.helpers import merged, trained
-from tests.tiny import word_tokenizer
+from tests.builders.runs import merged, trained
+from tests.builders.tiny import word_tokenizer
 
 
 def rows(folder: Path) -> list[dict]:

@@ -23,7 +23,7 @@ from rlpretrain.training.records import write_json
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.helpers import merged
+from tests.builders.runs import merged
 
 
 def parsed(text: str):

@@ -19,20 +19,20 @@ from rlpretrain.objectives.base import NEEDS
 from rlpretrain.scoring.references import Ema
 from rlpretrain.training.loop import judge, train
 from rlpretrain.training.run import Run
-from tests.helpers import merged, same, trained, weights
-from tests.tiny import tiny_model
+from tests.builders.runs import merged, same, trained, weights
+from tests.builders.tiny import tiny_model
 
 
 def test_objectives_are_found_by_module_name_or_by_path():
     assert {"ntp", "rlp"} <= set(available())
-    owner, config = parse_section({"name": "tests.my_objective:LengthObjective", "wanted": 5})
+    owner, config = parse_section({"name": "tests.builders.my_objective:LengthObjective", "wanted": 5})
     assert owner.__name__ == "LengthObjective" and config.wanted == 5
     with pytest.raises(ConfigError, match="did you mean 'wanted'"):
-        parse_section({"name": "tests.my_objective:LengthObjective", "wantd": 5})
+        parse_section({"name": "tests.builders.my_objective:LengthObjective", "wantd": 5})
     with pytest.raises(ConfigError, match="did you mean 'rlp'"):
         parse_section({"name": "rrlp"})
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        parse_section({"name": "tests.my_objective:Nothing"})
+        parse_section({"name": "tests.builders.my_objective:Nothing"})
 
 
 def test_every_token_of_needs_is_read_somewhere_and_no_other_is_accepted(values):
@@ -57,7 +57,7 @@ class Asking(rlp.RLP):
 
 def test_a_users_objective_with_stored_rewards_learns(values, tmp_path):
     """Thoughts come to have the wanted length: the loop trains what the objective rewards, and nothing else is needed."""
-    objective = {"name": "tests.my_objective:LengthObjective", "positions": "after", "marker": "shows", "wanted": 3}
+    objective = {"name": "tests.builders.my_objective:LengthObjective", "positions": "after", "marker": "shows", "wanted": 3}
     run = Run(build(merged(values, objective=objective, max_steps=40, sampling__thoughts=8, sampling__max_thought_tokens=12,
                            sampling__cut="force_close", loss__ntp_coef=0.0, loss__reader_coef=0.0)), None)  # fmt: skip
     train(run)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.builders.locks import ROOT, pins_of
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OURS = ("rewards", "rollout", "rlpretrain")
 PIP = (sys.executable, "-m", "pip")
@@ -116,14 +117,3 @@ def test_locks_agree_with_each_other_and_with_the_pins():
     demo, test, everything = (pins_of(name) for name in ("demo-cpu", "test-cpu", "all-cpu"))
     assert demo.items() <= test.items() <= everything.items(), "run `make lock`"
     assert pins_of("pins-cpu").items() <= everything.items(), "run `make lock`"
-
-
-def pins_of(name: str) -> dict[str, str]:
-    """Package to version; anything in the file but plain pins and comments is an error."""
-    pins = {}
-    for line in (ROOT / "locks" / f"{name}.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            package, version = line.split("==")
-            assert not set("/:@; ") & set(line), f"not a plain pin: {line}"
-            pins[package] = version
-    return pins

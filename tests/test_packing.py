@@ -12,16 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlpretrain.evaluation.evaluate import targets
+from rlpretrain.evaluation.evaluate import score_targets
 from rlpretrain.objectives import rlp
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.packing import Layout, balanced, cost, count, families, handed_over, pack
 from rlpretrain.scoring.scorer import Scorer
 from rlpretrain.training.loop import judge, judge_first
 from rlpretrain.types import Batch
-from tests.helpers import launch, merged, one_step
-from tests.test_scoring import VOCABULARY, random_batch
-from tests.tiny import tiny_model
+from tests.builders.batches import VOCABULARY, random_batch
+from tests.builders.runs import launch, merged, one_step
+from tests.builders.tiny import tiny_model
 
 LOSS = {"loss": {"ntp_coef": 0.3, "reader_coef": 0.2}, "positions_per_step": 8, "objective__positions_per_document": 2,
         "sampling__thoughts": 5}  # fmt: skip
@@ -43,14 +43,15 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Non
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_passes_budgets_and_splits_give_one_gradient(values, tmp_path, packing):
     run, whole = one_step(values, packing=packing, **LOSS)
-    assert run.last["batch/micro_batches"] == 1 and not run.spread and max(float(g.abs().max()) for g in whole.values()) > 1e-3
+    assert run.last["batch/micro_batches"] == 1 and not run.has_split_groups
+    assert max(float(g.abs().max()) for g in whole.values()) > 1e-3
     first = LOSS | {"objective__name": "tests.test_packing:ScoredFirst"}
     seen = []
     for budget, changes in ((16384, first), (150, LOSS), (60, LOSS), (1, LOSS), (60, first)):
         folder = str(tmp_path / f"{budget} {len(seen)}")
         run, parts = one_step(values, packing=packing, token_budget=budget, output_dir=folder, **changes)
         close(parts, whole)
-        seen.append((run.last["batch/micro_batches"], run.spread))
+        seen.append((run.last["batch/micro_batches"], run.has_split_groups))
     assert seen[0] == (1, False) and 1 < seen[1][0] < seen[2][0] < seen[3][0] and seen[2][1] and seen[3] == (40, True)
 
 
@@ -72,7 +73,7 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
         def score(self, micro):
             from rlpretrain.scoring.scorer import score
 
-            return score(Scorer(self.model), replace(micro, tree=None) if not tree else micro)[0]
+            return score(Scorer(self.model), replace(micro, tree=None) if not tree else micro)
 
     class Stored(rlp.RLP):
         reward = rlp.base.Objective.reward
@@ -105,10 +106,11 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
 def test_evaluation_does_not_depend_on_the_budget():
     batch = random_batch(random.Random(1), 3, 1, 4, 2)
     scorer = Scorer(tiny_model("llama", VOCABULARY, seed=1))
-    whole = targets(scorer, batch.groups, batch.documents, Layout(10**6, cut="force_close"))
-    parts = targets(scorer, batch.groups, batch.documents, Layout(1, cut="force_close"))
-    for a, b in zip(whole, parts, strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+    whole = score_targets(scorer, batch.groups, batch.documents, Layout(10**6, cut="force_close"))
+    parts = score_targets(scorer, batch.groups, batch.documents, Layout(1, cut="force_close"))
+    for name in ("logps", "hits", "own_logps", "own_hits"):
+        assert getattr(whole, name) == pytest.approx(getattr(parts, name), abs=1e-5)
+    assert abs(whole.logps).min() > 0
 
 
 # ranks

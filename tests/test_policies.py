@@ -12,13 +12,10 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.optim import schedule
-from tests.helpers import launch, merged, same, trained, weights
+from tests.builders.policies import SHARDED
+from tests.builders.runs import launch, merged, same, trained, weights
 
 STAGES = (0, 1, 2, 3)
-
-
-SHARDED = str(Path(__file__).parent / "zero3.json")
-"""Without it DeepSpeed keeps parameters as small as these whole on every rank, and ZeRO 3 shards nothing."""
 
 
 def deepspeed(stage: int, **changes) -> dict:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from rlpretrain.config import ConfigError
 from rlpretrain.data.positions import KINDS, PositionPicker
 from rlpretrain.types import Document
-from tests.tiny import EOS, bpe_tokenizer, word_tokenizer
+from tests.builders.tiny import EOS, bpe_tokenizer, word_tokenizer
 
 TEXT = "ann has 6 bob up3 cat times3 shows 7 . this is it . so 9 is Answer : 42"
 WORD = word_tokenizer(TEXT.split())

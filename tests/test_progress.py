@@ -14,7 +14,7 @@ from rlpretrain.objectives import ntp, rmt
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.store import Store
-from tests.helpers import merged
+from tests.builders.runs import merged
 
 STEPS = 6
 RMT = {"name": "rmt", "template": "{budget} {context}", "opening": "shows", "closing": ".", "budget": 9, "budget_decay": 0.2,

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from rlpretrain.config import ConfigError
 from rlpretrain.prompts import TEMPLATES, Delimiters, ThoughtPrompt, ensure_delimiters, strip_thoughts
 from rollout.types import Position
-from tests.tiny import ARCHITECTURES, bpe_tokenizer, tiny_model, word_tokenizer
+from tests.builders.tiny import ARCHITECTURES, bpe_tokenizer, tiny_model, word_tokenizer
 
 LINE = "Natalia sold 48/2 = 24 clips in May. naïve café 漢字"
 TAGS = ["<think>", "</think>"]

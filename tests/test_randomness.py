@@ -17,29 +17,15 @@ from rlpretrain.models import load_model
 from rlpretrain.models.randomness import check_deterministic, in_mode, switch_off
 from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.scoring.scorer import Scorer, score
-from tests.test_scoring import VOCABULARY, random_batch
-from tests.tiny import ARCHITECTURES, tiny_model, word_tokenizer
+from tests.builders.architectures import MORE, SHAPE
+from tests.builders.batches import VOCABULARY, random_batch
+from tests.builders.tiny import ARCHITECTURES, tiny_model, word_tokenizer
 
-SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY,
-                         "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
-                         "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
 RATES = {
     **dict.fromkeys(["dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop"], 0.3),
     **dict.fromkeys(["resid_pdrop", "attn_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout"], 0.3),
     **dict.fromkeys(["router_jitter_noise", "input_jitter_noise"], 0.2),
 }
-MORE: dict[str, dict[str, Any]] = {
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": True},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
-    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "mixtral": {"num_local_experts": 4},
-    "phimoe": {"num_local_experts": 4},
-    "phi": {}, "phi3": {}, "starcoder2": {}, "granite": {}, "cohere2": {}, "stablelm": {},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
-}  # fmt: skip
-"""Architectures in whose layers dropout, layer dropping or router noise is kept in some other way."""
 
 
 def with_rates(name: str, folder: Path) -> Path:
@@ -57,7 +43,7 @@ def scored(model: Any) -> torch.Tensor:
     """All log-probs of a micro-batch as training sees them, with their gradient graph."""
     batch = random_batch(random.Random(1), documents=2, positions=1)
     (micro,) = pack(batch, Layout(10_000, cut="force_close"), count(batch, "force_close"))
-    scores, _ = score(Scorer(model), micro)
+    scores = score(Scorer(model), micro)
     parts = (scores.thought_logps, scores.target_logps, scores.trunk_logps)
     return torch.cat([p.flatten() for p in parts])
 

@@ -22,9 +22,9 @@ from rlpretrain.prompts import Delimiters
 from rlpretrain.tools import readiness
 from rlpretrain.tools.dry_run import make_objective, make_sizes, measure_documents, model_shape
 from rlpretrain.tools.memory import GIB, memory, peak
-from tests.helpers import ROOT, alone, merged
-from tests.test_dry_run import written
-from tests.tiny import tiny_model
+from tests.builders.configs import written
+from tests.builders.runs import ROOT, alone, merged
+from tests.builders.tiny import tiny_model
 
 MEASURE = """
 import json, re, sys

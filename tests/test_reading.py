@@ -13,7 +13,7 @@ import pytest
 
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.data.stream import CHUNK, DocumentStream, read_all
-from tests.tokenizers_family import make
+from tests.builders.tokenizers_family import make
 
 TOKENIZER = make("byte_bpe")
 FORMS = ["txt", "jsonl", "json", "ndjson", "csv", "tsv", "parquet", "jsonl.gz", "csv.bz2"]

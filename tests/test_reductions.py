@@ -19,8 +19,8 @@ from rlpretrain.objectives.likelihood import Config, Likelihood
 from rlpretrain.training.losses import clipped_surrogate, target_loss
 from rlpretrain.training.run import Run
 from rlpretrain.types import Scores
-from tests.helpers import merged
-from tests.tiny import word_tokenizer
+from tests.builders.runs import merged
+from tests.builders.tiny import word_tokenizer
 
 HERE = {"positions": "after", "marker": "shows", "target_length": 2}
 

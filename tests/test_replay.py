@@ -12,7 +12,7 @@ from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.pretrainer import Pretrainer
-from tests.helpers import merged, same, trained, weights
+from tests.builders.runs import merged, same, trained, weights
 
 RUNS = {
     "rlp": {},

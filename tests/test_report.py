@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -31,37 +30,14 @@ from rlpretrain.tracking.metrics import METRICS
 from rlpretrain.types import Document
 from rollout.store import Store
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.helpers import merged
-
-
-class Seen(HTMLParser):
-    """Every tag with its attributes, and the text outside of style and script."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.inside, self.stack = "", "", []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "input", "br"):
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.stack:
-            while self.stack.pop() != tag:
-                pass
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "script"} & set(self.stack):
-            self.text += data
+from tests.builders.html import Seen
+from tests.builders.runs import merged
 
 
 @pytest.fixture(scope="module")
 def kept(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that kept its rollouts."""
-    from tests.conftest import tiny_values
+    from tests.builders.configs import tiny_values
 
     folder = tmp_path_factory.mktemp("report") / "run"
     values = tiny_values(corpus, folder) | {"save_rollouts": True, "baseline": {"name": "self", "frozen_every": 1}}

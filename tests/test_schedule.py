@@ -14,7 +14,7 @@ from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
 from rlpretrain.training.optim import schedule
 from rlpretrain.training.run import Run
-from tests.helpers import merged
+from tests.builders.runs import merged
 
 FLAT = {"optim__lr": 1e-3, "optim__warmup_steps": 0}
 BACKENDS = ("torch", "deepspeed")

@@ -13,38 +13,10 @@ from hypothesis import strategies as st
 from rlpretrain.scoring.checks import check_head
 from rlpretrain.scoring.packing import Layout, count, idle, pack
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.types import Batch, Document
-from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.tiny import ARCHITECTURES, tiny_model
-
-OPEN, CLOSE, VOCABULARY = 60, 61, 64
-
-
-def random_batch(rng: random.Random, documents: int = 3, positions: int = 2, thoughts: int = 3, target: int = 2) -> Batch:
-    """Documents with ragged groups: thoughts of 0 to 6 tokens, closed or cut off."""
-    groups, docs = [], []
-    for d in range(documents):
-        ids = tuple(rng.randrange(3, 60) for _ in range(rng.randint(target + 3, 20 if target <= 12 else target + 20)))
-        docs.append(Document(str(d), ids))
-        for _ in range(positions):
-            i = rng.randint(1, len(ids) - target)
-            size = rng.randint(1, target)
-            position = Position(str(d), i, ids[:i], ids[i : i + size])
-            made = []
-            for g in range(thoughts):
-                body = tuple(rng.randrange(3, 60) for _ in range(rng.randint(0, 6)))
-                closed = rng.random() < 0.7
-                said = (*body, CLOSE) if closed else body
-                reason = FinishReason.CLOSE if closed else FinishReason.LENGTH
-                made.append(Thought(said, (-1.0,) * len(said), reason, 0, g))
-            groups.append(Group(f"{d}@{i}:{len(groups)}", position, Prompt((*ids[:i], OPEN), (CLOSE,), (CLOSE,)), tuple(made), 0))
-    return Batch(tuple(groups), tuple(docs))
-
-
-def logps_of(model, ids) -> torch.Tensor:
-    """log p of each token of one sequence but the first, from the model's own logits, unpadded."""
-    ids = torch.tensor([ids])
-    return model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+from rlpretrain.types import Batch
+from rollout.types import FinishReason
+from tests.builders.batches import CLOSE, VOCABULARY, logps_of, random_batch
+from tests.builders.tiny import ARCHITECTURES, tiny_model
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -58,7 +30,7 @@ def test_scores_equal_full_logits_row_by_row(architecture):
     seen = 0
     with torch.no_grad():
         for micro in micros:
-            scores, _ = score(Scorer(model), micro)
+            scores = score(Scorer(model), micro)
             for b, group in enumerate(micro.groups):
                 target = group.position.target_ids
                 no_think = logps_of(model, [*group.position.context_ids, *target])[-len(target) :]
@@ -71,7 +43,7 @@ def test_scores_equal_full_logits_row_by_row(architecture):
                     torch.testing.assert_close(scores.target_logps[b, g, : len(target)], row[-len(target) :], rtol=0, atol=1e-5)
                     assert int(micro.thought_mask[b, g].sum()) == size
                     seen += 1
-        trunk = torch.cat([score(Scorer(model), m)[0].trunk_logps for m in micros]).sum()
+        trunk = torch.cat([score(Scorer(model), m).trunk_logps for m in micros]).sum()
         whole = torch.stack([logps_of(model, d.token_ids).sum() for d in batch.documents]).sum()
     assert seen == 18
     torch.testing.assert_close(trunk, whole, rtol=1e-5, atol=1e-4)
@@ -105,8 +77,8 @@ def test_the_thought_never_changes_what_comes_before_it_nor_other_rows():
     layout, totals = Layout(10_000, cut="force_close"), count(batch, "force_close")
     one = next(pack(batch, layout, totals))
     with torch.no_grad():
-        whole, _ = score(Scorer(model), one)
-        alone = [score(Scorer(model), next(pack(Batch((g,), batch.documents), layout, totals)))[0] for g in batch.groups]
+        whole = score(Scorer(model), one)
+        alone = [score(Scorer(model), next(pack(Batch((g,), batch.documents), layout, totals))) for g in batch.groups]
     for scores, group in zip(alone, batch.groups, strict=True):
         b = [g.id for g in one.groups].index(group.id)
         size = len(group.position.target_ids)
@@ -129,7 +101,7 @@ def test_a_model_that_does_unknown_things_to_its_logits_is_refused():
 
 def test_an_idle_micro_batch_adds_nothing_but_can_run():
     model = tiny_model("qwen3", vocab_size=VOCABULARY)
-    scores, _ = score(Scorer(model), idle(0))
+    scores = score(Scorer(model), idle(0))
     loss = scores.trunk_logps.sum() + scores.thought_logps.sum()
     loss.backward()
     assert float(loss.detach()) == 0.0

@@ -18,7 +18,7 @@ from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.tree import grow
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.helpers import merged
+from tests.builders.runs import merged
 
 RPT = {"name": "rpt", "template": "raw", "positions": "after", "marker": "shows", "target_length": 2, "opening": "it",
        "closing": "shows", "max_prediction_tokens": 4}  # fmt: skip

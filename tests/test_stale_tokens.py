@@ -17,7 +17,7 @@ from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.data.stream import DocumentStream, read_all
 from rlpretrain.data.tokenization import Cutter, fingerprint, older_fingerprint
 from rlpretrain.rollouts.batches import ReplaySource
-from tests.tokenizers_family import FAMILIES, make
+from tests.builders.tokenizers_family import FAMILIES, make
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ from rlpretrain.tracking.console import thought_table
 from rlpretrain.tracking.trackers import thought_rows
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Thought
-from tests.test_report import Seen
-from tests.tiny import word_tokenizer
-from tests.tokenizers_family import BYTES, FAMILIES, make
+from tests.builders.html import Seen
+from tests.builders.tiny import word_tokenizer
+from tests.builders.tokenizers_family import BYTES, FAMILIES, make
 
 TEXTS = ["so  漢 it\n\n goes a. 🙂 \ufffd x", " hi there", "don't (2+2 = 4)\tso", "naïve café"]
 

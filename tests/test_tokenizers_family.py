@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tokenizers_family import BYTES, FAMILIES, LINES, LOSSLESS, WITH_BOS, WITH_EOS, make
+from tests.builders.tokenizers_family import BYTES, FAMILIES, LINES, LOSSLESS, WITH_BOS, WITH_EOS, make
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,9 +16,9 @@ import torch
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from tests.conftest import tiny_values
-from tests.helpers import merged, same, weights
-from tests.tiny import tiny_model
+from tests.builders.configs import tiny_values
+from tests.builders.runs import merged, same, weights
+from tests.builders.tiny import tiny_model
 
 SETTINGS = {
     "max_steps": 20, "optim__lr": 3e-3, "optim__schedule": "cosine", "optim__weight_decay": 0.01, "checkpoint__every": 10,

@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rewards import information_gain
 from rlpretrain.config import ConfigError
 from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, to_prompt_dataset
 from rlpretrain.trl.callback import plain
 from rollout.types import FinishReason
-from tests.tiny import bpe_tokenizer
-
-trl = pytest.importorskip("trl")
-AFTER = {"positions": "after", "marker": "shows"}
+from tests.builders.tiny import bpe_tokenizer
+from tests.builders.trl import AFTER, Kept, by_hand, settings, trl
 
 
 @pytest.fixture
@@ -30,52 +27,6 @@ def base(corpus: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of the suite's random base."""
     model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(corpus / "base")
-
-
-def settings(folder: Path, kind: Any = trl.GRPOConfig, **changes: Any) -> Any:
-    return kind(**{
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2,
-        "max_completion_length": 6, "learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none",
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
-        "scale_rewards": "none", "loss_type": "grpo", "beta": 0.0, "lr_scheduler_type": "constant",
-    } | changes)  # fmt: skip
-
-
-class Kept(TrainerCallback):
-    """What a reward function was given and gave, with the weights it was computed with."""
-
-    def __init__(self, reward: ObjectiveReward):
-        self.reward, self.calls, call = reward, [], reward.rewards
-
-        def spy(groups: Any) -> Any:
-            out = call(groups)
-            weights = {n: p.detach().clone() for n, p in reward.model.named_parameters()}
-            self.calls.append((groups, out[0], weights))
-            return out
-
-        reward.rewards = spy
-
-
-def by_hand(model: Any, groups: Any, cut: str = "mask") -> list[float | None]:
-    """Gains from transformers' own logits, a row at a time."""
-
-    def logp(head: tuple[int, ...], target: tuple[int, ...]) -> torch.Tensor:
-        logits = model(input_ids=torch.tensor([[*head, *target]])).logits[0].float().log_softmax(-1)
-        return torch.stack([logits[len(head) + k - 1, t] for k, t in enumerate(target)])
-
-    out: list[float | None] = []
-    with torch.no_grad():
-        for g in groups:
-            alone = logp(g.position.context_ids, g.position.target_ids)
-            for t in g.thoughts:
-                closed = t.finish_reason is FinishReason.CLOSE
-                if not closed and cut == "mask":
-                    out.append(None)
-                    continue
-                head = (*g.prompt.token_ids, *t.token_ids, *(() if closed else g.prompt.close_ids))
-                after = logp(head, g.position.target_ids)
-                out.append(float(information_gain(after[None, None], alone[None])))
-    return out
 
 
 def test_the_two_lines_train_and_log_the_scorers_gain(base, corpus, tmp_path):
@@ -214,7 +165,7 @@ def test_unclosed_thoughts_count_nowhere(base, corpus, tmp_path):
      "min_words": 1, "target_length": 2},
     {"name": "rlpt", "segments": "tokens", "msr_weight": 0.0, "target_length": 2},
     {"name": "likelihood", "score": "prob"}, {"name": "likelihood", "score": "perplexity_gain", "target_length": 2},
-    {"name": "tests.my_objective:LengthObjective"},
+    {"name": "tests.builders.my_objective:LengthObjective"},
 ])  # fmt: skip
 def test_other_objectives_are_reward_functions_too(base, corpus, tmp_path, fields):
     model, tokenizer = base

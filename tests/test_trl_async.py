@@ -30,17 +30,17 @@ from rlpretrain.trl import InformationGainReward
 from rlpretrain.trl import async_rollout as trl_async
 from rlpretrain.trl.async_rollout import AsyncRollouts
 from rollout.hf import HFEngine
-from tests.helpers import ROOT
-from tests.test_engines import SHAPE
-from tests.test_learning import BASE
-from tests.test_trl import AFTER, by_hand
-from tests.test_trl_trainer import Gradient
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.engines import SHAPE
+from tests.builders.learning import BASE
+from tests.builders.runs import ROOT
+from tests.builders.tiny import tiny_model, word_tokenizer
+from tests.builders.trl import AFTER, by_hand
+from tests.builders.trl_trainer import Gradient
 
 pytest.importorskip("trl")
 from trl.experimental.async_grpo import async_grpo_trainer, packing  # noqa: E402
 
-from tests.async_trainer import made, sampled_from, settings, varlen_attention, whole  # noqa: E402
+from tests.builders.async_trainer import made, sampled_from, settings, varlen_attention, whole  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -303,8 +303,8 @@ def test_thinking_comes_to_pay(tmp_path):
 @pytest.mark.slow
 def test_two_processes(corpus, tmp_path):
     """The first one's thoughts are spread over both, which make the same step; the second needs no engine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.trl_async_ranks",
-               str(corpus), str(tmp_path)]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, "-m", "tests.scripts.trl_async_ranks", str(corpus), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -20,7 +20,7 @@ import rlpretrain.trl
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.trl import InformationGainReward, to_prompt_dataset
-from tests.helpers import alone
+from tests.builders.runs import alone
 
 trl = pytest.importorskip("trl")
 AFTER = "positions: after, marker: shows"

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlpretrain.prompts import Delimiters
 from rlpretrain.tracking.health import RULES
 from rlpretrain.trl import InformationGainReward
-from tests.test_trl import AFTER, Kept, settings
-from tests.test_trl_tokenizers import LONG
-from tests.tiny import tiny_model
-from tests.tokenizers_family import make
+from tests.builders.tiny import tiny_model
+from tests.builders.tokenizers_family import make
+from tests.builders.trl import AFTER, Kept, settings
+from tests.builders.trl_texts import LONG
 
 trl = pytest.importorskip("trl")
 

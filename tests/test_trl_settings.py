@@ -22,10 +22,10 @@ from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward, ObjectiveReward
 from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
-from tests.helpers import ROOT
-from tests.test_trl import AFTER, Kept, by_hand, settings
-from tests.test_trl_trainer import ONE, Gradient, close, native, rows, stored
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.runs import ROOT
+from tests.builders.tiny import tiny_model, word_tokenizer
+from tests.builders.trl import AFTER, Kept, by_hand, settings
+from tests.builders.trl_trainer import ONE, Gradient, close, native, rows, stored
 
 trl = pytest.importorskip("trl")
 from rlpretrain.trl import RLPConfig, RLPTrainer  # noqa: E402
@@ -189,7 +189,7 @@ def test_rows_that_share_a_prompt_keep_their_targets(corpus, tmp_path):
 def test_ranks_score_again_together(corpus, tmp_path):
     """Scoring is a matter of all ranks: one that has to do it again does not do it alone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "tests.trl_shared_prompts", str(corpus), str(tmp_path)]  # fmt: skip
+               "tests.scripts.trl_shared_prompts", str(corpus), str(tmp_path)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]

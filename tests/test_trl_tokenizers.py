@@ -22,19 +22,19 @@ from rlpretrain.trl.data import prepare
 from rlpretrain.trl.prompts import JUDGED, check_prompts, position_of
 from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
-from tests.test_trl import settings
-from tests.tiny import tiny_model
-from tests.tokenizers_family import FAMILIES, LINES, WITH_EOS, make
+from tests.builders.tiny import tiny_model
+from tests.builders.tokenizers_family import FAMILIES, LINES, WITH_EOS, make
+from tests.builders.trl import settings
 
 trl = pytest.importorskip("trl")
 from trl.experimental.async_grpo import AsyncGRPOTrainer, packing  # noqa: E402
 
 from rlpretrain.trl import RLPConfig, RLPTrainer  # noqa: E402
-from tests.async_trainer import settings as async_settings  # noqa: E402
-from tests.async_trainer import varlen_attention  # noqa: E402
+from tests.builders.async_trainer import settings as async_settings  # noqa: E402
+from tests.builders.async_trainer import varlen_attention  # noqa: E402
+from tests.builders.trl_texts import LONG  # noqa: E402
 
 ALL = {"positions": "every_k", "every": 1, "positions_per_document": 999}
-LONG = [f"{a} {b}" for a in LINES for b in LINES]
 
 
 def base(family: str, **fields: Any) -> tuple[Any, Any]:
@@ -289,4 +289,3 @@ def test_documents_that_are_too_long_for_the_next_token_loss(tmp_path):
     stream = IterableDataset.from_generator(lambda: ({"text": text} for text in LINES))
     with pytest.raises(ConfigError, match=r"the model has 64 positions.*max_length to at most \d+"):
         RLPTrainer(model, args=args, train_dataset=stream, processing_class=tokenizer).train()
-

@@ -11,9 +11,9 @@ import pytest
 
 from rlpretrain import compat
 from rlpretrain.corpora import dial
-from tests.helpers import ROOT, alone
-from tests.test_engines import SHAPE
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.engines import SHAPE
+from tests.builders.runs import ROOT, alone
+from tests.builders.tiny import tiny_model, word_tokenizer
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("vllm")
@@ -29,7 +29,8 @@ def test_a_script_of_trl_trains_with_its_vllm(corpus, tmp_path, kind):
     tiny_model("qwen3", len(tokenizer), **SHAPE).save_pretrained(base)
     tokenizer.save_pretrained(base)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"] if kind == "zero" else []
-    command = [sys.executable, *launcher, "-m", "tests.trl_colocate", str(base), str(corpus / "train.jsonl"), str(tmp_path), kind]
+    given = [str(base), str(corpus / "train.jsonl"), str(tmp_path), kind]
+    command = [sys.executable, *launcher, "-m", "tests.scripts.trl_colocate", *given]
     environment = alone() | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -15,7 +15,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.prompts import ensure_delimiters, table_size
-from tests.tiny import bpe_tokenizer, tiny_model
+from tests.builders.tiny import bpe_tokenizer, tiny_model
 
 WORDS = ["<pad>", "<eos>", "<unk>", "ann", "has", "6", "bob"]
 

@@ -22,9 +22,10 @@ from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.intervals import interval, row_of
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
-from rlpretrain.rollouts.batches import roll_out, token_entropies
-from rlpretrain.scoring.packing import Layout, count, pack
-from rlpretrain.scoring.scorer import Scorer, score
+from rlpretrain.rollouts.batches import roll_out
+from rlpretrain.scoring.groups import micro_batches, no_think_contexts, score_batch, token_entropies
+from rlpretrain.scoring.packing import Layout
+from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Batch, Document
 from rollout.hf import HFEngine
 from rollout.types import FinishReason, Group, Thought
@@ -110,7 +111,7 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
     entropies: Sequence[Any] = [None] * len(documents)
     if "entropy" in objective.needs:  # the frozen model's: the same places whatever is trained
         device = next(reference.parameters()).device
-        entropies = token_entropies(documents, lambda m: score(reference, m.to(device), want="entropies")[1], token_budget)
+        entropies = token_entropies(score_function(reference, entropies=True), documents, token_budget, device)
     kept, positions, seeds = [], [], []
     for document, entropy in zip(documents, entropies, strict=True):
         rng = np.random.default_rng((seed, _number(document.id)))
@@ -146,23 +147,26 @@ def evaluate(model: nn.Module, objective: Objective, documents: Sequence[Documen
         values["asked"] = np.array([_mean(asked[g.id] or (0.0,)) for g in groups])
     if "target" not in objective.needs:
         return Evaluation(values, kept, losses, tokens, groups)
-    no_thinks = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}
-    layout = replace(layout, no_think_ids=no_thinks)
+    layout = replace(layout, no_think_ids=no_think_contexts(objective, groups))
     context = (kept, layout)
-    sampled, hits, own, own_hits = targets(scorer, groups, *context)
-    base = targets(reference, contrast(groups, "empty"), *context)[2] if frozen is not None else own
+    scored = score_targets(scorer, groups, *context)
+    sampled, own = scored.logps.mean(1), scored.own_logps
+    base = score_targets(reference, contrast(groups, "empty"), *context).own_logps if frozen is not None else own
     values |= {
-        "think_sampled": hits.mean(1), "direct": own_hits, "gain": sampled.mean(1) - own, "gain_frozen": sampled.mean(1) - base,
-    }  # fmt: skip
+        "think_sampled": scored.hits.mean(1),
+        "direct": scored.own_hits,
+        "gain": sampled - own,
+        "gain_frozen": sampled - base,
+    }
     if greedy:
         best = asyncio.run(engine.sample(prompts, replace(setting.params, temperature=0.0), 1, seeds))
         greedy_groups = [replace(g, thoughts=tuple(t)) for g, t in zip(groups, best, strict=True)]
-        values["think_greedy"] = targets(scorer, greedy_groups, *context)[1].mean(1)
+        values["think_greedy"] = score_targets(scorer, greedy_groups, *context).hits.mean(1)
     if controls:
         if len({d.id for d in kept}) < 2:
             raise ConfigError("thoughts of another document need two held-out documents with a position, there is one")
         for kind in ("empty", "shuffled", "other"):
-            values[kind] = targets(scorer, contrast(groups, kind, seed), *context)[0].mean(1) - base
+            values[kind] = score_targets(scorer, contrast(groups, kind, seed), *context).logps.mean(1) - base
     return Evaluation(values, kept, losses, tokens, groups)
 
 
@@ -194,14 +198,18 @@ def _number(document_id: str) -> int:
 
 
 def contrast(groups: Sequence[Group], kind: str, seed: int = 0) -> list[Group]:
-    """The same groups with thoughts that should not help: empty, shuffled (same tokens), other (another document's)."""
+    """The same groups with thoughts that should not help, and without rewards.
+
+    `kind` is empty (the close tag alone), shuffled (the same tokens) or other (the thoughts of another document).
+    """
     if kind == "other":
         partner = other_document([g.position.document_id for g in groups], seed)
-        return [replace(g, thoughts=tuple(groups[j].thoughts)) for g, j in zip(groups, partner, strict=True)]
+        return [replace(g, thoughts=tuple(groups[j].thoughts), rewards=None) for g, j in zip(groups, partner, strict=True)]
     out = []
     for group in groups:
         if kind == "empty":
-            thoughts = (Thought(group.prompt.close_ids, (0.0,) * len(group.prompt.close_ids), FinishReason.CLOSE, 0, 0),)
+            close = group.prompt.close_ids
+            thoughts = (Thought(close, (0.0,) * len(close), FinishReason.CLOSE, group.policy_version, 0),)
         else:
             first = seed * 1_000_003 + _number(group.position.document_id)
             thoughts = tuple(
@@ -209,43 +217,44 @@ def contrast(groups: Sequence[Group], kind: str, seed: int = 0) -> list[Group]:
                                                     keep_last=t.finish_reason is FinishReason.CLOSE)))
                 for j, t in enumerate(group.thoughts)
             )  # fmt: skip
-        out.append(replace(group, thoughts=thoughts))
+        out.append(replace(group, thoughts=thoughts, rewards=None))
     return out
 
 
-@torch.no_grad()
-def targets(scorer: nn.Module, groups: Sequence[Group], documents: Sequence[Document], layout: Layout):
-    """(log p of each target after each thought [P, G], hits [P, G], log p without a thought [P], hits [P])."""
-    place = {g.id: i for i, g in enumerate(groups)}
+@dataclass(frozen=True, slots=True)
+class TargetScores:
+    """Of P groups with up to G thoughts: log p of the target (nats) and whether every token of it is the likeliest."""
+
+    logps: np.ndarray  # [P, G] after each thought
+    hits: np.ndarray  # [P, G]
+    own_logps: np.ndarray  # [P] without a thought
+    own_hits: np.ndarray  # [P]
+
+
+def score_targets(
+    scorer: Scorer, groups: Sequence[Group], documents: Sequence[Document], layout: Layout
+) -> TargetScores:
+    """The targets of groups after their thoughts and without one; every thought counts, whatever reward it has."""
     shape = (len(groups), max(len(g.thoughts) for g in groups))
-    logps, hits, own, own_hits = np.zeros(shape), np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[0])
+    out = TargetScores(np.zeros(shape), np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[0]))
+    unrewarded = tuple(replace(g, rewards=None) for g in groups)
+    batch = Batch(unrewarded, tuple({d.id: d for d in documents}.values()))
     device = next(scorer.parameters()).device
-    batch = Batch(tuple(groups), tuple({d.id: d for d in documents}.values()))
-    for micro in pack(batch, layout, count(batch, layout.cut)):
-        micro = micro.to(device)
-        scores, right = score(scorer, micro, want="top")
-        wanted = ~micro.target_mask[:, None] | right  # [B, G + 1, T]: the last is the arm without a thought
-        hit = wanted.all(-1).float().cpu().numpy()
-        total = (scores.target_logps * micro.target_mask[:, None]).sum(-1).double().cpu().numpy()
-        alone = (scores.baseline_logps * micro.target_mask).sum(-1).double().cpu().numpy()
-        for b, group in enumerate(micro.groups):
-            i, k, g = place[group.id], micro.offsets[b], len(group.thoughts)
-            logps[i, k : k + g], hits[i, k : k + g], own[i], own_hits[i] = total[b, :g], hit[b, :g], alone[b], hit[b, -1]
-    return logps, hits, own, own_hits
+    found = score_batch(score_function(scorer, hits=True), micro_batches(batch, layout), device).groups
+    for i, group in enumerate(groups):
+        scores, n = found[group.id], len(group.thoughts)
+        out.logps[i, :n], out.hits[i, :n] = scores.joint_target.numpy(), scores.target_hits.numpy()
+        out.own_logps[i], out.own_hits[i] = float(scores.joint_own[0]), float(scores.own_hits[0])
+    return out
 
 
-@torch.no_grad()
-def no_think(scorer: nn.Module, documents: Sequence[Document], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def no_think(scorer: Scorer, documents: Sequence[Document], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Next-token loss per token [D] of each document, and its number of predicted tokens [D]."""
-    losses, sizes = {}, {}
-    device = next(scorer.parameters()).device
     batch = Batch((), tuple({d.id: d for d in documents}.values()))
-    for micro in pack(batch, layout, count(batch)):
-        scores, _ = score(scorer, micro.to(device))
-        lengths = [len(d.token_ids) - 1 for d in micro.documents]
-        for d, logps in zip(micro.documents, scores.trunk_logps.split(lengths), strict=True):
-            losses[d.id], sizes[d.id] = -float(logps.double().mean()), len(logps)
-    return np.array([losses[d.id] for d in documents]), np.array([sizes[d.id] for d in documents], float)
+    device = next(scorer.parameters()).device
+    found = score_batch(score_function(scorer), micro_batches(batch, layout), device).documents
+    logps = [found[d.id].logps for d in documents]
+    return np.array([-float(x.double().mean()) for x in logps]), np.array([len(x) for x in logps], float)
 
 
 def by_meta(evaluation: Evaluation, column: str) -> dict[str, Evaluation]:

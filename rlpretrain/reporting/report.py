@@ -26,10 +26,11 @@ from rlpretrain.objectives import load as load_objective
 from rlpretrain.ranks import join
 from rlpretrain.reporting.html import Page, render
 from rlpretrain.reporting.token_gains import Place, places, rewards_now
-from rlpretrain.rollouts.batches import roll_out, token_entropies
+from rlpretrain.rollouts.batches import roll_out
+from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, NoBaseline
-from rlpretrain.scoring.scorer import Scorer, score
+from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Store, StoreError
@@ -141,7 +142,8 @@ def _fresh(page: Page, config: PretrainConfig, live: nn.Module, reference: nn.Mo
     for document in found:
         entropies = None
         if "entropy" in objective.needs:
-            (entropies,) = token_entropies([document], lambda m: score(Scorer(live), m, want="entropies")[1], 16384)
+            score = score_function(Scorer(live), entropies=True)
+            (entropies,) = token_entropies(score, [document], 16384, next(live.parameters()).device)
         places_ = objective.positions(document, rng, entropies)
         chosen += places_
         seeds += [int(rng.integers(2**62)) for _ in places_]
@@ -153,7 +155,7 @@ def _fresh(page: Page, config: PretrainConfig, live: nn.Module, reference: nn.Mo
 
 def _fill(page: Page, groups: Sequence[Group], known: Mapping[str, Document], objective: Objective, live: nn.Module | None,
           reference: nn.Module | None, tokenizer: Any, config: PretrainConfig) -> None:  # fmt: skip
-    arms, pad_id = {g.id: ids for g in groups if (ids := objective.no_think(g.position)) is not None}, tokenizer.pad_token_id or 0
+    arms, pad_id = no_think_contexts(objective, groups), tokenizer.pad_token_id or 0
     rewarded: dict[str, list[float]] = {}
     unknown = [g for g in groups if g.rewards is None]
     if live is not None and unknown and "target" in objective.needs and "batch" not in objective.needs:

@@ -16,10 +16,10 @@ from torch import nn
 
 from rewards import leave_one_out
 from rlpretrain.evaluation.evaluate import contrast
-from rlpretrain.scoring.packing import Layout, count, pack
+from rlpretrain.scoring.groups import micro_batches, score_batch
+from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline
-from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.advantages import rewards_of
+from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Batch, Document
 from rollout.types import Group, Thought
 
@@ -94,34 +94,21 @@ def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model:
     return out
 
 
-@torch.no_grad()
 def rewards_now(objective: Any, model: nn.Module, baseline: Baseline, groups: Sequence[Group], documents: Sequence[Document],
                 layout: Layout) -> dict[str, list[float]]:  # fmt: skip
     """{group id: what its thoughts earn under the model as it is, NaN where one does not count}, for rewards that are made of
     log-probabilities of the target."""
-    scorer, device = Scorer(model), next(model.parameters()).device
-    out: dict[str, list[float]] = {g.id: [] for g in groups}
-    batch = Batch(tuple(groups), tuple(documents))
-    for micro in pack(batch, layout, count(batch, layout.cut)):
-        micro = micro.to(device)
-        reward = rewards_of(objective, micro, baseline(score(scorer, micro)[0], micro))
-        for b, group in enumerate(micro.groups):
-            out[group.id] += reward[b, : len(group.thoughts)].double().cpu().tolist()
-    return out
+    micros = micro_batches(Batch(tuple(groups), tuple(documents)), layout)
+    device = next(model.parameters()).device
+    found = score_batch(score_function(Scorer(model)), micros, device, reference=baseline, objective=objective).groups
+    return {id_: scores.rewards.tolist() for id_, scores in found.items()}
 
 
-@torch.no_grad()
 def token_logps(model: nn.Module, groups: Sequence[Group], documents: Sequence[Document],
                 layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # fmt: skip
     """({group id: log-probs [G, T] after each thought}, {group id: log-probs [T] without one})."""
-    scorer, device = Scorer(model), next(model.parameters()).device
-    after: dict[str, list[Any]] = {g.id: [] for g in groups}
-    alone: dict[str, np.ndarray] = {}
     batch = Batch(tuple(replace(g, rewards=None) for g in groups), tuple(documents))
-    for micro in pack(batch, layout, count(batch, layout.cut)):
-        scores = score(scorer, micro.to(device))[0]
-        for b, group in enumerate(micro.groups):
-            size = len(group.position.target_ids)
-            after[group.id] += scores.target_logps[b, : len(group.thoughts), :size].double().cpu().tolist()
-            alone[group.id] = scores.baseline_logps[b, :size].double().cpu().numpy()
-    return {i: np.array(rows) for i, rows in after.items()}, alone
+    device = next(model.parameters()).device
+    found = score_batch(score_function(Scorer(model)), micro_batches(batch, layout), device).groups
+    after = {id_: scores.target_logps.double().numpy() for id_, scores in found.items()}
+    return after, {id_: scores.baseline_logps.double().numpy() for id_, scores in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rlpretrain.config import ConfigError
 from rlpretrain.data.stream import DocumentStream
 from rlpretrain.models.lengths import check_engine
 from rlpretrain.models.spending import Metered, Reads
 from rlpretrain.objectives import Objective
-from rlpretrain.scoring.packing import Layout, count, pack
-from rlpretrain.types import Batch, Document, MicroBatch
+from rlpretrain.scoring.groups import token_entropies
+from rlpretrain.types import Batch, Document
 from rollout.engine import Engine
 from rollout.queue import Rollout, RolloutQueue, Ticket
 from rollout.store import Store, StoreError, document_from_row, document_to_row
@@ -137,7 +135,8 @@ class BatchSource:
             documents = self.stream.take(n - len(chosen))
             entropies = [None] * len(documents)
             if "entropy" in objective.needs:
-                entropies = token_entropies(documents, lambda m: self.policy.score(m, want="entropies")[1], self.token_budget)
+                score = partial(self.policy.score, entropies=True)
+                entropies = token_entropies(score, documents, self.token_budget, self.policy.ranks.device)
             for document, entropy in zip(documents, entropies, strict=True):
                 order = self.drawn * self.size + self.rank
                 self.drawn += 1
@@ -259,15 +258,3 @@ def roll_out(objective: Objective, engine: Any, positions: Sequence[Position], s
         return asyncio.run(objective.rollout(engine, positions, seeds))
     except ValueError as error:
         raise ConfigError(f"cannot sample thoughts: {error}") from error
-
-
-@torch.no_grad()
-def token_entropies(documents: Sequence[Document], score: Callable[[MicroBatch], Tensor], token_budget: int) -> list[Tensor]:
-    """Per document, the entropy (nats) of a model's prediction of each token, 0 for the first; `score` gives the trunk's."""
-    batch = Batch((), documents)
-    out: dict[str, Tensor] = {}
-    for micro in pack(batch, Layout(token_budget), count(batch)):
-        sizes = [len(d.token_ids) - 1 for d in micro.documents]
-        for d, e in zip(micro.documents, score(micro).split(sizes), strict=True):
-            out[d.id] = torch.cat([e.new_zeros(1), e]).cpu()
-    return [out[d.id] for d in documents]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,10 @@ from rlpretrain.compat import attention_of, forward_of
 from rlpretrain.models.kernels import PREFIX, attending_by, check_kernel
 from rlpretrain.models.randomness import check_deterministic, in_mode
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.packing import Layout, idle, pack
+from rlpretrain.scoring.groups import BatchScores, micro_batches, score_batch
+from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer
-from rlpretrain.types import Batch, MicroBatch, Scores, Totals
+from rlpretrain.types import Batch, MicroBatch, Totals
 
 
 @torch.no_grad()
@@ -27,17 +27,17 @@ def check_tree(policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, r
     attention, or attends by rules that the tree does not know. Or it is the padded rows that are wrong, since their kernel leaves
     a part of the attention out: they are scored once more by `eager` to tell.
     """
-    padded = list(pack(Batch(micro.groups, micro.documents), replace(layout, tree=False), totals))
-    padded += [idle(layout.pad_id)] * int(ranks.max([float(len(padded))])[0] - len(padded))
+    padded = micro_batches(Batch(micro.groups, micro.documents), replace(layout, tree=False), ranks, totals)
     most = 0.3 if half else 1e-3
-    ours, theirs = _collected(policy.score, [micro]), _collected(policy.score, padded)
+    ours = score_batch(policy.score, [micro], ranks.device)
+    theirs = score_batch(policy.score, padded, ranks.device)
     worst = ranks.max([_apart(ours, theirs)])[0]
     if worst <= most:
         return worst
     said = f"this model gives other log-probs on packed trees than on padded rows (up to {worst:.2e} nats)"
     kernel = attention_of(policy.model).removeprefix(PREFIX)
     with attending_by(policy.model, "eager"):
-        reference = _collected(policy.score, padded)
+        reference = score_batch(policy.score, padded, ranks.device)
     off = ranks.max([_apart(theirs, reference)])[0]
     if not off <= most:
         raise ValueError(
@@ -50,28 +50,15 @@ def check_tree(policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, r
     )
 
 
-def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest difference of two collections of log-probs; inf where one is NaN."""
-    apart = [float((ours[name] - b).abs().max()) for name, b in theirs.items() if b.numel()]
+def _apart(ours: BatchScores, theirs: BatchScores) -> float:
+    """Largest difference of the log-probs of the same groups and documents; inf where one is NaN."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for id_, other in theirs.groups.items():
+        own = ours.groups[id_]
+        pairs += [(getattr(own, name), getattr(other, name)) for name in ("thought_logps", "target_logps", "baseline_logps")]
+    pairs += [(ours.documents[id_].logps, other.logps) for id_, other in theirs.documents.items()]
+    apart = [float((a.float() - b.float()).abs().max()) for a, b in pairs if b.numel()]
     return max((math.inf if math.isnan(a) else a for a in apart), default=0.0)
-
-
-def _collected(score: Callable[[MicroBatch], Scores], micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
-    """Log-probs by group and kind, those of the trunk sorted."""
-    found: dict[str, Tensor] = {}
-    trunk = []
-    for micro in micros:
-        scores = score(micro)
-        trunk.append(scores.trunk_logps.float())
-        for b, group in enumerate(micro.groups):
-            size = len(group.position.target_ids)
-            for g, thought in enumerate(group.thoughts):
-                name = f"{group.id} thought {micro.offsets[b] + g}"
-                found[name] = scores.thought_logps[b, g, : len(thought.token_ids)].float()
-                found[f"{name} target"] = scores.target_logps[b, g, :size].float()
-            found[f"{group.id} baseline"] = scores.baseline_logps[b, :size].float()
-    found["trunk"] = torch.cat(trunk).sort().values
-    return found
 
 
 def check_model(model: nn.Module) -> None:

@@ -6,7 +6,10 @@ Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,12 +100,16 @@ def top_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chunk
     return torch.cat(tops) if tops else hidden.new_zeros(0, dtype=torch.long)
 
 
-def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: str = "logps") -> tuple[Scores, Tensor | None]:
-    """Scores of a micro-batch; the second value holds what `want` asks for, on the target rows [B, G, T] or the trunk [M].
+def score(
+    scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, *, entropies: bool = False, hits: bool = False
+) -> Scores:
+    """Scores of a micro-batch; with `entropies` those of the trunk, or with `hits` where a target token is the likeliest.
 
     `scorer` is a Scorer or what wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`, everything else at 1.
-    Entries outside the masks are 0.
+    Entries outside the masks are 0. Raises ValueError for entropies and hits at once: they are read off different rows.
     """
+    if entropies and hits:
+        raise ValueError("score gives entropies or hits, not both at once")
     seen = micro.target_mask[:, None, :] & micro.counted[:, :, None]
     parts = [
         (micro.thought_rows, micro.thought_labels, micro.thought_mask),
@@ -114,17 +121,30 @@ def score(scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, want: 
     labels = torch.cat([y[m] for _, y, m in parts])
     heat = torch.ones(len(rows), device=rows.device)
     heat[: int(micro.thought_mask.sum())] = temperature or 1.0
+    want = "entropies" if entropies else "top" if hits else "logps"
     logps, more = scorer(micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want, micro.tree)
 
     sizes = [int(m.sum()) for _, _, m in parts]
-    flat = logps.split(sizes)
-    filled = [torch.zeros(m.shape, dtype=v.dtype, device=v.device).masked_scatter(m, v)
-              for v, (_, _, m) in zip(flat, parts, strict=True)]  # fmt: skip
-    scores = Scores(filled[0], filled[1], filled[2].detach(), filled[3], micro.target_mask, micro.counted)
-    if want == "top":  # right where the likeliest token is the target's; the no-think arm as one more "thought" at the end
-        right = [torch.zeros(m.shape, dtype=torch.bool, device=m.device).masked_scatter(m, v == y[m])
-                 for v, (_, y, m) in zip(more.split(sizes), parts, strict=True)]  # fmt: skip
-        more = torch.cat([right[1], right[2][:, None]], dim=1)
-    elif want == "entropies":
-        more = more.split(sizes)[3]
-    return scores, more
+    thoughts, targets, baselines, trunk = (
+        torch.zeros(m.shape, dtype=v.dtype, device=v.device).masked_scatter(m, v)
+        for v, (_, _, m) in zip(logps.split(sizes), parts, strict=True)
+    )
+    scores = Scores(thoughts, targets, baselines.detach(), trunk, micro.target_mask, micro.counted)
+    if entropies:
+        return replace(scores, trunk_entropies=more.split(sizes)[3])
+    if hits:
+        _, after, alone, _ = (
+            torch.zeros(m.shape, dtype=torch.bool, device=m.device).masked_scatter(m, v == y[m])
+            for v, (_, y, m) in zip(more.split(sizes), parts, strict=True)
+        )
+        return replace(scores, target_hits=after, baseline_hits=alone)
+    return scores
+
+
+def score_function(scorer: Scorer, **extras: bool) -> Callable[[MicroBatch], Scores]:
+    """`score` with a scorer and what is asked of it: what `groups` scores micro-batches by."""
+    return partial(_score_with, scorer, extras)
+
+
+def _score_with(scorer: Scorer, extras: dict[str, bool], micro: MicroBatch) -> Scores:
+    return score(scorer, micro, **extras)

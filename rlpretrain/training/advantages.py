@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.packing import Layout, joined, token_mean
+from rlpretrain.scoring.groups import compute_rewards, rows_by_group, whole_groups
+from rlpretrain.scoring.packing import Layout, token_mean
 from rlpretrain.types import MicroBatch, Scores, Totals
-from rollout.types import Group
 
 Judgement = tuple[Tensor, Tensor, Tensor | None]
 """Rewards [B, G], advantages [B, G], and old log-probs [B, G, L] (None: those of the forward that trains)."""
@@ -22,7 +22,7 @@ Judgement = tuple[Tensor, Tensor, Tensor | None]
 
 def judge(objective: Any, micro: MicroBatch, scores: Scores) -> Judgement:
     """Rewards and advantages of one micro-batch, without gradient. Thoughts that do not count have reward NaN, advantage 0."""
-    reward = rewards_of(objective, micro, scores)
+    reward = compute_rewards(objective, micro, scores)
     return reward, objective.advantage(reward, micro.groups).float(), None
 
 
@@ -34,28 +34,16 @@ def judge_first(run: Any, micros: Sequence[MicroBatch]) -> list[Judgement]:
     rewards = []
     for micro, scores in zip(micros, scored, strict=True):
         here = micro.to(scores.counted.device)
-        rewards.append(visible(rewards_of(run.objective, here, scores), here, scores))
-    whole: dict[str, Group] = {}
-    rows: dict[str, Tensor] = {}
-    for micro, reward in zip(micros, rewards, strict=True):
-        for group, row in zip(micro.groups, reward, strict=True):
-            before, row = whole.get(group.id), row[: len(group.thoughts)]
-            whole[group.id] = group if before is None else joined(before, group)
-            rows[group.id] = row if before is None else torch.cat([rows[group.id], row])
+        rewards.append(visible(compute_rewards(run.objective, here, scores), here, scores))
+    groups, rows = whole_groups(micros), rows_by_group(micros, rewards)
     advantages = [torch.zeros_like(r, dtype=torch.float32) for r in rewards]
-    if whole:
-        matrix = pad_sequence(list(rows.values()), batch_first=True, padding_value=math.nan)
-        found = dict(zip(whole, run.objective.advantage(matrix, list(whole.values())).float(), strict=True))
+    if groups:
+        matrix = pad_sequence([rows[id_] for id_ in groups], batch_first=True, padding_value=math.nan)
+        found = dict(zip(groups, run.objective.advantage(matrix, list(groups.values())).float(), strict=True))
         for micro, advantage in zip(micros, advantages, strict=True):
             for b, (group, first) in enumerate(zip(micro.groups, micro.offsets, strict=True)):
                 advantage[b, : len(group.thoughts)] = found[group.id][first : first + len(group.thoughts)]
     return [(r, a, s.thought_logps) for r, a, s in zip(rewards, advantages, scored, strict=True)]
-
-
-def rewards_of(objective: Any, micro: MicroBatch, scores: Scores) -> Tensor:
-    """Rewards [B, G], less what the cut-off policy takes; NaN where a thought does not count or its reward does not apply."""
-    reward = objective.reward(micro.groups, scores.detached()) - micro.penalty
-    return reward.masked_fill(~micro.counted, math.nan)
 
 
 def visible(reward: Tensor, micro: MicroBatch, scores: Scores) -> Tensor:

@@ -7,11 +7,11 @@ from copy import deepcopy
 from typing import Any
 
 from rlpretrain.config import ConfigError
-from rlpretrain.training.advantages import Judgement, judge, judge_all, judge_first, miscounted, rewards_of
+from rlpretrain.training.advantages import Judgement, judge, judge_all, judge_first, miscounted
 from rlpretrain.training.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.types import MicroBatch, Totals
 
-__all__ = ["judge", "judge_first", "rewards_of", "train"]
+__all__ = ["judge", "judge_first", "train"]
 
 
 def train(run: Any) -> None:
@@ -21,11 +21,11 @@ def train(run: Any) -> None:
         batch = run.take()  # thoughts sampled under the present weights
         total = run.count(batch)  # global denominators, one all-reduce
         micros = run.pack(batch, total)  # a group straddles two only if it fits into none; as many on every rank
-        if run.spread and "group" in objective.needs:
+        if run.has_split_groups and "group" in objective.needs:
             raise ConfigError("a group is larger than token_budget, and this objective's loss needs all of its thoughts at once: "
                               f"raise token_budget ({run.config.token_budget})")  # fmt: skip
         noted, judged = deepcopy(run.metrics), None
-        first = config.inner_epochs > 1 or "batch" in objective.needs or run.spread
+        first = config.inner_epochs > 1 or "batch" in objective.needs or run.has_split_groups
         if first and objective.has_positions:
             micros, total, judged = judge_all(run, micros, total)
         for _ in range(config.inner_epochs):

@@ -17,7 +17,8 @@ from rlpretrain.config.io import to_dict
 from rlpretrain.models.spending import Size, size_of
 from rlpretrain.rollouts.engines import lie_down, wake_up
 from rlpretrain.scoring.checks import check_tree
-from rlpretrain.scoring.packing import balanced, count, idle, is_counted, pack, stored_rewards
+from rlpretrain.scoring.groups import micro_batches, no_think_contexts
+from rlpretrain.scoring.packing import balanced, count, is_counted, stored_rewards
 from rlpretrain.scoring.references import Frozen
 from rlpretrain.tracking.console import Console
 from rlpretrain.tracking.health import Health
@@ -65,7 +66,7 @@ class Run(Parts):
     timer: Timer
     sizes: dict[int, Size]
     """Of the models that read, by their identity."""
-    spread: bool
+    has_split_groups: bool
     """Whether a group of the present step fits into no micro-batch, on some rank."""
     bad: str | None
     """Where the present step met NaN or inf."""
@@ -85,7 +86,7 @@ class Run(Parts):
         self.best = {"step": None, "gain": None, "stale": 0}
         self.monitor = run_stop.make_monitor(config)
         self.stopped, self.last = None, {}
-        self.spread, self.sizes = False, {}
+        self.has_split_groups, self.sizes = False, {}
         self._begin_step()
         self.evaluation = RunEvaluation(self)
         self.signals = Signals(quiet=not self.ranks.first)
@@ -142,14 +143,13 @@ class Run(Parts):
     def pack(self, batch: Batch, totals: Totals) -> list[MicroBatch]:
         """Micro-batches, as many on every rank and of much the same cost."""
         batch = balanced(batch, self.layout, self.ranks)
-        arms = {g.id: ids for g in batch.groups if (ids := self.objective.no_think(g.position)) is not None}
+        arms = no_think_contexts(self.objective, batch.groups)
         fresh = self.engine.shares_weights and all(g.policy_version == self.engine.version for g in batch.groups)
         layout = replace(self.layout, no_think_ids=arms)
-        micros = [replace(m, on_policy=fresh) for m in pack(batch, layout, totals)]
-        most, spread = self.ranks.max([float(len(micros)), float(any(k for m in micros for k in m.offsets))])
-        self.spread = bool(spread)
-        self.metrics.add("batch/micro_batches", most)
-        micros += [idle(self.layout.pad_id)] * (int(most) - len(micros))
+        micros = [replace(m, on_policy=fresh) for m in micro_batches(batch, layout, self.ranks, totals)]
+        split_here = any(offset for micro in micros for offset in micro.offsets)
+        self.has_split_groups = bool(self.ranks.max([float(split_here)])[0])
+        self.metrics.add("batch/micro_batches", len(micros))
         if self._measures_frozen() and layout.target:
             gains = gains_of_empty_thoughts(self.policy.score, self.frozen, batch, layout, self.ranks)
             self.metrics.add("ig/empty", gains)

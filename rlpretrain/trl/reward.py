@@ -37,10 +37,10 @@ from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
-from rlpretrain.scoring.packing import Layout, count, idle, pack
+from rlpretrain.scoring.groups import micro_batches, no_think_contexts, score_batch
+from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Ema, Frozen
-from rlpretrain.scoring.scorer import Beside, score
-from rlpretrain.training.loop import rewards_of
+from rlpretrain.scoring.scorer import Beside, score_function
 from rlpretrain.trl.callback import LiveModel, adapters_of, evaluating, plain, ranks_of
 from rlpretrain.trl.data import COLUMNS, LONGEST, check_end, check_tags, end_with_thought, fields_of_prompts, to_prompt_dataset
 from rlpretrain.trl.prompts import check_lengths, check_prompts, longest_row
@@ -283,33 +283,24 @@ class ObjectiveReward:
         if self.model is None:
             raise RuntimeError(f"{self.__name__} has no model to score with: pass callbacks=[reward.callback] to the trainer")
         inner = plain(self.model)
-        device, scorer = next(inner.parameters()).device, Beside(inner)
-        arms = {g.id: ids for g in groups if (ids := self.objective.no_think(g.position)) is not None}
+        device = next(inner.parameters()).device
         empty = self._empty(groups)
-        arms |= {e.id: arms[g.id] for e, g in zip(empty, groups, strict=False) if g.id in arms}
-        batch, layout = Batch((*groups, *empty), ()), replace(self.layout, no_think_ids=arms)
-        micros = list(pack(batch, layout, count(batch, layout.cut)))
+        arms = no_think_contexts(self.objective, [*groups, *empty])
+        layout = replace(self.layout, no_think_ids=arms)
         ranks = Ranks(device=device) if self.attention else ranks_of(device)
-        micros += [idle(layout.pad_id)] * (int(ranks.max([float(len(micros))])[0]) - len(micros))
-        found: dict[str, list[list[float]]] = {g.id: [] for g in batch.groups}
+        micros = micro_batches(Batch((*groups, *empty), ()), layout, ranks)
         with evaluating(self.model), attending_by(inner, self.attention):
-            for micro in micros:
-                micro = micro.to(device)
-                scores = score(scorer, micro)[0]
-                own = (scores.baseline_logps * micro.target_mask).sum(-1)
-                scores = self._against(scores, micro)
-                if not micro.groups:
-                    continue
-                reward = rewards_of(self.objective, micro, scores)
-                after = (scores.target_logps * micro.target_mask[:, None]).sum(-1)
-                base = (scores.baseline_logps * micro.target_mask).sum(-1)
-                for b, group in enumerate(micro.groups):
-                    rows = range(len(group.thoughts))
-                    found[group.id] += [[float(x) for x in (reward[b, g], after[b, g], base[b], own[b])] for g in rows]
-        table = np.array([row for g in groups for row in found[g.id]]).reshape(-1, 4)
-        rewards = [None if np.isnan(r) else float(r) for r in table[:, 0]]
-        columns = {"reward": table[:, 0], "after": table[:, 1], "baseline": table[:, 2], "self": table[:, 3]}
-        return rewards, columns | {"empty": np.array([row[1] - row[2] for e in empty for row in found[e.id]])}
+            score = score_function(Beside(inner))
+            found = score_batch(score, micros, device, reference=self._against, objective=self.objective).groups
+        scored = [found[g.id] for g in groups]
+        table = {
+            "reward": np.concatenate([s.rewards.numpy() for s in scored]),
+            "after": np.concatenate([s.joint_target.numpy() for s in scored]),
+            "baseline": np.concatenate([s.joint_baseline.numpy() for s in scored]),
+            "self": np.concatenate([s.joint_own.numpy() for s in scored]),
+            "empty": np.array([float(found[e.id].joint_target[0] - found[e.id].joint_baseline[0]) for e in empty]),
+        }
+        return [None if np.isnan(r) else float(r) for r in table["reward"]], table
 
     def _empty(self, groups: Sequence[Group]) -> list[Group]:
         """A thought without content at each position, where the baseline is one that its gain says something against."""

@@ -13,7 +13,7 @@ from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.types import FinishReason
-from tests.helpers import merged
+from tests.builders.runs import merged
 
 HERE = {"positions": "after", "marker": "shows"}
 

@@ -16,8 +16,8 @@ from rlpretrain.objectives import parse_section
 from rlpretrain.training.loop import train
 from rlpretrain.training.losses import target_loss
 from rlpretrain.training.run import Run
-from tests.helpers import merged, one_step
-from tests.tiny import word_tokenizer
+from tests.builders.runs import merged, one_step
+from tests.builders.tiny import word_tokenizer
 
 SCORES = ("log_prob", "mean_log_prob", "prob", "mean_prob", "debiased_prob", "jepo", "perplexity_gain")
 HERE = {"positions": "after", "marker": "shows", "target_length": 2}
@@ -95,7 +95,7 @@ def test_a_group_that_jepo_cannot_see_whole_is_refused(values):
     run = Run(build(merged(values, **spread)), None)
     train(run)  # advantages are judged over whole groups
     run.close()
-    assert run.spread
+    assert run.has_split_groups
 
 
 def test_bad_settings_are_refused(values):

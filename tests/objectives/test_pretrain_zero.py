@@ -16,8 +16,8 @@ from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, SamplingParams, Thought
-from tests.helpers import merged
-from tests.tiny import bpe_tokenizer
+from tests.builders.runs import merged
+from tests.builders.tiny import bpe_tokenizer
 
 TEXT = "the cat sat on the mat and the catalogue lay by the cat."
 BPE = bpe_tokenizer([TEXT, "\\mask{the cat} \\boxed{the cat} [mask] <think>"], 330)

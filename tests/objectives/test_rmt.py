@@ -20,8 +20,8 @@ from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Position, SamplingParams, Thought
-from tests.helpers import merged, same, trained
-from tests.objectives.test_rpt import BPE, CLOSE, Scripted, ids
+from tests.builders.rpt import BPE, CLOSE, Scripted, ids
+from tests.builders.runs import merged, same, trained
 
 
 def rmt(**fields) -> RMT:

@@ -13,28 +13,19 @@ from hypothesis import strategies as st
 from rlpretrain.config.io import build
 from rlpretrain.objectives import Setting, find
 from rlpretrain.objectives.rpt import RPT, Config
-from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
-from tests.helpers import merged, one_step
-from tests.tiny import bpe_tokenizer, word_tokenizer
-
-LINES = ["the cat sat. naïve café 漢字 \\boxed{ the} \\boxed{x^{2}} so so", "<think> the </think> 42 } {"]
-BPE = bpe_tokenizer(LINES, 330)
-ensure_delimiters(BPE)
-OPEN, CLOSE = BPE.convert_tokens_to_ids(["<think>", "</think>"])
+from tests.builders.rpt import BPE, CLOSE, OPEN, Scripted, ids
+from tests.builders.runs import merged, one_step
+from tests.builders.tiny import word_tokenizer
 
 
 def rpt(tokenizer=BPE, **fields) -> RPT:
     objective = RPT(Config(template="raw", **fields), tokenizer)
     objective.setting = Setting(SamplingParams(max_thought_tokens=8), 2, 0.0)
     return objective
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(BPE(text)["input_ids"])
 
 
 def split(text: str, at: int, window: int = 8) -> Position:
@@ -117,24 +108,6 @@ def test_what_a_prediction_earns(text, prefix, first):
     assert not objective.right(said(text, span=False), truth, ends)  # no prediction was sampled
 
 
-class Scripted:
-    """Answers thoughts, then predictions, from a list; keeps what it was asked."""
-
-    def __init__(self, thoughts: list[Thought], predictions: list[str]):
-        self.thoughts, self.predictions, self.asked = thoughts, predictions, []
-
-    async def sample(self, prompts, params, n, seeds):
-        self.asked.append((prompts, params, n, seeds))
-        if len(self.asked) == 1:
-            return [self.thoughts for _ in prompts]
-        out = []
-        for text in self.predictions:
-            tokens = ids(text)
-            reason = FinishReason.CLOSE if text.endswith("}") else FinishReason.LENGTH
-            out.append([Thought(tokens, (-2.0,) * len(tokens), reason, 5, 9)])
-        return out
-
-
 def test_a_rollout_thinks_then_predicts():
     objective = rpt(max_prediction_tokens=17)
     open_thought = Thought(ids("so"), (-1.0,) * len(ids("so")), FinishReason.LENGTH, 6, 2)
@@ -212,4 +185,3 @@ def test_found_by_name(values):
     assert find("rpt") is RPT
     _, gradient = one_step(values, objective={"name": "rpt", "template": "raw", "opening": "has", "closing": "."})
     assert gradient
-

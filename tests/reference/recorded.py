@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
-from tests.helpers import merged
+from tests.builders.runs import merged
 
 
 @dataclass

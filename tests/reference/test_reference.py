@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rlpretrain.corpora import dial
+from tests.builders.tiny import tiny_model
 from tests.reference import formulas as f
 from tests.reference.recorded import Baselines, Record, Sampler, model_with, record
-from tests.tiny import tiny_model
 
 WORDS = list(dial.WORDS)
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -302,7 +302,7 @@ def test_pretrain_zero(values, bases):
 
 
 def test_rlpt_segments_from_both_sides(values, tmp_path):
-    from tests.objectives.test_rlpt import BPE, TEXT
+    from tests.builders.rlpt import BPE, TEXT
 
     folder = tmp_path / "bpe"
     tiny_model("llama", vocab_size=len(BPE), seed=2).save_pretrained(folder)

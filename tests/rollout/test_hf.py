@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from rollout import FinishReason, HFEngine, Prompt, SamplingParams, Thought
-from tests.tiny import bpe_tokenizer, tiny_model, word_tokenizer
+from rollout import FinishReason, HFEngine, Prompt, SamplingParams
+from tests.builders.sampling import VOCABULARY, logps_of, prompts_of, sample, tokens
+from tests.builders.tiny import bpe_tokenizer, tiny_model, word_tokenizer
 
-VOCABULARY = 40
 WINDOW = {"sliding_window": 5}  # shorter than most contexts below
 FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({}, "padded"),
@@ -26,7 +24,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": (WINDOW, "padded"),
     "mamba": ({}, "equal_length"),
 }
-PARAMS = SamplingParams(max_thought_tokens=9)
 
 
 class Table(PreTrainedModel):
@@ -47,29 +44,6 @@ class Table(PreTrainedModel):
 
 def model_of(family: str, **changes: Any) -> PreTrainedModel:
     return tiny_model(family, VOCABULARY, **({"initializer_range": 0.3} | FAMILIES[family][0] | changes))
-
-
-def prompts_of(lengths: Sequence[int], **fields: Any) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(0)
-    fields = {"stop_ids": (3, 4)} | fields
-    return [Prompt(tuple(torch.randint(0, VOCABULARY, (k,), generator=generator).tolist()), **fields) for k in lengths]
-
-
-def sample(
-    engine: HFEngine, prompts: Sequence[Prompt], params: SamplingParams = PARAMS, n: int = 3, seeds: Any = None
-) -> list[list[Thought]]:
-    return asyncio.run(engine.sample(prompts, params, n, range(len(prompts)) if seeds is None else seeds))
-
-
-def tokens(groups: list[list[Thought]]) -> list[list[tuple[int, ...]]]:
-    return [[thought.token_ids for thought in group] for group in groups]
-
-
-@torch.no_grad()
-def logps_of(model: Any, context: tuple[int, ...], thought: tuple[int, ...]) -> Tensor:
-    """Log-probabilities of a thought from one forward over the whole sequence."""
-    logits = model(input_ids=torch.tensor([context + thought]), use_cache=False).logits[0, len(context) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(thought)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,9 +13,9 @@ import pytest
 
 from rollout import HFEngine, Prompt, SamplingParams
 from rollout.weights import Probe, StaleWeights
-from tests.rollout.test_hf import prompts_of, sample, tokens
-from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst
-from tests.tiny import tiny_model
+from tests.builders.sampling import prompts_of, sample, tokens
+from tests.builders.tiny import tiny_model
+from tests.builders.vllm import SHAPE, VOCABULARY, ask, move, weights_of, worst
 
 pytest.importorskip("ray", reason="needs Ray: make env LOCK=test-cpu")
 from rollout.ray_pool import RayEngine  # noqa: E402

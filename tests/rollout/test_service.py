@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rlpretrain.cli import main
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
 from rollout.batched import BatchedEngine
-from tests.rollout.test_hf import prompts_of, sample, tokens
-from tests.tiny import tiny_model, word_tokenizer
+from tests.builders.sampling import prompts_of, sample, tokens
+from tests.builders.tiny import tiny_model, word_tokenizer
 
 pytest.importorskip("fastapi", reason="needs fastapi: make env LOCK=test-cpu")
 import httpx  # noqa: E402
@@ -76,7 +76,7 @@ def test_five_hundred_clients_at_once(serving):
 
 
 def test_a_trainer_samples_from_it_and_gives_it_weights(serving, trainer):
-    from tests.rollout.test_vllm_local import move, weights_of, worst
+    from tests.builders.vllm import move, weights_of, worst
 
     model, engine = trainer
     prompts = prompts_of([12, 3, 70, 130])
@@ -99,7 +99,7 @@ def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
 
     from rollout.vllm_routes import Server
     from rollout.weights import Probe, StaleWeights
-    from tests.rollout.test_vllm_local import ask, move, weights_of
+    from tests.builders.vllm import ask, move, weights_of
 
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -244,7 +244,7 @@ def test_calls_share_batches_and_get_their_own(client, model, monkeypatch):
 
 def test_weights_are_loaded_marked_and_forgotten(model, tmp_path):
     from rollout.weights import parameters_of
-    from tests.rollout.test_vllm_local import weights_of
+    from tests.builders.vllm import weights_of
 
     other = tiny_model("qwen3", 40, seed=5, initializer_range=0.3)
     own = tiny_model("qwen3", 40, initializer_range=0.3)

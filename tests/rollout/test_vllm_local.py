@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from rollout import FinishReason, HFEngine, Prompt, SamplingParams, Thought
+from rollout import FinishReason, HFEngine, Prompt, SamplingParams
 from rollout.weights import Probe, StaleWeights
-from tests.rollout.test_hf import logps_of, prompts_of, sample, tokens
-from tests.tiny import tiny_model
+from tests.builders.sampling import prompts_of, sample, tokens
+from tests.builders.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 from rollout.vllm_local import VLLMEngine  # noqa: E402
+from tests.builders.vllm import SHAPE, VOCABULARY, ask, move, weights_of, worst
 
 pytestmark = pytest.mark.slow
-VOCABULARY = 40
-SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-                         "initializer_range": 0.3, "max_position_embeddings": 512}  # fmt: skip
 FAMILIES = {"qwen3": {"tie_word_embeddings": True}, "llama": {"tie_word_embeddings": False}}
 PARAMS = SamplingParams(max_thought_tokens=9)
 
@@ -36,25 +34,6 @@ def pair(request, tmp_path_factory) -> Iterator[tuple[Any, VLLMEngine]]:
     engine = VLLMEngine(folder, max_model_len=512, max_num_seqs=32, kv_cache_gib=0.05)
     yield model, engine
     engine.close()
-
-
-def weights_of(model, drop: tuple[str, ...] = ()):
-    return lambda: [(n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False) if n not in drop]
-
-
-def move(model, size: float = 0.05) -> None:
-    """An update that every log-prob feels."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += size * torch.randn_like(parameter)
-
-
-def worst(model, prompts: list[Prompt], groups: list[list[Thought]]) -> float:
-    """The largest difference between an engine's log-probs and the model's."""
-    return max(
-        float((logps_of(model, prompt.token_ids, t.token_ids) - torch.tensor(t.behaviour_logps)).abs().max())
-        for prompt, group in zip(prompts, groups, strict=True) for t in group
-    )  # fmt: skip
 
 
 def test_log_probs_are_the_trainers_before_and_after_every_update(pair):
@@ -199,12 +178,6 @@ def probed(pair):
     assert ask(probe, model, engine, 10) <= 1e-4
     assert engine.health()["cached_tokens"] - before >= 2 * engine.block_size
     return model, engine, probe
-
-
-def ask(probe: Probe, model, engine: VLLMEngine, version: int) -> float:
-    thoughts = asyncio.run(probe.ask(engine))
-    logps = [logps_of(model, probe.prompt.token_ids, t.token_ids).tolist() for t in thoughts]
-    return asyncio.run(probe.verify(engine, thoughts, logps, version))
 
 
 def test_the_probe_agrees_after_a_good_sync(probed):

@@ -8,8 +8,8 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.pretrainer import Pretrainer
-from tests.helpers import merged
-from tests.tiny import tiny_model
+from tests.builders.runs import merged
+from tests.builders.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 from rollout.vllm_nccl import NCCLTransfer, Source  # noqa: E402

@@ -12,9 +12,9 @@ import pytest
 
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
 from rollout.weights import Probe, StaleWeights
-from tests.rollout.test_hf import prompts_of, sample, tokens
-from tests.servers import Proxy, VLLMServer, free_port
-from tests.tiny import tiny_model
+from tests.builders.sampling import prompts_of, sample, tokens
+from tests.builders.servers import Proxy, VLLMServer, free_port
+from tests.builders.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytest.importorskip("httpx")
@@ -23,7 +23,7 @@ from rollout.vllm_routes import (
     Server,  # noqa: E402
 )
 from rollout.vllm_server import EngineUnavailable, VLLMServerEngine  # noqa: E402
-from tests.rollout.test_vllm_local import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
+from tests.builders.vllm import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
 
 pytestmark = pytest.mark.slow
 PARAMS = SamplingParams(max_thought_tokens=9)
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
     model = tiny_model("qwen3", VOCABULARY, **SHAPE, tie_word_embeddings=True)
     model.folder = Path(tmp_path_factory.mktemp("served"))
     model.save_pretrained(model.folder)
-    from tests.tiny import word_tokenizer
+    from tests.builders.tiny import word_tokenizer
 
     word_tokenizer([f"w{i}" for i in range(VOCABULARY - 3)]).save_pretrained(model.folder)
     return model

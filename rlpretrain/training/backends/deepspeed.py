@@ -53,10 +53,9 @@ class DeepSpeedPolicy:
                 # used by Scorer.forward outside its own layer: gather it around that forward
                 deepspeed.zero.register_external_parameter(scorer, p)
 
-    def score(self, micro: MicroBatch, want: str = "logps") -> Scores | tuple[Scores, Tensor | None]:
+    def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
         """As TorchPolicy.score."""
-        scores, more = score(self.engine, micro.to(self.ranks.device), self.temperature, want)
-        return scores if want == "logps" else (scores, more)
+        return score(self.engine, micro.to(self.ranks.device), self.temperature, entropies=entropies)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; every rank must call it equally often (`packing.idle` fills up)."""

@@ -46,12 +46,11 @@ class TorchPolicy:
             if p.requires_grad:
                 yield p, p.detach().float().clone().requires_grad_()
 
-    def score(self, micro: MicroBatch, want: str = "logps") -> Scores | tuple[Scores, Tensor | None]:
-        """One forward. With `want` other than "logps" a pair: the scores, and entropies or hits as `scoring.score` says."""
+    def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
+        """The scores of a micro-batch in one forward, with the graph of thoughts, targets and trunk; see `scoring.score`."""
         context = torch.autocast(self.ranks.device.type, torch.bfloat16) if self.autocast else nullcontext()
         with context:
-            scores, more = score(self.scorer, micro.to(self.ranks.device), self.temperature, want)
-        return scores if want == "logps" else (scores, more)
+            return score(self.scorer, micro.to(self.ranks.device), self.temperature, entropies=entropies)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to what this step has gathered."""

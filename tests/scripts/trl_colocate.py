@@ -15,7 +15,7 @@ from trl import GRPOTrainer  # noqa: E402
 
 from rlpretrain.compat import import_deepspeed  # noqa: E402
 from rlpretrain.trl import InformationGainReward, RLPConfig, RLPTrainer  # noqa: E402
-from tests.test_trl import AFTER, Kept, by_hand, settings  # noqa: E402
+from tests.builders.trl import AFTER, Kept, by_hand, settings  # noqa: E402
 
 
 def main(base: Path, documents: str, out: Path, kind: str) -> None:

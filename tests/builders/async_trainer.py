@@ -14,7 +14,7 @@ from trl.experimental import async_grpo
 from rlpretrain.trl import InformationGainReward
 from rlpretrain.trl.async_rollout import AsyncRollouts
 from rollout.hf import HFEngine
-from tests.test_trl import AFTER, Kept
+from tests.builders.trl import AFTER, Kept
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, *,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlpretrain.trl import InformationGainReward
 from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
-from tests.test_trl import AFTER, Kept, by_hand, settings
+from tests.builders.trl import AFTER, Kept, by_hand, settings
 
 
 def main(corpus: Path, out: Path) -> None:

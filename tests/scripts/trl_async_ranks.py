@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import torch
 from trl.experimental.async_grpo import packing
 
-from tests.async_trainer import made, sampled_from, settings, varlen_attention, whole
-from tests.test_trl import by_hand
+from tests.builders.async_trainer import made, sampled_from, settings, varlen_attention, whole
+from tests.builders.trl import by_hand
 
 
 def main(corpus: Path, out: Path) -> None:

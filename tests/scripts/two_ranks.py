@@ -1,4 +1,4 @@
-"""Run by tests/helpers.py's `launch` under torchrun: several short trainings in one process group, one after the other."""
+"""Run by tests/builders/runs.py's `launch` under torchrun: several short trainings in one process group, one after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlpretrain.scoring.packing import cost, families
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Batch, MicroBatch, Totals
-from tests.test_nonfinite import poison
+from tests.builders.faults import poison
 
 
 def gradient_of(config: dict[str, Any], path: str) -> None:

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noq
 
 from rlpretrain.compat import import_deepspeed  # noqa: E402
 from rlpretrain.trl import RLPConfig, RLPTrainer  # noqa: E402
-from tests.test_trl import Kept, by_hand  # noqa: E402
+from tests.builders.trl import Kept, by_hand  # noqa: E402
 
 
 def main(corpus: Path, out: Path, stage: int) -> None:

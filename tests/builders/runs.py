@@ -18,7 +18,7 @@ from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def merged(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def launch(runs: list[dict], folder: Path, ranks: int = 2) -> None:
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "-m", "tests.two_ranks", str(jobs)]  # fmt: skip
+               "-m", "tests.scripts.two_ranks", str(jobs)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
