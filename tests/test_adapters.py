@@ -269,7 +269,7 @@ def test_no_think_rows_of_a_template_are_remembered_too(values):
     """Arms that are not the document's own row: what is looked up is what a forward gives."""
     run = Run(build(merged(values, objective={"name": "rlp", "positions": "after", "marker": "shows", "target_length": 2,
                                               "template": "given {context}", "no_think": "template"})), None)  # fmt: skip
-    batch = run.take()
+    batch = run.next_batch()
     arms = {g.id: run.objective.no_think(g.position) for g in batch.groups}
     layouts = (Layout(4096, "force_close", whole_arms=whole, no_think_ids=arms) for whole in (False, True))
     plain, whole = (next(pack(Batch(batch.groups, batch.documents), layout, count(batch))) for layout in layouts)

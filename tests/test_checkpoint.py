@@ -129,7 +129,7 @@ def test_resume_after_each_checkpoint_is_bit_identical(values, corpus, tmp_path,
 
 def test_spare_positions_really_cross_a_step(values):
     run = Run(build(merged(values, **KINDS["spare positions"])), None)
-    run.take()
+    run.next_batch()
     run.close()
     assert len(run.source.state_dict()["spare"]) == 8  # four documents with three positions each, for a step of four
 

@@ -166,7 +166,7 @@ def test_documents_drawn_twice_and_rewards_of_nan_on_two_ranks(values, tmp_path)
 @pytest.mark.parametrize("budget", [60, 400])
 def test_a_document_counts_as_often_as_it_is_drawn(values, tmp_path, packing, budget):
     run = Run(build(merged(values, packing=packing, token_budget=budget, data=few(values, tmp_path, 3), **TWICE["rlp"])), None)
-    batch = run.take()
+    batch = run.next_batch()
     totals = run.count(batch)
     assert [d.id for d in batch.documents] == ["0", "1", "2", "0", "1", "2", "0", "1"]  # two positions for each draw
     sizes = [len(d.token_ids) - 1 for d in batch.documents]
@@ -201,13 +201,13 @@ def test_draws_are_told_apart_after_a_resume(values, tmp_path, ahead):
                "positions_per_step": 4, "max_steps": 6}  # fmt: skip
     changes |= {"engine__max_staleness": ahead} if ahead else {}
     run = Run(build(merged(values, **changes)), None)
-    run.take()
+    run.next_batch()
     state = run.source.state_dict()
-    later = [run.take() for _ in range(3)]
+    later = [run.next_batch() for _ in range(3)]
     run.close()
     again = Run(build(merged(values, **changes | {"output_dir": f"{values['output_dir']}2"})), None)
     again.source.load_state_dict(state)
-    found = [again.take() for _ in range(3)]
+    found = [again.next_batch() for _ in range(3)]
     again.close()
     assert [[d.id for d in b.documents] for b in found] == [[d.id for d in b.documents] for b in later]
     assert all(len(b.documents) == 2 for b in later)  # four positions of two draws, which are of one document
@@ -215,7 +215,7 @@ def test_draws_are_told_apart_after_a_resume(values, tmp_path, ahead):
 
 def test_a_checkpoint_without_numbers_of_draws_is_read(values):
     run = Run(build(merged(values, objective={"name": "rlp", "positions_per_document": 3}, positions_per_step=4)), None)
-    run.take()
+    run.next_batch()
     state = run.source.state_dict()
     old = [{k: v for k, v in row.items() if k != "draw"} for row in state["spare"]]
     names = [row["document"]["id"] for row in old]

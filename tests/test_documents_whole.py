@@ -48,7 +48,7 @@ def test_replaying_sft_mixed_trains_the_answers_only(values, tmp_path):
 
 def test_a_replayed_batch_equals_the_one_that_was_kept(values, tmp_path):
     run = Run(build(merged(values, ntp_data=traces(tmp_path), save_rollouts=True, **MIXED)), None)
-    batch = run.take()
+    batch = run.next_batch()
     run.close()
     given = [d for d in batch.documents if d.id.startswith("ntp ")]
     assert len(given) == 4 and all(d.answer_at == 4 and d.meta["day"].day == d.meta["n"] for d in given)
@@ -64,7 +64,7 @@ def test_a_replayed_batch_equals_the_one_that_was_kept(values, tmp_path):
         ),
         None,
     )
-    again = replayed.take()
+    again = replayed.next_batch()
     assert again.groups == batch.groups and list(again.documents) == list(batch.documents)
     replayed.close()
 
@@ -84,12 +84,12 @@ def test_documents_that_wait_in_a_checkpoint_are_whole(values, tmp_path):
     run, other = (
         Run(build(merged(config, output_dir=str(tmp_path / name))), None) for name in ("one", "two")
     )
-    run.take()
+    run.next_batch()
     torch.save(run.source.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)  # as a checkpoint is read
     assert len(state["spare"]) == 8
     other.source.load_state_dict(state)
-    expected, found = run.take(), other.take()
+    expected, found = run.next_batch(), other.next_batch()
     assert found == expected and all(
         d.answer_at == 4 and d.meta["day"].day == d.meta["n"] for d in found.documents
     )
@@ -99,7 +99,7 @@ def test_documents_that_wait_in_a_checkpoint_are_whole(values, tmp_path):
 
 def test_an_older_checkpoint_still_loads(values, tmp_path):
     run = Run(build(waiting(values, tmp_path)), None)
-    run.take()
+    run.next_batch()
     state = run.source.state_dict()
     places = list(run.source._spare)
     state["spare"] = [

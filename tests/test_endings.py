@@ -254,14 +254,14 @@ def test_machines_may_change_on_resume_and_numbers_may_not():
 
 def interrupted_at(run: Run, step: int, number: int) -> None:
     """Let the process get a signal within a step."""
-    take = run.take
+    take = run.next_batch
 
     def spy():
         if run.step + 1 == step:
             os.kill(os.getpid(), number)
         return take()
 
-    run.take = spy
+    run.next_batch = spy
 
 
 @pytest.mark.parametrize(("number", "every"), [(signal.SIGINT, 0), (signal.SIGTERM, 4)])
@@ -290,11 +290,11 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(values, tmp_path, mo
 SCRIPT = """
 import os, signal, sys, time
 from rlpretrain import cli
-from rlpretrain.run import Run
+from rlpretrain.training.run import Run
 begin, mode = Run.__init__, sys.argv[1]
 def patched(self, *args):
     begin(self, *args)
-    take = self.take
+    take = self.next_batch
     def spy():
         if self.step == 1 and (mode != "one rank" or self.ranks.rank == 1):
             os.kill(os.getpid(), signal.SIGINT)
@@ -302,7 +302,7 @@ def patched(self, *args):
                 time.sleep(2.1)
                 os.kill(os.getpid(), signal.SIGINT)
         return take()
-    self.take = spy
+    self.next_batch = spy
 Run.__init__ = patched
 sys.exit(cli.main(sys.argv[2:]))
 """
@@ -364,7 +364,7 @@ def test_whoever_writes_the_reason_is_named(tmp_path, kind):
 import resource, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from rlpretrain.writing import CannotWrite, writing
+from rlpretrain.files import CannotWrite, writing
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 big, path = torch.zeros(100_000), Path({str(tmp_path)!r}) / "x"
 try:

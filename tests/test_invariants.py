@@ -13,7 +13,7 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.scoring import scorer as scoring
 from rlpretrain.scoring.packing import count
-from rlpretrain.training.loop import judge
+from rlpretrain.training.advantages import compute_advantages
 from rlpretrain.training.losses import clipped_surrogate, ntp_loss, target_loss
 from rlpretrain.training.run import Run
 from rlpretrain.types import Batch, MicroBatch, Scores
@@ -30,7 +30,7 @@ def leaf_scores(scores: Scores) -> Scores:
 
 def batch_of(values, **changes):
     run = Run(build(merged(values, **changes)), None)
-    batch = run.take()
+    batch = run.next_batch()
     totals = run.count(batch)
     return run, batch, totals, run.pack(batch, totals)
 
@@ -39,7 +39,9 @@ def test_1_only_sampled_thought_tokens_are_trained_when_both_coefficients_are_ze
     run, batch, totals, micros = batch_of(values, loss={"ntp_coef": 0.0, "reader_coef": 0.0})
     micro = micros[0]
     scores = leaf_scores(run.policy.score(micro))
-    reward, advantage, _ = judge(run.objective, micro, scores)
+    known = compute_advantages(run.objective, micro, scores)
+    reward = known.rewards
+    advantage = known.advantages
     assert not reward.requires_grad and not advantage.requires_grad
     surrogate, _ = clipped_surrogate(scores, micro, advantage, run.config.loss)
     weights = run.objective.target_weights(micro.groups, scores)
@@ -98,7 +100,8 @@ def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
     micro = replace(micros[0], token_weights=micros[0].token_weights.double())
     scorer = scoring.Scorer(run.policy.model)
     scores = scoring.score(scorer, micro)
-    _, advantage, _ = judge(run.objective, micro, scores)
+    known = compute_advantages(run.objective, micro, scores)
+    advantage = known.advantages
     surrogate, _ = clipped_surrogate(scores, micro, advantage.double(), run.config.loss)
     parameter = run.policy.model.get_input_embeddings().weight
     (gradient,) = torch.autograd.grad(surrogate, parameter)
@@ -128,7 +131,8 @@ def test_3_equal_rewards_give_exactly_zero_advantage(values):
     run, *_, micros = batch_of(values)
     scores = run.policy.score(micros[0])
     flat = replace(scores, target_logps=torch.full_like(scores.target_logps, -1.2345678))
-    _, advantage, _ = judge(run.objective, micros[0], flat)
+    known = compute_advantages(run.objective, micros[0], flat)
+    advantage = known.advantages
     assert torch.count_nonzero(advantage) == 0
 
 
@@ -156,7 +160,9 @@ def test_4_masked_thoughts_count_nowhere(values):
     assert totals.thoughts == closed < 16
     assert sum(int(m.counted.sum()) for m in micros) == closed
     scores = run.policy.score(micros[0])
-    reward, advantage, _ = judge(run.objective, micros[0], scores)
+    known = compute_advantages(run.objective, micros[0], scores)
+    reward = known.rewards
+    advantage = known.advantages
     assert torch.equal(reward.isnan(), ~micros[0].counted)
     assert torch.count_nonzero(advantage[~micros[0].counted]) == 0
 
@@ -208,11 +214,12 @@ def test_6_targets_are_scored_at_temperature_one(values):
 
 def test_6_inner_epochs_freeze_advantages_and_old_log_probs(values, tmp_path):
     run, *_, micros = batch_of(values, loss__inner_epochs=2)
-    from rlpretrain.training.loop import judge_first
+    from rlpretrain.training.advantages import compute_step_advantages
 
-    (_, advantage, old), *_ = judge_first(run, micros)
-    fresh = judge(run.objective, micros[0], run.policy.score(micros[0]))
-    assert torch.equal(advantage, fresh[1]) and old is not None and not old.requires_grad
+    first, *_ = compute_step_advantages(run, micros)
+    fresh = compute_advantages(run.objective, micros[0], run.policy.score(micros[0]))
+    assert torch.equal(first.advantages, fresh.advantages)
+    assert first.old_logps is not None and not first.old_logps.requires_grad
     once = trained(values, output_dir=str(tmp_path / "1"), max_steps=1)
     twice = trained(values, output_dir=str(tmp_path / "2"), max_steps=1, loss__inner_epochs=2)
     assert not same(once, twice)

@@ -22,6 +22,7 @@ from rlpretrain import __version__, cli, floors
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.tools import doctor
+from rlpretrain.training.problems import Problem
 from rlpretrain.training.run import Run
 from tests.builders.locks import pins_of
 from tests.builders.runs import ROOT, trained
@@ -223,7 +224,11 @@ def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys)
 
 
 def test_a_run_that_skipped_every_step_saves_no_model(values, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rlpretrain.training.run.Run.not_finite", lambda run, *_: setattr(run, "bad", "loss") or True)
+    def break_every_step(run, inputs, output, live):
+        run.bad = "loss"
+        return Problem.NOT_FINITE
+
+    monkeypatch.setattr("rlpretrain.training.run.Run.find_problem", break_every_step)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(values | {"max_steps": 3}))
     assert cli.main(["train", str(path), "--console", "true"]) == 1

@@ -64,13 +64,13 @@ def test_every_logged_name_is_documented_and_every_value_finite(values, corpus, 
 
 def test_off_policy_diagnostics_are_logged(values):
     run = Run(build(merged(values, max_steps=1)), None)
-    take = run.take
+    take = run.next_batch
 
     def stale():
         batch = take()
         return dataclasses.replace(batch, groups=[dataclasses.replace(g, policy_version=-1) for g in batch.groups])
 
-    run.take = stale
+    run.next_batch = stale
     train(run)
     run.close()
     found = {name for name in run.last if name.startswith("sampling/")}
@@ -86,8 +86,8 @@ def test_every_documented_name_is_logged(values):
 
 def test_numbers_agree_with_the_batch(values):
     run = Run(build(merged(values, max_steps=1, baseline__name="none")), None)
-    kept, take = [], run.take
-    run.take = lambda: kept.append(take()) or kept[0]
+    kept, take = [], run.next_batch
+    run.next_batch = lambda: kept.append(take()) or kept[0]
     train(run)
     run.close()
     thoughts = [t for g in kept[0].groups for t in g.thoughts]

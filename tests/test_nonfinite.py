@@ -95,13 +95,13 @@ def read_group(kept: dict) -> Group:
 def test_a_run_stops_after_so_many_bad_steps_and_keeps_the_batches(values, tmp_path, capsys):
     run = Run(build(merged(values, max_steps=9, stop__nonfinite=3, checkpoint__every=4)), None)
     poison(run, "loss", at={2, 4, 5, 6, 7})
-    taken, take = {}, run.take
+    taken, take = {}, run.next_batch
 
     def spy():
         taken[run.step + 1] = take()
         return taken[run.step + 1]
 
-    run.take = spy
+    run.next_batch = spy
     train(run)
     with pytest.raises(Diverged, match="3 steps in a row skipped; the batches are in .*nonfinite"):
         run.end()

@@ -17,7 +17,8 @@ from rlpretrain.config.io import build
 from rlpretrain.objectives import available, load, parse_section, rlp
 from rlpretrain.objectives.base import NEEDS
 from rlpretrain.scoring.references import Ema
-from rlpretrain.training.loop import judge, train
+from rlpretrain.training.advantages import compute_advantages
+from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from tests.builders.runs import merged, same, trained, weights
 from tests.builders.tiny import tiny_model
@@ -92,10 +93,12 @@ def test_ntp_is_the_same_as_a_plain_training_loop(values, tmp_path):
 
 def test_rlp_reward_is_the_information_gain_of_each_thought(values):
     run = Run(build(merged(values, objective={"name": "rlp", "positions": "random", "target_length": 3, "discount": 0.5})), None)
-    batch = run.take()
+    batch = run.next_batch()
     micro = run.pack(batch, run.count(batch))[0]
     scores = run.policy.score(micro)
-    reward, advantage, _ = judge(run.objective, micro, scores)
+    known = compute_advantages(run.objective, micro, scores)
+    reward = known.rewards
+    advantage = known.advantages
     gain = (scores.target_logps - scores.baseline_logps[:, None]).double().detach()
     byhand = gain[..., 0] + 0.5 * gain[..., 1] + 0.25 * gain[..., 2]
     torch.testing.assert_close(reward, byhand)
@@ -112,7 +115,7 @@ def test_the_no_think_arm_is_what_its_name_says(values, no_think, template):
     if template == "rlp":
         section["template"] = "ann {context} bob"
     run = Run(build(merged(values, objective=section)), None)
-    batch = run.take()
+    batch = run.next_batch()
     scored = [(m, run.policy.score(m)) for m in run.pack(batch, run.count(batch))]
     for micro, scores in scored:
         for b, group in enumerate(micro.groups):
@@ -126,7 +129,7 @@ def test_the_no_think_arm_is_what_its_name_says(values, no_think, template):
 
 def test_entropy_positions_use_the_current_model(values):
     run = Run(build(merged(values, objective={"name": "rlp", "positions": "entropy", "top_fraction": 0.0})), None)
-    batch = run.take()
+    batch = run.next_batch()
     for group in batch.groups:
         document = next(d for d in batch.documents if d.id == group.position.document_id)
         logits = run.policy.model(input_ids=torch.tensor([document.token_ids])).logits[0]
@@ -171,7 +174,7 @@ def test_the_ema_baseline_lags_the_policy_and_is_logged(values):
 
 def test_documents_for_next_token_loss_may_come_from_elsewhere(values, corpus, tmp_path):
     run = Run(build(merged(values, ntp_data={"path": str(corpus / "base.jsonl")})), None)
-    batch = run.take()
+    batch = run.next_batch()
     assert not {d.id for d in batch.documents} & {g.position.document_id for g in batch.groups}  # rows of both begin at 0
     micros = run.pack(batch, run.count(batch))
     assert all(bool((m.baseline_rows[m.target_mask] >= 0).all()) for m in micros)

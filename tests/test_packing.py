@@ -17,7 +17,7 @@ from rlpretrain.objectives import rlp
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.packing import Layout, balanced, cost, count, families, handed_over, pack
 from rlpretrain.scoring.scorer import Scorer
-from rlpretrain.training.loop import judge, judge_first
+from rlpretrain.training.advantages import compute_advantages, compute_step_advantages
 from rlpretrain.types import Batch
 from tests.builders.batches import VOCABULARY, random_batch
 from tests.builders.runs import launch, merged, one_step
@@ -91,16 +91,17 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
 
         attention.install(run.policy.model)
     found: dict[tuple[str, int], tuple[float, float]] = {}
-    for micro, (reward, advantage, _) in zip(micros, judge_first(run, micros), strict=True):
+    for micro, known in zip(micros, compute_step_advantages(run, micros), strict=True):
         for b, group in enumerate(micro.groups):
             for g in range(len(group.thoughts)):
-                found[group.id, micro.offsets[b] + g] = float(reward[b, g]), float(advantage[b, g])
+                found[group.id, micro.offsets[b] + g] = float(known.rewards[b, g]), float(known.advantages[b, g])
     (one,) = pack(batch, replace(layout, token_budget=10**6), totals)
-    reward, advantage, _ = judge(run.objective, one, run.policy.score(one))
+    whole = compute_advantages(run.objective, one, run.policy.score(one))
     assert len(found) == sum(len(g.thoughts) for g in batch.groups)
     for b, group in enumerate(one.groups):
         for g in range(len(group.thoughts)):
-            assert found[group.id, g] == pytest.approx((float(reward[b, g]), float(advantage[b, g])), abs=1e-6)
+            expected = float(whole.rewards[b, g]), float(whole.advantages[b, g])
+            assert found[group.id, g] == pytest.approx(expected, abs=1e-6)
 
 
 def test_evaluation_does_not_depend_on_the_budget():

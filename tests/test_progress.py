@@ -133,7 +133,7 @@ def test_rmt_trains_documents_in_several_units(values, packing, budget):
     objective = RMT | {"positions_per_document": 2, "template": "{context}", "positions": "random"}
     run = Run(build(merged(values, objective=objective, packing=packing, token_budget=budget, positions_per_step=6,
                            max_steps=2)), None)  # fmt: skip
-    batch = run.take()
+    batch = run.next_batch()
     assert len({g.position.document_id for g in batch.groups}) == 3
     assert left_out(run, batch) == Counter((g.position.document_id, g.position.index) for g in batch.groups)
     train(run)

@@ -32,7 +32,7 @@ HERE = {"positions": "after", "marker": "shows", "target_length": 2}
 @pytest.mark.parametrize("budget", [60, 16384])
 def test_the_weight_of_a_token(values, reduction, weight, budget):
     run = Run(build(merged(values, loss__reduction=reduction, token_budget=budget, sampling__max_thought_tokens=20)), None)
-    batch = run.take()
+    batch = run.next_batch()
     totals = run.count(batch)
     sizes = set()
     for micro in run.pack(batch, totals):

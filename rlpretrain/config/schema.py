@@ -93,6 +93,9 @@ class LossConfig:
     objective's paper has: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else thought_mean."""
     importance_cap: Amount = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
+    terms: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    """The terms of the loss: next_token, surrogate, direct, or package.module:Class, a subclass of training.losses.Loss. By
+    default those of the objective, which are all three."""
     inner_epochs: Count = 1
     """Optimizer steps on one batch; advantages and old log-probs are frozen at the first. The schedule spans them all."""
 

@@ -248,6 +248,10 @@ class Objective:
         """Advantages [B, G] from rewards [B, G]: leave-one-out (RLP eq. 7), formed in float64."""
         return leave_one_out(reward)
 
+    def losses(self) -> tuple[str, ...]:
+        """The terms of the loss, by name or `package.module:Class` (rlpretrain/training/losses.py)."""
+        return ("next_token", "surrogate", "direct")
+
     def target_weights(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """Weights [B, G, T] of -log p(target | context, thought) in the loss: the reader term."""
         return torch.full_like(scores.target_logps, self.setting.reader_coef)

@@ -4,62 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlpretrain.config import ConfigError
-from rlpretrain.training.advantages import Judgement, judge, judge_all, judge_first, miscounted
-from rlpretrain.training.losses import clipped_surrogate, ntp_loss, target_loss
-from rlpretrain.types import MicroBatch, Totals
+from rlpretrain.training.advantages import Advantages, compute_advantages, compute_step_advantages, leave_out_unrewarded
+from rlpretrain.training.losses import LossInputs, add_up
+from rlpretrain.training.problems import Problem
+from rlpretrain.types import MicroBatch
 
-__all__ = ["judge", "judge_first", "train"]
+if TYPE_CHECKING:
+    from rlpretrain.training.run import Run
 
 
-def train(run: Any) -> None:
-    """Train until the run says stop. `run` is rlpretrain.training.run.Run."""
-    config, objective = run.config.loss, run.objective
+def train(run: Run) -> None:
+    """Train until the run says stop."""
     for step in run.remaining_steps():
-        batch = run.take()  # thoughts sampled under the present weights
-        total = run.count(batch)  # global denominators, one all-reduce
-        micros = run.pack(batch, total)  # a group straddles two only if it fits into none; as many on every rank
-        if run.has_split_groups and "group" in objective.needs:
-            raise ConfigError("a group is larger than token_budget, and this objective's loss needs all of its thoughts at once: "
-                              f"raise token_budget ({run.config.token_budget})")  # fmt: skip
-        noted, judged = deepcopy(run.metrics), None
-        first = config.inner_epochs > 1 or "batch" in objective.needs or run.has_split_groups
-        if first and objective.has_positions:
-            micros, total, judged = judge_all(run, micros, total)
-        for _ in range(config.inner_epochs):
-            if not add_gradients(run, micros, total, judged):  # a reward of NaN was counted
+        batch = run.next_batch()  # thoughts sampled under the present weights
+        micros = run.pack(batch, run.count(batch))  # as many on every rank
+        known, metrics = None, deepcopy(run.metrics)
+        if run.needs_step_advantages():
+            micros, known = score_first(run, micros)
+        for _ in range(run.config.loss.inner_epochs):
+            if not add_gradients(run, micros, known):  # a thought that the denominators count has no reward after all
                 run.policy.discard()
-                run.metrics = noted
-                micros, total, judged = judge_all(run, micros, total)
-                add_gradients(run, micros, total, judged)
+                run.metrics = metrics
+                micros, known = score_first(run, micros)
+                add_gradients(run, micros, known)
             run.update()  # optimizer step, then the baseline's
         run.sync(version=step + 1)
         run.finish(step + 1, batch)  # log, evaluate, checkpoint, decide whether to go on
 
 
-def add_gradients(run: Any, micros: Sequence[MicroBatch], total: Totals, judged: Sequence[Judgement] | None) -> bool:
-    """Add up the step's gradient. False, and what there is must be dropped, where a live reward is NaN and `total` counts it."""
-    config, objective, policy = run.config.loss, run.objective, run.policy
-    ntp_coef = config.ntp_coef if objective.has_positions else 1.0
-    for micro, known in zip(micros, judged or [None] * len(micros), strict=True):
+def score_first(run: Run, micros: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Advantages]]:
+    """Score a whole step before it is trained: its micro-batches, less the thoughts without a reward, and all advantages."""
+    known = compute_step_advantages(run, micros)
+    return leave_out_unrewarded(run, micros, [k.rewards for k in known]), known
+
+
+def add_gradients(run: Run, micros: Sequence[MicroBatch], known: Sequence[Advantages] | None) -> bool:
+    """Add up the step's gradient. False, and what there is must be dropped, where a thought that is counted has no reward."""
+    counts = run.count_losses(micros)  # global denominators, one all-reduce
+    for i, micro in enumerate(micros):
         micro = micro.to(run.ranks.device)
-        own = policy.score(micro)  # one forward: thoughts, targets, trunk
+        own = run.policy.score(micro)  # one forward: thoughts, targets, trunk
         scores = run.baseline(own, micro)
-        loss = ntp_coef * ntp_loss(scores, objective.ntp_weights(micro, scores)) / max(total.trunk, 1)
-        reward = None
+        thoughts = None
         if micro.groups:
-            reward, advantage, old = known or judge(objective, micro, scores)
-            surrogate, info = clipped_surrogate(scores, micro, advantage, config, old)
-            direct = target_loss(scores, objective.target_weights(micro.groups, scores))
-            loss = loss + (config.policy_coef * surrogate + direct) / max(total.thoughts, 1)
-        if run.not_finite(loss, scores, micro):
-            break
-        if judged is None and miscounted(run, micro, reward):
+            thoughts = known[i] if known else compute_advantages(run.objective, micro, scores)
+        inputs = LossInputs(scores, micro, thoughts, run.objective, run.config.loss)
+        output = add_up(run.losses, counts, inputs)
+        problem = run.find_problem(inputs, output, live=known is None)
+        if problem is Problem.NO_REWARD:
             return False
-        if micro.groups:
-            run.note(policy_loss=surrogate.detach() / max(total.thoughts, 1) / config.inner_epochs, **info)
-        policy.backward(loss)
-        run.observe(micro, scores, loss / config.inner_epochs, reward, own.baseline_logps)  # logged is the epochs' mean
+        if problem is Problem.NOT_FINITE:
+            break
+        run.policy.backward(output.loss)
+        run.observe(inputs, output, own.baseline_logps)
     return True

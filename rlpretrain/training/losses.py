@@ -1,9 +1,14 @@
-"""The three terms of the loss, each a sum over one micro-batch; the loop divides by the step's global counts.
+"""The terms of the loss, each a sum over one micro-batch and with its own count of what the loop divides it by.
 
+A term is one of `TERMS`, or a user's own subclass of `Loss` by its path `package.module:Class`. `loss.terms` names the terms of a
+run; by default they are those of the objective (`Objective.losses`).
 Legend: B positions, G thoughts, L thought tokens, T target tokens, M trunk tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -11,6 +16,9 @@ from torch import Tensor
 
 from rewards import importance_ratio
 from rlpretrain.config import LossConfig
+from rlpretrain.config.plugins import find
+from rlpretrain.objectives.base import Objective
+from rlpretrain.training.advantages import Advantages
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -51,3 +59,91 @@ def target_loss(scores: Scores, weights: Float[Tensor, "B G T"]) -> Tensor:
 def ntp_loss(scores: Scores, weights: Float[Tensor, " M"]) -> Tensor:
     """Sum of weights × −log p(token | document so far) over the trunk: next-token prediction, interleaved."""
     return -(weights * scores.trunk_logps).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What a term of the loss may use: one micro-batch, with what was scored of it and earned in it."""
+
+    scores: Scores
+    micro: MicroBatch
+    thoughts: Advantages | None  # None in a micro-batch without groups
+    objective: Objective
+    config: LossConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A sum over the micro-batch, with its graph, and numbers for the log. `metrics` that end in "loss" are divided with it."""
+
+    loss: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Loss:
+    """One term of the loss. A subclass says what it sums over a micro-batch, and what that sum is divided by."""
+
+    def count(self, micro: MicroBatch) -> float:
+        """This micro-batch's part of the denominator, which is added up over the whole step and all ranks: its thoughts."""
+        return float(micro.counted.sum())
+
+    def __call__(self, inputs: LossInputs) -> LossOutput | None:
+        """The term's sum; None where the micro-batch has nothing for it."""
+        raise NotImplementedError
+
+
+class Surrogate(Loss):
+    """The clipped policy-gradient objective on the tokens of the thoughts, times `loss.policy_coef`."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutput | None:
+        known = inputs.thoughts
+        if known is None:
+            return None
+        loss, info = clipped_surrogate(inputs.scores, inputs.micro, known.advantages, inputs.config, known.old_logps)
+        return LossOutput(inputs.config.policy_coef * loss, {"policy_loss": float(loss.detach()), **info})
+
+
+class Direct(Loss):
+    """−log p(target | context, thought) by the weights of the objective: the reader term, VeriFree's and JEPO's."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutput | None:
+        if inputs.thoughts is None:
+            return None
+        weights = inputs.objective.target_weights(inputs.micro.groups, inputs.scores)
+        return LossOutput(target_loss(inputs.scores, weights))
+
+
+class NextToken(Loss):
+    """The next-token loss on the documents, by the weights of the objective, times `loss.ntp_coef` (1 without thoughts)."""
+
+    def count(self, micro: MicroBatch) -> float:
+        """Its predicted tokens."""
+        return float(len(micro.trunk_labels))
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        coefficient = inputs.config.ntp_coef if inputs.objective.has_positions else 1.0
+        loss = ntp_loss(inputs.scores, inputs.objective.ntp_weights(inputs.micro, inputs.scores))
+        return LossOutput(coefficient * loss)
+
+
+TERMS: dict[str, type[Loss]] = {"next_token": NextToken, "surrogate": Surrogate, "direct": Direct}
+
+
+def add_up(terms: Sequence[Loss], counts: Sequence[float], inputs: LossInputs) -> LossOutput:
+    """The loss of a micro-batch: each term divided by its count over the whole step."""
+    total, metrics = None, {}
+    for term, count in zip(terms, counts, strict=True):
+        output = term(inputs)
+        if output is None:
+            continue
+        share = output.loss / max(count, 1)
+        total = share if total is None else total + share
+        metrics |= {n: v / max(count, 1) if n.endswith("loss") else v for n, v in output.metrics.items()}
+    if total is None:  # every rank must call backward equally often
+        total = 0.0 * inputs.scores.trunk_logps.sum()
+    return LossOutput(total, metrics)
+
+
+def make_losses(names: Sequence[str]) -> list[Loss]:
+    """The terms of a run, by name; ConfigError for one that is neither in `TERMS` nor a class that can be imported."""
+    return [(TERMS[name] if name in TERMS else find(name, "loss.terms", TERMS))() for name in names]

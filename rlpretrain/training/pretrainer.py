@@ -54,7 +54,7 @@ class Pretrainer:
         try:
             with run.signals:
                 for step in run.remaining_steps():
-                    groups += len(run.take().groups)
+                    groups += len(run.next_batch().groups)
                     run.step = step + 1
                     run.stopped = run_stop.interrupted(run)
             if run.stopped and run.step < run.total_steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from rewards.controls import CollapseMonitor
 from rlpretrain import models
-from rlpretrain.config import PretrainConfig
+from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import to_dict
 from rlpretrain.models.spending import Size, size_of
 from rlpretrain.rollouts.engines import lie_down, wake_up
@@ -25,11 +25,14 @@ from rlpretrain.tracking.health import Health
 from rlpretrain.tracking.step_metrics import StepMetrics, staleness
 from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training import records, run_output, run_state, run_stop
+from rlpretrain.training.advantages import has_uncounted
 from rlpretrain.training.builder import Parts, build_parts
 from rlpretrain.training.interruption import Signals
+from rlpretrain.training.losses import Loss, LossInputs, LossOutput, make_losses
+from rlpretrain.training.problems import Problem
 from rlpretrain.training.run_evaluation import RunEvaluation, score_of
 from rlpretrain.training.tag_gain import gains_of_empty_thoughts
-from rlpretrain.types import Batch, MicroBatch, Scores, Totals
+from rlpretrain.types import Batch, MicroBatch, Totals
 
 
 class Diverged(RuntimeError):
@@ -62,6 +65,8 @@ class Run(Parts):
     last: dict[str, float]
     """The row of the last step."""
 
+    losses: list[Loss]
+    """The terms of the loss."""
     metrics: StepMetrics
     timer: Timer
     sizes: dict[int, Size]
@@ -87,6 +92,7 @@ class Run(Parts):
         self.monitor = run_stop.make_monitor(config)
         self.stopped, self.last = None, {}
         self.has_split_groups, self.sizes = False, {}
+        self.losses = make_losses(config.loss.terms or self.objective.losses())
         self._begin_step()
         self.evaluation = RunEvaluation(self)
         self.signals = Signals(quiet=not self.ranks.first)
@@ -116,7 +122,7 @@ class Run(Parts):
             self._begin_step()
             yield self.step
 
-    def take(self) -> Batch:
+    def next_batch(self) -> Batch:
         """This rank's share of the step's groups, and their documents."""
         begin = time.perf_counter()
         ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
@@ -149,6 +155,9 @@ class Run(Parts):
         micros = [replace(m, on_policy=fresh) for m in micro_batches(batch, layout, self.ranks, totals)]
         split_here = any(offset for micro in micros for offset in micro.offsets)
         self.has_split_groups = bool(self.ranks.max([float(split_here)])[0])
+        if self.has_split_groups and "group" in self.objective.needs:
+            raise ConfigError("a group is larger than token_budget, and this objective's loss needs all of its thoughts at once: "
+                              f"raise token_budget ({self.config.token_budget})")  # fmt: skip
         self.metrics.add("batch/micro_batches", len(micros))
         if self._measures_frozen() and layout.target:
             gains = gains_of_empty_thoughts(self.policy.score, self.frozen, batch, layout, self.ranks)
@@ -160,26 +169,44 @@ class Run(Parts):
             self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")
         return micros
 
+    def count_losses(self, micros: Sequence[MicroBatch]) -> list[float]:
+        """What each term of the loss is divided by: its count over all micro-batches and ranks."""
+        return self.ranks.sum([sum(term.count(micro) for micro in micros) for term in self.losses])
+
+    def needs_step_advantages(self) -> bool:
+        """Whether the present step is scored before it is trained, on every rank."""
+        several = self.config.loss.inner_epochs > 1 or self.has_split_groups
+        return self.objective.has_positions and (several or "batch" in self.objective.needs)
+
     def note(self, **values: Any) -> None:
         """Numbers for the log: losses are summed over micro-batches, everything else averaged."""
         for name, value in values.items():
             (self.metrics.total if name.endswith("loss") else self.metrics.add)(name, float(value))
 
-    def not_finite(self, loss: torch.Tensor, scores: Scores, micro: MicroBatch) -> bool:
-        """Whether log-probs or loss are NaN or inf on any rank; then the step's gradients are forgotten, the batch is kept."""
+    def find_problem(self, inputs: LossInputs, output: LossOutput, live: bool) -> Problem | None:
+        """What is wrong with a micro-batch on any rank; one all-reduce. A batch that is not finite is kept in a file.
+
+        `live`: the rewards are of the forward that trains, so one of NaN was not known when thoughts were counted.
+        """
+        scores, micro = inputs.scores, inputs.micro
         logps = (scores.thought_logps, scores.target_logps, scores.baseline_logps, scores.trunk_logps)
-        fine = [all(bool(torch.isfinite(t).all()) for t in logps), bool(torch.isfinite(loss))]
-        bad_logps, bad_loss = self.ranks.max([float(not f) for f in fine])
+        fine = [all(bool(torch.isfinite(t).all()) for t in logps), bool(torch.isfinite(output.loss))]
+        unrewarded = live and has_uncounted(micro, inputs.thoughts)
+        bad_logps, bad_loss, no_reward = self.ranks.max([float(not fine[0]), float(not fine[1]), float(unrewarded)])
         if bad_logps or bad_loss:
             self.bad = "log-probs" if bad_logps else "loss"
             if not all(fine):
                 records.keep_batch(self.folder, self.step + 1, self.ranks.rank, self.bad, micro.groups, micro.documents)
-        return self.bad is not None
+        if self.bad is not None:
+            return Problem.NOT_FINITE
+        return Problem.NO_REWARD if no_reward else None
 
-    def observe(self, micro: MicroBatch, scores: Any, loss: torch.Tensor, reward: Any, own: torch.Tensor) -> None:
-        """Gather what the log will show of a micro-batch."""
-        self.note(loss=loss.detach())
-        self.metrics.observe(micro, scores, reward, own)
+    def observe(self, inputs: LossInputs, output: LossOutput, own: torch.Tensor) -> None:
+        """Gather what the log will show of a micro-batch; `own` [B, T] are the policy's log-probs without a thought."""
+        scores, micro, epochs = inputs.scores, inputs.micro, self.config.loss.inner_epochs
+        self.note(loss=output.loss.detach() / epochs)  # the mean over inner epochs
+        self.note(**{n: v / epochs if n.endswith("loss") else v for n, v in output.metrics.items()})
+        self.metrics.observe(micro, scores, None if inputs.thoughts is None else inputs.thoughts.rewards, own)
         if self._measures_frozen():
             base = scores.baseline_logps if self.frozen is self.baseline else self.frozen.logps(micro)
             base = (base * micro.target_mask).sum(-1)

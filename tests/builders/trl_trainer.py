@@ -31,8 +31,8 @@ def native(values: dict[str, Any], **changes: Any) -> tuple[Any, dict[str, torch
     kept: list[Any] = []
 
     def keep(run: Any) -> None:
-        kept.append(run.take())
-        run.take = lambda: kept[0]
+        kept.append(run.next_batch())
+        run.next_batch = lambda: kept[0]
 
     same = {"optim__warmup_steps": 0, "optim__betas": (0.9, 0.999), "loss__reader_coef": 0.0}
     run, gradient = one_step(values, keep, **(same | changes))

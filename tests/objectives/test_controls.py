@@ -25,7 +25,7 @@ def test_random_rewards_depend_on_nothing_but_the_seed(values):
         changes = {"objective": objective, "sampling__max_thought_tokens": limit, "sampling__thoughts": 16,
                    "positions_per_step": 32, "output_dir": f"{values['output_dir']}-{limit}"}  # fmt: skip
         run = Run(build(merged(values, **changes)), None)
-        groups.append(run.take().groups)
+        groups.append(run.next_batch().groups)
         run.close()
     assert [g.rewards for g in groups[0]] == [g.rewards for g in groups[1]]
     assert [g.thoughts for g in groups[0]] != [g.thoughts for g in groups[1]]
@@ -38,7 +38,7 @@ def test_form_alone_is_rewarded(values):
     objective = {"name": "format_only", "least": 4, **HERE}
     changes = {"objective": objective, "sampling__max_thought_tokens": 60, "positions_per_step": 8}
     run = Run(build(merged(values, **changes)), None)
-    groups = run.take().groups
+    groups = run.next_batch().groups
     for group in groups:
         for thought, reward in zip(group.thoughts, group.rewards, strict=True):
             assert reward == (thought.finish_reason is FinishReason.CLOSE and len(thought.token_ids) >= 4)
@@ -65,7 +65,7 @@ def traces(folder) -> dict:
 def test_documents_and_traces_are_mixed(values, tmp_path):
     changes = {"objective": {"name": "sft_mixed", "share": 0.25}, "ntp_data": traces(tmp_path), "positions_per_step": 8}
     run = Run(build(merged(values, **changes)), None)
-    batch = run.take()
+    batch = run.next_batch()
     given = [d for d in batch.documents if d.id.startswith("ntp ")]
     assert len(given) == 2 and len(batch.documents) == 8 and not batch.groups
     (micro,) = run.pack(batch, run.count(batch))

@@ -51,7 +51,7 @@ def test_the_direct_term_is_the_derivative_of_the_score(values, score):
     """target_loss has minus the derivative of the mean score by every log-prob of the targets, by finite differences."""
     run = Run(build(merged(values, objective={"name": "likelihood", "score": score, "direct": 1.0, **HERE},
                            loss__reader_coef=0.0)), None)  # fmt: skip
-    batch = run.take()
+    batch = run.next_batch()
     (micro,) = run.pack(batch, run.count(batch))
     scores = run.policy.score(micro).detached()
     run.close()
@@ -142,7 +142,7 @@ def test_thoughts_between_prompts_and_answers(values, tmp_path):
             "max_length": 64}  # fmt: skip
     objective = {"name": "likelihood", "positions": "answer", "target_length": 8, "score": "mean_log_prob"}
     run = Run(build(merged(values, data=data, objective=objective)), None)
-    batch = run.take()
+    batch = run.next_batch()
     tokenizer = dial.tokenizer()
     for group, document in zip(batch.groups, batch.documents, strict=True):
         assert tokenizer.decode(group.position.context_ids).endswith(" shows")
@@ -155,5 +155,5 @@ def test_thoughts_between_prompts_and_answers(values, tmp_path):
 def test_positions_answer_need_answers(values):
     run = Run(build(merged(values, objective={"name": "likelihood", "positions": "answer"})), None)
     with pytest.raises(ConfigError, match=r"\[\d+\] has no answer; set data\.answer_column"):
-        run.take()
+        run.next_batch()
     run.close()

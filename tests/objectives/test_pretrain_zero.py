@@ -128,7 +128,7 @@ BRIEF = {"positions_per_step": 4, "sampling__cut": "force_close", "sampling__tho
 
 def test_a_model_that_names_nothing_trains_on_its_documents(values):
     run = Run(build(merged(values, objective=REAL, **BRIEF)), None)
-    batch = run.take()
+    batch = run.next_batch()
     assert batch.groups == () and len(batch.documents) == 4  # all earned 0
     train(run)
     run.close()
@@ -146,7 +146,7 @@ def test_both_roles_are_trained_in_real_runs(values, monkeypatch):
     monkeypatch.setattr(PretrainZero, "prediction", first)
     monkeypatch.setattr(PretrainZero, "select", lambda objective, groups: list(groups))
     run = Run(build(merged(values, objective=REAL, **BRIEF)), None)
-    batch = run.take()
+    batch = run.next_batch()
     roles = [g.role for g in batch.groups]
     assert roles.count("generator") == 4 and roles.count("predictor") >= 1
     for group in batch.groups:

@@ -91,7 +91,7 @@ def test_runs_over_sentences(values, tmp_path, reward):
     objective = {"name": "rlpt", "reward": reward, "msr_weight": 1.0, "msr_template": "{context}", "mask": "hmm",
                  "opening": "has", "closing": ".", "min_words": 1, "positions_per_document": 2}  # fmt: skip
     run = Run(build(merged(values, objective=objective, data=sentences(values, tmp_path), positions_per_step=8)), None)
-    batch = run.take()
+    batch = run.next_batch()
     assert len(batch.groups) == 8 and any(g.position.suffix_ids for g in batch.groups)
     micros = run.pack(batch, run.count(batch))
     for micro in micros:

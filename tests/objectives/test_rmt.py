@@ -82,7 +82,7 @@ def test_a_run_leaves_the_tokens_it_thought_about_to_the_thoughts(values):
     run = Run(build(merged(values, objective=OBJECTIVE, max_steps=4, sampling__max_thought_tokens=30)), None)
     budgets = set()
     for _ in range(3):
-        batch = run.take()
+        batch = run.next_batch()
         budgets |= {g.extra["budget"] for g in batch.groups}
         for micro in run.pack(batch, run.count(batch)):
             scores = run.policy.score(micro)

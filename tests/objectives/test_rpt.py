@@ -167,7 +167,7 @@ def test_rewards_of_a_run(values, match):
     changes = {"objective": objective, "positions_per_step": 6, "sampling__max_thought_tokens": 60,
                "max_steps": 2}  # fmt: skip
     run = Run(build(merged(values, **changes)), None)
-    batch = run.take()
+    batch = run.next_batch()
     micros = run.pack(batch, run.count(batch))
     assert sum(int(m.counted.sum()) for m in micros) == 24 and any(t.answer_span for g in batch.groups for t in g.thoughts)
     for micro in micros:
