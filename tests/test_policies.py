@@ -11,7 +11,7 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.backends.deepspeed import ds_settings
-from rlpretrain.training.optim import schedule
+from rlpretrain.training.optim import make_schedule
 from tests.builders.policies import SHARDED
 from tests.builders.runs import launch, merged, same, trained, weights
 
@@ -130,10 +130,10 @@ def test_deepspeed_json_of_the_user(tmp_path):
 
 def test_schedules():
     config = build({"model": "m", "data": "d", "optim": {"warmup_steps": 4, "schedule": "cosine", "min_lr_ratio": 0.1}}).optim
-    factor = schedule(config, 104)
+    factor = make_schedule(config, 104)
     assert [factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert factor(4) == 1.0 and factor(54) == pytest.approx(0.55) and factor(104) == pytest.approx(0.1)
     config.schedule = "linear"
-    assert schedule(config, 104)(54) == pytest.approx(0.55)
+    assert make_schedule(config, 104)(54) == pytest.approx(0.55)
     config.schedule = "constant"
-    assert schedule(config, 104)(1000) == 1.0
+    assert make_schedule(config, 104)(1000) == 1.0

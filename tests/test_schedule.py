@@ -12,7 +12,7 @@ import torch
 
 from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
-from rlpretrain.training.optim import schedule
+from rlpretrain.training.optim import make_schedule
 from rlpretrain.training.run import Run
 from tests.builders.runs import merged
 
@@ -64,13 +64,13 @@ def test_the_schedule_spans_all_inner_epochs(values, kind, backend):
 @pytest.mark.parametrize(("warm", "inner"), [(0, 1), (0, 4), (3, 1), (3, 2), (20, 2)])
 def test_a_factor_depends_on_the_update_alone(kind, warm, inner):
     optim = build({"model": "m", "data": "d", "optim": {"schedule": kind, "warmup_steps": warm}}).optim
-    factor, total = schedule(optim, 20, inner), 20 * inner
+    factor, total = make_schedule(optim, 20, inner), 20 * inner
     found = [factor(n) for n in range(total)]
     assert found[::-1] == [factor(n) for n in reversed(range(total))]
     assert min(found) > 0  # no update of the run is wasted
     if warm < 20:
         assert found == pytest.approx([wanted(kind, n, warm * inner, total) for n in range(total)])
-    every = [schedule(optim, 20)(n) for n in range(20)]
+    every = [make_schedule(optim, 20)(n) for n in range(20)]
     assert found[inner - 1 :: inner][:warm] == pytest.approx(every[:warm])  # a step's last update ends where the step does
 
 

@@ -41,8 +41,9 @@ class LoraConfig:
 class PolicyConfig:
     """How the model is trained."""
 
-    backend: Literal["auto", "torch", "deepspeed"] = "auto"
-    """auto: DeepSpeed where it is installed, else torch."""
+    backend: str = "auto"
+    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class, a policy of your own
+    (rlpretrain/training/backends/base.py)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed_config: PathText | None = None
@@ -55,12 +56,15 @@ class PolicyConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: str = "adamw"
+    """adamw, or package.module:factory, a function of (parameter groups, these settings) that gives a torch optimizer."""
     lr: Amount = 1e-6
     """Peak learning rate."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape after warm-up; cosine and linear end at `min_lr_ratio` of the peak."""
+    schedule: str = "constant"
+    """Shape after warm-up: constant, cosine, linear (these two end at `min_lr_ratio` of the peak), or package.module:function of
+    (step, number of steps, these settings), which gives the factor on `lr`."""
     min_lr_ratio: Amount = 0.0
     """Final learning rate over the peak."""
     warmup_steps: Whole = 10
@@ -176,7 +180,7 @@ class PretrainConfig:
     policy: PolicyConfig = _field(default_factory=PolicyConfig)
     """How the model is trained."""
     optim: OptimConfig = _field(default_factory=OptimConfig)
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     loss: LossConfig = _field(default_factory=LossConfig)
     """The terms of the loss."""
     baseline: Annotated[BaselineConfig, headed("name")] = _field(default_factory=BaselineConfig)

@@ -21,7 +21,6 @@ from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConf
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.data.sources import _files, open_rows, quiet
 from rlpretrain.data.tokenization import Cutter
-from rlpretrain.models.adapters import check
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.models.loading import load_tokenizer, only_config
 from rlpretrain.objectives import Objective, parse_section
@@ -30,8 +29,10 @@ from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.tools import readiness
 from rlpretrain.tools.memory import GIB, Sizes, count_parameters, memory, peak
 from rlpretrain.tools.readiness import missing_tags
+from rlpretrain.training.backends import backend_of
 from rlpretrain.training.backends.deepspeed import ds_settings
-from rlpretrain.training.optim import schedule
+from rlpretrain.training.builder import check_settings
+from rlpretrain.training.optim import make_schedule
 from rlpretrain.types import Window
 
 SAMPLE = 20_000
@@ -45,7 +46,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     """
     notes: list[str] = []
     objective = make_objective(config, notes)
-    check(config)
+    check_settings(config, type(objective), int(os.environ.get("WORLD_SIZE", 1)))
     shape, where = model_shape(config.model, beside)
     documents = count_rows(config.data, notes)
     sizes = make_sizes(config, objective, shape, notes, measure_documents(config, objective, notes))
@@ -131,13 +132,7 @@ def make_sizes(
 
     `longest` is the length of the longest document; where it is not known, `data.max_length` bounds it.
     """
-    ranks, policy, backend = int(os.environ.get("WORLD_SIZE", 1)), config.policy, config.policy.backend
-    if config.positions_per_step % ranks:
-        raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks")
-    if backend == "auto":
-        backend = "deepspeed" if compat.has_deepspeed() else "torch"
-    if backend == "torch" and (policy.zero_stage or policy.deepspeed_config):
-        raise ConfigError("policy.zero_stage and policy.deepspeed_config need policy.backend deepspeed")
+    ranks, policy, backend = int(os.environ.get("WORLD_SIZE", 1)), config.policy, backend_of(config.policy)
     if backend == "deepspeed" and not compat.has_deepspeed():
         notes.append(f"DeepSpeed is not installed here: {compat.INSTALL['deepspeed']}")
     dtype = getattr(torch, config.model.dtype)
@@ -235,7 +230,7 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
     if sizes.device == "cpu" or torch.cuda.is_available():
         out["time on this machine, roughly"] = expected_time(config, objective, sizes, steps)
     warm, inner = config.optim.warmup_steps, config.loss.inner_epochs
-    rate = schedule(config.optim, steps or 1, inner)
+    rate = make_schedule(config.optim, steps or 1, inner)
     places = sorted({1, max(1, warm), *((max(1, steps // 2), steps) if steps else ())})
     shown = [i for i in places if not steps or i <= steps]
     rates = ", ".join(f"{config.optim.lr * rate(i * inner - 1):.2e} (step {i})" for i in shown)

@@ -12,6 +12,7 @@ from torch import nn
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config.plugins import find
 from rlpretrain.data.stream import DocumentStream
 from rlpretrain.data.tokenization import fingerprint
 from rlpretrain.evaluation.evaluate import held_out
@@ -27,7 +28,9 @@ from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, make_references
 from rlpretrain.training import checkpoint, outputs
-from rlpretrain.training.backends import make_policy
+from rlpretrain.training.backends import BACKENDS, backend_of, make_policy
+from rlpretrain.training.losses import make_losses
+from rlpretrain.training.optim import make_schedule
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Recorded, Store
@@ -80,7 +83,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     """
     ranks, folder = join(config.device), Path(config.output_dir)
     owner, _ = parse_section(config.objective)
-    _check(config, owner, ranks)
+    check_settings(config, owner, ranks.size)
     outputs.check(config)
     resumed_from = checkpoint.open_folder(folder, resume, ranks)
     if config.threads:
@@ -148,13 +151,20 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     )
 
 
-def _check(config: PretrainConfig, owner: type[Objective], ranks: Ranks) -> None:
-    """Refuse what can be known to fail without a model."""
-    if config.positions_per_step % ranks.size:
-        raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {ranks.size} ranks")
-    if "batch" in owner.needs and ranks.size > 1:
+def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
+    """Refuse what can be known to fail without a model, in a run and in a dry run: ConfigError that names the setting."""
+    if config.positions_per_step % ranks:
+        raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks")
+    if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
+    backend = backend_of(config.policy)
+    if backend not in BACKENDS:
+        find(backend, "policy.backend", ["auto", *BACKENDS])
+    make_schedule(config.optim, total_steps=1)
+    if config.optim.name != "adamw":
+        find(config.optim.name, "optim.name", ["adamw"])
+    make_losses(config.loss.terms)
 
 
 def count_steps(config: PretrainConfig, objective: Objective, stream: DocumentStream | None,

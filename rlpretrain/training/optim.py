@@ -1,33 +1,67 @@
-"""The learning rate of each optimizer step, and what is decayed."""
+"""The optimizer, the learning rate of each of its steps, and what is decayed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlpretrain.config import OptimConfig
+from rlpretrain.config.plugins import find
+
+Schedule = Callable[[int, int, OptimConfig], float]
+"""(optimizer step after warm-up, number of them, settings) → factor on the peak learning rate."""
 
 
-def schedule(config: OptimConfig, total_steps: int, inner_epochs: int = 1):
-    """optimizer step → factor on the peak learning rate: linear warm-up, then constant, cosine or linear to `min_lr_ratio`.
+def constant(step: int, total: int, config: OptimConfig) -> float:
+    """The peak, to the end."""
+    return 1.0
+
+
+def cosine(step: int, total: int, config: OptimConfig) -> float:
+    """Half a cosine, from the peak to `min_lr_ratio` of it."""
+    shape = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+def linear(step: int, total: int, config: OptimConfig) -> float:
+    """A line, from the peak to `min_lr_ratio` of it."""
+    shape = 1 - min(1.0, step / total)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "linear": linear}
+
+
+def make_schedule(config: OptimConfig, total_steps: int, inner_epochs: int = 1) -> Callable[[int], float]:
+    """optimizer step → factor on the peak learning rate: linear warm-up, then what `optim.schedule` names.
 
     `warmup_steps` and `total_steps` are steps of the run, each of `inner_epochs` optimizer steps. The factor depends on the
     optimizer step alone, so a run that is resumed with another length follows the schedule of that length.
+    Raises ConfigError for a schedule that is neither in `SCHEDULES` nor a function that can be imported.
     """
     warm, total = config.warmup_steps * inner_epochs, total_steps * inner_epochs
+    shape = SCHEDULES.get(config.schedule) or find(config.schedule, "optim.schedule", SCHEDULES)
 
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / warm
-        if config.schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - warm) / max(1, total - warm))
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+        return shape(step - warm, max(1, total - warm), config)
 
     return factor
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    """What `optim.name` names: AdamW, or `package.module:factory`, a function of (parameter groups, settings).
+
+    The learning rate of every group is set before every step; weight decay is in the groups.
+    """
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    return find(config.name, "optim.name", ["adamw"])(groups, config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -10,21 +10,41 @@ from torch import nn
 
 from rlpretrain import compat
 from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
+from rlpretrain.config.plugins import find
 from rlpretrain.ranks import Ranks
-from rlpretrain.training.backends.base import StepInfo
+from rlpretrain.training.backends.base import Policy, StepInfo
 from rlpretrain.training.backends.deepspeed import DeepSpeedPolicy
 from rlpretrain.training.backends.torch import TorchPolicy
 
-__all__ = ["DeepSpeedPolicy", "StepInfo", "TorchPolicy", "make_policy"]
+__all__ = ["DeepSpeedPolicy", "Policy", "StepInfo", "TorchPolicy", "backend_of", "make_policy"]
 
 
-def make_policy(model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
-                temperature: float = 1.0, inner_epochs: int = 1) -> TorchPolicy | DeepSpeedPolicy:  # fmt: skip
-    """The policy that `policy.backend` names; auto takes DeepSpeed where it is installed."""
-    backend = config.backend
-    if backend == "auto":
-        backend = "deepspeed" if compat.has_deepspeed() else "torch"
-    if backend == "torch" and (config.zero_stage or config.deepspeed_config):
+BACKENDS: dict[str, type] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
+
+
+def backend_of(config: PolicyConfig) -> str:
+    """The name of the backend that `policy.backend` means: auto takes DeepSpeed where it is installed.
+
+    Raises ConfigError for settings of DeepSpeed's without it.
+    """
+    name = config.backend
+    if name == "auto":
+        name = "deepspeed" if compat.has_deepspeed() else "torch"
+    if name == "torch" and (config.zero_stage or config.deepspeed_config):
         raise ConfigError("policy.zero_stage and policy.deepspeed_config need policy.backend deepspeed")
-    owner = TorchPolicy if backend == "torch" else DeepSpeedPolicy
+    return name
+
+
+def make_policy(
+    model: nn.Module,
+    config: PolicyConfig,
+    optim: OptimConfig,
+    total_steps: int,
+    ranks: Ranks,
+    temperature: float = 1.0,
+    inner_epochs: int = 1,
+) -> Policy:
+    """The policy that `policy.backend` names: one of `BACKENDS`, or a class of a user's own."""
+    name = backend_of(config)
+    owner = BACKENDS.get(name) or find(name, "policy.backend", ["auto", *BACKENDS])
     return owner(model.to(ranks.device), config, optim, total_steps, ranks, temperature, inner_epochs)

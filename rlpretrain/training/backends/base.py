@@ -1,8 +1,18 @@
-"""What every backend of a policy has in common."""
+"""What a backend of a policy is, and what all of them share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlpretrain.ranks import Ranks
+from rlpretrain.scoring.scorer import Scorer
+from rlpretrain.types import MicroBatch, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,3 +22,62 @@ class StepInfo:
     grad_norm: float
     lr: float
     applied: bool
+
+
+class Policy(Protocol):
+    """The trained model behind the methods that a run calls.
+
+    It is constructed with (model, PolicyConfig, OptimConfig, steps of the run, Ranks, sampling temperature, inner epochs). All
+    ranks call every method together, equally often. The loss of a micro-batch is already divided by the step's global
+    counts, so gradients are summed over micro-batches and over ranks.
+    """
+
+    model: nn.Module
+    scorer: Scorer
+    ranks: Ranks
+    shares_weights: bool
+    """Whether the embedded engine can sample from `model` as it is."""
+    stage_gathers: bool
+    """Whether `weights` gives tensors that are freed when the next one is asked for."""
+
+    def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
+        """The scores of a micro-batch in one forward, with their graph."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to what this step has gathered."""
+        ...
+
+    def step(self) -> StepInfo:
+        """Sum gradients over ranks, clip, update, clear; a step with NaN or inf gradients changes nothing."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients gathered so far."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) pairs as transformers names them, adapters merged in."""
+        ...
+
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters alone, as PEFT names them in files."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Everything that a bit-identical continuation needs, under the folder `path`."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Take back what `save` wrote."""
+        ...
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def copy_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    for name, p in trained_parameters(dst).items():
+        p.copy_(src[name])

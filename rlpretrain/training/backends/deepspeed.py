@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
 from rlpretrain.models.adapters import Piece, adapter_pieces, pieces
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.backends.base import StepInfo
-from rlpretrain.training.optim import parameter_groups, schedule
+from rlpretrain.training.backends.base import StepInfo, copy_trained
+from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -41,12 +41,12 @@ class DeepSpeedPolicy:
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
-        optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=optim.betas)
+        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim, fused=False)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
             settings["gradient_clipping"], self.clips = 0.0, True  # DeepSpeed would clip, and forget the norm
             optimizer.register_step_pre_hook(self._clip)
         self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
-        self.factor, self.steps = schedule(optim, total_steps, inner_epochs), 0
+        self.factor, self.steps = make_schedule(optim, total_steps, inner_epochs), 0
         self.gathered = deepspeed.zero.GatheredParameters
         if self.stage == 3:
             for p in model.get_output_embeddings().parameters():  # type: ignore[operator]
@@ -116,16 +116,6 @@ class DeepSpeedPolicy:
         if where is None:
             raise ConfigError(f"{path} holds no DeepSpeed state: it was written by another backend")
         self.steps = client["steps"]
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def copy_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    for name, p in trained_parameters(dst).items():
-        p.copy_(src[name])
 
 
 def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:

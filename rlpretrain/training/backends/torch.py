@@ -15,9 +15,8 @@ from rlpretrain.config import OptimConfig, PolicyConfig
 from rlpretrain.models.adapters import adapter_pieces, pieces
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.backends.base import StepInfo
-from rlpretrain.training.backends.deepspeed import copy_trained, trained_parameters
-from rlpretrain.training.optim import parameter_groups, schedule
+from rlpretrain.training.backends.base import StepInfo, copy_trained, trained_parameters
+from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -37,8 +36,8 @@ class TorchPolicy:
         if self.masters:
             copies = {id(p): m for p, m in self.masters}
             groups = [g | {"params": [copies[id(p)] for p in g["params"]]} for g in groups]
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-        self.factor, self.steps = schedule(optim, total_steps, inner_epochs), 0
+        self.optimizer = make_optimizer(groups, optim, fused=True)
+        self.factor, self.steps = make_schedule(optim, total_steps, inner_epochs), 0
 
     @staticmethod
     def _masters(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
