@@ -200,9 +200,10 @@ def test_a_frozen_baseline_is_the_trained_model_without_its_adapters(values, cor
             assert storages(run.frozen.model, run.policy.model, run.engine.model) == storages(run.policy.model)
         twin, whole = Frozen(base), run.observe
 
-        def observe(micro, scores, *others):
-            seen.append((scores.baseline_logps, twin.logps(micro), scores.target_mask))
-            return whole(micro, scores, *others)
+        def observe(inputs, *others):
+            scores = inputs.scores
+            seen.append((scores.baseline_logps, twin.logps(inputs.micro), scores.target_mask))
+            return whole(inputs, *others)
 
         run.observe = observe
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import rlpretrain
 from rlpretrain.floors import OLDEST, older
 from rlpretrain.floors import version_of as _version
 
@@ -126,7 +127,7 @@ def extras() -> list[Check]:
 
 def packages() -> list[Check]:
     """`rewards` and `rollout` are generic names: another distribution may own them."""
-    home, checks = Path(__file__).resolve().parent.parent, []
+    home, checks = Path(rlpretrain.__file__).resolve().parents[1], []
     for name in ("rewards", "rollout"):
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve() if spec and spec.origin else Path("not importable")
