@@ -143,8 +143,4 @@ def score(
 
 def score_function(scorer: Scorer, **extras: bool) -> Callable[[MicroBatch], Scores]:
     """`score` with a scorer and what is asked of it: what `groups` scores micro-batches by."""
-    return partial(_score_with, scorer, extras)
-
-
-def _score_with(scorer: Scorer, extras: dict[str, bool], micro: MicroBatch) -> Scores:
-    return score(scorer, micro, **extras)
+    return partial(score, scorer, **extras)

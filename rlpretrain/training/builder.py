@@ -12,7 +12,6 @@ from torch import nn
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config.plugins import find
 from rlpretrain.data.stream import DocumentStream
 from rlpretrain.data.tokenization import fingerprint
 from rlpretrain.evaluation.evaluate import held_out
@@ -28,9 +27,9 @@ from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, make_references
 from rlpretrain.training import checkpoint, outputs
-from rlpretrain.training.backends import BACKENDS, backend_of, make_policy
+from rlpretrain.training.backends import find_backend, make_policy
 from rlpretrain.training.losses import make_losses
-from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.optim import find_optimizer, make_schedule
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Recorded, Store
@@ -158,12 +157,9 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
-    backend = backend_of(config.policy)
-    if backend not in BACKENDS:
-        find(backend, "policy.backend", ["auto", *BACKENDS])
+    find_backend(config.policy)
+    find_optimizer(config.optim)
     make_schedule(config.optim, total_steps=1)
-    if config.optim.name != "adamw":
-        find(config.optim.name, "optim.name", ["adamw"])
     make_losses(config.loss.terms)
 
 

@@ -54,14 +54,20 @@ def make_schedule(config: OptimConfig, total_steps: int, inner_epochs: int = 1) 
     return factor
 
 
+def find_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer] | None:
+    """The factory that `optim.name` names by its path; None for adamw."""
+    return None if config.name == "adamw" else find(config.name, "optim.name", ["adamw"])
+
+
 def make_optimizer(groups: Sequence[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
     """What `optim.name` names: AdamW, or `package.module:factory`, a function of (parameter groups, settings).
 
     The learning rate of every group is set before every step; weight decay is in the groups.
     """
-    if config.name == "adamw":
+    factory = find_optimizer(config)
+    if factory is None:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-    return find(config.name, "optim.name", ["adamw"])(groups, config)
+    return factory(groups, config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

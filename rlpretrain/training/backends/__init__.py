@@ -16,10 +16,10 @@ from rlpretrain.training.backends.base import Policy, StepInfo
 from rlpretrain.training.backends.deepspeed import DeepSpeedPolicy
 from rlpretrain.training.backends.torch import TorchPolicy
 
-__all__ = ["DeepSpeedPolicy", "Policy", "StepInfo", "TorchPolicy", "backend_of", "make_policy"]
+__all__ = ["DeepSpeedPolicy", "Policy", "StepInfo", "TorchPolicy", "backend_of", "find_backend", "make_policy"]
 
 
-BACKENDS: dict[str, type] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
+BACKENDS: dict[str, type[Policy]] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
 
 
 def backend_of(config: PolicyConfig) -> str:
@@ -35,6 +35,12 @@ def backend_of(config: PolicyConfig) -> str:
     return name
 
 
+def find_backend(config: PolicyConfig) -> type[Policy]:
+    """The class that `policy.backend` means: one of `BACKENDS`, or a user's own."""
+    name = backend_of(config)
+    return BACKENDS.get(name) or find(name, "policy.backend", ["auto", *BACKENDS])
+
+
 def make_policy(
     model: nn.Module,
     config: PolicyConfig,
@@ -44,7 +50,5 @@ def make_policy(
     temperature: float = 1.0,
     inner_epochs: int = 1,
 ) -> Policy:
-    """The policy that `policy.backend` names: one of `BACKENDS`, or a class of a user's own."""
-    name = backend_of(config)
-    owner = BACKENDS.get(name) or find(name, "policy.backend", ["auto", *BACKENDS])
-    return owner(model.to(ranks.device), config, optim, total_steps, ranks, temperature, inner_epochs)
+    """The policy that `policy.backend` names."""
+    return find_backend(config)(model.to(ranks.device), config, optim, total_steps, ranks, temperature, inner_epochs)
