@@ -2,8 +2,9 @@
 
     python -m benchmarks.bad_input [--engine vllm|hf] [--rounds 20] [--json]
 
-A real `rlpretrain serve` as a child process with a token and a folder for weights. All cases are sent `--rounds` times, then 500
-clients at once; memory is read before and after, and the same greedy completion must come back at the end.
+A real `rlpretrain serve` as a child process with a token and a folder for weights. All cases are sent
+`--rounds` times, then 500 clients at once; memory is read before and after, and the same greedy completion
+must come back at the end.
 """
 
 from __future__ import annotations
@@ -68,9 +69,14 @@ def cases(weights: Path, model: Path, secret: Path) -> list[Case]:
     """All of them; writes the bad files into `weights`. `secret` is a file outside of it."""
     good = load_file(model / "model.safetensors")
     name = next(iter(good))
-    files = {"good": good, "missing": {k: v for k, v in good.items() if k != name}, "half": good,
-             "shape": good | {name: torch.zeros(2, 2)}, "unknown": good | {"x": torch.zeros(1)},
-             "integers": good | {name: torch.zeros_like(good[name], dtype=torch.int64)}}  # fmt: skip
+    files = {
+        "good": good,
+        "missing": {k: v for k, v in good.items() if k != name},
+        "half": good,
+        "shape": good | {name: torch.zeros(2, 2)},
+        "unknown": good | {"x": torch.zeros(1)},
+        "integers": good | {name: torch.zeros_like(good[name], dtype=torch.int64)},
+    }
     for what, state in files.items():
         (weights / what).mkdir(exist_ok=True)
         save_file(state, weights / what / "model.safetensors", metadata={"format": "pt"})
@@ -108,13 +114,25 @@ def cases(weights: Path, model: Path, secret: Path) -> list[Case]:
         Case("a token id over the vocabulary", 400, body=rollout(prompts=[{"token_ids": [VOCABULARY]}])),
         Case("a negative token id", 400, body=rollout(prompts=[{"token_ids": [-1]}])),
         Case("a token id of 2^70", 400, body=rollout(prompts=[{"token_ids": [2**70]}])),
-        Case("a stop id over the vocabulary", 400, body=rollout(prompts=[{"token_ids": [5], "stop_ids": [VOCABULARY]}])),
-        Case("a stop string that is no text", 400, body=b'{"prompts": [{"token_ids": [5], "stop_strings": ["\\ud800"]}], '
-             b'"params": {"max_thought_tokens": 2}, "n": 1, "seeds": [0]}'),
+        Case(
+            "a stop id over the vocabulary",
+            400,
+            body=rollout(prompts=[{"token_ids": [5], "stop_ids": [VOCABULARY]}]),
+        ),
+        Case(
+            "a stop string that is no text",
+            400,
+            body=b'{"prompts": [{"token_ids": [5], "stop_strings": ["\\ud800"]}], '
+            b'"params": {"max_thought_tokens": 2}, "n": 1, "seeds": [0]}',
+        ),
         Case("a seed missing", 400, body=rollout(seeds=[])),
         Case("a negative seed", 400, body=rollout(seeds=[-5])),
-        Case("temperature NaN", 400, body=b'{"prompts": [{"token_ids": [5]}], "params": {"max_thought_tokens": 2, "temperature": '
-             b'NaN}, "n": 1, "seeds": [0]}'),
+        Case(
+            "temperature NaN",
+            400,
+            body=b'{"prompts": [{"token_ids": [5]}], "params": {"max_thought_tokens": 2, "temperature": '
+            b'NaN}, "n": 1, "seeds": [0]}',
+        ),
         Case("temperature -1", 400, body=rollout(params={"max_thought_tokens": 2, "temperature": -1})),
         Case("a thought of 10^9 tokens", 400, body=rollout(params={"max_thought_tokens": 10**9})),
         Case("positions that do not match", 400, body=rollout(positions=[])),
@@ -136,7 +154,7 @@ def cases(weights: Path, model: Path, secret: Path) -> list[Case]:
         Case("another remote call", 400, rpc, reload("good", method="shutdown")),
         Case("an unknown route", 404, "/v1/chat/completions", {}),
         Case("an unknown verb", 405, body={}, method="DELETE"),
-    ]  # fmt: skip
+    ]
 
 
 class Serving:
@@ -151,9 +169,28 @@ class Serving:
         self.log = folder / "log.txt"
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "rlpretrain.cli", "serve", str(self.model), "--engine", engine, "--port", str(port),
-                   "--token-file", str(folder / "token"), "--weights-dir", str(self.weights), "--name", "small",
-                   "--kv-cache-gib", "0.1", "--batch-size", "64", *options]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "rlpretrain.cli",
+            "serve",
+            str(self.model),
+            "--engine",
+            engine,
+            "--port",
+            str(port),
+            "--token-file",
+            str(folder / "token"),
+            "--weights-dir",
+            str(self.weights),
+            "--name",
+            "small",
+            "--kv-cache-gib",
+            "0.1",
+            "--batch-size",
+            "64",
+            *options,
+        ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + 180
@@ -188,12 +225,19 @@ class Serving:
         """The statuses that many clients at once get."""
         limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits, headers=headers) as client:
-            async def one(seed: int) -> list[int]:
-                return [(await client.post("/rollout", json=rollout(seeds=[seed * 100 + k]))).status_code
-                        for k in range(per_client)]  # fmt: skip
+        async with httpx.AsyncClient(
+            base_url=self.url, timeout=120, limits=limits, headers=headers
+        ) as client:
 
-            return Counter(status for found in await asyncio.gather(*map(one, range(clients))) for status in found)
+            async def one(seed: int) -> list[int]:
+                return [
+                    (await client.post("/rollout", json=rollout(seeds=[seed * 100 + k]))).status_code
+                    for k in range(per_client)
+                ]
+
+            return Counter(
+                status for found in await asyncio.gather(*map(one, range(clients))) for status in found
+            )
 
     def close(self) -> None:
         self.client.close()
@@ -207,13 +251,23 @@ def small_model(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32,
-             "num_key_value_heads": 1, "max_position_embeddings": LONGEST, "initializer_range": 0.3}  # fmt: skip
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": LONGEST,
+        "initializer_range": 0.3,
+    }
     config = AutoConfig.for_model("qwen3", vocab_size=VOCABULARY, tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0").save_pretrained(
+        folder
+    )
 
 
 def main() -> None:
@@ -236,19 +290,33 @@ def main() -> None:
                     leaks = "secret-of-this-machine" in answer.text
                     if turn == 0:
                         error = answer.json()["error"]["message"]
-                        rows.append({"case": case.name, "status": answer.status_code,
-                                     "as_meant": answer.status_code == case.status, "says": error.replace(folder, "..."),
-                                     "leaks": leaks})  # fmt: skip
+                        rows.append(
+                            {
+                                "case": case.name,
+                                "status": answer.status_code,
+                                "as_meant": answer.status_code == case.status,
+                                "says": error.replace(folder, "..."),
+                                "leaks": leaks,
+                            }
+                        )
                 memory.append(service.memory())
             crowds = [asyncio.run(service.crowd(options.clients)) for _ in range(3)]
             memory_crowd = service.memory()
             found = {
-                "benchmark": "bad_input", "engine": options.engine, "rounds": options.rounds, "cases": rows,
-                "statuses_of_500_clients": [dict(c) for c in crowds], "unpickled": (service.weights / "unpickled").exists(),
-                "same_answer_afterwards": service.greedy() == before, "alive": service.process.poll() is None,
-                "memory_mib": {"after_round_1": memory[0] >> 20, f"after_round_{options.rounds}": memory[-1] >> 20,
-                               "after_the_crowds": memory_crowd >> 20},
-            }  # fmt: skip
+                "benchmark": "bad_input",
+                "engine": options.engine,
+                "rounds": options.rounds,
+                "cases": rows,
+                "statuses_of_500_clients": [dict(c) for c in crowds],
+                "unpickled": (service.weights / "unpickled").exists(),
+                "same_answer_afterwards": service.greedy() == before,
+                "alive": service.process.poll() is None,
+                "memory_mib": {
+                    "after_round_1": memory[0] >> 20,
+                    f"after_round_{options.rounds}": memory[-1] >> 20,
+                    "after_the_crowds": memory_crowd >> 20,
+                },
+            }
         finally:
             service.close()
     if options.json:
@@ -256,7 +324,10 @@ def main() -> None:
         return
     print("| what is sent | status | what it says |\n|---|---|---|")
     for row in rows:
-        print(f"| {row['case']} | {row['status']}{'' if row['as_meant'] else ' (!)'} | {row['says'].replace('|', '/')} |")
+        print(
+            f"| {row['case']} | {row['status']}{'' if row['as_meant'] else ' (!)'} | "
+            f"{row['says'].replace('|', '/')} |"
+        )
     for key in ("statuses_of_500_clients", "unpickled", "same_answer_afterwards", "alive", "memory_mib"):
         print(f"{key}: {found[key]}")
 

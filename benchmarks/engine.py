@@ -1,13 +1,15 @@
 """The engine against batched `model.generate`: `python -m benchmarks.engine [--json]`.
 
-The model has the demo's shape (Qwen3 architecture, hidden 128, 2 layers, 90 words, fp32) and random weights. Such a
-model gives every word about the same probability, so that 9 of the 90 words as stop ids end a thought with probability
-0.1 a token: lengths are geometric, cut at 24, with a mean of 9 to 10, as the trained demo model's. Contexts have 10 to
-25 tokens. A single thought has no stop ids, and always runs to the limit: its chance length would decide its time.
+The model has the demo's shape (Qwen3 architecture, hidden 128, 2 layers, 90 words, fp32) and random weights.
+Such a model gives every word about the same probability, so that 9 of the 90 words as stop ids end a thought
+with probability 0.1 a token: lengths are geometric, cut at 24, with a mean of 9 to 10, as the trained demo
+model's. Contexts have 10 to 25 tokens. A single thought has no stop ids, and always runs to the limit: its
+chance length would decide its time.
 
-`generate` is asked for its best: one left-padded batch, `num_return_sequences`, temperature 1 without top-k and top-p,
-the stop ids as its end-of-text ids, no scores returned. The engine does return log-probabilities. Both alternate in one
-process on one thread, with other draws every time; the medians of the repeats are compared.
+`generate` is asked for its best: one left-padded batch, `num_return_sequences`, temperature 1 without top-k
+and top-p, the stop ids as its end-of-text ids, no scores returned. The engine does return log-probabilities.
+Both alternate in one process on one thread, with other draws every time; the medians of the repeats are
+compared.
 """
 
 from __future__ import annotations
@@ -37,10 +39,19 @@ def demo_model() -> Qwen3ForCausalLM:
     """The demo's architecture with random weights, in eval mode."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=32, intermediate_size=256, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return Qwen3ForCausalLM(config).eval()
 
 
@@ -52,9 +63,17 @@ def generate(model: Qwen3ForCausalLM, prompts: list[Prompt], n: int) -> list[int
     mask = torch.tensor([[0] * k + [1] * (width - k) for k in padding])
     stops = prompts[0].stop_ids
     output: Any = model.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n,
-        max_new_tokens=LIMIT, eos_token_id=list(stops) or None, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=n,
+        max_new_tokens=LIMIT,
+        eos_token_id=list(stops) or None,
+        pad_token_id=0,
+    )
     rows = output[:, width:].tolist()
     return [next((t + 1 for t, token in enumerate(row) if token in stops), len(row)) for row in rows]
 
@@ -67,14 +86,18 @@ def sample(engine: HFEngine, prompts: list[Prompt], n: int, seed: int) -> list[i
 
 
 def timed(call: Callable[[], list[int]]) -> tuple[float, list[int]]:
-    """Processor time of a call, and what it gave: on one thread that is its wall time, less what others take."""
+    """Processor time of a call, and what it gave: on one thread that is its wall time, less what others
+    take.
+    """
     start = time.process_time()
     lengths = call()
     return time.process_time() - start, lengths
 
 
 def compare(model: Qwen3ForCausalLM, contexts: int, n: int, repeats: int) -> dict[str, float]:
-    """Time both on the same contexts: medians in milliseconds, mean lengths, and the ratio (above 1: engine wins)."""
+    """Time both on the same contexts: medians in milliseconds, mean lengths, and the ratio (above 1:
+    engine wins).
+    """
     rng = random.Random(contexts)
     ids = [tuple(rng.randrange(11, VOCABULARY) for _ in range(rng.randint(10, 25))) for _ in range(contexts)]
     prompts = [Prompt(context, stop_ids=STOP_IDS if contexts * n > 1 else ()) for context in ids]
@@ -114,11 +137,14 @@ def main() -> None:
         facts = {"benchmark": "engine", "threads": 1, "repeats": options.repeats, "torch": torch.__version__}
         print(json.dumps({**facts, "transformers": transformers.__version__, "results": results}))
         return
-    print(f"{'contexts x thoughts':>19} {'generate ms':>12} {'engine ms':>10} {'ratio':>7} {'asked':>6}   mean lengths")
+    print(
+        f"{'contexts x thoughts':>19} {'generate ms':>12} {'engine ms':>10} {'ratio':>7} {'asked':>6}   mean "
+        "lengths"
+    )
     for name, r in results.items():
         print(
-            f"{name:>19} {r['generate_ms']:12.1f} {r['engine_ms']:10.1f} {r['ratio']:6.2f}x {r['asked']:5.1f}x   "
-            f"{r['generate_length']:.1f} / {r['engine_length']:.1f}"
+            f"{name:>19} {r['generate_ms']:12.1f} {r['engine_ms']:10.1f} {r['ratio']:6.2f}x "
+            f"{r['asked']:5.1f}x   {r['generate_length']:.1f} / {r['engine_length']:.1f}"
         )
 
 

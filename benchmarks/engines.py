@@ -1,11 +1,13 @@
 """Do all engines train alike? The demo's RLP recipe from one base model, once with each engine.
 
-    python -m benchmarks.engines [--engines hf vllm_local vllm_server ray zero3] [--steps 260] [--seeds 0] [--json]
+    python -m benchmarks.engines [--engines hf vllm_local vllm_server ray zero3] [--steps 260] [--seeds 0]
+    [--json]
 
-`ray` is one actor with vllm_local, `zero3` DeepSpeed ZeRO 3 on two gloo ranks that feed one vLLM server; servers are started
-and ended here. Base model, documents, seed and evaluation (always transformers) are those of `examples/demo.py`; a base under
---demo is used, else made there. Engines draw different tokens, so runs agree within noise at best: what seeds of `hf` differ
-by in results/robustness.json. Every training is a process of its own; finished ones are kept (OUT/NAME.json), not repeated.
+`ray` is one actor with vllm_local, `zero3` DeepSpeed ZeRO 3 on two gloo ranks that feed one vLLM server;
+servers are started and ended here. Base model, documents, seed and evaluation (always transformers) are those
+of `examples/demo.py`; a base under --demo is used, else made there. Engines draw different tokens, so runs
+agree within noise at best: what seeds of `hf` differ by in results/robustness.json. Every training is a
+process of its own; finished ones are kept (OUT/NAME.json), not repeated.
 """
 
 from __future__ import annotations
@@ -36,25 +38,44 @@ ENGINES: dict[str, dict[str, Any]] = {
     "vllm_local": {"engine": {"name": "vllm_local", **VLLM}},
     "vllm_server": {"engine": SERVER},
     "ray": {"engine": {"name": "ray", "of": "vllm_local", "num_engines": 1, "address": "local", **VLLM}},
-    "zero3": {"engine": SERVER, "policy": {"backend": "deepspeed", "deepspeed_config": "examples/cluster/zero3.json"}},
+    "zero3": {
+        "engine": SERVER,
+        "policy": {"backend": "deepspeed", "deepspeed_config": "examples/cluster/zero3.json"},
+    },
 }
-RANKS = {"zero3": 2}  # its JSON has a low persistence threshold: under DeepSpeed's own, weights this small are not sharded
+RANKS = {
+    "zero3": 2
+}  # its JSON has a low persistence threshold: under DeepSpeed's own, weights this small are not sharded
 REPORTED = ("think_sampled", "gain_frozen", "no_think_loss")
-MEDIANS = {"step_s": "step_time", "rollout_s": "perf/rollout_s", "train_s": "perf/train_s", "sync_s": "perf/sync_s",
-           "probe_s": "perf/probe_s"}  # fmt: skip
+MEDIANS = {
+    "step_s": "step_time",
+    "rollout_s": "perf/rollout_s",
+    "train_s": "perf/train_s",
+    "sync_s": "perf/sync_s",
+    "probe_s": "perf/probe_s",
+}
 STEPS = 260
-STUDENT = 2.447  # 97.5% point of Student's t with 6 degrees of freedom: nine runs, less a mean for each of three bases
+# 97.5% point of Student's t with 6 degrees of freedom: nine runs, less a mean for each of three bases
+STUDENT = 2.447
 
 
 def main(argv: Sequence[str] | None = None) -> int | str:
     """Everything, or (with --job) one training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), metavar="ENGINE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), metavar="ENGINE"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/engines"))
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of examples/demo.py: corpus and base")
-    parser.add_argument("--fresh", action="store_true", help="forget the results of these engines and seeds first")
+    parser.add_argument(
+        "--demo", type=Path, default=Path("runs/demo"), help="folder of examples/demo.py: corpus and base"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget the results of these engines and seeds first"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -85,7 +106,9 @@ def known(file: Path, steps: int) -> dict[str, Any] | None:
 
 
 def run(engine: str, seed: int, steps: int, out: Path, demo: Path, fresh: bool) -> bool:
-    """Train in a child process, with a server beside it where it needs one, and evaluate; whether there is a result."""
+    """Train in a child process, with a server beside it where it needs one, and evaluate; whether there is
+    a result.
+    """
     name = named(engine, seed)
     file, folder, log = out / f"{name}.json", out / name, out / f"{name}.log"
     if not fresh and known(file, steps):
@@ -94,8 +117,16 @@ def run(engine: str, seed: int, steps: int, out: Path, demo: Path, fresh: bool) 
         old.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     base, corpus = demo / "base" / "model", demo / "corpus"
-    what = {"engine": engine, "seed": seed, "steps": steps, "base": str(base), "data": str(corpus / "train.jsonl")}
-    served = server(base, out / f"{name}-server.log") if ENGINES[engine].get("engine") is SERVER else nullcontext()
+    what = {
+        "engine": engine,
+        "seed": seed,
+        "steps": steps,
+        "base": str(base),
+        "data": str(corpus / "train.jsonl"),
+    }
+    served = (
+        server(base, out / f"{name}-server.log") if ENGINES[engine].get("engine") is SERVER else nullcontext()
+    )
     try:
         with served as url:
             seconds = launched(what | {"folder": str(folder), "url": url}, RANKS.get(engine, 1), log)
@@ -106,7 +137,10 @@ def run(engine: str, seed: int, steps: int, out: Path, demo: Path, fresh: bool) 
     record = json.loads((folder / "run.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     facts = {key: record[key] for key in ("step", "stopped", "ranks", "backend")}
-    write_json(file, facts | {"asked_steps": steps, "seconds": seconds, "timings": timings(rows), "evaluation": found})
+    write_json(
+        file,
+        facts | {"asked_steps": steps, "seconds": seconds, "timings": timings(rows), "evaluation": found},
+    )
     print(f"{name}: {seconds:.0f} s, stopped: {record['stopped']}", file=sys.stderr, flush=True)
     return True
 
@@ -126,7 +160,15 @@ def launched(what: dict[str, Any], ranks: int, log: Path) -> float:
 def job(engine: str, seed: int, steps: int, base: str, folder: str, data: str, url: str | None) -> int:
     """One training, in this process; on several ranks one of them."""
     changes = ENGINES[engine] | ({"engine": SERVER | {"urls": [url]}} if url else {})
-    train("dial_rlp.yaml", model=Path(base), data=Path(data), output_dir=Path(folder), seed=seed, max_steps=steps, **changes)
+    train(
+        "dial_rlp.yaml",
+        model=Path(base),
+        data=Path(data),
+        output_dir=Path(folder),
+        seed=seed,
+        max_steps=steps,
+        **changes,
+    )
     return 0
 
 
@@ -148,10 +190,19 @@ def child(command: list[str], log: Path, **environment: str) -> Iterator[subproc
 def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
     """A vLLM server on loopback, as a child process; its address once it answers."""
     port = free_port()
-    flags = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-num-seqs 256 --block-size 32"
+    flags = (
+        f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-num-seqs 256 --block-size 32"
+    )
     flags += f" --no-enable-chunked-prefill --kv-cache-memory-bytes {100 << 20}"
     flags += " --logprobs-mode processed_logprobs --generation-config vllm"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        *flags.split(),
+    ]
     log.unlink(missing_ok=True)
     with child(command, log, VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="WARNING") as process:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
@@ -162,32 +213,49 @@ def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
             except OSError:
                 if process.poll() is not None or time.monotonic() > end:
                     words = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"the vLLM server does not answer; the end of {log}:\n{words}") from None
+                    raise RuntimeError(
+                        f"the vLLM server does not answer; the end of {log}:\n{words}"
+                    ) from None
             time.sleep(0.5)
         yield url
 
 
 def timings(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over steps in seconds, the parts of a weight sync, and the largest differences between engine and trainer."""
+    """Medians over steps in seconds, the parts of a weight sync, and the largest differences between
+    engine and trainer.
+    """
 
     def of(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
     parts = sorted({name for row in rows for name in row if name.startswith("perf/weight_sync")})
-    out: dict[str, Any] = {short: statistics.median(of(name)) if of(name) else None for short, name in MEDIANS.items()}
-    out["weight_sync"] = {name.removeprefix("perf/weight_sync_"): statistics.median(of(name)) for name in parts}
+    out: dict[str, Any] = {
+        short: statistics.median(of(name)) if of(name) else None for short, name in MEDIANS.items()
+    }
+    out["weight_sync"] = {
+        name.removeprefix("perf/weight_sync_"): statistics.median(of(name)) for name in parts
+    }
     out["probe_difference_max"] = max(of("sampling/probe_difference"), default=None)
     out["abs_log_ratio_max"] = max(of("sampling/abs_log_ratio_max"), default=None)
     return out
 
 
-def collect(out: Path, demo: Path, engines: Sequence[str], seeds: Sequence[int], steps: int) -> dict[str, Any]:
+def collect(
+    out: Path, demo: Path, engines: Sequence[str], seeds: Sequence[int], steps: int
+) -> dict[str, Any]:
     """All numbers, and for each engine the differences from `hf` beside what seeds of `hf` differ by."""
     base = demo / "base" / "model"
-    before = [evaluation(base, base, demo / "corpus" / "held_out.jsonl", seed, controls=False) for seed in seeds]
+    before = [
+        evaluation(base, base, demo / "corpus" / "held_out.jsonl", seed, controls=False) for seed in seeds
+    ]
     limits = noise(len(seeds)) if steps == STEPS else None
-    results: dict[str, Any] = {"steps": steps, "seeds": list(seeds), "base": numbers(before, DEPTHS, REPORTED), "engines": {},
-                               "noise": limits}  # fmt: skip
+    results: dict[str, Any] = {
+        "steps": steps,
+        "seeds": list(seeds),
+        "base": numbers(before, DEPTHS, REPORTED),
+        "engines": {},
+        "noise": limits,
+    }
     for engine in engines:
         parts = [known(out / f"{named(engine, seed)}.json", steps) for seed in seeds]
         if not all(parts):
@@ -197,7 +265,9 @@ def collect(out: Path, demo: Path, engines: Sequence[str], seeds: Sequence[int],
         first = results["engines"].get("hf")
         if first and engine != "hf":
             row["minus_hf"] = {name: row[name] - first[name] for name in REPORTED}
-            row["within_noise"] = limits and {name: abs(row["minus_hf"][name]) <= limits[name] for name in REPORTED}
+            row["within_noise"] = limits and {
+                name: abs(row["minus_hf"][name]) <= limits[name] for name in REPORTED
+            }
         results["engines"][engine] = row
     return results
 
@@ -207,7 +277,10 @@ def noise(seeds: int) -> dict[str, float]:
     runs = json.loads((HERE.parent / "benchmarks" / "results" / "robustness.json").read_text())["runs"]
     runs = [row for row in runs if row["recipe"] == "recipe"]
     groups = [[row for row in runs if row["base"] == b] for b in sorted({row["base"] for row in runs})]
-    pooled = {name: statistics.mean(statistics.variance(row[name] for row in group) for group in groups) for name in REPORTED}
+    pooled = {
+        name: statistics.mean(statistics.variance(row[name] for row in group) for group in groups)
+        for name in REPORTED
+    }
     return {name: STUDENT * (2 * variance / seeds) ** 0.5 for name, variance in pooled.items()}
 
 
@@ -221,9 +294,14 @@ def table(results: dict[str, Any]) -> str:
     def ms(value: float | None) -> str:
         return "–" if value is None else f"{1000 * value:.1f}" if value < 0.1 else f"{1000 * value:.0f}"
 
-    lines = ["| engine | thinks, sampled | gain (nats) | no-think loss | step | rollout | train | weight sync | probe | "
-             "largest probe difference | run (s) |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    lines.append("| (base) | " + " | ".join(cell(results["base"], name) for name in REPORTED) + " |" + " – |" * 7)
+    lines = [
+        "| engine | thinks, sampled | gain (nats) | no-think loss | step | rollout | train | weight sync | "
+        "probe | largest probe difference | run (s) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines.append(
+        "| (base) | " + " | ".join(cell(results["base"], name) for name in REPORTED) + " |" + " – |" * 7
+    )
     for engine, row in results["engines"].items():
         t = row["runs"][0]["timings"]
         times = " | ".join(ms(t[name]) for name in ("step_s", "rollout_s", "train_s", "sync_s", "probe_s"))
@@ -235,8 +313,18 @@ def table(results: dict[str, Any]) -> str:
     for engine, row in results["engines"].items():
         if "minus_hf" in row:
             verdict = row["within_noise"]
-            said = "" if verdict is None else ": within noise" if all(verdict.values()) else f": NOT within noise {verdict}"
-            lines.append(f"\n{engine} minus hf: " + ", ".join(f"{n} {v:+.3f}" for n, v in row["minus_hf"].items()) + said)
+            said = (
+                ""
+                if verdict is None
+                else ": within noise"
+                if all(verdict.values())
+                else f": NOT within noise {verdict}"
+            )
+            lines.append(
+                f"\n{engine} minus hf: "
+                + ", ".join(f"{n} {v:+.3f}" for n, v in row["minus_hf"].items())
+                + said
+            )
     if results["noise"]:
         limits = ", ".join(f"{n} {v:.3f}" for n, v in results["noise"].items())
         lines.append(f"\nnoise (what 95% of pairs of hf runs with other seeds stay within): {limits}")

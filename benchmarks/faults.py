@@ -2,10 +2,10 @@
 
     python -m benchmarks.faults [--injections 20] [--kinds "server killed" "actor killed"] [--json]
 
-A run is the command `rlpretrain train` in a process of its own, on a tiny model, with two vLLM servers, two Ray actors or the
-embedded engine. Faults come at random moments (seeded), up to five a run; every other run samples a step ahead. What became of
-the groups is read off what a run leaves on disk, and compared with a run of the same seed without faults. Needs vLLM and Ray,
-and half an hour of two cores.
+A run is the command `rlpretrain train` in a process of its own, on a tiny model, with two vLLM servers, two
+Ray actors or the embedded engine. Faults come at random moments (seeded), up to five a run; every other run
+samples a step ahead. What became of the groups is read off what a run leaves on disk, and compared with a run
+of the same seed without faults. Needs vLLM and Ray, and half an hour of two cores.
 """
 
 from __future__ import annotations
@@ -38,12 +38,29 @@ from tests.builders.servers import Proxy, VLLMServer
 from tests.builders.tiny import tiny_model
 from tests.builders.trainers import Trainer, account, apart, rows
 
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1,
-         "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip
+SHAPE = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
 PER_RUN = 5  # injections in a run
-REQUEST, DEADLINE = 5.0, 240.0  # seconds: for one answer of a server; without any engine, after which a run would stop
-COUNTED = ("retries", "server_failures", "servers_taken_back", "resampled_prompts", "actor_deaths", "actors_taken_back",
-           "missed_syncs")  # fmt: skip
+REQUEST, DEADLINE = (
+    5.0,
+    240.0,
+)  # seconds: for one answer of a server; without any engine, after which a run would stop
+COUNTED = (
+    "retries",
+    "server_failures",
+    "servers_taken_back",
+    "resampled_prompts",
+    "actor_deaths",
+    "actors_taken_back",
+    "missed_syncs",
+)
 
 
 @dataclass(kw_only=True)
@@ -51,7 +68,9 @@ class Config(rlp.Config):
     """RLP's fields, and where the pace is set."""
 
     pace: str = ""
-    """A file with the seconds that a rollout takes longer: a tiny model's run would be over before a server is back."""
+    """A file with the seconds that a rollout takes longer: a tiny model's run would be over before a
+    server is back.
+    """
 
 
 class Paced(rlp.RLP):
@@ -81,18 +100,36 @@ class Site:
     def values(self, output_dir: Path, engine: str, steps: int, ahead: int = 0) -> dict[str, Any]:
         """The configuration of a run."""
         urls = [s.url for s in (self.proxies if engine == "proxies" else self.servers)]
-        engines = {"hf": {"name": "hf"}, "ray": {"name": "ray", "of": "hf", "num_engines": 2, "request_timeout": 60.0}}
+        engines = {
+            "hf": {"name": "hf"},
+            "ray": {"name": "ray", "of": "hf", "num_engines": 2, "request_timeout": 60.0},
+        }
         servers = {"name": "vllm_server", "urls": urls, "request_timeout": REQUEST, "block_size": 32}
         return {
-            "model": str(self.folder / "base"), "data": {"path": str(self.folder / "corpus" / "train.jsonl"), "max_length": 64},
-            "objective": {"name": "benchmarks.faults:Paced", "positions": "after", "marker": "shows",
-                          "pace": str(self.folder / "pace")},
-            "sampling": {"thoughts": 3, "max_thought_tokens": 4, "cut": "force_close"}, "positions_per_step": 4,
-            "optim": {"lr": 1e-3, "warmup_steps": 2}, "policy": {"backend": "torch"}, "max_steps": steps, "threads": 1,
-            "checkpoint": {"every": 5, "keep": 1000}, "stop": {"collapse": False}, "baseline": {"frozen_every": 0},
-            "console": False, "device": "cpu", "save_rollouts": True, "output_dir": str(output_dir),
-            "engine": engines.get(engine, servers) | {"deadline": DEADLINE, "max_staleness": ahead, "in_flight": 2},
-        }  # fmt: skip
+            "model": str(self.folder / "base"),
+            "data": {"path": str(self.folder / "corpus" / "train.jsonl"), "max_length": 64},
+            "objective": {
+                "name": "benchmarks.faults:Paced",
+                "positions": "after",
+                "marker": "shows",
+                "pace": str(self.folder / "pace"),
+            },
+            "sampling": {"thoughts": 3, "max_thought_tokens": 4, "cut": "force_close"},
+            "positions_per_step": 4,
+            "optim": {"lr": 1e-3, "warmup_steps": 2},
+            "policy": {"backend": "torch"},
+            "max_steps": steps,
+            "threads": 1,
+            "checkpoint": {"every": 5, "keep": 1000},
+            "stop": {"collapse": False},
+            "baseline": {"frozen_every": 0},
+            "console": False,
+            "device": "cpu",
+            "save_rollouts": True,
+            "output_dir": str(output_dir),
+            "engine": engines.get(engine, servers)
+            | {"deadline": DEADLINE, "max_staleness": ahead, "in_flight": 2},
+        }
 
 
 @contextlib.contextmanager
@@ -104,7 +141,9 @@ def site(folder: Path, with_servers: bool) -> Iterator[Site]:
     here = Site(folder)
     try:
         if with_servers:
-            here.servers += [VLLMServer(folder / "base", folder / f"server-{i}.log").start() for i in range(2)]
+            here.servers += [
+                VLLMServer(folder / "base", folder / f"server-{i}.log").start() for i in range(2)
+            ]
             here.proxies += [Proxy(server.ready().port) for server in here.servers]
         yield here
     finally:
@@ -114,11 +153,14 @@ def site(folder: Path, with_servers: bool) -> Iterator[Site]:
             server.kill()
 
 
-# the faults: each function injects one, waits until it is over, and says whether the run still was there for it
+# the faults: each function injects one, waits until it is over, and says whether the run still was there for
+# it
 
 
 def kill_server(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """SIGKILL a server and its engine process, and start it again; now and then the other follows before it is back."""
+    """SIGKILL a server and its engine process, and start it again; now and then the other follows before
+    it is back.
+    """
     while not (working := [s for s in here.servers if answers(s)]):
         time.sleep(0.5)
     server, alone = rng.choice(working), rng.random() < 0.7
@@ -140,7 +182,9 @@ def answers(server: VLLMServer) -> bool:
 
 
 def hang_server(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """SIGSTOP a server for longer than a request may take, and until the run went on without it; then it wakes up."""
+    """SIGSTOP a server for longer than a request may take, and until the run went on without it; then it
+    wakes up.
+    """
     group, before, end = rng.choice(here.servers).process.pid, run.step(), time.monotonic() + 1.5 * DEADLINE
     os.killpg(group, signal.SIGSTOP)
     time.sleep(REQUEST + rng.uniform(0.5, 2))
@@ -190,7 +234,9 @@ def kill_trainer(here: Site, run: Trainer, rng: random.Random) -> bool:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: how it is injected, into runs with which engine, how long these are, and when it comes."""
+    """A kind of fault: how it is injected, into runs with which engine, how long these are, and when it
+    comes.
+    """
 
     inject: Callable[[Site, Trainer, random.Random], bool]
     engine: str
@@ -199,7 +245,9 @@ class Kind:
     between: tuple[int, int]  # steps between two injections
 
     def wait(self, run: Trainer, rng: random.Random) -> None:
-        """Until the next injection: some steps, and a part of one; now and then a trainer is killed while it starts."""
+        """Until the next injection: some steps, and a part of one; now and then a trainer is killed while
+        it starts.
+        """
         before, more = run.step(), rng.randint(*self.between)
         if self.inject is kill_trainer and rng.random() < 0.25:
             more = 0
@@ -221,7 +269,10 @@ KINDS = {
 
 def calm(here: Site, engine: str, per_run: int) -> Path:
     """A run without faults, as long as the longest with this engine."""
-    folder, steps = here.folder / f"calm-{engine}", max(k.steps for k in KINDS.values() if k.engine in (engine, "proxies"))
+    folder, steps = (
+        here.folder / f"calm-{engine}",
+        max(k.steps for k in KINDS.values() if k.engine in (engine, "proxies")),
+    )
     here.pace(0.0)
     if not folder.exists() and not Trainer(here.values(folder, engine, steps * per_run)).wait():
         raise SystemExit("the run without faults failed")
@@ -236,7 +287,11 @@ def measure(name: str, here: Site, injections: int) -> dict[str, Any]:
     reference = calm(here, "servers" if kind.engine == "proxies" else kind.engine, per_run)
     found, seen, longest, weights, ratios = Counter(), Counter(), 0.0, [0.0], [0.0]
     for i in range(2 * math.ceil(injections / PER_RUN)):
-        rng, ahead, folder = random.Random(f"{name} {i}"), i % 2, here.folder / f"{name}-{i}".replace(" ", "-").replace(",", "")
+        rng, ahead, folder = (
+            random.Random(f"{name} {i}"),
+            i % 2,
+            here.folder / f"{name}-{i}".replace(" ", "-").replace(",", ""),
+        )
         if found["injections"] >= injections:  # later runs only for what did not fit into earlier ones
             break
         here.pace(kind.pace)
@@ -256,18 +311,35 @@ def measure(name: str, here: Site, injections: int) -> dict[str, Any]:
             weights.append(apart(folder, reference, kind.steps * per_run))
             ratios += [row.get("sampling/abs_log_ratio_max", 0.0) for row in rows(folder)]
         print(f"{folder.name}: {dict(found)} {dict(seen)} {run.longest:.1f} s", file=sys.stderr, flush=True)
-    return {**found, "weights_apart": max(weights), "log_ratio_max": max(ratios), "longest_s": round(longest, 1),
-            "deadline_s": DEADLINE, "seconds": round(time.monotonic() - begin), "counted": +seen}  # fmt: skip
+    return {
+        **found,
+        "weights_apart": max(weights),
+        "log_ratio_max": max(ratios),
+        "longest_s": round(longest, 1),
+        "deadline_s": DEADLINE,
+        "seconds": round(time.monotonic() - begin),
+        "counted": +seen,
+    }
 
 
 def fine(r: dict[str, Any]) -> bool:
-    """Whether every run ended well and every group was trained once, in its place, or counted as aborted, in time."""
-    return (r["finished"] == r["runs"] and r["once"] + r["aborted"] == r["expected"] and not r["twice"] and not r["out_of_place"]
-            and r["updates"] == r["steps"] and r["longest_s"] <= r["deadline_s"])  # fmt: skip
+    """Whether every run ended well and every group was trained once, in its place, or counted as aborted,
+    in time.
+    """
+    return (
+        r["finished"] == r["runs"]
+        and r["once"] + r["aborted"] == r["expected"]
+        and not r["twice"]
+        and not r["out_of_place"]
+        and r["updates"] == r["steps"]
+        and r["longest_s"] <= r["deadline_s"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inject, count, and print a table, or with --json one JSON object; exit code 1 if a group or a run came to harm."""
+    """Inject, count, and print a table, or with --json one JSON object; exit code 1 if a group or a run
+    came to harm.
+    """
     parser = argparse.ArgumentParser(description="Faults in real runs.")
     parser.add_argument("--injections", type=int, default=20, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -278,15 +350,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, site(Path(folder), served) as here:
         results = {name: measure(name, here, options.injections) for name in options.kinds}
     good = all(map(fine, results.values()))
-    print(json.dumps({"benchmark": "faults", "torch": torch.__version__, "fine": good, "results": results})
-          if options.json else table(results))  # fmt: skip
+    print(
+        json.dumps({"benchmark": "faults", "torch": torch.__version__, "fine": good, "results": results})
+        if options.json
+        else table(results)
+    )
     return 0 if good else 1
 
 
 def table(results: dict[str, Any]) -> str:
     """The counts as a table."""
-    columns = ("injections", "runs", "finished", "expected", "once", "twice", "lost", "aborted", "other_thoughts",
-               "weights_apart", "longest_s", "deadline_s", "counted")  # fmt: skip
+    columns = (
+        "injections",
+        "runs",
+        "finished",
+        "expected",
+        "once",
+        "twice",
+        "lost",
+        "aborted",
+        "other_thoughts",
+        "weights_apart",
+        "longest_s",
+        "deadline_s",
+        "counted",
+    )
     lines = ["| fault | " + " | ".join(columns).replace("_", " ") + " |", "|---" * (len(columns) + 1) + "|"]
     for name, r in results.items():
         counted = ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in r["counted"].items())

@@ -1,9 +1,10 @@
 """Memory of a run with LoRA against one of all weights: `python -m benchmarks.lora [--json]`.
 
-Every row is a process of its own: two steps of RLP on a Qwen3 of random weights (hidden 768, 12 layers, 32,000 words,
-float32), with the hf engine and torch. Memory is the process's peak resident size (VmHWM) less what it held before the
-model was loaded (VmRSS). Loading, activations, sampling and the allocator's slack are in it. `no frozen` asks for no
-frozen model at all (baseline self, frozen_every 0): what the rows above it have more is what a frozen model costs.
+Every row is a process of its own: two steps of RLP on a Qwen3 of random weights (hidden 768, 12 layers,
+32,000 words, float32), with the hf engine and torch. Memory is the process's peak resident size (VmHWM) less
+what it held before the model was loaded (VmRSS). Loading, activations, sampling and the allocator's slack are
+in it. `no frozen` asks for no frozen model at all (baseline self, frozen_every 0): what the rows above it
+have more is what a frozen model costs.
 """
 
 from __future__ import annotations
@@ -25,10 +26,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "LoRA, frozen": {"baseline": FROZEN, "policy": {"lora": LORA}},
     "LoRA, no frozen": {"baseline": SELF, "policy": {"lora": LORA}},
     "DoRA, frozen": {"baseline": FROZEN, "policy": {"lora": LORA | {"use_dora": True}}},
-    "LoRA on 4 bits, frozen": {"baseline": FROZEN, "policy": {"lora": LORA}, "model": {"quantization": "4bit"}},
+    "LoRA on 4 bits, frozen": {
+        "baseline": FROZEN,
+        "policy": {"lora": LORA},
+        "model": {"quantization": "4bit"},
+    },
 }
-SHAPE = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
-         "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": True}  # fmt: skip
+SHAPE = {
+    "hidden_size": 768,
+    "intermediate_size": 2304,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 
 
 def held(name: str) -> int:
@@ -64,13 +77,20 @@ def measure(folder: Path, row: str) -> dict[str, float]:
     torch.set_num_threads(1)
     settings = ROWS[row]
     values = {
-        "model": {"path": str(folder / "base"), **settings.get("model", {})}, "baseline": settings["baseline"],
-        "data": {"path": str(folder / "train.jsonl"), "max_length": 64}, "token_budget": 1024, "max_steps": 2,
-        "objective": {"name": "rlp", "positions": "after", "marker": "shows"}, "positions_per_step": 4,
-        "sampling": {"thoughts": 4, "max_thought_tokens": 8, "cut": "force_close"}, "console": False, "device": "cpu",
-        "policy": {"backend": "torch", **settings.get("policy", {})}, "checkpoint": {"every": 0},
+        "model": {"path": str(folder / "base"), **settings.get("model", {})},
+        "baseline": settings["baseline"],
+        "data": {"path": str(folder / "train.jsonl"), "max_length": 64},
+        "token_budget": 1024,
+        "max_steps": 2,
+        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+        "positions_per_step": 4,
+        "sampling": {"thoughts": 4, "max_thought_tokens": 8, "cut": "force_close"},
+        "console": False,
+        "device": "cpu",
+        "policy": {"backend": "torch", **settings.get("policy", {})},
+        "checkpoint": {"every": 0},
         "output_dir": str(folder / row.replace(" ", "-")),
-    }  # fmt: skip
+    }
     config = build(values)
     objective = make_objective(config, [])
     shape, _ = model_shape(config.model, folder)
@@ -85,7 +105,9 @@ def measure(folder: Path, row: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "ROW"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Log-probs of vLLM's thoughts against transformers, before and after each of several weight syncs; and what a sync costs.
+"""Log-probs of vLLM's thoughts against transformers, before and after each of several weight syncs; and what
+a sync costs.
 
     python -m benchmarks.parity [--updates 20] [--json]
 
-Families, tied and untied heads, LoRA merged and as an adapter beside vLLM's own weights, each with random weights and random
-updates that every log-prob feels. The largest difference
-over all sampled tokens is reported, and what it would be without the sync (so that the test can fail). Needs vLLM.
+Families, tied and untied heads, LoRA merged and as an adapter beside vLLM's own weights, each with random
+weights and random updates that every log-prob feels. The largest difference over all sampled tokens is
+reported, and what it would be without the sync (so that the test can fail). Needs vLLM.
 """
 
 from __future__ import annotations
@@ -26,10 +27,21 @@ from rollout.types import Prompt, SamplingParams
 from rollout.vllm_local import VLLMEngine
 from rollout.weights import Probe
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 512}  # fmt: skip
-LARGER = SHAPE | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
-                  "num_key_value_heads": 4}  # fmt: skip
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LARGER = SHAPE | {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, tied": ("qwen3", SHAPE | {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3, untied": ("qwen3", SHAPE | {"head_dim": 32, "tie_word_embeddings": False}),
@@ -38,8 +50,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, tied": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "qwen3, hidden 512": ("qwen3", LARGER | {"head_dim": 64, "tie_word_embeddings": True}),
 }
-LORA = {"qwen3, LoRA merged": "merged", "qwen3, LoRA adapter": "adapter", "llama, LoRA merged": "merged",
-        "llama, LoRA adapter": "adapter"}  # fmt: skip
+LORA = {
+    "qwen3, LoRA merged": "merged",
+    "qwen3, LoRA adapter": "adapter",
+    "llama, LoRA merged": "merged",
+    "llama, LoRA adapter": "adapter",
+}
 VOCABULARY = 1024
 
 
@@ -48,7 +64,9 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=VOCABULARY, **shape)).eval()
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=VOCABULARY, **shape)
+    ).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder))
         if lora:
@@ -58,13 +76,20 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
     parts = adapter_pieces if lora == "adapter" else pieces
     moved = [p for p in model.parameters() if p.requires_grad]
     prompts = [Prompt(tuple(torch.randint(VOCABULARY, (k,)).tolist()), stop_ids=()) for k in (12, 3, 70, 130)]
-    params, probe = SamplingParams(max_thought_tokens=16), Probe(VOCABULARY, engine.block_size, engine.max_model_len)
+    params, probe = (
+        SamplingParams(max_thought_tokens=16),
+        Probe(VOCABULARY, engine.block_size, engine.max_model_len),
+    )
 
     def worst() -> float:
         groups = asyncio.run(engine.sample(prompts, params, 4, range(len(prompts))))
         return max(difference(model, p, t) for p, group in zip(prompts, groups, strict=True) for t in group)
 
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "before": worst(), "after": 0.0}
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "before": worst(),
+        "after": 0.0,
+    }
     stale, seconds = [], {"sync": [], "copy": [], "probe": []}
     for version in range(1, updates + 1):
         with torch.no_grad():
@@ -79,7 +104,11 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
         seconds["sync"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
         thoughts = asyncio.run(probe.ask(engine))
-        asyncio.run(probe.verify(engine, thoughts, [logps(model, probe.prompt, t).tolist() for t in thoughts], version))
+        asyncio.run(
+            probe.verify(
+                engine, thoughts, [logps(model, probe.prompt, t).tolist() for t in thoughts], version
+            )
+        )
         seconds["probe"].append(time.perf_counter() - begin)
         found["after"] = max(found["after"], worst())
         del kept
@@ -91,7 +120,9 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
 @torch.no_grad()
 def logps(model: Any, prompt: Prompt, thought: Any) -> torch.Tensor:
     """The model's log-probs of a thought."""
-    logits = model(input_ids=torch.tensor([prompt.token_ids + thought.token_ids])).logits[0, len(prompt.token_ids) - 1 : -1]
+    logits = model(input_ids=torch.tensor([prompt.token_ids + thought.token_ids])).logits[
+        0, len(prompt.token_ids) - 1 : -1
+    ]
     return logits.log_softmax(-1).gather(1, torch.tensor(thought.token_ids)[:, None])[:, 0]
 
 
@@ -117,7 +148,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, r in results.items():
         times = " | ".join(f"{r[f'{k}_ms']:.1f}" for k in ("copy", "sync", "probe"))
-        print(f"| {name} | {r['parameters']:,} | {r['before']:.1e} | {r['after']:.1e} | {r['without_sync']:.2f} | {times} |")
+        print(
+            f"| {name} | {r['parameters']:,} | {r['before']:.1e} | {r['after']:.1e} | "
+            f"{r['without_sync']:.2f} | {times} |"
+        )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@
 
 Each run is a fresh process; the two versions alternate, so that whatever else the machine does hits both.
 
-- *seconds*: wall clock of one forward and one backward (the first of the process, after a warm-up on a small head).
-- *memory*: the process's peak resident size (VmHWM) − its resident size with library and inputs loaded (VmRSS) − the
-  bytes of the inputs' gradients. What is left is what the method itself needed on top.
-- *difference*: the largest absolute difference of log-probs and of gradients (the latter relative to the largest
-  entry), both versions in one process, at a size that takes seconds.
+- *seconds*: wall clock of one forward and one backward (the first of the process, after a warm-up on a small
+  head).
+- *memory*: the process's peak resident size (VmHWM) − its resident size with library and inputs loaded
+  (VmRSS) − the bytes of the inputs' gradients. What is left is what the method itself needed on top.
+- *difference*: the largest absolute difference of log-probs and of gradients (the latter relative to the
+  largest entry), both versions in one process, at a size that takes seconds.
 
 The full version is ``(hidden @ W.T).float().log_softmax(-1).gather(-1, labels)``.
 """
@@ -46,25 +47,43 @@ def main() -> None:
         for name in sorted(VERSIONS, reverse=bool(repeat % 2)):
             runs[name].append(_fresh_process(name, args))
             if not args.json:
-                print(f"{repeat + 1}/{args.repeats} {name:8s} {runs[name][-1]['seconds']:7.2f} s "
-                      f"{runs[name][-1]['memory_mb']:8.0f} MB", flush=True)
-    result: dict[str, object] = {"rows": args.rows, "vocabulary": args.vocabulary, "hidden": args.hidden,
-                                 "threads": torch.get_num_threads(), "torch": torch.__version__,
-                                 "repeats": args.repeats}
-    medians = {name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} for name in runs}
+                print(
+                    f"{repeat + 1}/{args.repeats} {name:8s} {runs[name][-1]['seconds']:7.2f} s "
+                    f"{runs[name][-1]['memory_mb']:8.0f} MB",
+                    flush=True,
+                )
+    result: dict[str, object] = {
+        "rows": args.rows,
+        "vocabulary": args.vocabulary,
+        "hidden": args.hidden,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "repeats": args.repeats,
+    }
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
+        for name in runs
+    }
     for name, median in medians.items():
-        result |= {f"{name}_seconds": round(median["seconds"], 3), f"{name}_memory_mb": round(median["memory_mb"], 1),
-                   f"{name}_all_seconds": [round(run["seconds"], 2) for run in runs[name]]}
-    result |= {"time_ratio": round(medians["chunked"]["seconds"] / medians["full"]["seconds"], 4),
-               "memory_ratio": round(medians["chunked"]["memory_mb"] / medians["full"]["memory_mb"], 4)}
+        result |= {
+            f"{name}_seconds": round(median["seconds"], 3),
+            f"{name}_memory_mb": round(median["memory_mb"], 1),
+            f"{name}_all_seconds": [round(run["seconds"], 2) for run in runs[name]],
+        }
+    result |= {
+        "time_ratio": round(medians["chunked"]["seconds"] / medians["full"]["seconds"], 4),
+        "memory_ratio": round(medians["chunked"]["memory_mb"] / medians["full"]["memory_mb"], 4),
+    }
     result |= differences(args)
     if args.json:
         print(json.dumps(result))
         return
     print(f"time   {result['time_ratio']} × full (goal ≤ {GOALS['time_ratio']})")
     print(f"memory {result['memory_ratio']} × full (goal ≤ {GOALS['memory_ratio']})")
-    print(f"logps differ by {result['logps_difference']:.1e}, gradients by {result['gradient_difference']:.1e} "
-          f"(goal ≤ {GOALS['difference']})")
+    print(
+        f"logps differ by {result['logps_difference']:.1e}, gradients by {result['gradient_difference']:.1e} "
+        f"(goal ≤ {GOALS['difference']})"
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
@@ -103,9 +122,22 @@ def _inputs(rows: int, vocabulary: int, hidden_size: int) -> tuple[Tensor, Tenso
 
 
 def _fresh_process(name: str, args: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.token_logps", "--version", name, "--rows", str(args.rows),
-               "--vocabulary", str(args.vocabulary), "--hidden", str(args.hidden)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.token_logps",
+        "--version",
+        name,
+        "--rows",
+        str(args.rows),
+        "--vocabulary",
+        str(args.vocabulary),
+        "--hidden",
+        str(args.hidden),
+    ]
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def _status(field: str) -> int:

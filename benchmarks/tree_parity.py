@@ -1,10 +1,12 @@
-"""The parity matrix of tree packing: how far trees are from padded rows, over architectures, in float32 on a CPU.
+"""The parity matrix of tree packing: how far trees are from padded rows, over architectures, in float32 on a
+CPU.
 
     python -m benchmarks.tree_parity --json
 
-Random batches (1 to 3 documents, 1 to 8 positions, 1 to 16 thoughts, ragged and empty ones, targets of 1 to 32): the largest
-difference of a log-probability in nats, and of a gradient over the largest entry of its parameter. `spread`: micro-batches so
-small that every group is cut. `templates`: prompts that share only a part of their heads, and have no document.
+Random batches (1 to 3 documents, 1 to 8 positions, 1 to 16 thoughts, ragged and empty ones, targets of 1 to
+32): the largest difference of a log-probability in nats, and of a gradient over the largest entry of its
+parameter. `spread`: micro-batches so small that every group is cut. `templates`: prompts that share only a
+part of their heads, and have no document.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ def worst(model: Any, batch: Any, budget: int = 10**6) -> tuple[float, float]:
     ours, our_grads = numbers(model, laid(batch, tree=True, budget=budget))
     nats = max(float((ours[n] - theirs[n]).abs().max()) for n in theirs if theirs[n].numel())
     largest = max(float(g.abs().max()) for g in their_grads.values())
-    apart = (float((our_grads[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest) for n, g in their_grads.items())
+    apart = (
+        float((our_grads[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest)
+        for n, g in their_grads.items()
+    )
     return nats, max(apart)
 
 
@@ -36,12 +41,16 @@ def measure(batches: int) -> dict[str, Any]:
         model, rng = model_of(name), random.Random(7)
         forms: dict[str, list[tuple[float, float]]] = {"whole": [], "spread": [], "templates": []}
         for _ in range(batches):
-            batch = random_batch(rng, rng.randint(1, 3), rng.randint(1, 8), rng.randint(1, 16), rng.randint(1, 32))
+            batch = random_batch(
+                rng, rng.randint(1, 3), rng.randint(1, 8), rng.randint(1, 16), rng.randint(1, 32)
+            )
             forms["whole"].append(worst(model, batch))
             forms["spread"].append(worst(model, batch, budget=100))
             forms["templates"].append(worst(model, templated(rng, rng.randint(1, 5), rng.randint(1, 8))))
-        out[name] = {form: dict(zip(("nats", "gradient"), map(max, zip(*found, strict=True)), strict=True))
-                     for form, found in forms.items()}  # fmt: skip
+        out[name] = {
+            form: dict(zip(("nats", "gradient"), map(max, zip(*found, strict=True)), strict=True))
+            for form, found in forms.items()
+        }
     return {"benchmark": "tree_parity", "batches": batches, "models": out}
 
 
@@ -56,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(found))
         return
     for name, forms in found["models"].items():
-        print(name, *(f"{form}: {x['nats']:.1e} nats, gradient {x['gradient']:.1e};" for form, x in forms.items()))
+        print(
+            name,
+            *(f"{form}: {x['nats']:.1e} nats, gradient {x['gradient']:.1e};" for form, x in forms.items()),
+        )
 
 
 if __name__ == "__main__":

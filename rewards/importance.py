@@ -17,13 +17,16 @@ _LIMIT = 80.0  # nats; exp(80) = 5.5e34 still fits fp32, and so does its product
 class ImportanceRatio:
     """Ratios per token before and after truncation, and what they look like as plain numbers.
 
-    `raw` and `truncated` are 0 where the mask is False. `diagnostics` (over the counted, finite ratios; NaN if none):
+    `raw` and `truncated` are 0 where the mask is False. `diagnostics` (over the counted, finite ratios; NaN
+    if none):
 
     - `raw_mean`, `raw_min`, `raw_max`, and the same with `truncated_`; a healthy mean is near 1;
-    - `raw_ess`, `truncated_ess`: effective sample size (Σw)² / (n Σw²), 1 when all weights agree, 1/n when one rules;
+    - `raw_ess`, `truncated_ess`: effective sample size (Σw)² / (n Σw²), 1 when all weights agree, 1/n when
+      one rules;
     - `truncated_fraction`: the share of tokens above the cap;
     - `abs_log_ratio_mean`, `abs_log_ratio_max`: |logps − reference_logps| in nats;
-    - `tokens`: how many count; `nonfinite`: how many of those are NaN, which any other value than 0 makes worth a stop.
+    - `tokens`: how many count; `nonfinite`: how many of those are NaN, which any other value than 0 makes
+      worth a stop.
     """
 
     raw: Float[Tensor, "..."]
@@ -38,16 +41,19 @@ def importance_ratio(
     *,
     cap: float | None = None,
 ) -> ImportanceRatio:
-    """Return exp(logps − reference_logps) per token, the same truncated to at most `cap`, and diagnostics of both.
+    """Return exp(logps − reference_logps) per token, the same truncated to at most `cap`, and diagnostics of
+    both.
 
-    Two uses. With the policy now and the policy when the batch was taken it is the surrogate's ratio: exactly 1 on the
-    first step, and differentiable in `logps`. With the old log-probs as the trainer computes them and those of the
-    engine that sampled (`behaviour_logps`) it is the weight that corrects for another engine's arithmetic or an older
-    version; then truncate it (2 is usual) and detach the log-probs. Both must be taken at the same temperature.
+    Two uses. With the policy now and the policy when the batch was taken it is the surrogate's ratio: exactly
+    1 on the first step, and differentiable in `logps`. With the old log-probs as the trainer computes them
+    and those of the engine that sampled (`behaviour_logps`) it is the weight that corrects for another
+    engine's arithmetic or an older version; then truncate it (2 is usual) and detach the log-probs. Both must
+    be taken at the same temperature.
 
-    fp32 (float64 for float64 inputs). Log-ratios are bounded to ±80 nats so that nothing overflows. A NaN of a counted
-    token stays NaN in `raw` and `truncated` and is counted; what is not counted may hold anything and gets no gradient.
-    −inf in both arms is NaN. A truncated token has no gradient through `truncated`. Tensors of no tokens are fine.
+    fp32 (float64 for float64 inputs). Log-ratios are bounded to ±80 nats so that nothing overflows. A NaN of
+    a counted token stays NaN in `raw` and `truncated` and is counted; what is not counted may hold anything
+    and gets no gradient. −inf in both arms is NaN. A truncated token has no gradient through `truncated`.
+    Tensors of no tokens are fine.
 
     Raises:
         ValueError: shapes that differ, or a cap that is not above 0.

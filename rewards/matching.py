@@ -1,4 +1,6 @@
-"""Whether what a model says is what the text goes on with: exact prefixes in bytes, and predictions found between delimiters."""
+"""Whether what a model says is what the text goes on with: exact prefixes in bytes, and predictions found
+between delimiters.
+"""
 
 from collections.abc import Sequence
 from typing import AnyStr
@@ -9,8 +11,9 @@ BRACKETS = {("{", "}"), ("[", "]"), ("(", ")"), (b"{", b"}"), (b"[", b"]"), (b"(
 def prefix_match(prediction: bytes, truth: bytes, ends: Sequence[int]) -> bool:
     """Whether a prediction is an exact prefix of the true continuation and ends where one of its tokens does.
 
-    `ends` are the byte lengths of the continuation's first 1, 2, ... tokens. So a prediction may cover several tokens, but no
-    part of one; an empty one never matches, nor one longer than `truth`, whose rest is unknown.
+    `ends` are the byte lengths of the continuation's first 1, 2, ... tokens. So a prediction may cover
+    several tokens, but no part of one; an empty one never matches, nor one longer than `truth`, whose rest is
+    unknown.
 
     Source: RPT, arXiv 2506.08007, §3 (the prefix matching reward).
 
@@ -21,7 +24,8 @@ def prefix_match(prediction: bytes, truth: bytes, ends: Sequence[int]) -> bool:
 
 
 def last_between(text: AnyStr, opening: AnyStr, closing: AnyStr) -> AnyStr | None:
-    """What stands between the last `opening` and the `closing` that belongs to it; None where there is no such pair.
+    """What stands between the last `opening` and the `closing` that belongs to it; None where there is no
+    such pair.
 
     All three are texts, or all are bytes (what tokens hold exactly, where a character may be cut). Where the
     two are brackets (`\\boxed{` and `}`), brackets inside count: `\\boxed{x^{2}}` holds `x^{2}`.

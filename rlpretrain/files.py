@@ -1,4 +1,6 @@
-"""What is written to disk: tried before there is anything to lose, named when it fails; and JSON that any reader takes."""
+"""What is written to disk: tried before there is anything to lose, named when it fails; and JSON that any
+reader takes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from typing import Any
 
 from rlpretrain.config.base import ConfigError
 
-FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too large"}
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is too large",
+}
 LOCKED = {errno.EACCES, errno.EPERM, errno.EROFS}
 TORCH = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos")
 """What torch.save says, as a RuntimeError, where a file cannot be written to its end."""
@@ -26,8 +32,9 @@ class CannotWrite(RuntimeError):
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Raise ConfigError unless the folder `path` exists, or can be made, and takes a file; nothing is left of the trial. `what`
-    says whose folder it is."""
+    """Raise ConfigError unless the folder `path` exists, or can be made, and takes a file; nothing is left of
+    the trial. `what` says whose folder it is.
+    """
     folder = Path(path).absolute()
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
@@ -83,7 +90,8 @@ def _space(path: Path) -> str:
 
 
 def finite(record: Any) -> Any:
-    """The record with None in place of every float that is NaN or infinite, at any depth; tuples become lists.
+    """The record with None in place of every float that is NaN or infinite, at any depth; tuples become
+    lists.
 
     >>> finite({"gain": float("nan"), "ci": (0.5, float("inf"))})
     {'gain': None, 'ci': [0.5, None]}

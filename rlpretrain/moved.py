@@ -1,4 +1,5 @@
-"""Modules under the names that they had before they moved into folders: `rlpretrain.loop` is `rlpretrain.training.loop`.
+"""Modules under the names that they had before they moved into folders: `rlpretrain.loop` is
+`rlpretrain.training.loop`.
 
 A script that imports an old name gets the module itself, and a DeprecationWarning that names the new one.
 """
@@ -78,7 +79,9 @@ MOVED = {
 class OldNames(MetaPathFinder, Loader):
     """Finds the modules of `MOVED`. Python asks it last, so a file that exists is never hidden."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """A spec for an old name, None for every other."""
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == "rlpretrain" and name in MOVED else None

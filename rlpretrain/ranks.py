@@ -51,14 +51,18 @@ class Ranks:
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.size == 1:
             return list(values)
-        t = torch.tensor(values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
+        t = torch.tensor(
+            values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu"
+        )
         dist.all_reduce(t, op)
         return t.tolist()
 
 
 def join(device: str = "auto") -> Ranks:
     """Join the processes that a launcher started (RANK, WORLD_SIZE, MASTER_ADDR, ...), or be alone."""
-    size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    size, rank, local = (
+        int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     if device == "auto":
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     try:
@@ -72,7 +76,9 @@ def join(device: str = "auto") -> Ranks:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE
+        )
     return Ranks(rank, size, where)
 
 

@@ -1,8 +1,8 @@
 """Rows of tokens that share their heads, as one prefix tree: what they share is there once.
 
-A document and the thoughts that leave it, several positions of a document, prompts with a common head: every row is a path from
-the root, and sees the tokens on its path and no others. Exact for any model whose tokens meet only in attention.
-Legend: N tokens of the tree, S segments.
+A document and the thoughts that leave it, several positions of a document, prompts with a common head: every
+row is a path from the root, and sees the tokens on its path and no others. Exact for any model whose tokens
+meet only in attention. Legend: N tokens of the tree, S segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ Piece = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fork:
-    """Segments [first, last) that leave the tree at one place: tokens [start, stop), all of which see `path`."""
+    """Segments [first, last) that leave the tree at one place: tokens [start, stop), all of which see
+    `path`.
+    """
 
     start: int
     stop: int
@@ -30,7 +32,8 @@ class Fork:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """Segments, laid one behind the other: each sees the tokens of its path, and itself up to the token at hand.
+    """Segments, laid one behind the other: each sees the tokens of its path, and itself up to the token at
+    hand.
 
     Segments with the same path are neighbours.
     """
@@ -51,7 +54,10 @@ class Tree:
     @cached_property
     def positions(self) -> np.ndarray:
         """[N] how many tokens stand before each on its path: its position id."""
-        parts = [np.arange(n) + sum(b - a for a, b in path) for n, path in zip(self.lengths, self.paths, strict=True)]
+        parts = [
+            np.arange(n) + sum(b - a for a, b in path)
+            for n, path in zip(self.lengths, self.paths, strict=True)
+        ]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     @cached_property
@@ -72,7 +78,9 @@ class Tree:
 
     @cached_property
     def bins(self) -> tuple[np.ndarray, ...]:
-        """The segments in batches of similar length: for each batch the tokens [n, longest], -1 where a segment is shorter."""
+        """The segments in batches of similar length: for each batch the tokens [n, longest], -1 where a
+        segment is shorter.
+        """
         order = sorted(range(len(self.lengths)), key=lambda s: self.lengths[s])
         batches: list[list[int]] = []
         for s in order:
@@ -90,8 +98,9 @@ class Tree:
 
     @cached_property
     def reach(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(segment [N], place in it [N], reach [S, S]): token i sees j if j's place is below `reach[segment i, segment j]`,
-        and j is no deeper than i. What dense and block masks are made of."""
+        """(segment [N], place in it [N], reach [S, S]): token i sees j if j's place is below `reach[segment
+        i, segment j]`, and j is no deeper than i. What dense and block masks are made of.
+        """
         count = len(self.lengths)
         segment = np.repeat(np.arange(count), self.lengths)
         place = np.arange(self.size) - np.asarray(self.starts, dtype=np.int64)[segment]
@@ -124,15 +133,17 @@ class _Segment:
 def grow(rows: Sequence[Sequence[int]], least: int = 8) -> tuple[np.ndarray, Tree, list[np.ndarray]]:
     """(token ids [N], the tree, for each row where in the tree its tokens are).
 
-    Rows are laid in their order, so documents, which others leave, come first. `least`: heads shorter than this are not shared,
-    since each piece of a path costs a product of its own.
+    Rows are laid in their order, so documents, which others leave, come first. `least`: heads shorter than
+    this are not shared, since each piece of a path costs a product of its own.
     """
     roots: list[_Segment] = []
     walks: list[list[tuple[_Segment, int]]] = []  # for each row its segments, and how many tokens of each
     for row in rows:
         left, walk, parent, near = np.asarray(row, dtype=np.int64), [], None, roots
         while True:
-            first = int(left[0]) if len(left) else -1  # most siblings share nothing: asked before arrays are compared
+            first = (
+                int(left[0]) if len(left) else -1
+            )  # most siblings share nothing: asked before arrays are compared
             shared = [common(segment.ids, left) if segment.first == first else 0 for segment in near]
             best = int(np.argmax(shared)) if shared else -1
             if best < 0 or shared[best] < min(least, len(left)):
@@ -154,10 +165,15 @@ def grow(rows: Sequence[Sequence[int]], least: int = 8) -> tuple[np.ndarray, Tre
         for segment in siblings:
             segment.start = order[-1].start + len(order[-1].ids) if order else 0
             order.append(segment)
-        level += [segment.leaving[n] for segment in siblings for n in sorted(segment.leaving) if segment.leaving[n]]
+        level += [
+            segment.leaving[n] for segment in siblings for n in sorted(segment.leaving) if segment.leaving[n]
+        ]
     tree = Tree(tuple(len(s.ids) for s in order), tuple(s.path() for s in order))
     ids = np.concatenate([s.ids for s in order]) if order else np.zeros(0, np.int64)
-    where = [np.concatenate([np.arange(s.start, s.start + n) for s, n in walk] or [np.zeros(0, np.int64)]) for walk in walks]
+    where = [
+        np.concatenate([np.arange(s.start, s.start + n) for s, n in walk] or [np.zeros(0, np.int64)])
+        for walk in walks
+    ]
     return ids, tree, where
 
 

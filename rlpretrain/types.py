@@ -1,7 +1,8 @@
 """What flows inside the trainer. Ids until a MicroBatch, tensors from there on.
 
-Legend: B positions (one a group), G thoughts, L thought tokens, T target tokens, M trunk tokens, R rows and S columns of the
-input (a tree is one row). "Row indices" point into the flattened [R*S] hidden states: the state that *predicts* the token.
+Legend: B positions (one a group), G thoughts, L thought tokens, T target tokens, M trunk tokens, R rows and S
+columns of the input (a tree is one row). "Row indices" point into the flattened [R*S] hidden states: the
+state that *predicts* the token.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from rollout.types import Document, Group
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on: groups, and the documents whose next-token loss it takes, each as often as it was drawn.
+    """What one step trains on: groups, and the documents whose next-token loss it takes, each as often as it
+    was drawn.
 
-    `progress` is how far the run is with this batch, 0 to 1. Raises ValueError for two documents of one id that differ, or two
-    groups with one id: by it groups are joined to their document, and parts of a group to each other.
+    `progress` is how far the run is with this batch, 0 to 1. Raises ValueError for two documents of one id
+    that differ, or two groups with one id: by it groups are joined to their document, and parts of a group to
+    each other.
     """
 
     groups: Sequence[Group]
@@ -32,7 +35,10 @@ class Batch:
         known: dict[str, Document] = {}
         for document in self.documents:
             if known.setdefault(document.id, document).token_ids != document.token_ids:
-                raise ValueError(f"two documents of a batch have the id {document.id!r}, and other tokens: ids must be unique")
+                raise ValueError(
+                    f"two documents of a batch have the id {document.id!r}, and other tokens: ids must be "
+                    "unique"
+                )
         ids = [group.id for group in self.groups]
         if len(set(ids)) < len(ids):
             twice = next(id_ for id_ in ids if ids.count(id_) > 1)
@@ -62,7 +68,9 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """The no-think arm alone, padded: what a model needs that scores nothing else (frozen and EMA baselines)."""
+    """The no-think arm alone, padded: what a model needs that scores nothing else (frozen and EMA
+    baselines).
+    """
 
     input_ids: Tensor  # [A, W] int64
     attention_mask: Tensor  # [A, W] int64
@@ -73,8 +81,9 @@ class Arm:
 class MicroBatch:
     """Groups and their documents, laid out for one forward.
 
-    `tree` is None for the padded layout. A thought that is not `counted` (cut off under `cut: mask`, aborted) is
-    nowhere in the input and nowhere in the loss. `token_weights` carries the reduction within and over thoughts.
+    `tree` is None for the padded layout. A thought that is not `counted` (cut off under `cut: mask`, aborted)
+    is nowhere in the input and nowhere in the loss. `token_weights` carries the reduction within and over
+    thoughts.
     """
 
     input_ids: Tensor  # [R, S] int64
@@ -82,10 +91,15 @@ class MicroBatch:
     position_ids: Tensor | None  # [R, S], or None where the model's own 0..S-1 is right
     tree: Tree | None
     arm: Arm
-    row_tokens: int  # tokens of all thoughts with their contexts, targets and documents, as if nothing were shared or padded
+    # tokens of all thoughts with their contexts, targets and documents, as if nothing were shared or padded
+    row_tokens: int
     groups: Sequence[Group]
-    documents: Sequence[Document]  # whose next-token loss is taken here, in the order of `trunk_rows`, as often as drawn
-    offsets: Sequence[int]  # [B] the first thought's place in its whole group; above 0 only in parts of one that fits nowhere
+    documents: Sequence[
+        Document
+    ]  # whose next-token loss is taken here, in the order of `trunk_rows`, as often as drawn
+    offsets: Sequence[
+        int
+    ]  # [B] the first thought's place in its whole group; above 0 only in parts of one that fits nowhere
     thought_rows: Tensor  # [B, G, L] int64
     thought_labels: Tensor  # [B, G, L] int64
     thought_mask: Tensor  # [B, G, L] bool, true for sampled tokens of counted thoughts
@@ -100,17 +114,23 @@ class MicroBatch:
     trunk_rows: Tensor  # [M] int64
     trunk_labels: Tensor  # [M] int64
     on_policy: bool = False  # sampled by the very weights that are trained: importance weights are exactly 1
-    asked: Sequence[frozenset[int]] = ()  # for each of `documents`, the tokens before which groups of the step think
+    asked: Sequence[
+        frozenset[int]
+    ] = ()  # for each of `documents`, the tokens before which groups of the step think
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        moved = {n: v.to(device) for n in self.__dataclass_fields__ if isinstance(v := getattr(self, n), Tensor)}
+        moved = {
+            n: v.to(device) for n in self.__dataclass_fields__ if isinstance(v := getattr(self, n), Tensor)
+        }
         return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities (nats) of one micro-batch: thoughts at the sampling temperature, all else at temperature 1."""
+    """Log-probabilities (nats) of one micro-batch: thoughts at the sampling temperature, all else at
+    temperature 1.
+    """
 
     thought_logps: Tensor  # [B, G, L], with gradient
     target_logps: Tensor  # [B, G, T], after the thought; with gradient
@@ -118,8 +138,12 @@ class Scores:
     trunk_logps: Tensor  # [M], with gradient
     target_mask: Tensor  # [B, T] bool
     counted: Tensor  # [B, G] bool
-    trunk_entropies: Tensor | None = None  # [M] nats, of the predictions of the trunk; only where they were asked for
-    target_hits: Tensor | None = None  # [B, G, T] bool, the target token is the likeliest; only where asked for
+    trunk_entropies: Tensor | None = (
+        None  # [M] nats, of the predictions of the trunk; only where they were asked for
+    )
+    target_hits: Tensor | None = (
+        None  # [B, G, T] bool, the target token is the likeliest; only where asked for
+    )
     baseline_hits: Tensor | None = None  # [B, T] bool, the same without the thought
 
     def detached(self) -> Scores:

@@ -23,10 +23,11 @@ class Call:
 
 
 class BatchedEngine:
-    """Collects what is asked for while `engine` computes, and computes all of one kind (parameters and n) together next.
+    """Collects what is asked for while `engine` computes, and computes all of one kind (parameters and n)
+    together next.
 
-    All of it belongs to one event loop. A call that was given up while it waited is left out; one that is being computed is
-    computed to its end.
+    All of it belongs to one event loop. A call that was given up while it waited is left out; one that is
+    being computed is computed to its end.
     """
 
     def __init__(self, engine: Engine, most: int = 256):
@@ -57,7 +58,9 @@ class BatchedEngine:
             seeds = [s for call in calls for s in call.seeds]
             params, n = calls[0].params, calls[0].n
             try:
-                groups = iter(await asyncio.to_thread(asyncio.run, self.engine.sample(prompts, params, n, seeds)))
+                groups = iter(
+                    await asyncio.to_thread(asyncio.run, self.engine.sample(prompts, params, n, seeds))
+                )
                 for call in calls:
                     answer = [next(groups) for _ in call.prompts]
                     if not call.answer.done():

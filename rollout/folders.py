@@ -1,4 +1,6 @@
-"""Folders that are written, replaced and deleted: only what carries our mark is ever deleted, and files follow the umask."""
+"""Folders that are written, replaced and deleted: only what carries our mark is ever deleted, and files
+follow the umask.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def begin_folder(folder: Path) -> Path:
 
 
 def finish_folder(work: Path, folder: Path) -> Path | None:
-    """Let what `begin_folder` began be `folder`; where one that we did not write was moved to, if there was one."""
+    """Let what `begin_folder` began be `folder`; where one that we did not write was moved to, if there
+    was one.
+    """
     follow_umask(work)
     moved = remove_folder(folder)
     work.replace(folder)
@@ -58,7 +62,9 @@ def free_name(path: Path) -> Path:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the files of a folder the permissions of ordinary new files: those of safetensors are their owner's alone."""
+    """Give the files of a folder the permissions of ordinary new files: those of safetensors are their
+    owner's alone.
+    """
     usual = usual_mode(folder)
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != usual:

@@ -1,4 +1,6 @@
-"""The guard in front of the rollout service: its token, the size and pace of bodies, how many sample at a time; plain ASGI."""
+"""The guard in front of the rollout service: its token, the size and pace of bodies, how many sample at a
+time; plain ASGI.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,20 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 class Guard:
-    """Refuses before a body is read: 401, 413, 429. While it is read: 408, 413, 429. What fails inside: a 500 without words.
+    """Refuses before a body is read: 401, 413, 429. While it is read: 408, 413, 429. What fails inside: a 500
+    without words.
 
     `sampling` are the routes that count as busy. `count(scope, status)` hears of every answer.
     """
 
-    def __init__(self, app: Any, token: str | None, limits: Limits, sampling: Sequence[str],
-                 count: Callable[[Message, int], None]):  # fmt: skip
+    def __init__(
+        self,
+        app: Any,
+        token: str | None,
+        limits: Limits,
+        sampling: Sequence[str],
+        count: Callable[[Message, int], None],
+    ):
         self.app, self.limits, self.sampling, self.count = app, limits, frozenset(sampling), count
         self.token = token.encode() if token else None
         self.busy = self.held = 0
@@ -66,7 +75,9 @@ class Guard:
         if not length.isdigit() or int(length) > self.limits.body_bytes:
             return problem(413, f"the body may have {self.limits.body_bytes} bytes")
         if path in self.sampling and self.busy >= self.limits.requests:
-            return problem(429, f"{self.busy} requests are in flight, and that is the limit", {"Retry-After": "1"})
+            return problem(
+                429, f"{self.busy} requests are in flight, and that is the limit", {"Retry-After": "1"}
+            )
         return None
 
     def _bounded(self, receive: Receive, held: list[int]) -> Receive:
@@ -80,7 +91,9 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), self.limits.body_s)
             except TimeoutError:
-                raise HTTPException(408, f"a part of the body did not come within {self.limits.body_s:g} s") from None
+                raise HTTPException(
+                    408, f"a part of the body did not come within {self.limits.body_s:g} s"
+                ) from None
             size = len(message.get("body", b""))
             held[0] += size
             self.held += size

@@ -1,7 +1,8 @@
 """The transformers engine: thoughts from any Hugging Face causal LM, the trainer's own module included.
 
-A context is read once and its cache forked to the context's thoughts, which are decoded together; rows whose thought
-has ended leave the batch. R rows (thoughts being decoded), T context tokens, L thought tokens, V vocabulary.
+A context is read once and its cache forked to the context's thoughts, which are decoded together; rows whose
+thought has ended leave the batch. R rows (thoughts being decoded), T context tokens, L thought tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from rollout.weights import copy_weights
 class HFEngine:
     """Samples thoughts with `transformers`, in this process, on whatever device the model is on.
 
-    `model` may be the trainer's module (`shares_weights`): sampling runs without gradient and in eval mode, and leaves
-    every submodule's mode as it was. `tokenizer` is needed for stop strings only. At most `batch_size` thoughts are
-    decoded at once; memory grows with batch_size x (T + L). `sample` computes in the caller's thread until it is done.
+    `model` may be the trainer's module (`shares_weights`): sampling runs without gradient and in eval mode,
+    and leaves every submodule's mode as it was. `tokenizer` is needed for stop strings only. At most
+    `batch_size` thoughts are decoded at once; memory grows with batch_size x (T + L). `sample` computes in
+    the caller's thread until it is done.
 
-    Which of three ways a model is run is found by trying its cache on the first prompt, and reported by `health()`:
+    Which of three ways a model is run is found by trying its cache on the first prompt, and reported by
+    `health()`:
 
-    - `padded`: attention keys and values only; contexts of different lengths share a batch, padded on the left.
+    - `padded`: attention keys and values only; contexts of different lengths share a batch, padded on the
+      left.
     - `equal_length`: a cache that can be forked but holds more than keys and values (Mamba, hybrids), or no
       `position_ids`; only contexts of one length share a batch, nothing is padded.
     - `recompute`: no cache that can be forked (RWKV, custom code); every step reads the whole sequence again.
 
-    Example: `thoughts = asyncio.run(HFEngine(model).sample([Prompt((5, 6), stop_ids=(2,))], params, n=4, seeds=[0]))`.
+    Example: `thoughts = asyncio.run(HFEngine(model).sample([Prompt((5, 6), stop_ids=(2,))], params, n=4,
+    seeds=[0]))`.
     """
 
     def __init__(
@@ -62,20 +67,28 @@ class HFEngine:
     ) -> list[list[Thought]]:
         """Draw `n` thoughts for each prompt; see `Engine.sample`.
 
-        Thought k of prompt i depends on the weights, the prompt, `params` and `draws.thought_seed(seeds[i], k)`, up to
-        the rounding of a differently shaped batch. A thought ends with a stop id or stop string of its prompt (CLOSE,
-        which wins over EOS), one of `params.eos_ids` (EOS), or at `max_thought_tokens` (LENGTH); the ending token stays
-        in it. `behaviour_logps` are those of the distribution drawn from; for temperature 0, those of temperature 1.
+        Thought k of prompt i depends on the weights, the prompt, `params` and `draws.thought_seed(seeds[i],
+        k)`, up to the rounding of a differently shaped batch. A thought ends with a stop id or stop string of
+        its prompt (CLOSE, which wins over EOS), one of `params.eos_ids` (EOS), or at `max_thought_tokens`
+        (LENGTH); the ending token stays in it. `behaviour_logps` are those of the distribution drawn from;
+        for temperature 0, those of temperature 1.
 
-        Raises ValueError for what cannot be sampled (empty or too long prompt, ids outside the vocabulary, no tokenizer
-        for stop strings, a seed missing) before anything runs, RuntimeError for NaN logits or a closed engine.
+        Raises ValueError for what cannot be sampled (empty or too long prompt, ids outside the vocabulary, no
+        tokenizer for stop strings, a seed missing) before anything runs, RuntimeError for NaN logits or a
+        closed engine.
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
         config = self.model.config.get_text_config(decoder=True)
-        check_request(prompts, params, n, seeds, vocabulary=getattr(config, "vocab_size", None) or math.inf,
-                      most=getattr(config, "max_position_embeddings", None) or math.inf,
-                      strings=self.tokenizer is not None)  # fmt: skip
+        check_request(
+            prompts,
+            params,
+            n,
+            seeds,
+            vocabulary=getattr(config, "vocab_size", None) or math.inf,
+            most=getattr(config, "max_position_embeddings", None) or math.inf,
+            strings=self.tokenizer is not None,
+        )
         results: list[list[Thought]] = [[] for _ in prompts]
         with sampling_mode(self.model):
             if prompts and self._reader is None:
@@ -93,20 +106,35 @@ class HFEngine:
     def sync(self, weights: WeightSource, version: int) -> None:
         """Take the policy's weights and stamp `version` on thoughts from now on.
 
-        With `shares_weights` the weights are already here and the source is not called. Otherwise `copy_weights` copies
-        them, strictly; when it raises, `version` stays.
+        With `shares_weights` the weights are already here and the source is not called. Otherwise
+        `copy_weights` copies them, strictly; when it raises, `version` stays.
         """
         if not self.shares_weights:
             copy_weights(self.model, weights)
         self.version = version
 
     def health(self) -> dict[str, Any]:
-        """Kind, version, device, dtype, the path in use (None before the first prompt) and counters since the start."""
-        facts = {"kind": "hf", "version": self.version, "shares_weights": self.shares_weights, "closed": self._closed}
+        """Kind, version, device, dtype, the path in use (None before the first prompt) and counters since
+        the start.
+        """
+        facts = {
+            "kind": "hf",
+            "version": self.version,
+            "shares_weights": self.shares_weights,
+            "closed": self._closed,
+        }
         if not self._closed:
             weight = next(self.model.parameters())
-            facts |= {"model": type(self.model).__name__, "device": str(weight.device), "dtype": str(weight.dtype)}
-        return facts | {"path": self._reader and str(self._reader.path), "batch_size": self.batch_size, **self._counts}
+            facts |= {
+                "model": type(self.model).__name__,
+                "device": str(weight.device),
+                "dtype": str(weight.dtype),
+            }
+        return facts | {
+            "path": self._reader and str(self._reader.path),
+            "batch_size": self.batch_size,
+            **self._counts,
+        }
 
     def close(self) -> None:
         """Let go of the model; calling it twice is harmless."""
@@ -116,7 +144,8 @@ class HFEngine:
     def _batches(self, prompts: Sequence[Prompt], n: int) -> Iterator[tuple[list[int], range]]:
         """(prompts, thought indices) to decode together: neighbours in length, at most `batch_size` rows.
 
-        Lengths in a batch differ by a factor of two at most (short ones by more), so that little is spent on padding.
+        Lengths in a batch differ by a factor of two at most (short ones by more), so that little is spent on
+        padding.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         most, start = max(1, self.batch_size // n), 0
@@ -130,7 +159,9 @@ class HFEngine:
             start = end
 
     def _decode(self, prompts: list[Prompt], params: SamplingParams, seeds: list[int]) -> list[Thought]:
-        """Decode len(seeds) / len(prompts) thoughts for each prompt, in the order of `seeds` (prompt by prompt)."""
+        """Decode len(seeds) / len(prompts) thoughts for each prompt, in the order of `seeds` (prompt by
+        prompt).
+        """
         copies, steps, device = len(seeds) // len(prompts), params.max_thought_tokens, self.model.device
         owners = [prompt for prompt in prompts for _ in range(copies)]
         endings = [tuple({*prompt.stop_ids, *params.eos_ids}) for prompt in owners]
@@ -169,7 +200,8 @@ class HFEngine:
     ) -> None:
         """Note in `text_ends` the rows whose text has a stop string since this step.
 
-        Only as many tokens are decoded as the longest string has bytes (and some more, since decoders trim the edges).
+        Only as many tokens are decoded as the longest string has bytes (and some more, since decoders trim
+        the edges).
         """
         for row in alive.tolist():
             strings = owners[row].stop_strings
@@ -182,8 +214,8 @@ class HFEngine:
     def _readings(self, ids: list[int]) -> Iterator[str]:
         """The text of ids whose first may lie within a character.
 
-        With byte fallback one byte that belongs to no character makes U+FFFD of all bytes beside it, so the text
-        is read from the next tokens on too.
+        With byte fallback one byte that belongs to no character makes U+FFFD of all bytes beside it, so the
+        text is read from the next tokens on too.
         """
         for first in range(min(4, len(ids))):
             text = self.tokenizer.decode(ids[first:])
@@ -202,11 +234,13 @@ class HFEngine:
     ) -> Thought:
         """Cut a row where its thought ended, and say why it did."""
         ends = (*prompt.stop_ids, *params.eos_ids)
-        end = next((step + 1 for step, token in enumerate(ids) if token in ends or step == text_end), len(ids))
+        end = next(
+            (step + 1 for step, token in enumerate(ids) if token in ends or step == text_end), len(ids)
+        )
         reason = ending(ids[:end], prompt, params, text_end == end - 1)
         if not all(map(math.isfinite, logps[:end])):
             raise RuntimeError(
-                f"the model gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} tokens "
-                f"(version {self.version}): look at its weights"
+                f"the model gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} "
+                f"tokens (version {self.version}): look at its weights"
             )
         return Thought(tuple(ids[:end]), tuple(logps[:end]), reason, self.version, seed)

@@ -1,8 +1,9 @@
 """Rollouts ahead of the trainer, on a thread of their own, in the order they were asked for.
 
-The trainer submits the rollouts of coming steps and takes those of this one. How far ahead it submits is the staleness bound:
-with 0 nothing is ahead, and the same code runs synchronously. While weights change the queue is paused: what runs is
-finished, what waits starts under the new weights, so a group is sampled under one version.
+The trainer submits the rollouts of coming steps and takes those of this one. How far ahead it submits is the
+staleness bound: with 0 nothing is ahead, and the same code runs synchronously. While weights change the queue
+is paused: what runs is finished, what waits starts under the new weights, so a group is sampled under one
+version.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Ticket:
 class RolloutQueue:
     """Runs submitted pieces, at most `in_flight` of them at a time.
 
-    `deadline` in seconds bounds every wait: for a result, for what runs when the queue is paused. None, the default, leaves that
-    to the engine: one that computes here may take long, one elsewhere has a deadline of its own. What a piece raises is raised
-    by `result`. Raises TimeoutError, saying what was waited for, and RuntimeError once closed.
+    `deadline` in seconds bounds every wait: for a result, for what runs when the queue is paused. None, the
+    default, leaves that to the engine: one that computes here may take long, one elsewhere has a deadline of
+    its own. What a piece raises is raised by `result`. Raises TimeoutError, saying what was waited for, and
+    RuntimeError once closed.
     """
 
     def __init__(self, in_flight: int = 4, deadline: float | None = None):
@@ -70,8 +72,10 @@ class RolloutQueue:
                 for late in ticket.pieces[i:]:
                     late.cancel()
                 missing = f"{len(ticket.pieces) - i} of {len(ticket.pieces)} pieces missing"
-                raise TimeoutError(f"rollouts took more than {self.deadline:.0f} s ({missing}): the engine hangs, or "
-                                   "engine.deadline is too short for so many thoughts") from None  # fmt: skip
+                raise TimeoutError(
+                    f"rollouts took more than {self.deadline:.0f} s ({missing}): the engine hangs, or "
+                    "engine.deadline is too short for so many thoughts"
+                ) from None
         return groups
 
     def pause(self) -> None:
@@ -89,14 +93,18 @@ class RolloutQueue:
             waiting.result(self.deadline)
         except Late:
             waiting.cancel()
-            raise TimeoutError(f"{self._active} rollouts still ran {self.deadline:.0f} s after the queue was paused") from None
+            raise TimeoutError(
+                f"{self._active} rollouts still ran {self.deadline:.0f} s after the queue was paused"
+            ) from None
 
     def resume(self) -> None:
         """Go on."""
         self._loop.call_soon_threadsafe(self._gate.set)
 
     def close(self, deadline: float = 30.0) -> None:
-        """Give up what waits and what runs; wait at most `deadline` seconds for it. Calling it twice is harmless."""
+        """Give up what waits and what runs; wait at most `deadline` seconds for it. Calling it twice is
+        harmless.
+        """
         if self._closed:
             return
         self._closed = True

@@ -1,7 +1,8 @@
 """Engines as Ray actors: as many as there are machines or devices for, started again when they die.
 
-The trainer may live in Ray or outside it. Weights go through Ray's object store, once for all actors. Every request names the
-weights it is for: an actor that was started again, or missed a sync, loads them before it samples.
+The trainer may live in Ray or outside it. Weights go through Ray's object store, once for all actors. Every
+request names the weights it is for: an actor that was started again, or missed a sync, loads them before it
+samples.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ NAMESPACE = "rlpretrain"
 
 
 class Worker:
-    """What runs in an actor: one engine. `kind` is hf or vllm_local, `settings` its arguments (`model` a hub id or folder)."""
+    """What runs in an actor: one engine. `kind` is hf or vllm_local, `settings` its arguments (`model` a
+    hub id or folder).
+    """
 
     def __init__(self, kind: str, settings: Mapping[str, Any], environment: Mapping[str, str]):
         os.environ.update(environment)
@@ -39,11 +42,20 @@ class Worker:
             where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
             form = {k: v for k, v in settings.items() if k in ("dtype", "attn_implementation")}
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = AutoModelForCausalLM.from_pretrained(settings["model"], **{"dtype": "float32"} | form | where)
+            model = AutoModelForCausalLM.from_pretrained(
+                settings["model"], **{"dtype": "float32"} | form | where
+            )
             rest = {k: v for k, v in settings.items() if k in ("batch_size",)}
-            tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], **where) if settings.get("tokenizer") else None
+            tokenizer = (
+                AutoTokenizer.from_pretrained(settings["tokenizer"], **where)
+                if settings.get("tokenizer")
+                else None
+            )
             self.engine = HFEngine(model.eval().to(device), tokenizer=tokenizer, shares_weights=False, **rest)
-            self.facts = {"block_size": 1, "max_model_len": getattr(model.config, "max_position_embeddings", 1 << 20)}
+            self.facts = {
+                "block_size": 1,
+                "max_model_len": getattr(model.config, "max_position_embeddings", 1 << 20),
+            }
             self.engine.version = -1
         else:
             from rollout.vllm_local import VLLMEngine
@@ -54,9 +66,18 @@ class Worker:
     def about(self) -> dict[str, Any]:
         return {**self.facts, "pid": os.getpid(), "node": os.uname().nodename}
 
-    def sample(self, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int], weights: list[Any],
-               version: int) -> tuple[list[list[Thought]], bool]:  # fmt: skip
-        """The thoughts, and whether weights had to be loaded first. Newer ones than asked for are fine: thoughts say theirs."""
+    def sample(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams,
+        n: int,
+        seeds: list[int],
+        weights: list[Any],
+        version: int,
+    ) -> tuple[list[list[Thought]], bool]:
+        """The thoughts, and whether weights had to be loaded first. Newer ones than asked for are fine:
+        thoughts say theirs.
+        """
         with self.lock:
             if late := self.engine.version < version:
                 self._load(weights, version)
@@ -71,7 +92,9 @@ class Worker:
 
         if not weights:
             raise RuntimeError("this pool was given no weights yet: call sync first")
-        own = {name: tensor.clone() for name, tensor in ray.get(weights[0]).items()}  # the object store's are read-only
+        own = {
+            name: tensor.clone() for name, tensor in ray.get(weights[0]).items()
+        }  # the object store's are read-only
         self.engine.sync(lambda: own.items(), version)
         self.held = weights
 
@@ -87,20 +110,34 @@ class Worker:
 
 
 class RayEngine:
-    """A pool of `num_engines` engines, each an actor with `resources` (num_cpus, num_gpus, ...) of a placement group.
+    """A pool of `num_engines` engines, each an actor with `resources` (num_cpus, num_gpus, ...) of a
+    placement group.
 
-    Prompts are dealt out evenly. A call that fails, because its actor died or does not answer within `request_timeout`
-    seconds, is made again on another one; an actor that hangs is killed, and Ray starts it anew. `deadline` seconds after calls
-    began to fail, if none was answered since, `sample` raises TimeoutError. On several trainer ranks all give the same `name` and
-    share the actors; `lead` hands over the weights and ends the actors, `share` gives all its value, and lets the others wait.
+    Prompts are dealt out evenly. A call that fails, because its actor died or does not answer within
+    `request_timeout` seconds, is made again on another one; an actor that hangs is killed, and Ray starts it
+    anew. `deadline` seconds after calls began to fail, if none was answered since, `sample` raises
+    TimeoutError. On several trainer ranks all give the same `name` and share the actors; `lead` hands over
+    the weights and ends the actors, `share` gives all its value, and lets the others wait.
     """
 
     shares_weights = False
 
-    def __init__(self, kind: str, settings: Mapping[str, Any], *, num_engines: int = 1,
-                 resources: Mapping[str, float] | None = None, strategy: str = "PACK", address: str | None = None,
-                 name: str | None = None, request_timeout: float = 300.0, deadline: float = 600.0, version: int = 0,
-                 lead: bool = True, share: Callable[[Any], Any] = lambda value: value) -> None:  # fmt: skip
+    def __init__(
+        self,
+        kind: str,
+        settings: Mapping[str, Any],
+        *,
+        num_engines: int = 1,
+        resources: Mapping[str, float] | None = None,
+        strategy: str = "PACK",
+        address: str | None = None,
+        name: str | None = None,
+        request_timeout: float = 300.0,
+        deadline: float = 600.0,
+        version: int = 0,
+        lead: bool = True,
+        share: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
         where, mode = (None, None) if lead else share(None)  # waits until rank 0 has the actors
         if mode:
             os.environ.setdefault("RAY_AUTH_MODE", mode)  # Ray reads it when it is imported
@@ -114,11 +151,21 @@ class RayEngine:
         self.timings: dict[str, float] = {}
         self._began = not ray.is_initialized()
         if self._began:
-            address = where or address or "local"  # None would join what RAY_ADDRESS or `ray start` left behind
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, namespace=NAMESPACE,
-                     **({"num_cpus": max(num_engines + 1, os.cpu_count() or 1)} if address == "local" else {}))  # fmt: skip
-        self._parameters = parameters_of(settings["model"], revision=settings.get("revision"),
-                                      trust_remote_code=bool(settings.get("trust_remote_code")))  # fmt: skip
+            address = (
+                where or address or "local"
+            )  # None would join what RAY_ADDRESS or `ray start` left behind
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                namespace=NAMESPACE,
+                **({"num_cpus": max(num_engines + 1, os.cpu_count() or 1)} if address == "local" else {}),
+            )
+        self._parameters = parameters_of(
+            settings["model"],
+            revision=settings.get("revision"),
+            trust_remote_code=bool(settings.get("trust_remote_code")),
+        )
         names = [f"{name or f'engines-{os.getpid()}-{id(self)}'}-{i}" for i in range(num_engines)]
         if lead:
             self.actors = self._start(names, kind, settings, dict(resources or {"num_cpus": 1}), strategy)
@@ -134,8 +181,14 @@ class RayEngine:
         if lead:
             share((ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE")))
 
-    def _start(self, names: Sequence[str], kind: str, settings: Mapping[str, Any], resources: dict[str, float],
-               strategy: str) -> list[Any]:  # fmt: skip
+    def _start(
+        self,
+        names: Sequence[str],
+        kind: str,
+        settings: Mapping[str, Any],
+        resources: dict[str, float],
+        strategy: str,
+    ) -> list[Any]:
         """The actors, in a placement group."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
@@ -143,15 +196,21 @@ class RayEngine:
         self._group = ray.util.placement_group([_bundle(resources)] * len(names), strategy=strategy)
         if not self._group.wait(self.deadline):
             ray.util.remove_placement_group(self._group)
-            raise TimeoutError(f"Ray has no room for {len(names)} engines with {resources} each: {ray.available_resources()}")
-        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+            raise TimeoutError(
+                f"Ray has no room for {len(names)} engines with {resources} each: {ray.available_resources()}"
+            )
+        environment = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         at_once = 256 if kind == "vllm_local" else 1  # calls of several ranks are decoded together
         actor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=at_once)(Worker)
         return [
-            actor.options(name=name, namespace=NAMESPACE, scheduling_strategy=InGroup(self._group, i), **resources)
-            .remote(kind, dict(settings), environment)
+            actor.options(
+                name=name, namespace=NAMESPACE, scheduling_strategy=InGroup(self._group, i), **resources
+            ).remote(kind, dict(settings), environment)
             for i, name in enumerate(names)
-        ]  # fmt: skip
+        ]
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
@@ -162,18 +221,31 @@ class RayEngine:
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
-        check_request(prompts, params, n, seeds, vocabulary=float("inf"), most=self.max_model_len, strings=True)
+        check_request(
+            prompts, params, n, seeds, vocabulary=float("inf"), most=self.max_model_len, strings=True
+        )
         parts = [range(i, len(prompts), len(self.actors)) for i in range(min(len(prompts), len(self.actors)))]
-        answers = await asyncio.gather(*(
-            self._part(k, [prompts[i] for i in part], params, n, [seeds[i] for i in part]) for k, part in enumerate(parts)
-        ))  # fmt: skip
-        found = {i: group for part, answer in zip(parts, answers, strict=True) for i, group in zip(part, answer, strict=True)}
-        self.counts.update(prompts=len(prompts), thoughts=n * len(prompts),
-                           tokens=sum(len(t.token_ids) for group in found.values() for t in group))  # fmt: skip
+        answers = await asyncio.gather(
+            *(
+                self._part(k, [prompts[i] for i in part], params, n, [seeds[i] for i in part])
+                for k, part in enumerate(parts)
+            )
+        )
+        found = {
+            i: group
+            for part, answer in zip(parts, answers, strict=True)
+            for i, group in zip(part, answer, strict=True)
+        }
+        self.counts.update(
+            prompts=len(prompts),
+            thoughts=n * len(prompts),
+            tokens=sum(len(t.token_ids) for group in found.values() for t in group),
+        )
         return [found[i] for i in range(len(prompts))]
 
-    async def _part(self, first: int, prompts: list[Prompt], params: SamplingParams, n: int,
-                    seeds: list[int]) -> list[list[Thought]]:  # fmt: skip
+    async def _part(
+        self, first: int, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]
+    ) -> list[list[Thought]]:
         errors, failing, k = self._ray.exceptions, 0.0, first
         while True:
             actor = self.actors[k % len(self.actors)]
@@ -198,14 +270,17 @@ class RayEngine:
             k += 1
 
     def sync(self, weights: WeightSource, version: int) -> None:
-        """Put the weights into the object store and let every actor load them; one that cannot now gets them before it samples.
+        """Put the weights into the object store and let every actor load them; one that cannot now gets them
+        before it samples.
 
         On several ranks all call it, the first one puts. Raises ValueError if parameters are missing.
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
         begin = time.perf_counter()
-        state = {name: tensor.detach().to("cpu", copy=True) if self.lead else None for name, tensor in weights()}
+        state = {
+            name: tensor.detach().to("cpu", copy=True) if self.lead else None for name, tensor in weights()
+        }
         self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
         self.version = version
         if self.lead:
@@ -231,12 +306,21 @@ class RayEngine:
 
     def reset_prefix_cache(self) -> None:
         """Let every engine forget the contexts it read."""
-        self._ray.get([actor.reset_prefix_cache.remote() for actor in self.actors], timeout=self.request_timeout)
+        self._ray.get(
+            [actor.reset_prefix_cache.remote() for actor in self.actors], timeout=self.request_timeout
+        )
 
     def health(self) -> dict[str, Any]:
         """Kind, version, number of actors, counters since the start."""
-        return {"kind": "ray", "version": self.version, "shares_weights": False, "closed": getattr(self, "_closed", True),
-                "num_engines": len(self.actors), "ray": self._ray.__version__, **self.counts}  # fmt: skip
+        return {
+            "kind": "ray",
+            "version": self.version,
+            "shares_weights": False,
+            "closed": getattr(self, "_closed", True),
+            "num_engines": len(self.actors),
+            "ray": self._ray.__version__,
+            **self.counts,
+        }
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here; calling it twice is harmless."""

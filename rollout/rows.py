@@ -28,7 +28,9 @@ class Path(StrEnum):
 
     PADDED = "padded"  # attention keys and values only: contexts of different lengths, padded on the left
     EQUAL_LENGTH = "equal_length"  # a forkable cache of more than that (Mamba, hybrids), or no position_ids
-    RECOMPUTE = "recompute"  # no forkable cache (RWKV, custom code): every step reads the whole sequence again
+    RECOMPUTE = (
+        "recompute"  # no forkable cache (RWKV, custom code): every step reads the whole sequence again
+    )
 
 
 class Reader:
@@ -37,7 +39,9 @@ class Reader:
     def __init__(self, model: Any, probe: Sequence[int]) -> None:
         """Read the first tokens of `probe` (one at least), fork the cache, and read on."""
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter hides the signature
+        inner = (
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )  # an adapter hides the signature
         accepts = inspect.signature(inner.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in accepts else "past_key_values"
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
@@ -57,9 +61,11 @@ class Reader:
             self.read(ids[:, -1:].expand(2, 1), cache)
         except _REFUSALS as error:
             logger.warning(
-                "%s has no cache that can be forked (%s): every step will read the whole sequence again, which is slow",
-                type(self.model).__name__, error,
-            )  # fmt: skip
+                "%s has no cache that can be forked (%s): every step will read the whole sequence again, "
+                "which is slow",
+                type(self.model).__name__,
+                error,
+            )
             return Path.RECOMPUTE
         plain = isinstance(cache, Cache) and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
@@ -67,7 +73,9 @@ class Reader:
         return Path.PADDED if plain else Path.EQUAL_LENGTH
 
     def read(self, ids: Tensor, cache: Any = None, **options: Any) -> tuple[Tensor, Any]:
-        """Run the model on `ids` [R, T] after what `cache` holds: (logits of the next token [R, V], the cache)."""
+        """Run the model on `ids` [R, T] after what `cache` holds: (logits of the next token [R, V], the
+        cache).
+        """
         if cache is not None:
             options[self.cache_name] = cache
         output = self.model(input_ids=ids, **self.options, **options)
@@ -78,10 +86,11 @@ class Rows:
     """The sequences being decoded: after each change, `logits` [R, V] are those of every row's next token."""
 
     def __init__(self, reader: Reader, contexts: Sequence[Sequence[int]], copies: int, room: int) -> None:
-        """Read each context once and fork it to `copies` rows (context by context) that may grow by `room` tokens.
+        """Read each context once and fork it to `copies` rows (context by context) that may grow by `room`
+        tokens.
 
-        Contexts of different lengths need the padded path: they are padded on the left, and mask and positions say so,
-        for models with learned positions as well as rotary ones.
+        Contexts of different lengths need the padded path: they are padded on the left, and mask and
+        positions say so, for models with learned positions as well as rotary ones.
         """
         self.reader, device = reader, reader.model.device
         lengths = [len(context) for context in contexts]
@@ -118,22 +127,31 @@ class Rows:
             self.ids = torch.cat([self.ids, tokens[:, None]], 1)
             self.logits, _ = self.reader.read(self.ids)
         else:
-            self.logits, self.cache = self.reader.read(tokens[:, None], self.cache, **self._places(self.width - 1))
+            self.logits, self.cache = self.reader.read(
+                tokens[:, None], self.cache, **self._places(self.width - 1)
+            )
 
     def _places(self, start: int) -> dict[str, Tensor]:
-        """Mask and positions of the tokens from `start` to the present width; nothing where nothing is padded."""
+        """Mask and positions of the tokens from `start` to the present width; nothing where nothing is
+        padded.
+        """
         if self.mask is None or self.positions is None:
             return {}
-        return {"attention_mask": self.mask[:, : self.width], "position_ids": self.positions[:, start : self.width]}
+        return {
+            "attention_mask": self.mask[:, : self.width],
+            "position_ids": self.positions[:, start : self.width],
+        }
 
 
 @contextmanager
 def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient inside; outside, every submodule in the mode it had, and no trace of the sampling.
+    """Eval mode without gradient inside; outside, every submodule in the mode it had, and no trace of the
+    sampling.
 
-    A model of transformers' own runs in `torch.inference_mode`, which saves a small model a tenth of its time; whatever
-    it rebuilt meanwhile (rotary frequencies for a longer sequence) is replaced by an ordinary copy that training may
-    use. With hooks, which may swap parameters (ZeRO, offloading), or with other people's code it is `torch.no_grad`.
+    A model of transformers' own runs in `torch.inference_mode`, which saves a small model a tenth of its
+    time; whatever it rebuilt meanwhile (rotary frequencies for a longer sequence) is replaced by an ordinary
+    copy that training may use. With hooks, which may swap parameters (ZeRO, offloading), or with other
+    people's code it is `torch.no_grad`.
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
@@ -175,7 +193,9 @@ class _RoomyLayer(DynamicLayer):
         spare = end + end // 2 + 16 - self.get_seq_length()
         self._keys, self._values = F.pad(self.keys, (0, 0, 0, spare)), F.pad(self.values, (0, 0, 0, spare))
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append keys and values [R, heads, new, size]; all of them so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
@@ -190,5 +210,8 @@ class _RoomyLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows only."""
         end = self.get_seq_length()
-        self._keys, self._values = self._keys.index_select(0, beam_idx), self._values.index_select(0, beam_idx)
+        self._keys, self._values = (
+            self._keys.index_select(0, beam_idx),
+            self._values.index_select(0, beam_idx),
+        )
         self._show(end)

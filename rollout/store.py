@@ -1,7 +1,9 @@
-"""Groups on disk: parquet files with a schema version, one pair a step and rank, that read back equal to what was written.
+"""Groups on disk: parquet files with a schema version, one pair a step and rank, that read back equal to what
+was written.
 
-`step-000012-rank-0.groups.parquet` holds the groups, `...documents.parquet` the documents of the step's next-token loss. The
-groups are written last, so a step whose groups are there is whole. Any parquet reader can open them.
+`step-000012-rank-0.groups.parquet` holds the groups, `...documents.parquet` the documents of the step's
+next-token loss. The groups are written last, so a step whose groups are there is whole. Any parquet reader
+can open them.
 
 Documents are kept whole: their other columns as JSON in `meta`, where the answer begins in `answer_at`. Files
 of before these two columns are read without.
@@ -29,29 +31,71 @@ class StoreError(ValueError):
 
 
 def _schemas() -> tuple[Any, Any]:
-    """(groups, documents): the arrow schemas. Ids are int32, log-probs and rewards float64, so nothing is rounded."""
+    """(groups, documents): the arrow schemas. Ids are int32, log-probs and rewards float64, so nothing is
+    rounded.
+    """
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    position = pa.struct({"document_id": pa.string(), "index": pa.int64(), "context_ids": ids, "target_ids": ids,
-                          "suffix_ids": ids})  # fmt: skip
-    prompt = pa.struct({"token_ids": ids, "stop_ids": ids, "close_ids": ids, "join_ids": ids,
-                        "stop_strings": pa.list_(pa.string())})  # fmt: skip
-    thought = pa.struct({"token_ids": ids, "behaviour_logps": pa.list_(pa.float64()), "finish_reason": pa.string(),
-                         "policy_version": pa.int64(), "seed": pa.int64(), "answer_span": pa.list_(pa.int64())})  # fmt: skip
-    groups = pa.schema({"id": pa.string(), "position": position, "prompt": prompt, "thoughts": pa.list_(thought),
-                        "policy_version": pa.int64(), "parent_id": pa.string(), "role": pa.string(),
-                        "rewards": pa.list_(pa.float64()), "extra": pa.string()})  # fmt: skip
-    documents = pa.schema({"id": pa.string(), "token_ids": ids, "source": pa.string(), "meta": pa.string(),
-                           "answer_at": pa.int64()})
+    position = pa.struct(
+        {
+            "document_id": pa.string(),
+            "index": pa.int64(),
+            "context_ids": ids,
+            "target_ids": ids,
+            "suffix_ids": ids,
+        }
+    )
+    prompt = pa.struct(
+        {
+            "token_ids": ids,
+            "stop_ids": ids,
+            "close_ids": ids,
+            "join_ids": ids,
+            "stop_strings": pa.list_(pa.string()),
+        }
+    )
+    thought = pa.struct(
+        {
+            "token_ids": ids,
+            "behaviour_logps": pa.list_(pa.float64()),
+            "finish_reason": pa.string(),
+            "policy_version": pa.int64(),
+            "seed": pa.int64(),
+            "answer_span": pa.list_(pa.int64()),
+        }
+    )
+    groups = pa.schema(
+        {
+            "id": pa.string(),
+            "position": position,
+            "prompt": prompt,
+            "thoughts": pa.list_(thought),
+            "policy_version": pa.int64(),
+            "parent_id": pa.string(),
+            "role": pa.string(),
+            "rewards": pa.list_(pa.float64()),
+            "extra": pa.string(),
+        }
+    )
+    documents = pa.schema(
+        {
+            "id": pa.string(),
+            "token_ids": ids,
+            "source": pa.string(),
+            "meta": pa.string(),
+            "answer_at": pa.int64(),
+        }
+    )
     return groups, documents
 
 
 class Store:
     """A folder of rollouts.
 
-    `facts` (the engine's kind, whether it shares the trainer's weights, versions) are kept in every file; `read` gives them
-    back. Raises StoreError for a folder without rollouts, another schema version, or a step that is not there.
+    `facts` (the engine's kind, whether it shares the trainer's weights, versions) are kept in every file;
+    `read` gives them back. Raises StoreError for a folder without rollouts, another schema version, or a step
+    that is not there.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0):
@@ -97,14 +141,16 @@ class Store:
             about = tables[kind].schema.metadata or {}
             version = about.get(b"schema_version", b"none").decode()
             if version != str(SCHEMA_VERSION):
-                raise StoreError(f"{path} has schema version {version}, this is {SCHEMA_VERSION}: read it with the release "
-                                 "that wrote it")  # fmt: skip
+                raise StoreError(
+                    f"{path} has schema version {version}, this is {SCHEMA_VERSION}: read it with the "
+                    "release that wrote it"
+                )
         groups = [_group(row) for row in tables["groups"].to_pylist()]
         if "answer_at" not in tables["documents"].column_names and not self.told:
             self.told = True
             warnings.warn(
-                f"{self.folder} was written before documents kept where their answers begin: to an objective that asks "
-                "(sft_mixed with ntp_data.answer_column) they are texts without prompts",
+                f"{self.folder} was written before documents kept where their answers begin: to an objective "
+                "that asks (sft_mixed with ntp_data.answer_column) they are texts without prompts",
                 stacklevel=2,
             )
         documents = [document_from_row(row) for row in tables["documents"].to_pylist()]
@@ -118,7 +164,9 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that are whole, for this rank, in order."""
-        return sorted(int(p.name.split("-")[1]) for p in self.folder.glob(f"step-*-rank-{self.rank}.groups.parquet"))
+        return sorted(
+            int(p.name.split("-")[1]) for p in self.folder.glob(f"step-*-rank-{self.rank}.groups.parquet")
+        )
 
     def _path(self, step: int, kind: str) -> Path:
         return self.folder / f"step-{step:06d}-rank-{self.rank}.{kind}.parquet"
@@ -126,15 +174,22 @@ class Store:
     def _why(self, step: int, path: Path) -> str:
         steps = self.steps()
         if not steps:
-            ranks = sorted({p.name.split("-")[3].split(".")[0] for p in self.folder.glob("step-*.groups.parquet")})
+            ranks = sorted(
+                {p.name.split("-")[3].split(".")[0] for p in self.folder.glob("step-*.groups.parquet")}
+            )
             there = f"those of rank {', '.join(ranks)} only" if ranks else "none"
-            return f"no rollouts of rank {self.rank} in {self.folder} ({there}): write them with save_rollouts: true"
+            return (
+                f"no rollouts of rank {self.rank} in {self.folder} ({there}): write them with "
+                "save_rollouts: true"
+            )
         held = f"it holds {len(steps)} steps, {steps[0]} to {steps[-1]}"
         return f"no rollouts of step {step} in {self.folder} ({path.name}): {held}"
 
 
 class Recorded:
-    """Stands for the engine that made stored rollouts, while they are trained on again: it has a version and samples nothing."""
+    """Stands for the engine that made stored rollouts, while they are trained on again: it has a version
+    and samples nothing.
+    """
 
     def __init__(self, facts: Mapping[str, Any]):
         self.facts, self.version = dict(facts), 0
@@ -192,7 +247,9 @@ _KINDS: dict[str, tuple[type, Any, Any]] = {
     "decimal": (decimal.Decimal, str, decimal.Decimal),
     "bytes": (bytes, lambda v: base64.b64encode(v).decode(), base64.b64decode),
 }
-"""Types of columns that JSON lacks: name, (type, to JSON, back). Datetimes come first, as they are dates too."""
+"""Types of columns that JSON lacks: name, (type, to JSON, back). Datetimes come first, as they are dates
+too.
+"""
 _MARK = "rlpretrain type"
 
 
@@ -202,8 +259,8 @@ def _meta_to_json(document: Document) -> str:
             if isinstance(value, kind):
                 return {_MARK: name, "value": out(value)}
         raise StoreError(
-            f"document {document.id} ({document.source}): its meta holds a {type(value).__name__}, which cannot "
-            "be kept: leave that column out of meta_columns"
+            f"document {document.id} ({document.source}): its meta holds a {type(value).__name__}, which "
+            "cannot be kept: leave that column out of meta_columns"
         )
 
     return json.dumps(document.meta, default=marked)
@@ -216,12 +273,29 @@ def _plain(value: dict[str, Any]) -> Any:
 def _group(row: dict[str, Any]) -> Group:
     position = row["position"]
     thoughts = tuple(
-        Thought(tuple(t["token_ids"]), tuple(t["behaviour_logps"]), FinishReason(t["finish_reason"]), t["policy_version"],
-                t["seed"], tuple(t["answer_span"]) if t["answer_span"] is not None else None)
+        Thought(
+            tuple(t["token_ids"]),
+            tuple(t["behaviour_logps"]),
+            FinishReason(t["finish_reason"]),
+            t["policy_version"],
+            t["seed"],
+            tuple(t["answer_span"]) if t["answer_span"] is not None else None,
+        )
         for t in row["thoughts"]
-    )  # fmt: skip
-    place = Position(position["document_id"], position["index"],
-                     *(tuple(position[k]) for k in ("context_ids", "target_ids", "suffix_ids")))  # fmt: skip
-    return Group(row["id"], place, Prompt(**{k: tuple(v) for k, v in row["prompt"].items()}), thoughts, row["policy_version"],
-                 row["parent_id"], row["role"], tuple(row["rewards"]) if row["rewards"] is not None else None,
-                 json.loads(row["extra"]))  # fmt: skip
+    )
+    place = Position(
+        position["document_id"],
+        position["index"],
+        *(tuple(position[k]) for k in ("context_ids", "target_ids", "suffix_ids")),
+    )
+    return Group(
+        row["id"],
+        place,
+        Prompt(**{k: tuple(v) for k, v in row["prompt"].items()}),
+        thoughts,
+        row["policy_version"],
+        row["parent_id"],
+        row["role"],
+        tuple(row["rewards"]) if row["rewards"] is not None else None,
+        json.loads(row["extra"]),
+    )

@@ -1,7 +1,7 @@
 """What flows between objectives, engines and the trainer: token ids, and plain data about them.
 
-Everything here is frozen and made of tuples and numbers, so that a group on disk, on a queue or in another process
-equals the one in memory. Text is never kept where ids would do: nothing is retokenised.
+Everything here is frozen and made of tuples and numbers, so that a group on disk, on a queue or in another
+process equals the one in memory. Text is never kept where ids would do: nothing is retokenised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Called once per sync, gives (parameter name, full tensor) pairs; tied weights appear under every name they have."""
+"""Called once per sync, gives (parameter name, full tensor) pairs; tied weights appear under every name
+they have.
+"""
 
 
 class FinishReason(StrEnum):
@@ -46,8 +48,8 @@ class Document:
 class Position:
     """A place in a document where the model may think before it predicts.
 
-    `target_ids` are the document's own ids from `index` on, `context_ids` those before it; `suffix_ids` is what a
-    method that may look ahead (a masked segment) is allowed to see after the target.
+    `target_ids` are the document's own ids from `index` on, `context_ids` those before it; `suffix_ids` is
+    what a method that may look ahead (a masked segment) is allowed to see after the target.
     """
 
     document_id: str
@@ -61,9 +63,9 @@ class Position:
 class Prompt:
     """The ids around a thought: `token_ids` + sampled thought + `join_ids` + target.
 
-    A thought ends by itself with one of `stop_ids` (the sampled close tag stays in the thought and is trained) or when
-    its decoded text contains one of `stop_strings`. `close_ids` are injected, never trained, after a thought that did
-    not close itself, where the cut-off policy asks for it.
+    A thought ends by itself with one of `stop_ids` (the sampled close tag stays in the thought and is
+    trained) or when its decoded text contains one of `stop_strings`. `close_ids` are injected, never trained,
+    after a thought that did not close itself, where the cut-off policy asks for it.
     """
 
     token_ids: tuple[int, ...]
@@ -85,7 +87,9 @@ def sane_temperature(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How thoughts are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `temperature` is 0 (greedy) or at least .01."""
+    """How thoughts are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `temperature` is 0 (greedy) or
+    at least .01.
+    """
 
     max_thought_tokens: int
     temperature: float = 1.0
@@ -98,15 +102,18 @@ class SamplingParams:
             raise ValueError(f"max_thought_tokens must be at least 1, got {self.max_thought_tokens}")
         sane_temperature(self.temperature)
         if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"need 0 < top_p <= 1 and top_k >= 0; got top_p={self.top_p}, top_k={self.top_k}")
+            raise ValueError(
+                f"need 0 < top_p <= 1 and top_k >= 0; got top_p={self.top_p}, top_k={self.top_k}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Thought:
     """One sampled thought.
 
-    `token_ids` are exactly the sampled ids, the close tag or end-of-text included. `behaviour_logps` (nats, one per id)
-    are the log-probabilities of the distribution they were drawn from: after temperature, top-p and top-k.
+    `token_ids` are exactly the sampled ids, the close tag or end-of-text included. `behaviour_logps` (nats,
+    one per id) are the log-probabilities of the distribution they were drawn from: after temperature, top-p
+    and top-k.
     """
 
     token_ids: tuple[int, ...]
@@ -122,7 +129,8 @@ class Group:
     """G thoughts for one prompt: the unit of queueing, storage, staleness and dropping.
 
     `position` names what is predicted, `rewards` (one a thought) is filled where a reward needs no live
-    log-probabilities, `role` tells groups of one objective apart, `parent_id` the group that asked for this one.
+    log-probabilities, `role` tells groups of one objective apart, `parent_id` the group that asked for this
+    one.
     """
 
     id: str

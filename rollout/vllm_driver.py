@@ -1,4 +1,6 @@
-"""Runs a vLLM engine on a thread of its own, so that calls join what is being decoded instead of waiting for it."""
+"""Runs a vLLM engine on a thread of its own, so that calls join what is being decoded instead of waiting
+for it.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ class Job:
 
 
 class Driver:
-    """Owns a `vllm.v1.engine.llm_engine.LLMEngine`: all that touches it runs on this thread, in the order it was asked for.
+    """Owns a `vllm.v1.engine.llm_engine.LLMEngine`: all that touches it runs on this thread, in the order it
+    was asked for.
 
-    `version` is that of the weights; a job is answered with the one it was sampled under, since `run` waits until nothing is
-    being decoded. A failure of the engine itself is raised by every job then in flight and by all later ones.
+    `version` is that of the weights; a job is answered with the one it was sampled under, since `run` waits
+    until nothing is being decoded. A failure of the engine itself is raised by every job then in flight and
+    by all later ones.
     """
 
     def __init__(self, engine: Any, version: int, device: torch.device | None = None):
@@ -47,14 +51,18 @@ class Driver:
         self.thread.start()
 
     async def generate(self, requests: Sequence[tuple[Any, Any]]) -> tuple[list[Any], int]:
-        """What vLLM says to (prompt, sampling parameters) pairs, and the version of the weights. Cancelling aborts them."""
+        """What vLLM says to (prompt, sampling parameters) pairs, and the version of the weights.
+        Cancelling aborts them.
+        """
         job = Job(requests)
         job.future.add_done_callback(lambda f: self._inbox.put(("abort", job)) if f.cancelled() else None)
         self._put("add", job)
         return await asyncio.wrap_future(job.future)
 
     def run(self, work: Callable[[], T]) -> T:
-        """Call `work` on this thread once everything submitted before it is done; what is submitted after it waits."""
+        """Call `work` on this thread once everything submitted before it is done; what is submitted after
+        it waits.
+        """
         if threading.current_thread() is self.thread:
             return work()
         future: Future[T] = Future()
@@ -107,7 +115,9 @@ class Driver:
             return
         try:
             prompts = [prompt for prompt, _ in job.requests]
-            if (renderer := getattr(self._engine, "renderer", None)) is not None:  # vLLM is giving up unrendered prompts
+            if (
+                renderer := getattr(self._engine, "renderer", None)
+            ) is not None:  # vLLM is giving up unrendered prompts
                 prompts = renderer.render_cmpl(prompts)
             for i, (prompt, (_, params)) in enumerate(zip(prompts, job.requests, strict=True)):
                 job.ids.append(name := f"r{next(self._names)}")

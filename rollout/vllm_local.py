@@ -1,7 +1,8 @@
-"""vLLM inside the training process: the sampler beside the trainer, on the same machine and, on a GPU, the same device.
+"""vLLM inside the training process: the sampler beside the trainer, on the same machine and, on a GPU, the
+same device.
 
-Contexts are cached by vLLM's prefix cache, so the G thoughts of a position read a long context once. Weights come in
-through vLLM's own reload, in memory; the prefix cache is emptied after each.
+Contexts are cached by vLLM's prefix cache, so the G thoughts of a position read a long context once. Weights
+come in through vLLM's own reload, in memory; the prefix cache is emptied after each.
 """
 
 from __future__ import annotations
@@ -28,30 +29,50 @@ INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretra
 
 
 def _not_of_buffers(record: logging.LogRecord) -> bool:
-    """Whether a line is to be seen: vLLM says at each reload that a rotary embedding got no weights. It has none."""
+    """Whether a line is to be seen: vLLM says at each reload that a rotary embedding got no weights. It
+    has none.
+    """
     return not ("Failed to load weights" in str(record.msg) and "RotaryEmbedding" in record.getMessage())
 
 
 class VLLMEngine:
     """An in-process vLLM engine with weights of its own.
 
-    `model` is a hub id or folder that vLLM loads; `tokenizer` the same for a tokenizer, needed for stop strings only.
-    `max_model_len` is the longest context plus thought; `kv_cache_gib` the size of the key-value cache (on a GPU, None lets
-    `gpu_memory_utilization` decide). A prefix is cached in blocks of `block_size` tokens. `options` go to `vllm.LLM` as they
-    are and win. With `lora`, PEFT's configuration of an adapter (r, lora_alpha, target_modules, ...), the base stays as it was
-    loaded and `sync` takes the adapter's tensors. Raises ImportError with the install line where vLLM is missing.
+    `model` is a hub id or folder that vLLM loads; `tokenizer` the same for a tokenizer, needed for stop
+    strings only. `max_model_len` is the longest context plus thought; `kv_cache_gib` the size of the
+    key-value cache (on a GPU, None lets `gpu_memory_utilization` decide). A prefix is cached in blocks of
+    `block_size` tokens. `options` go to `vllm.LLM` as they are and win. With `lora`, PEFT's configuration of
+    an adapter (r, lora_alpha, target_modules, ...), the base stays as it was loaded and `sync` takes the
+    adapter's tensors. Raises ImportError with the install line where vLLM is missing.
 
-    `sleep` makes room for `sleep` and `wake`. vLLM runs on a thread of its own; calls that overlap are decoded together.
+    `sleep` makes room for `sleep` and `wake`. vLLM runs on a thread of its own; calls that overlap are
+    decoded together.
     """
 
     shares_weights = False
 
-    def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str = "float32",
-                 max_model_len: int | None = None, max_num_seqs: int = 256, kv_cache_gib: float | None = 0.5,
-                 gpu_memory_utilization: float = 0.3, block_size: int | None = None, seed: int = 0, version: int = 0,
-                 trust_remote_code: bool = False, revision: str | None = None, lora: dict[str, Any] | None = None,
-                 sleep: bool = False, options: dict[str, Any] | None = None) -> None:  # fmt: skip
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights need no second copy
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: str = "float32",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        kv_cache_gib: float | None = 0.5,
+        gpu_memory_utilization: float = 0.3,
+        block_size: int | None = None,
+        seed: int = 0,
+        version: int = 0,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        lora: dict[str, Any] | None = None,
+        sleep: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # in this process: weights need no second copy
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             import vllm
@@ -62,21 +83,35 @@ class VLLMEngine:
         self._vllm = vllm
         logging.getLogger(RELOADS).addFilter(_not_of_buffers)
         settings: dict[str, Any] = {
-            "model": str(model), "tokenizer": str(tokenizer) if tokenizer else None, "skip_tokenizer_init": tokenizer is None,
-            "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "seed": seed,
-            "gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code, "revision": revision,
-            "enable_prefix_caching": True, "logprobs_mode": "processed_logprobs", "generation_config": "vllm",
-            "disable_log_stats": True, "distributed_executor_backend": "uni",
-        }  # fmt: skip
+            "model": str(model),
+            "tokenizer": str(tokenizer) if tokenizer else None,
+            "skip_tokenizer_init": tokenizer is None,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "seed": seed,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "trust_remote_code": trust_remote_code,
+            "revision": revision,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            "distributed_executor_backend": "uni",
+        }
         if kv_cache_gib is not None:
             settings["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         on_cpu = self._on_cpu = current_platform.is_cpu()
-        if on_cpu:  # a prompt read in pieces sets back its seed's generator, which dies on a CPU (vLLM 0.32): read it whole
+        # a prompt read in pieces sets back its seed's generator, which dies on a CPU (vLLM 0.32): read it
+        # whole
+        if on_cpu:
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
         elif sleep:
             settings["enable_sleep_mode"] = True
         if block_size or on_cpu:
-            settings["block_size"] = block_size or 32  # vLLM's own choice on a CPU, 128, would cache few contexts
+            settings["block_size"] = (
+                block_size or 32
+            )  # vLLM's own choice on a CPU, 128, would cache few contexts
         self.lora = lora
         if lora is not None:
             rank = next((size for size in RANKS if size >= lora["r"]), lora["r"])
@@ -90,7 +125,11 @@ class VLLMEngine:
         self.max_model_len: int = config.model_config.max_model_len
         self.vocabulary = config.model_config.get_vocab_size()
         self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
-        self._driver = Driver(self.llm.llm_engine, version, None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
+        self._driver = Driver(
+            self.llm.llm_engine,
+            version,
+            None if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+        )
         self._adapters = 0
         self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0, "cached_tokens": 0}
 
@@ -99,27 +138,36 @@ class VLLMEngine:
     ) -> list[list[Thought]]:
         """Draw `n` thoughts for each prompt; see `Engine.sample`.
 
-        Thought k of prompt i is drawn with the seed `seeds[i] + k`, which is vLLM's own rule; the tokens are vLLM's draws, not
-        those of other kinds of engine. Raises ValueError for what cannot be sampled, RuntimeError for
-        NaN log-probabilities or a closed engine.
+        Thought k of prompt i is drawn with the seed `seeds[i] + k`, which is vLLM's own rule; the tokens are
+        vLLM's draws, not those of other kinds of engine. Raises ValueError for what cannot be sampled,
+        RuntimeError for NaN log-probabilities or a closed engine.
         """
         if self.llm is None:
             raise RuntimeError("this engine is closed")
         strings = not self.settings["skip_tokenizer_init"]
-        check_request(prompts, params, n, seeds, vocabulary=self.vocabulary, most=self.max_model_len, strings=strings)
+        check_request(
+            prompts, params, n, seeds, vocabulary=self.vocabulary, most=self.max_model_len, strings=strings
+        )
         if not prompts:
             return []
         from vllm.inputs import TokensPrompt
 
-        outputs, version = await self._driver.generate([
-            (TokensPrompt(prompt_token_ids=list(prompt.token_ids)), self._request(prompt, params, n, seed))
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ])  # fmt: skip
+        outputs, version = await self._driver.generate(
+            [
+                (
+                    TokensPrompt(prompt_token_ids=list(prompt.token_ids)),
+                    self._request(prompt, params, n, seed),
+                )
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+        )
         groups = [
-            [self._thought(prompt, seed + said.index, said, params, version)
-             for said in sorted(output.outputs, key=lambda o: o.index)]
+            [
+                self._thought(prompt, seed + said.index, said, params, version)
+                for said in sorted(output.outputs, key=lambda o: o.index)
+            ]
             for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
-        ]  # fmt: skip
+        ]
         self._counts["prompts"] += len(prompts)
         self._counts["thoughts"] += n * len(prompts)
         self._counts["tokens"] += sum(len(t.token_ids) for group in groups for t in group)
@@ -133,29 +181,39 @@ class VLLMEngine:
 
     def _request(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> Any:
         return self._vllm.SamplingParams(
-            n=n, max_tokens=params.max_thought_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
-            seed=seed, logprobs=0, ignore_eos=True, stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
-            stop=list(prompt.stop_strings), detokenize=bool(prompt.stop_strings),
+            n=n,
+            max_tokens=params.max_thought_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=seed,
+            logprobs=0,
+            ignore_eos=True,
+            stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
+            stop=list(prompt.stop_strings),
+            detokenize=bool(prompt.stop_strings),
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+        )
 
     def _thought(self, prompt: Prompt, seed: int, said: Any, params: SamplingParams, version: int) -> Thought:
         ids = tuple(said.token_ids)
         logps = tuple(float(at[token].logprob) for token, at in zip(ids, said.logprobs, strict=True))
         if not all(map(math.isfinite, logps)):
             raise RuntimeError(
-                f"vLLM gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} tokens "
-                f"(version {version}): look at the weights"
+                f"vLLM gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} "
+                f"tokens (version {version}): look at the weights"
             )
         if said.finish_reason == "abort":
             return Thought(ids, logps, FinishReason.ABORT, version, seed)
-        return Thought(ids, logps, ending(ids, prompt, params, isinstance(said.stop_reason, str)), version, seed)
+        return Thought(
+            ids, logps, ending(ids, prompt, params, isinstance(said.stop_reason, str)), version, seed
+        )
 
     def sync(self, weights: WeightSource, version: int) -> None:
         """Load the policy's weights, empty the prefix cache, and stamp `version` on thoughts from now on.
 
-        What is being sampled is finished first, what is asked for meanwhile waits. Tied weights may come under one name. Raises
-        ValueError if parameters are missing.
+        What is being sampled is finished first, what is asked for meanwhile waits. Tied weights may come
+        under one name. Raises ValueError if parameters are missing.
         """
         if self.lora is not None:
             return self._sync_adapter({name: t.detach().cpu() for name, t in weights()}, self.lora, version)
@@ -169,9 +227,14 @@ class VLLMEngine:
         self._driver.run(load)
 
     def _sync_adapter(self, state: dict[str, torch.Tensor], lora: dict[str, Any], version: int) -> None:
-        """vLLM reads adapters from files only; a name of its own for each version, so that none is taken for another."""
+        """vLLM reads adapters from files only; a name of its own for each version, so that none is taken
+        for another.
+        """
         if wrong := [name for name in state if ".lora_" not in name]:
-            raise ValueError(f"the engine was started with an adapter, and these are none of its weights: {', '.join(wrong[:5])}")
+            raise ValueError(
+                f"the engine was started with an adapter, and these are none of its weights: "
+                f"{', '.join(wrong[:5])}"
+            )
 
         def load() -> None:
             from vllm.lora.request import LoRARequest
@@ -192,7 +255,9 @@ class VLLMEngine:
     def reset_prefix_cache(self) -> None:
         """Forget the contexts that were read."""
         if not self._driver.run(self.llm.reset_prefix_cache):
-            raise RuntimeError("vLLM would not empty its prefix cache: contexts would be read under the old weights")
+            raise RuntimeError(
+                "vLLM would not empty its prefix cache: contexts would be read under the old weights"
+            )
 
     def sleep(self) -> None:
         """Give the device's memory back until `wake` (GPU; a CPU build keeps everything)."""
@@ -206,11 +271,21 @@ class VLLMEngine:
 
     def health(self) -> dict[str, Any]:
         """Kind, version, vLLM's version and settings that matter, counters since the start."""
-        facts = {"kind": "vllm_local", "version": self.version, "shares_weights": False, "closed": self.llm is None,
-                 "failed": self._driver.failure}  # fmt: skip
+        facts = {
+            "kind": "vllm_local",
+            "version": self.version,
+            "shares_weights": False,
+            "closed": self.llm is None,
+            "failed": self._driver.failure,
+        }
         names = ("model", "dtype", "max_num_seqs", "logprobs_mode")
-        return facts | {"vllm": self._vllm.__version__, "block_size": self.block_size, "max_model_len": self.max_model_len,
-                        **{name: self.settings[name] for name in names}, **self._counts}  # fmt: skip
+        return facts | {
+            "vllm": self._vllm.__version__,
+            "block_size": self.block_size,
+            "max_model_len": self.max_model_len,
+            **{name: self.settings[name] for name in names},
+            **self._counts,
+        }
 
     def close(self) -> None:
         """Finish what is being sampled and shut vLLM down; calling it twice is harmless."""

@@ -1,11 +1,12 @@
 """Weights over NCCL to vLLM servers on GPUs, by vLLM's own trainer side; no file, no pickle.
 
-Start the servers with `--weight-transfer-config '{"backend": "nccl"}'` beside the flags of `vllm_server`. This path needs CUDA on
-both sides and has never been run: the machines this library was built on had no GPU. What can be checked without one is in
-tests/rollout/test_vllm_nccl.py, and the probe after every sync watches it like any other.
+Start the servers with `--weight-transfer-config '{"backend": "nccl"}'` beside the flags of `vllm_server`.
+This path needs CUDA on both sides and has never been run: the machines this library was built on had no GPU.
+What can be checked without one is in tests/rollout/test_vllm_nccl.py, and the probe after every sync watches
+it like any other.
 
-CUDA IPC, vLLM's other backend, is left out on purpose: over HTTP it means pickles, and in one process (`vllm_local`) the tensors
-are handed over as they are.
+CUDA IPC, vLLM's other backend, is left out on purpose: over HTTP it means pickles, and in one process
+(`vllm_local`) the tensors are handed over as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 
 
 class Source:
-    """The present weights as vLLM's trainer side reads them: `metadata`, then the tensors, each on the device in its turn."""
+    """The present weights as vLLM's trainer side reads them: `metadata`, then the tensors, each on the
+    device in its turn.
+    """
 
     def __init__(self, state: Mapping[str, torch.Tensor], device: torch.device):
         self.state, self.device = state, device
@@ -37,19 +40,23 @@ class Source:
 class NCCLTransfer:
     """One server's NCCL group: this process is rank 0, the server's workers are the others.
 
-    `world_size` is the number of the server's workers, `host` the address it reaches this process at. The group is made with the
-    first `send`; a server that was started again needs a new NCCLTransfer. Raises RuntimeError without CUDA, ImportError without
-    vLLM's weight transfer.
+    `world_size` is the number of the server's workers, `host` the address it reaches this process at. The
+    group is made with the first `send`; a server that was started again needs a new NCCLTransfer. Raises
+    RuntimeError without CUDA, ImportError without vLLM's weight transfer.
     """
 
     def __init__(self, url: str, world_size: int, *, host: str | None = None, timeout: float = 300.0):
         if not torch.cuda.is_available():
-            raise RuntimeError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
+            raise RuntimeError(
+                "engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none"
+            )
         try:
             from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         except ImportError as error:
-            raise ImportError(f"engine.transfer: nccl needs vLLM >= 0.30 beside the trainer too: {error}") from error
+            raise ImportError(
+                f"engine.transfer: nccl needs vLLM >= 0.30 beside the trainer too: {error}"
+            ) from error
         self.client = HTTPVLLMWeightSyncClient(url, timeout)
         self.source = Source({}, torch.device("cuda", torch.cuda.current_device()))
         self.info = NCCLTrainerInitInfo(host or socket.gethostname(), _free_port(), world_size + 1, rank=0)
@@ -61,7 +68,9 @@ class NCCLTransfer:
 
         self.source.state = state
         if self._engine is None:
-            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(self.info, client=self.client, source=self.source)
+            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
+                self.info, client=self.client, source=self.source
+            )
         self._engine.send_weights()
 
 

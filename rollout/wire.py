@@ -25,7 +25,9 @@ TokenId = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1), Number]
 Seed = Annotated[int, Field(ge=0, le=2**62), Number]
 """Thought k of a request has a seed of its own, which must still fit 63 bits."""
-Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(sane_temperature), Number]
+Temperature = Annotated[
+    float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(sane_temperature), Number
+]
 Share = Annotated[float, Field(gt=0, le=1), Number]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 """One complaint is enough: a large body of nothing but errors would cost more memory than a good one."""
@@ -61,7 +63,9 @@ class Body(BaseModel):
 
 
 class Completion(Body):
-    """`POST /v1/completions`, vLLM's own fields as far as thoughts need them; prompts are token ids, or text."""
+    """`POST /v1/completions`, vLLM's own fields as far as thoughts need them; prompts are token ids, or
+    text.
+    """
 
     model: str | None = None
     prompt: Ids | Annotated[list[Ids], Field(fail_fast=True)] | Annotated[str, Field(min_length=1)]
@@ -107,7 +111,9 @@ class Params(Body):
 
     def params(self) -> SamplingParams:
         """The library's."""
-        return SamplingParams(self.max_thought_tokens, self.temperature, self.top_p, self.top_k, tuple(self.eos_ids))
+        return SamplingParams(
+            self.max_thought_tokens, self.temperature, self.top_p, self.top_k, tuple(self.eos_ids)
+        )
 
 
 class PromptBody(Body):
@@ -121,8 +127,13 @@ class PromptBody(Body):
 
     def prompt(self) -> Prompt:
         """The library's."""
-        return Prompt(tuple(self.token_ids), tuple(self.stop_ids), tuple(self.close_ids), tuple(self.join_ids),
-                      tuple(self.stop_strings))  # fmt: skip
+        return Prompt(
+            tuple(self.token_ids),
+            tuple(self.stop_ids),
+            tuple(self.close_ids),
+            tuple(self.join_ids),
+            tuple(self.stop_strings),
+        )
 
 
 class PositionBody(Body):
@@ -136,11 +147,19 @@ class PositionBody(Body):
 
     def position(self) -> Position:
         """The library's."""
-        return Position(self.document_id, self.index, tuple(self.context_ids), tuple(self.target_ids), tuple(self.suffix_ids))
+        return Position(
+            self.document_id,
+            self.index,
+            tuple(self.context_ids),
+            tuple(self.target_ids),
+            tuple(self.suffix_ids),
+        )
 
 
 class Rollout(Body):
-    """`POST /rollout`: prompts in the library's own form, optionally the positions they belong to; groups come back."""
+    """`POST /rollout`: prompts in the library's own form, optionally the positions they belong to; groups
+    come back.
+    """
 
     prompts: Annotated[list[PromptBody], Field(fail_fast=True)]
     params: Params

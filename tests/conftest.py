@@ -16,12 +16,16 @@ from tests.builders.configs import tiny_values
 from tests.builders.tiny import tiny_model
 
 torch.set_num_threads(1)
-os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its workers starve where other tests keep all cores busy
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # with Ray's 15 its workers starve where other tests keep all cores busy
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dial corpus of a few hundred documents, with `base/`: a random Qwen3 of its vocabulary, as a checkpoint."""
+    """A dial corpus of a few hundred documents, with `base/`: a random Qwen3 of its vocabulary, as a
+    checkpoint.
+    """
     folder = tmp_path_factory.mktemp("dial")
     dial.write(folder, base=200, train=200, held_out=48)
     model = tiny_model("qwen3", vocab_size=len(dial.WORDS), seed=3)
@@ -38,7 +42,9 @@ def values(corpus: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of `tiny_values` that ended after 6 steps, with checkpoints 2, 4 and 6. Copy it to change it."""
+    """The folder of a run of `tiny_values` that ended after 6 steps, with checkpoints 2, 4 and 6. Copy it
+    to change it.
+    """
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = {"max_steps": 6, "checkpoint": {"every": 2, "keep": 3}}
     Pretrainer(build(tiny_values(corpus, folder) | changes)).train()

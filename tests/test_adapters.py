@@ -1,4 +1,6 @@
-"""One set of weights: frozen is the trained model with its adapters off; DoRA, trained delimiters, rounded weights."""
+"""One set of weights: frozen is the trained model with its adapters off; DoRA, trained delimiters, rounded
+weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from rlpretrain.models import load_model
 from rlpretrain.models.adapters import add_lora, copy_adapter, off, pieces
 from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.scoring.references import Frozen
-from rlpretrain.scoring.scorer import Beside, Scorer
+from rlpretrain.scoring.scorer import NoGradScorer, Scorer
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Batch
@@ -51,8 +53,11 @@ def adapted(family: str, new_tokens=(), **settings) -> tuple[torch.nn.Module, to
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"new_tokens": TAGS}, {"use_dora": True, "new_tokens": TAGS}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True}, {"new_tokens": TAGS}, {"use_dora": True, "new_tokens": TAGS}],
+    ids=str,
+)
 def test_merged_is_what_is_computed_and_off_is_what_was_there(family, settings):
     if family == "qwen3_moe" and "use_dora" in settings:  # its experts are one parameter
         with pytest.raises(ConfigError, match="does not work with use_dora"):
@@ -92,7 +97,9 @@ def test_off_between_forward_and_backward_changes_no_gradient():
         model, _ = adapted("qwen3", TAGS, use_dora=True)
         loss = model(IDS).logits.square().mean()
         if look:
-            Beside(model, bare=True)(IDS, torch.ones_like(IDS), None, torch.arange(4), IDS[0, 1:5])
+            NoGradScorer(model, adapters_off=True)(
+                IDS, torch.ones_like(IDS), None, torch.arange(4), IDS[0, 1:5]
+            )
         loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert same(*gradients)
@@ -117,10 +124,14 @@ def test_off_leaves_adapters_off_that_were_off():
     assert (model(IDS).logits - before).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"use_dora": True}], ids=str
+)
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_merged_weights_of_somebody_elses_adapters(family, settings):
-    """A PEFT model as TRL's users have it: another name than ours, an adapter that is not in use, whole modules saved."""
+    """A PEFT model as TRL's users have it: another name than ours, an adapter that is not in use, whole
+    modules saved.
+    """
     torch.manual_seed(1)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **settings)
     model = peft.get_peft_model(tiny_model(family, 40, initializer_range=0.3), lora, adapter_name="policy")
@@ -128,17 +139,26 @@ def test_merged_weights_of_somebody_elses_adapters(family, settings):
     stirred(model)
     found = {piece.name: piece.make() for piece in pieces(model.get_base_model())}
     plain = tiny_model(family, 40)
-    if family == "qwen3" and "modules_to_save" in settings:  # PEFT trains a copy of either: they are tied no more
+    if (
+        family == "qwen3" and "modules_to_save" in settings
+    ):  # PEFT trains a copy of either: they are tied no more
         plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone())
     plain.load_state_dict(found)
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    (peft.LoraConfig(lora_bias=True, target_modules=["q_proj"]), "lora_bias has no place"),
-    (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "not LoRA"),
-    (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), "that the checkpoint ties"),
-], ids=["bias", "IA3", "tied"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (peft.LoraConfig(lora_bias=True, target_modules=["q_proj"]), "lora_bias has no place"),
+        (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "not LoRA"),
+        (
+            peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+            "that the checkpoint ties",
+        ),
+    ],
+    ids=["bias", "IA3", "tied"],
+)
 def test_adapters_that_no_checkpoint_can_hold(settings, said):
     model = peft.get_peft_model(tiny_model("qwen2", 40, attention_bias=True), settings)
     with pytest.raises(ConfigError, match=said):
@@ -148,7 +168,14 @@ def test_adapters_that_no_checkpoint_can_hold(settings, said):
 def test_a_mixture_of_experts_is_saved_with_its_adapters(values, tmp_path):
     tiny_model("qwen3_moe", len(dial.WORDS), initializer_range=0.3).save_pretrained(tmp_path / "base")
     dial.tokenizer().save_pretrained(tmp_path / "base")
-    after = trained(merged(values, model=str(tmp_path / "base"), policy={"backend": "torch", "lora": {"r": 4}}, optim__lr=3e-2))
+    after = trained(
+        merged(
+            values,
+            model=str(tmp_path / "base"),
+            policy={"backend": "torch", "lora": {"r": 4}},
+            optim__lr=3e-2,
+        )
+    )
     assert any("experts" in name for name in after) and not any("base_layer" in name for name in after)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = base(IDS).logits
@@ -164,10 +191,25 @@ def test_a_start_has_the_buffers_of_the_checkpoint(tmp_path):
 
     from rlpretrain.models import save_start
 
-    config = DeepseekV3Config(vocab_size=40, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
-                              num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1,
-                              num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
-                              qk_nope_head_dim=8, v_head_dim=16)  # fmt: skip
+    config = DeepseekV3Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    )
     model = DeepseekV3ForCausalLM(config)
     biases = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     assert biases
@@ -183,12 +225,15 @@ def test_a_start_has_the_buffers_of_the_checkpoint(tmp_path):
 
 def storages(*modules) -> int:
     """Bytes of all parameters, shared ones once."""
-    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in modules for p in m.parameters()}
+    held = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in modules for p in m.parameters()
+    }
     return sum(held.values())
 
 
-@pytest.mark.parametrize("policy", [{"backend": "torch"}, *({"backend": "deepspeed", "zero_stage": s} for s in (0, 2, 3))],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "policy", [{"backend": "torch"}, *({"backend": "deepspeed", "zero_stage": s} for s in (0, 2, 3))], ids=str
+)
 def test_a_frozen_baseline_is_the_trained_model_without_its_adapters(values, corpus, policy):
     """Gains of several steps are those against a copy made before training, and there is no copy."""
     base = AutoModelForCausalLM.from_pretrained(corpus / "base")
@@ -197,7 +242,9 @@ def test_a_frozen_baseline_is_the_trained_model_without_its_adapters(values, cor
     def compare(run):
         assert run.frozen is run.baseline and run.frozen.model is run.policy.model
         if policy.get("zero_stage") != 3:
-            assert storages(run.frozen.model, run.policy.model, run.engine.model) == storages(run.policy.model)
+            assert storages(run.frozen.model, run.policy.model, run.engine.model) == storages(
+                run.policy.model
+            )
         twin, whole = Frozen(base), run.observe
 
         def observe(inputs, *others):
@@ -207,8 +254,15 @@ def test_a_frozen_baseline_is_the_trained_model_without_its_adapters(values, cor
 
         run.observe = observe
 
-    one_step(values, compare, policy=policy | {"lora": LORA}, max_steps=3, optim__lr=0.1, sampling__cut="force_close",
-             baseline={"name": "frozen", "frozen_every": 1, "cache_tokens": 0})  # fmt: skip
+    one_step(
+        values,
+        compare,
+        policy=policy | {"lora": LORA},
+        max_steps=3,
+        optim__lr=0.1,
+        sampling__cut="force_close",
+        baseline={"name": "frozen", "frozen_every": 1, "cache_tokens": 0},
+    )
     assert len(seen) == 3 and seen[0][2].any()
     for ours, theirs, mask in seen:
         torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
@@ -219,23 +273,36 @@ def test_evaluation_against_the_same_weights(values, corpus, tmp_path, policy):
     """As the evaluation of the saved model against the base, in files of their own."""
     from rlpretrain.data.stream import read_all
     from rlpretrain.evaluation.evaluate import evaluate
-    from rlpretrain.objectives import load
+    from rlpretrain.objectives import load_objective
 
-    run = merged(values, policy=policy | {"lora": LORA}, max_steps=2, optim__lr=0.1,
-                 eval={"data": str(corpus / "held_out.jsonl"), "every": 2, "documents": 8, "thoughts": 2})  # fmt: skip
+    run = merged(
+        values,
+        policy=policy | {"lora": LORA},
+        max_steps=2,
+        optim__lr=0.1,
+        eval={"data": str(corpus / "held_out.jsonl"), "every": 2, "documents": 8, "thoughts": 2},
+    )
     trained(run)
     row = rows_of(tmp_path / "run")[-1]
     config = build(run)
     tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
-    model, base = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "run" / "model", corpus / "base"))
-    documents = read_all(config.data.__class__(path=str(corpus / "held_out.jsonl"), max_length=64), tokenizer)[:8]
-    found = evaluate(model, load(config, tokenizer), documents, frozen=base, thoughts=2, seed=config.seed).summary()
+    model, base = (
+        AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "run" / "model", corpus / "base")
+    )
+    documents = read_all(
+        config.data.__class__(path=str(corpus / "held_out.jsonl"), max_length=64), tokenizer
+    )[:8]
+    found = evaluate(
+        model, load_objective(config, tokenizer), documents, frozen=base, thoughts=2, seed=config.seed
+    ).summary()
     assert row["eval/gain_frozen"] == pytest.approx(found["gain_frozen"], abs=1e-3)
     assert abs(row["eval/gain_frozen"] - row["eval/gain"]) > 1e-3
 
 
 def test_log_probs_of_documents_that_come_again_are_read_once(values, corpus):
-    """With eight documents that come four times the frozen model is run for each once, and says the same as without memory."""
+    """With eight documents that come four times the frozen model is run for each once, and says the same
+    as without memory.
+    """
     short = corpus / "eight.jsonl"
     short.write_text("".join((corpus / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
     means, forwards = [], []
@@ -247,11 +314,20 @@ def test_log_probs_of_documents_that_come_again_are_read_once(values, corpus):
             inner = run.frozen.scorer.forward
             run.frozen.scorer.forward = lambda ids, *others: calls.append(len(ids)) or inner(ids, *others)
 
-        changes = {"data__path": str(short), "max_steps": 8, "positions_per_step": 4, "objective__positions": "random",
-                   "objective__target_length": 3, "baseline": {"name": "frozen", "cache_tokens": keep, "frozen_every": 0},
-                   "output_dir": f"{values['output_dir']}{keep}", "policy": {"backend": "torch", "lora": LORA}}  # fmt: skip
+        changes = {
+            "data__path": str(short),
+            "max_steps": 8,
+            "positions_per_step": 4,
+            "objective__positions": "random",
+            "objective__target_length": 3,
+            "baseline": {"name": "frozen", "cache_tokens": keep, "frozen_every": 0},
+            "output_dir": f"{values['output_dir']}{keep}",
+            "policy": {"backend": "torch", "lora": LORA},
+        }
         changes["objective"] = {"name": "rlp", "positions": "random", "target_length": 3}
-        run, _ = one_step(values, count_rows, **{k: v for k, v in changes.items() if not k.startswith("objective__")})
+        run, _ = one_step(
+            values, count_rows, **{k: v for k, v in changes.items() if not k.startswith("objective__")}
+        )
         means.append([row["ig/mean"] for row in rows_of(Path(run.folder))])
         forwards.append(sum(calls))
     assert forwards == [32, 8]
@@ -268,12 +344,28 @@ def test_memory_keeps_what_was_used_last(corpus):
 
 def test_no_think_rows_of_a_template_are_remembered_too(values):
     """Arms that are not the document's own row: what is looked up is what a forward gives."""
-    run = Run(build(merged(values, objective={"name": "rlp", "positions": "after", "marker": "shows", "target_length": 2,
-                                              "template": "given {context}", "no_think": "template"})), None)  # fmt: skip
+    run = Run(
+        build(
+            merged(
+                values,
+                objective={
+                    "name": "rlp",
+                    "positions": "after",
+                    "marker": "shows",
+                    "target_length": 2,
+                    "template": "given {context}",
+                    "no_think": "template",
+                },
+            )
+        ),
+        None,
+    )
     batch = run.next_batch()
     arms = {g.id: run.objective.no_think(g.position) for g in batch.groups}
     layouts = (Layout(4096, "force_close", whole_arms=whole, no_think_ids=arms) for whole in (False, True))
-    plain, whole = (next(pack(Batch(batch.groups, batch.documents), layout, count(batch))) for layout in layouts)
+    plain, whole = (
+        next(pack(Batch(batch.groups, batch.documents), layout, count(batch))) for layout in layouts
+    )
     keeper = Frozen(copy.deepcopy(run.policy.model), keep=10_000)
     want = Frozen(copy.deepcopy(run.policy.model)).logps(plain)
     torch.testing.assert_close(keeper.logps(whole), want, atol=1e-5, rtol=1e-5)
@@ -287,16 +379,29 @@ def test_two_ranks_of_zero_3_read_the_frozen_model_together(values, corpus, tmp_
     """With documents that come again, and ranks that miss different ones."""
     short = corpus / "eight_.jsonl"
     short.write_text("".join((corpus / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
-    run = merged(values, data__path=str(short), max_steps=4, optim__lr=1e-3, token_budget=128, packing="padded",
-                 baseline={"name": "frozen", "frozen_every": 1}, policy={"lora": LORA, "backend": "deepspeed"},
-                 eval={"data": str(corpus / "held_out.jsonl"), "every": 4, "documents": 4, "thoughts": 2})  # fmt: skip
+    run = merged(
+        values,
+        data__path=str(short),
+        max_steps=4,
+        optim__lr=1e-3,
+        token_budget=128,
+        packing="padded",
+        baseline={"name": "frozen", "frozen_every": 1},
+        policy={"lora": LORA, "backend": "deepspeed"},
+        eval={"data": str(corpus / "held_out.jsonl"), "every": 4, "documents": 4, "thoughts": 2},
+    )
     one = trained(run, output_dir=str(tmp_path / "one"), policy={"lora": LORA, "backend": "torch"})
-    launch([{"config": merged(run, policy__deepspeed_config=SHARDED, output_dir=str(tmp_path / "two"))}], tmp_path)
+    launch(
+        [{"config": merged(run, policy__deepspeed_config=SHARDED, output_dir=str(tmp_path / "two"))}],
+        tmp_path,
+    )
     two = weights(tmp_path / "two" / "model")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
     for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
-        assert b["ig/mean"] == pytest.approx(a["ig/mean"], abs=1e-4) and b["ig/frozen"] == pytest.approx(a["ig/frozen"], abs=1e-4)
+        assert b["ig/mean"] == pytest.approx(a["ig/mean"], abs=1e-4) and b["ig/frozen"] == pytest.approx(
+            a["ig/frozen"], abs=1e-4
+        )
 
 
 # delimiters that the tokenizer lacked
@@ -309,7 +414,9 @@ def without_tags(request, values, corpus, tmp_path):
     tokenizer = word_tokenizer(words)
     tiny_model(request.param, len(tokenizer), seed=3, **SHAPE).save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
-    return merged(values, model=str(tmp_path / "bare"), optim__lr=1e-2, policy={"backend": "torch", "lora": LORA})
+    return merged(
+        values, model=str(tmp_path / "bare"), optim__lr=1e-2, policy={"backend": "torch", "lora": LORA}
+    )
 
 
 def test_new_delimiters_are_trained_and_nothing_else_of_the_tables(without_tags, tmp_path):
@@ -350,8 +457,12 @@ def test_resume_with_trained_delimiters_is_bit_identical(without_tags, tmp_path)
 @pytest.mark.parametrize("policy", [{"backend": "torch"}, {"backend": "deepspeed", "zero_stage": 3}], ids=str)
 def test_vllm_gets_trained_delimiters_and_dora_merged(without_tags, tmp_path, policy):
     pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
-    trained(without_tags, policy=policy | {"lora": LORA | {"use_dora": True}}, max_steps=3,
-            engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})  # fmt: skip
+    trained(
+        without_tags,
+        policy=policy | {"lora": LORA | {"use_dora": True}},
+        max_steps=3,
+        engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32},
+    )
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 3 and all(row["sampling/probe_difference"] <= 1e-4 for row in rows)
     assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows)
@@ -365,19 +476,32 @@ def rounded(values, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: make env LOCK=test-cpu")
     tiny_model("qwen3", len(dial.WORDS), seed=3, **SHAPE).save_pretrained(tmp_path / "base")
     dial.tokenizer().save_pretrained(tmp_path / "base")
-    return merged(values, model=str(tmp_path / "base"), optim__lr=1e-2, baseline={"name": "frozen", "frozen_every": 1},
-                  policy={"backend": "torch", "lora": LORA})  # fmt: skip
+    return merged(
+        values,
+        model=str(tmp_path / "base"),
+        optim__lr=1e-2,
+        baseline={"name": "frozen", "frozen_every": 1},
+        policy={"backend": "torch", "lora": LORA},
+    )
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_adapters_on_rounded_weights(rounded, tmp_path, bits):
-    """The saved model is in full precision and computes what was trained: the rounded base and the adapters on it."""
+    """The saved model is in full precision and computes what was trained: the rounded base and the
+    adapters on it.
+    """
     run = merged(rounded, model={"path": rounded["model"], "quantization": bits})
     after = trained(run)
     assert all(p.dtype == torch.float32 for p in after.values())
-    form = {"4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
-            "8bit": BitsAndBytesConfig(load_in_8bit=True)}[bits]  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(rounded["model"], quantization_config=form, dtype=torch.float32)
+    form = {
+        "4bit": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    }[bits]
+    base = AutoModelForCausalLM.from_pretrained(
+        rounded["model"], quantization_config=form, dtype=torch.float32
+    )
     keep_differentiable(base)  # and in float32 everywhere
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -391,7 +515,9 @@ def test_adapters_on_rounded_weights(rounded, tmp_path, bits):
 
 @pytest.mark.parametrize("late", [None, "by hand", "by TRL"])
 def test_rounded_weights_have_gradients_on_every_cpu(rounded, monkeypatch, late):
-    """bitsandbytes gives CPUs with AVX512-BF16 a form without gradients as soon as a model that is evaluated reads something."""
+    """bitsandbytes gives CPUs with AVX512-BF16 a form without gradients as soon as a model that is
+    evaluated reads something.
+    """
 
     def gradients(say: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: say)
@@ -402,7 +528,11 @@ def test_rounded_weights_have_gradients_on_every_cpu(rounded, monkeypatch, late)
         model = stirred(add_lora(load_model(config), LoraConfig(r=4)))
         with torch.no_grad():
             model(IDS)
-        turned = [m for m in model.modules() if getattr(getattr(m, "quant_state", None), "packing_format_for_cpu", False)]
+        turned = [
+            m
+            for m in model.modules()
+            if getattr(getattr(m, "quant_state", None), "packing_format_for_cpu", False)
+        ]
         assert bool(turned) == (say and late is not None)  # else there is nothing to keep it from
         if late == "by hand":
             keep_differentiable(model)
@@ -418,22 +548,32 @@ def test_rounded_weights_have_gradients_on_every_cpu(rounded, monkeypatch, late)
     for theirs, ours, rounding in zip(gradients(False), gradients(True), (5e-2, 5e-3), strict=True):
         for name in theirs:  # of layers that turned, the scales have been through bfloat16
             atol = float(theirs[name].abs().max()) * (rounding if late else 1e-6)
-            torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours[name], theirs[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.slow
 def test_vllm_samples_from_the_rounded_weights(rounded, tmp_path):
     pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
-    trained(rounded, model={"path": rounded["model"], "quantization": "4bit"}, max_steps=2,
-            engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})  # fmt: skip
+    trained(
+        rounded,
+        model={"path": rounded["model"], "quantization": "4bit"},
+        max_steps=2,
+        engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32},
+    )
     assert all(row["sampling/probe_difference"] <= 1e-3 for row in rows_of(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "deepspeed"])
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_resume_on_rounded_weights_is_bit_identical(rounded, tmp_path, bits, backend):
-    run = merged(rounded, model={"path": rounded["model"], "quantization": bits}, checkpoint={"every": 2},
-                 policy={"backend": backend, "lora": LORA})  # fmt: skip
+    run = merged(
+        rounded,
+        model={"path": rounded["model"], "quantization": bits},
+        checkpoint={"every": 2},
+        policy={"backend": backend, "lora": LORA},
+    )
     whole = trained(run, max_steps=4, output_dir=str(tmp_path / "whole"))
     trained(run, max_steps=2)
     kept = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoint-2").rglob("*") if f.is_file())
@@ -443,7 +583,9 @@ def test_resume_on_rounded_weights_is_bit_identical(rounded, tmp_path, bits, bac
 
 def test_pieces_leave_eight_bits_as_they_were(rounded):
     form = BitsAndBytesConfig(load_in_8bit=True)
-    base = AutoModelForCausalLM.from_pretrained(rounded["model"], quantization_config=form, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        rounded["model"], quantization_config=form, dtype=torch.float32
+    )
     model = stirred(add_lora(base, LoraConfig(r=4)))
     before = model(IDS).logits
     found = {piece.name: piece.make() for piece in pieces(model)}
@@ -463,7 +605,9 @@ def test_a_saved_rounded_model_keeps_how_generations_end(rounded, tmp_path):
 
 
 def test_a_trained_model_is_not_rounded_again(rounded, tmp_path):
-    """By those who load it with the settings of its run: the report, and a comparison (whose own lines are the same)."""
+    """By those who load it with the settings of its run: the report, and a comparison (whose own lines are
+    the same).
+    """
     from rlpretrain.reporting.report import _load
 
     run = merged(rounded, model={"path": rounded["model"], "quantization": "4bit"})
@@ -473,16 +617,32 @@ def test_a_trained_model_is_not_rounded_again(rounded, tmp_path):
     assert _load(config, config.model.path)[0].is_quantized
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"model": {"quantization": "4bit"}}, "set policy.lora"),
-    ({"model": {"quantization": "4bit"}, "policy": {"lora": {}, "zero_stage": 3}}, "ZeRO 3 cannot shard"),
-    ({"model": {"quantization": "4bit"}, "policy": {"lora": {}}, "baseline": {"name": "ema"}}, "does not move"),
-    ({"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"max_staleness": 1}}, "max_staleness 0"),
-    ({"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"name": "vllm_local"}}, "use 4bit, or engine hf"),
-    ({"policy": {"lora": {"target_modules": ["embed_tokens", "q_proj"]}}}, "the embedding it is tied to"),
-    ({"policy": {"lora": {"sync": "adapter", "use_dora": True}}, "engine": {"name": "vllm_local"}}, "use_dora: use merged"),
-    ({"policy": {"lora": {"target_modules": ["lm_head"]}}}, "output head"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"quantization": "4bit"}}, "set policy.lora"),
+        ({"model": {"quantization": "4bit"}, "policy": {"lora": {}, "zero_stage": 3}}, "ZeRO 3 cannot shard"),
+        (
+            {"model": {"quantization": "4bit"}, "policy": {"lora": {}}, "baseline": {"name": "ema"}},
+            "does not move",
+        ),
+        (
+            {"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"max_staleness": 1}},
+            "max_staleness 0",
+        ),
+        (
+            {"model": {"quantization": "8bit"}, "policy": {"lora": {}}, "engine": {"name": "vllm_local"}},
+            "use 4bit, or engine hf",
+        ),
+        ({"policy": {"lora": {"target_modules": ["embed_tokens", "q_proj"]}}}, "the embedding it is tied to"),
+        (
+            {"policy": {"lora": {"sync": "adapter", "use_dora": True}}, "engine": {"name": "vllm_local"}},
+            "use_dora: use merged",
+        ),
+        ({"policy": {"lora": {"target_modules": ["lm_head"]}}}, "output head"),
+    ],
+    ids=str,
+)
 def test_settings_that_cannot_work(values, corpus, changes, said):
     if "model" in changes:
         changes = changes | {"model": changes["model"] | {"path": str(corpus / "base")}}
@@ -503,4 +663,7 @@ def test_a_missing_library_is_named_with_its_install_line(values, corpus, monkey
 
 def test_adapter_sync_cannot_hand_over_new_delimiters(without_tags):
     with pytest.raises(ConfigError, match="new_tokens: false"):
-        Run(build(merged(without_tags, policy={"lora": {"sync": "adapter"}}, engine={"name": "vllm_local"})), None)
+        Run(
+            build(merged(without_tags, policy={"lora": {"sync": "adapter"}}, engine={"name": "vllm_local"})),
+            None,
+        )

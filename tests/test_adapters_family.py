@@ -29,7 +29,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     dial_family.write(folder, base=1, train=40, held_out=4)
     tokenizer = dial_family.tokenizer()
-    tiny_model("qwen3", vocab_size=len(tokenizer), seed=5, initializer_range=0.3).save_pretrained(folder / "base")
+    tiny_model("qwen3", vocab_size=len(tokenizer), seed=5, initializer_range=0.3).save_pretrained(
+        folder / "base"
+    )
     tokenizer.save_pretrained(folder / "base")
     return folder
 
@@ -41,20 +43,37 @@ def values(name: str, family: Path, out: Path) -> dict[str, Any]:
         if source in found:
             found[source]["path"] = str(family / Path(found[source]["path"]).name)
     if found["objective"] != "ntp" and "min_entropy" in found["objective"]:
-        found["objective"] |= {"min_entropy": 0.0, "bands": [90.0, 99.0]}  # a random model finds all of it hard
+        found["objective"] |= {
+            "min_entropy": 0.0,
+            "bands": [90.0, 99.0],
+        }  # a random model finds all of it hard
     return merged(
-        found, model=str(family / "base"), output_dir=str(out), positions_per_step=4, policy={"backend": "torch"}, device="cpu",
-        sampling__thoughts=3, sampling__max_thought_tokens=5, baseline={"name": "frozen"}, console=False,
-    )  # fmt: skip
+        found,
+        model=str(family / "base"),
+        output_dir=str(out),
+        positions_per_step=4,
+        policy={"backend": "torch"},
+        device="cpu",
+        sampling__thoughts=3,
+        sampling__max_thought_tokens=5,
+        baseline={"name": "frozen"},
+        console=False,
+    )
 
 
 def right_by_turns(run: Run) -> None:
-    """A random model is never right. Rewards that are stored with its thoughts are 0, 1, 0, ... here, so that they differ."""
+    """A random model is never right. Rewards that are stored with its thoughts are 0, 1, 0, ... here, so
+    that they differ.
+    """
     inner = run.objective.rollout
 
     async def rollout(*args: Any) -> list[Group]:
-        return [g if g.rewards is None else replace(g, rewards=tuple(float(i % 2) for i in range(len(g.thoughts))))
-                for g in await inner(*args)]  # fmt: skip
+        return [
+            g
+            if g.rewards is None
+            else replace(g, rewards=tuple(float(i % 2) for i in range(len(g.thoughts))))
+            for g in await inner(*args)
+        ]
 
     run.objective.rollout = rollout
 
@@ -68,11 +87,20 @@ def test_every_objective_has_an_example():
 def test_the_first_gradient_is_that_of_all_weights(name, family, tmp_path):
     """B begins at 0, so dL/dB is alpha / r · dL/dW Aᵀ and dL/dA is 0; no other weight has a gradient."""
     full, gradient = one_step(values(name, family, tmp_path / "full"), right_by_turns)
-    adapted, ours = one_step(values(name, family, tmp_path / "lora"), right_by_turns, policy={"backend": "torch", "lora": LORA})
-    logged = [json.loads((tmp_path / folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in ("full", "lora")]
+    adapted, ours = one_step(
+        values(name, family, tmp_path / "lora"), right_by_turns, policy={"backend": "torch", "lora": LORA}
+    )
+    logged = [
+        json.loads((tmp_path / folder / "metrics.jsonl").read_text().splitlines()[-1])
+        for folder in ("full", "lora")
+    ]
     if full.objective.has_positions:
-        assert logged[0]["reward_std"] > 0 and logged[1]["reward_std"] == pytest.approx(logged[0]["reward_std"])
-    assert ours.keys() == {n for n, p in adapted.policy.model.named_parameters() if "lora_" in n and p.requires_grad}
+        assert logged[0]["reward_std"] > 0 and logged[1]["reward_std"] == pytest.approx(
+            logged[0]["reward_std"]
+        )
+    assert ours.keys() == {
+        n for n, p in adapted.policy.model.named_parameters() if "lora_" in n and p.requires_grad
+    }
     start = {n: p.detach() for n, p in adapted.policy.model.named_parameters()}
     seen = 0
     for n, got in ours.items():
@@ -80,7 +108,9 @@ def test_the_first_gradient_is_that_of_all_weights(name, family, tmp_path):
             assert not got.any()
             continue
         plain = n.replace("base_model.model.", "").replace(".lora_B.default", "")
-        wanted = 3.0 * gradient[plain] @ start[n.replace("lora_B", "lora_A")].T  # one step leaves A where it was
+        wanted = (
+            3.0 * gradient[plain] @ start[n.replace("lora_B", "lora_A")].T
+        )  # one step leaves A where it was
         assert float((got - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
         seen += bool(wanted.any())
     assert seen == len(ours) / 2

@@ -1,4 +1,6 @@
-"""Issue 15.9: prompt and answer are what their two texts say one after the other, in every family of tokenizers."""
+"""Issue 15.9: prompt and answer are what their two texts say one after the other, in every family of
+tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def test_two_texts_say_what_they_say_one_after_the_other(family, streaming, tmp_
         assert (ids[0] == tokenizer.bos_token_id) == (family in WITH_BOS) and ids.count(
             tokenizer.bos_token_id or -1
         ) <= 1
-        # the prompt is what a model is asked with, and all that follows is the answer, without a space of its own
+        # the prompt is what a model is asked with, and all that follows is the answer, without a space of its
+        # own
         asked = tokenizer(prompt + join)["input_ids"]
         asked = asked[:-1] if asked[-1] == tokenizer.eos_token_id else asked
         assert list(ids[:at]) == asked, (prompt, answer)

@@ -1,4 +1,6 @@
-"""Thoughts sampled ahead of the trainer: the same positions in the same order, known staleness, and nothing trained twice."""
+"""Thoughts sampled ahead of the trainer: the same positions in the same order, known staleness, and
+nothing trained twice.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,14 @@ def test_thoughts_are_as_stale_as_they_may_be_and_no_more(run, tmp_path, ahead):
     trained(run, output_dir=str(tmp_path / "sync"))
     trained(run, output_dir=str(tmp_path / "ahead"), engine={"max_staleness": ahead, "in_flight": 2})
     rows = rows_of(tmp_path / "ahead")
-    assert rows[0]["sample/staleness_max"] == 0 and max(row["sample/staleness_max"] for row in rows) in range(1, ahead + 1)
+    assert rows[0]["sample/staleness_max"] == 0 and max(row["sample/staleness_max"] for row in rows) in range(
+        1, ahead + 1
+    )
     assert all(row["sample/staleness_max"] == 0 for row in rows_of(tmp_path / "sync"))
     stale = [row for row in rows if row["sample/staleness_max"]]
-    assert stale and all(row["sampling/raw_max"] != 1 for row in stale)  # corrected for, raw ratios beside truncated ones
+    assert stale and all(
+        row["sampling/raw_max"] != 1 for row in stale
+    )  # corrected for, raw ratios beside truncated ones
     assert all(row["sampling/truncated_max"] <= 2.0 for row in stale)
     assert not same(weights(tmp_path / "ahead" / "model"), weights(Path(run["model"])))
     assert trained_groups(tmp_path / "ahead") == trained_groups(tmp_path / "sync")
@@ -85,8 +91,13 @@ def test_sampling_goes_on_while_the_model_trains(run, monkeypatch):
     monkeypatch.setattr(HFEngine, "sample", slow)
     seconds = {}
     for ahead in (0, 1):
-        values = merged(run, max_steps=8, save_rollouts=False, engine={"max_staleness": ahead, "in_flight": 1},
-                        output_dir=f"{run['output_dir']}-{ahead}")  # fmt: skip
+        values = merged(
+            run,
+            max_steps=8,
+            save_rollouts=False,
+            engine={"max_staleness": ahead, "in_flight": 1},
+            output_dir=f"{run['output_dir']}-{ahead}",
+        )
         held = Run(build(values), None)
         update = held.update
 

@@ -1,4 +1,6 @@
-"""Bad input gets a clear error: what happened, where, and what to change. A run that is killed does no harm."""
+"""Bad input gets a clear error: what happened, where, and what to change. A run that is killed does no
+harm.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_a_temperature_too_small_is_refused(values):
 
 
 def test_a_key_like_no_other_lists_those_there_are(values):
-    with pytest.raises(ConfigError, match="unknown key 'baseline.qqq': known here: name, decay, frozen_every"):
+    with pytest.raises(
+        ConfigError, match="unknown key 'baseline.qqq': known here: name, decay, frozen_every"
+    ):
         start(values, baseline={"qqq": 1})
     with pytest.raises(ConfigError, match="unknown key 'objective.qqq': known here: no fields"):
         start(values, objective={"name": "ntp", "qqq": 1})
@@ -92,12 +96,21 @@ def test_a_misspelt_key_on_the_command_line(values, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change",
     [
-        {"max_steps": 0}, {"positions_per_step": 0}, {"token_budget": 0}, {"log_every": 0}, {"checkpoint__keep": 0},
-        {"sampling__temperature": -1.0}, {"sampling__top_p": 0.0}, {"sampling__max_thought_tokens": 0},
-        {"stop__nonfinite": 0}, {"eval__every": -1}, {"checkpoint__every": -1}, {"loss__inner_epochs": 0},
+        {"max_steps": 0},
+        {"positions_per_step": 0},
+        {"token_budget": 0},
+        {"log_every": 0},
+        {"checkpoint__keep": 0},
+        {"sampling__temperature": -1.0},
+        {"sampling__top_p": 0.0},
+        {"sampling__max_thought_tokens": 0},
+        {"stop__nonfinite": 0},
+        {"eval__every": -1},
+        {"checkpoint__every": -1},
+        {"loss__inner_epochs": 0},
         {"baseline__decay": 1.5},
     ],
-)  # fmt: skip
+)
 def test_numbers_out_of_range_are_refused_by_name(values, change):
     (name,) = change
     with pytest.raises(ConfigError, match=name.replace("__", r"\.")):
@@ -166,7 +179,9 @@ def test_only_short_documents_are_an_error(values):
 def test_a_target_longer_than_what_is_left_of_any_document(values, monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE", 500)
     run = Run(build(merged(values, objective__target_length=5)), None)  # after "shows" there are three tokens
-    with pytest.raises(ConfigError, match=r"documents in a row gave no position: .*`target_length` do not fit this data"):
+    with pytest.raises(
+        ConfigError, match=r"documents in a row gave no position: .*`target_length` do not fit this data"
+    ):
         train(run)
     run.close()
     assert 500 <= run.source.drawn < 600
@@ -201,7 +216,9 @@ def test_missing_delimiters_are_added_said_and_saved(values, tmp_path, capsys):
     saved = Path(values["output_dir"]) / "model"
     again, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
     ids = again.convert_tokens_to_ids(["<think>", "</think>"])
-    assert ids == [len(tokenizer), len(tokenizer) + 1] and model.get_input_embeddings().weight.shape[0] == len(again)
+    assert ids == [len(tokenizer), len(tokenizer) + 1] and model.get_input_embeddings().weight.shape[
+        0
+    ] == len(again)
     assert again("<think> ann </think>")["input_ids"] == [ids[0], again.convert_tokens_to_ids("ann"), ids[1]]
     run = start(values, model=str(saved), output_dir=str(tmp_path / "second"))
     assert json.loads((run.folder / "run.json").read_text())["added_tokens"] == []
@@ -215,7 +232,9 @@ def test_a_model_folder_without_weights(values, corpus):
 def test_a_model_folder_that_does_not_exist(values, tmp_path):
     with pytest.raises(ConfigError, match=rf"no tokenizer in '{tmp_path}/gone'.*no such folder"):
         start(values, model=str(tmp_path / "gone"))
-    with pytest.raises(ConfigError, match=rf"cannot load a causal language model from '{tmp_path}/gone'.*no such folder"):
+    with pytest.raises(
+        ConfigError, match=rf"cannot load a causal language model from '{tmp_path}/gone'.*no such folder"
+    ):
         start(values, model={"path": str(tmp_path / "gone"), "tokenizer": values["model"]})
 
 
@@ -236,11 +255,16 @@ def test_a_checkpoint_without_some_of_its_weights(values, corpus, tmp_path):
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks 1 weights of its model, for instance model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lacks 1 weights of its model, for instance model\.layers\.1\.mlp\.up_proj\.weight",
+    ):
         start(values, model=str(tmp_path / "base"))
 
 
-@pytest.mark.parametrize(("device", "said"), [("gpu", "is none of auto, cpu, cuda"), ("cuda:0", "sees no CUDA device")])
+@pytest.mark.parametrize(
+    ("device", "said"), [("gpu", "is none of auto, cpu, cuda"), ("cuda:0", "sees no CUDA device")]
+)
 def test_a_device_that_is_not_there(values, device, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=f"device '{device}'.*{said}"):
@@ -284,7 +308,9 @@ def test_an_output_folder_that_cannot_be_made(values, tmp_path):
 )
 def test_a_half_written_checkpoint_gives_way_to_the_one_before(values, run_folder, capsys, damage, said):
     damage(run_folder / "checkpoint-6")
-    with pytest.raises(ConfigError, match=f"cannot resume from .*checkpoint-6: {said}"):  # asked for by name: an error
+    with pytest.raises(
+        ConfigError, match=f"cannot resume from .*checkpoint-6: {said}"
+    ):  # asked for by name: an error
         start(values, str(run_folder / "checkpoint-6"), **resumable(values, run_folder))
     run = start(values, "auto", **resumable(values, run_folder))
     assert run.step == 4 and said in capsys.readouterr().out
@@ -315,7 +341,9 @@ def test_a_checkpoint_of_another_number_of_ranks_or_backend(values, run_folder):
     with pytest.raises(ConfigError, match="was written by 2 ranks, this run has 1"):
         start(values, "auto", **resumable(values, run_folder))
     state.write_text(json.dumps(written | {"backend": "DeepSpeedPolicy"}))
-    with pytest.raises(ConfigError, match="was written by DeepSpeedPolicy, this run has TorchPolicy: set policy.backend"):
+    with pytest.raises(
+        ConfigError, match="was written by DeepSpeedPolicy, this run has TorchPolicy: set policy.backend"
+    ):
         start(values, "auto", **resumable(values, run_folder))
 
 
@@ -380,14 +408,19 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_last_good_on
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=280)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     folder = Path(values["output_dir"])
-    assert checkpoint.steps(folder) == [2] and json.loads((folder / "run.json").read_text())["status"] == "running"
+    assert (
+        checkpoint.steps(folder) == [2]
+        and json.loads((folder / "run.json").read_text())["status"] == "running"
+    )
     resumed = trained(values, resume="auto", **long)
     assert same(resumed, trained(values, output_dir=str(tmp_path / "whole"), **long))
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
 
 
 def test_what_is_no_model_is_named(corpus, tmp_path):
-    """Without its files transformers makes an empty tokenizer of a configuration; then the data seemed to be blank."""
+    """Without its files transformers makes an empty tokenizer of a configuration; then the data seemed to
+    be blank.
+    """
     from rlpretrain.config import ModelConfig
     from rlpretrain.models import load_tokenizer
 
@@ -396,7 +429,10 @@ def test_what_is_no_model_is_named(corpus, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "run.json").write_text("{}")
-    for folder, said in ((tmp_path / "bare", "none of its files is there"), (tmp_path / "adapter", "it is an adapter"),
-                         (tmp_path, f"the model is {tmp_path}/model")):  # fmt: skip
+    for folder, said in (
+        (tmp_path / "bare", "none of its files is there"),
+        (tmp_path / "adapter", "it is an adapter"),
+        (tmp_path, f"the model is {tmp_path}/model"),
+    ):
         with pytest.raises(ConfigError, match=said):
             load_tokenizer(ModelConfig(path=str(folder)))

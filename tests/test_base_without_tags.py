@@ -1,4 +1,6 @@
-"""A base that never saw the tags (issue 15.21): the default settings learn from it, and where a run cannot learn, it says so."""
+"""A base that never saw the tags (issue 15.21): the default settings learn from it, and where a run cannot
+learn, it says so.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from rlpretrain.reporting.report import report
 from rlpretrain.tracking.health import Health
 from tests.builders.tiny import bpe_tokenizer, tiny_model
 
-TEXTS = [f"the {a} has {n} and the {b} shows {n}" for n in range(10) for a, b in (("cat", "dog"), ("fox", "hen"))]
+TEXTS = [
+    f"the {a} has {n} and the {b} shows {n}" for n in range(10) for a, b in (("cat", "dog"), ("fox", "hen"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(plain: Path, out: Path, **changes: Any) -> list[dict[str, Any]]:
     values = {
-        "model": str(plain / "base"), "data": str(plain / "docs.jsonl"), "output_dir": str(out), "positions_per_step": 2,
-        "sampling": {"thoughts": 3, "max_thought_tokens": 4}, "optim": {"lr": 1e-3, "warmup_steps": 0}, "max_steps": 4,
-        "policy": {"backend": "torch"}, "baseline": {"frozen_every": 2}, "checkpoint": {"every": 0}, "device": "cpu",
-    }  # fmt: skip
+        "model": str(plain / "base"),
+        "data": str(plain / "docs.jsonl"),
+        "output_dir": str(out),
+        "positions_per_step": 2,
+        "sampling": {"thoughts": 3, "max_thought_tokens": 4},
+        "optim": {"lr": 1e-3, "warmup_steps": 0},
+        "max_steps": 4,
+        "policy": {"backend": "torch"},
+        "baseline": {"frozen_every": 2},
+        "checkpoint": {"every": 0},
+        "device": "cpu",
+    }
     values["sampling"] |= changes.pop("sampling", {})
     Pretrainer(build(values | changes)).train()
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

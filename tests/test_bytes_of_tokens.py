@@ -165,7 +165,9 @@ def test_brackets_of_bytes():
 
 @pytest.mark.parametrize("family", ["sentencepiece", "gemma", "byte_bpe"])
 def test_a_stop_string_is_seen_where_the_window_begins_within_a_character(family):
-    """The engine reads only the last tokens; a run of bytes that begins within a character decodes to nothing whole."""
+    """The engine reads only the last tokens; a run of bytes that begins within a character decodes to
+    nothing whole.
+    """
     tokenizer = make(family)
     engine = HFEngine(tiny_model("qwen3", vocab_size=len(tokenizer)), tokenizer=tokenizer)
     ids = tokenizer("漢字" * 20 + "」", add_special_tokens=False)["input_ids"]

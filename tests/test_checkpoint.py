@@ -1,4 +1,6 @@
-"""Checkpoints: rotation, bit-identical resume from each of them, what is in them, and what a collapse gives back."""
+"""Checkpoints: rotation, bit-identical resume from each of them, what is in them, and what a collapse
+gives back.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def test_latest_is_the_newest_usable_one_by_number(tmp_path):
         checkpoint.save(tmp_path, step, Ranks(), {"part": Part()}, {"config": {}}, {"x": step})
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / ".checkpoint-200.tmp").mkdir()  # a run was killed while it wrote this
-    assert checkpoint.steps(tmp_path) == [9, 10, 100] and checkpoint.latest(tmp_path) == (tmp_path / "checkpoint-100", [])
+    assert checkpoint.steps(tmp_path) == [9, 10, 100] and checkpoint.latest(tmp_path) == (
+        tmp_path / "checkpoint-100",
+        [],
+    )
     (tmp_path / "checkpoint-100" / "part.bin").write_bytes(b"123")
     found, problems = checkpoint.latest(tmp_path)
     assert found == tmp_path / "checkpoint-10"
@@ -57,7 +62,9 @@ def test_latest_is_the_newest_usable_one_by_number(tmp_path):
 
 def test_a_checkpoint_is_written_over_and_leaves_nothing_beside_it(tmp_path):
     for value in (1, 2):
-        checkpoint.save(tmp_path, 5, Ranks(), {"part": Part()}, {"config": {}, "backend": "x"}, {"value": value})
+        checkpoint.save(
+            tmp_path, 5, Ranks(), {"part": Part()}, {"config": {}, "backend": "x"}, {"value": value}
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
     state, mine = checkpoint.read(tmp_path / "checkpoint-5", Ranks(), "x", {})
     assert state["step"] == 5 and mine == {"value": 2}
@@ -75,9 +82,15 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 def test_settings_compare_field_by_field(tmp_path):
     old = {"optim": {"lr": 1e-3, "betas": (0.9, 0.95)}, "seed": 0, "max_steps": 3, "output_dir": "a"}
     checkpoint.save(tmp_path, 1, Ranks(), {}, {"config": old, "backend": "x"}, {})
-    new = old | {"max_steps": 9, "output_dir": "b", "later": {"field": None}}  # free to change, and a field of a newer version
+    new = old | {
+        "max_steps": 9,
+        "output_dir": "b",
+        "later": {"field": None},
+    }  # free to change, and a field of a newer version
     assert checkpoint.read(tmp_path / "checkpoint-1", Ranks(), "x", new)[0]["config"]["seed"] == 0
-    with pytest.raises(ValueError, match=r"optim\.lr was 0\.001, is 1\. Use|optim\.lr was 0\.001, is 1\.0\. Use"):
+    with pytest.raises(
+        ValueError, match=r"optim\.lr was 0\.001, is 1\. Use|optim\.lr was 0\.001, is 1\.0\. Use"
+    ):
         checkpoint.read(tmp_path / "checkpoint-1", Ranks(), "x", old | {"optim": old["optim"] | {"lr": 1.0}})
 
 
@@ -88,8 +101,15 @@ def test_a_run_keeps_the_newest_checkpoints_and_the_best(values, corpus, monkeyp
     gains = iter([0.1, 0.9, 0.3, 0.2, 0.5, 0.4])
     summary = "rlpretrain.evaluation.evaluate.Evaluation.summary"
     monkeypatch.setattr(summary, lambda self, seed=0: {"gain_frozen": next(gains), "no_think_loss": 1.0})
-    out = result(values, max_steps=6, checkpoint__every=2, checkpoint__keep=2, eval__every=1, eval__documents=4,
-                 eval__data=str(corpus / "held_out.jsonl"))  # fmt: skip
+    out = result(
+        values,
+        max_steps=6,
+        checkpoint__every=2,
+        checkpoint__keep=2,
+        eval__every=1,
+        eval__documents=4,
+        eval__data=str(corpus / "held_out.jsonl"),
+    )
     folder = Path(values["output_dir"])
     record = json.loads((folder / "run.json").read_text())
     assert record["best"] == {"step": 2, "gain": 0.9, "stale": 4} and out["stopped"] is None
@@ -124,19 +144,25 @@ def test_resume_after_each_checkpoint_is_bit_identical(values, corpus, tmp_path,
         assert [row["step"] for row in rows(part)] == list(range(1, STEPS + 1))
         clock = {"time", "step_time", "perf/rollout_s", "perf/sync_s", "perf/train_s"}
         for before, after in zip(rows(folder), rows(part), strict=True):
-            assert {k: v for k, v in before.items() if k not in clock} == {k: v for k, v in after.items() if k not in clock}
+            assert {k: v for k, v in before.items() if k not in clock} == {
+                k: v for k, v in after.items() if k not in clock
+            }
 
 
 def test_spare_positions_really_cross_a_step(values):
     run = Run(build(merged(values, **KINDS["spare positions"])), None)
     run.next_batch()
     run.close()
-    assert len(run.source.state_dict()["spare"]) == 8  # four documents with three positions each, for a step of four
+    assert (
+        len(run.source.state_dict()["spare"]) == 8
+    )  # four documents with three positions each, for a step of four
 
 
 def test_resume_by_name_from_an_older_checkpoint_rewrites_what_came_after(values, finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
-    config = build(merged(values, output_dir=str(folder), max_steps=6, checkpoint__every=2, checkpoint__keep=3))
+    config = build(
+        merged(values, output_dir=str(folder), max_steps=6, checkpoint__every=2, checkpoint__keep=3)
+    )
     Pretrainer(config).train(resume=str(folder / "checkpoint-2"))
     assert same(weights(folder / "model"), weights(finished / "model"))
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
@@ -166,7 +192,9 @@ def test_a_finished_run_resumes_to_nothing(values, finished, tmp_path):
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(values, finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
-    longer = trained(values, resume="auto", output_dir=str(folder), max_steps=9)  # a constant schedule does not know the end
+    longer = trained(
+        values, resume="auto", output_dir=str(folder), max_steps=9
+    )  # a constant schedule does not know the end
     assert same(longer, trained(values, output_dir=str(tmp_path / "whole"), max_steps=9))
 
 
@@ -185,8 +213,21 @@ class Collapsing(CollapseMonitor):
 
 def test_a_collapse_gives_back_the_best_checkpoint(values, corpus, monkeypatch):
     monkeypatch.setattr("rlpretrain.training.run_stop.CollapseMonitor", Collapsing)
-    run = Run(build(merged(values, max_steps=9, checkpoint__every=4, checkpoint__keep=1, eval__every=3, eval__documents=4,
-                           eval__data=str(corpus / "held_out.jsonl"), stop__collapse=True)), None)  # fmt: skip
+    run = Run(
+        build(
+            merged(
+                values,
+                max_steps=9,
+                checkpoint__every=4,
+                checkpoint__keep=1,
+                eval__every=3,
+                eval__documents=4,
+                eval__data=str(corpus / "held_out.jsonl"),
+                stop__collapse=True,
+            )
+        ),
+        None,
+    )
     at_best, finish = {}, run.finish
 
     def spy(step, batch):
@@ -210,15 +251,26 @@ def test_a_collapse_gives_back_the_best_checkpoint(values, corpus, monkeypatch):
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_collapse_without_a_checkpoint_keeps_the_last_weights(values, corpus, monkeypatch, evaluated):
     monkeypatch.setattr("rlpretrain.training.run_stop.CollapseMonitor", Collapsing)
-    held_out = {"eval__every": 2, "eval__documents": 4, "eval__data": str(corpus / "held_out.jsonl")} if evaluated else {}
+    held_out = (
+        {"eval__every": 2, "eval__documents": 4, "eval__data": str(corpus / "held_out.jsonl")}
+        if evaluated
+        else {}
+    )
     out = result(values, max_steps=9, stop__collapse=True, **held_out)
     assert out["stopped"] == "collapse: it fell" and out["steps"] == 5
     assert weights(Path(values["output_dir"]) / "model")
 
 
 def test_patience_stops_a_run_that_gets_no_better(values, corpus):
-    out = result(values, max_steps=9, optim__lr=0.0, stop__patience=2, eval__every=1, eval__documents=4,
-                 eval__data=str(corpus / "held_out.jsonl"))  # fmt: skip
+    out = result(
+        values,
+        max_steps=9,
+        optim__lr=0.0,
+        stop__patience=2,
+        eval__every=1,
+        eval__documents=4,
+        eval__data=str(corpus / "held_out.jsonl"),
+    )
     assert out["stopped"] == "patience: no better gain in 2 evaluations" and out["steps"] == 3
 
 
@@ -237,15 +289,26 @@ def test_the_monitor_sees_the_same_after_a_resume(values, tmp_path):
 def test_run_json_says_what_ran(values, finished, tmp_path):
     text = (finished / "run.json").read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert record["status"] == "done" and record["stopped"] is None and record["step"] == record["total_steps"] == 6
+    assert (
+        record["status"] == "done"
+        and record["stopped"] is None
+        and record["step"] == record["total_steps"] == 6
+    )
     config = record["config"]
-    assert config["objective"]["marker"] == "shows" and config["objective"]["reduction"] == "sum"  # given, and a default
+    assert (
+        config["objective"]["marker"] == "shows" and config["objective"]["reduction"] == "sum"
+    )  # given, and a default
     assert config["optim"]["betas"] == [0.9, 0.95] and config["policy"]["backend"] == "torch"
     assert record["backend"] == "TorchPolicy" and record["ranks"] == 1 and record["device"] == "cpu"
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+    assert (
+        record["versions"]["torch"] == torch.__version__.split("+")[0]
+        or record["versions"]["torch"] == torch.__version__
+    )
     assert {"python", "transformers", "datasets", "numpy"} <= record["versions"].keys()
     assert record["engine"]["kind"] == "hf" and record["parameters"] > 20_000
-    again = {k: v for k, v in config.items() if k != "output_dir"}  # and it is a configuration that can be run again
+    again = {
+        k: v for k, v in config.items() if k != "output_dir"
+    }  # and it is a configuration that can be run again
     assert build(again | {"output_dir": str(tmp_path / "run")}).optim.lr == 1e-2
 
 
@@ -264,7 +327,11 @@ def test_a_checkpoint_of_a_version_with_fewer_settings(values, tmp_path):
     trained(run)
     file = tmp_path / "run" / "checkpoint-2" / "state.json"
     state = json.loads(file.read_text())
-    del state["config"]["baseline"]["cache_tokens"], state["config"]["model"]["quantization"], state["config"]["packing"]
+    del (
+        state["config"]["baseline"]["cache_tokens"],
+        state["config"]["model"]["quantization"],
+        state["config"]["packing"],
+    )
     file.write_text(json.dumps(state))
     trained(run, resume="auto", max_steps=3)
     state["config"]["packing"] = "padded"
@@ -272,5 +339,9 @@ def test_a_checkpoint_of_a_version_with_fewer_settings(values, tmp_path):
     with pytest.raises(ConfigError, match="packing was 'padded', is 'tree'"):
         trained(run, resume=str(file.parent), max_steps=3)
     now = json.loads(json.dumps(to_dict(build(merged(run, policy={"lora": {"r": 4}})))))
-    assert filled({"policy": {"lora": {"r": 4}}}, now)["policy"]["lora"] == {"r": 4, "use_dora": False, "new_tokens": False}
+    assert filled({"policy": {"lora": {"r": 4}}}, now)["policy"]["lora"] == {
+        "r": 4,
+        "use_dora": False,
+        "new_tokens": False,
+    }
     assert filled(now, now) == now

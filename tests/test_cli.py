@@ -38,17 +38,39 @@ def test_corpus(tmp_path, capsys):
     lines = {n: [json.loads(x) for x in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in names}
     assert len(lines["base"]) == 30 and {row["depth"] for row in lines["train"]} == {2, 3}
     assert [row["depth"] for row in lines["held_out"]] == [2, 3, 4, 2, 3, 4]
-    assert all(str(tmp_path / name) in out for name in ("base.jsonl", "train.jsonl", "held_out.jsonl", "model"))
+    assert all(
+        str(tmp_path / name) in out for name in ("base.jsonl", "train.jsonl", "held_out.jsonl", "model")
+    )
 
 
-@pytest.mark.parametrize(("words", "error"), [
-    (["--mix", "b10"], "unknown mix 'b10': one of b9"),
-    (["--depths", "4-1"], "depths are written 1-4 or 1,2,5, not '4-1'"),
-    (["--held-out-depths", "0,1"], "depths are written"),
-    (["--depths", "deep"], "depths are written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--mix", "b10"], "unknown mix 'b10': one of b9"),
+        (["--depths", "4-1"], "depths are written 1-4 or 1,2,5, not '4-1'"),
+        (["--held-out-depths", "0,1"], "depths are written"),
+        (["--depths", "deep"], "depths are written"),
+    ],
+)
 def test_corpus_errors(tmp_path, capsys, words, error):
-    assert cli.main(["corpus", "dial", "--out", str(tmp_path), "--base", "1", "--train", "1", "--held-out", "1", *words]) == 2
+    assert (
+        cli.main(
+            [
+                "corpus",
+                "dial",
+                "--out",
+                str(tmp_path),
+                "--base",
+                "1",
+                "--train",
+                "1",
+                "--held-out",
+                "1",
+                *words,
+            ]
+        )
+        == 2
+    )
     assert capsys.readouterr().err.startswith(f"rlpretrain: {error}")
 
 
@@ -58,7 +80,11 @@ def test_train_with_fields_set_on_the_command_line(config, values, capsys):
     result, folder = said(capsys), Path(values["output_dir"])
     assert result["steps"] == 2 and result["model"] == str(folder / "model") and result["stopped"] is None
     used = json.loads((folder / "run.json").read_text())["config"]
-    assert used["optim"]["lr"] == 1e-4 and used["optim"]["betas"] == [0.8, 0.9] and used["sampling"]["thoughts"] == 3
+    assert (
+        used["optim"]["lr"] == 1e-4
+        and used["optim"]["betas"] == [0.8, 0.9]
+        and used["sampling"]["thoughts"] == 3
+    )
     assert used["baseline"]["name"] == "none" and used["baseline"]["frozen_every"] == 10
     assert used["optim"]["warmup_steps"] == 2  # from the file
 
@@ -77,7 +103,9 @@ def test_train_goes_on_from_a_checkpoint_by_name(config, values, finished, tmp_p
     words = ["--max_steps", "7", "--output_dir", str(tmp_path / "new"), "--checkpoint.every", "2"]
     assert cli.main(["train", config, *words, "--resume", str(finished / "checkpoint-4")]) == 0
     assert said(capsys)["steps"] == 7
-    steps = [json.loads(line)["step"] for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [5, 6, 7]
 
 
@@ -105,15 +133,41 @@ def test_metrics(capsys, monkeypatch):
 
 def test_eval(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
-    words = ["eval", str(corpus / "base"), "--data", str(corpus / "held_out.jsonl"), "--by", "depth", "--documents", "12",
-             "--thoughts", "2", "--max-thought-tokens", "4", "--objective", "{name: rlp, positions: after, marker: shows}",
-             "--device", "cpu"]  # fmt: skip
+    words = [
+        "eval",
+        str(corpus / "base"),
+        "--data",
+        str(corpus / "held_out.jsonl"),
+        "--by",
+        "depth",
+        "--documents",
+        "12",
+        "--thoughts",
+        "2",
+        "--max-thought-tokens",
+        "4",
+        "--objective",
+        "{name: rlp, positions: after, marker: shows}",
+        "--device",
+        "cpu",
+    ]
     assert cli.main([*words, "--json", str(tmp_path / "out.json")]) == 0
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "out.json").read_text())
     assert list(results) == ["all", "1", "2", "3", "4", "5", "6"]
-    names = {"think_sampled", "think_greedy", "direct", "gain", "gain_frozen", "empty", "shuffled", "other", "no_think_loss",
-             "unclosed", "length"}  # fmt: skip
+    names = {
+        "think_sampled",
+        "think_greedy",
+        "direct",
+        "gain",
+        "gain_frozen",
+        "empty",
+        "shuffled",
+        "other",
+        "no_think_loss",
+        "unclosed",
+        "length",
+    }
     assert results["all"].keys() == names | {f"{name}_ci" for name in names}
     assert results["all"]["gain"] == results["all"]["gain_frozen"]
     assert all(name in out for name in names) and "all (12)" in out and "6 (2)" in out
@@ -125,33 +179,58 @@ def test_eval(corpus, tmp_path, capsys, monkeypatch):
     assert twin["all"]["gain"] == pytest.approx(results["all"]["gain"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("words", "error"), [
-    (["train"], "which configuration?"),
-    (["train", "nowhere.yaml"], "no such config file: nowhere.yaml (it comes first: "),
-    (["train", "{config}", "--sampling.thoughts", "1"], "sampling.thoughts is 1"),
-    (["train", "{config}", "--sed", "1"], "unknown key 'sed': did you mean 'seed'?"),
-    (["train", "{config}", "--res", "auto"], "unknown key 'res'"),  # not an abbreviation
-    (["train", "{config}", "--model", "{tmp}/gone"], "no tokenizer in '{tmp}/gone': no such folder"),
-    (["eval", "{base}", "--data", "{tmp}/gone.jsonl"], "no such file or folder: {tmp}/gone.jsonl"),
-    (["eval", "{base}", "--data", "{data}", "--by", "colour"], "{data} has no column 'colour'; its columns: text"),
-    (["eval", "{base}", "--data", "{data}", "--objective", "{{name: rlp"], "--objective {{name: rlp is not YAML"),
-    (["eval", "{base}", "--data", "{data}", "--objective", "{{name: rl}}"], "unknown objective 'rl'"),
-    (["eval", "{base}", "--data", "{data}", "--json", "{tmp}/gone/x.json"], "--json {tmp}/gone/x.json: there is no such"),
-    (["eval", "{base}", "--data", "{data}", "--dtype", "float8"], "'model.dtype'"),
-    (["eval", "{base}", "--data", "{data}", "--documents", "1", "--max-thought-tokens", "4"], "thoughts of another"),
-    (["eval", "{base}", "--data", "{data}", "--thoughts", "0"], "'eval.thoughts'"),
-    (["eval", "{base}", "--data", "{data}", "--max-thought-tokens", "999"], "the model has 256 positions, but"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["train"], "which configuration?"),
+        (["train", "nowhere.yaml"], "no such config file: nowhere.yaml (it comes first: "),
+        (["train", "{config}", "--sampling.thoughts", "1"], "sampling.thoughts is 1"),
+        (["train", "{config}", "--sed", "1"], "unknown key 'sed': did you mean 'seed'?"),
+        (["train", "{config}", "--res", "auto"], "unknown key 'res'"),  # not an abbreviation
+        (["train", "{config}", "--model", "{tmp}/gone"], "no tokenizer in '{tmp}/gone': no such folder"),
+        (["eval", "{base}", "--data", "{tmp}/gone.jsonl"], "no such file or folder: {tmp}/gone.jsonl"),
+        (
+            ["eval", "{base}", "--data", "{data}", "--by", "colour"],
+            "{data} has no column 'colour'; its columns: text",
+        ),
+        (
+            ["eval", "{base}", "--data", "{data}", "--objective", "{{name: rlp"],
+            "--objective {{name: rlp is not YAML",
+        ),
+        (["eval", "{base}", "--data", "{data}", "--objective", "{{name: rl}}"], "unknown objective 'rl'"),
+        (
+            ["eval", "{base}", "--data", "{data}", "--json", "{tmp}/gone/x.json"],
+            "--json {tmp}/gone/x.json: there is no such",
+        ),
+        (["eval", "{base}", "--data", "{data}", "--dtype", "float8"], "'model.dtype'"),
+        (
+            ["eval", "{base}", "--data", "{data}", "--documents", "1", "--max-thought-tokens", "4"],
+            "thoughts of another",
+        ),
+        (["eval", "{base}", "--data", "{data}", "--thoughts", "0"], "'eval.thoughts'"),
+        (
+            ["eval", "{base}", "--data", "{data}", "--max-thought-tokens", "999"],
+            "the model has 256 positions, but",
+        ),
+    ],
+)
 def test_errors_are_one_line_without_a_traceback(config, corpus, tmp_path, capsys, words, error):
     places = {"config": config, "tmp": tmp_path, "base": corpus / "base", "data": corpus / "held_out.jsonl"}
     assert cli.main([word.format(**places) for word in words]) == 2
     out = capsys.readouterr().err
-    assert out.startswith(f"rlpretrain: {error.format(**places)}") and out.count("\n") == 1 and "Traceback" not in out
+    assert (
+        out.startswith(f"rlpretrain: {error.format(**places)}")
+        and out.count("\n") == 1
+        and "Traceback" not in out
+    )
 
 
 def test_a_config_that_is_not_yaml(tmp_path, capsys):
     path = tmp_path / "c.yaml"
-    for text, error in (("model: [", "is not YAML"), ("- a\n- b\n", "must hold a mapping of keys, found list")):
+    for text, error in (
+        ("model: [", "is not YAML"),
+        ("- a\n- b\n", "must hold a mapping of keys, found list"),
+    ):
         path.write_text(text)
         assert cli.main(["train", str(path)]) == 2
         assert error in capsys.readouterr().err

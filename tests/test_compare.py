@@ -1,4 +1,6 @@
-"""`rlpretrain compare`: budgets that match, what is done stays done, mistakes before any training, one table that adds up."""
+"""`rlpretrain compare`: budgets that match, what is done stays done, mistakes before any training, one
+table that adds up.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval
 from rlpretrain.experiments.compare import compare, differences, table, to_evaluate
-from rlpretrain.experiments.experiment import Job, laid_over, load
+from rlpretrain.experiments.experiment import Job, laid_over, load_experiment
 from tests.builders.configs import tiny_values
 
 
@@ -28,12 +30,22 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
     (folder / "rlp.yaml").write_text(yaml.safe_dump(values))
     ntp = {"config": "rlp.yaml", "set": {"objective": "ntp"}, "like": "rlp"}
     experiment = {
-        "methods": {"rlp": {"config": "rlp.yaml"}, "ntp_tokens": {**ntp, "match": "tokens"},
-                    "ntp_flops": {**ntp, "match": "flops"}},
-        "evaluation": {"data": {"path": str(corpus / "held_out.jsonl"), "max_length": 64}, "documents": 12, "thoughts": 2,
-                       "objective": {"name": "rlp", "positions": "after", "marker": "shows"}, "max_thought_tokens": 6},
-        "seeds": [0, 1], "jobs": 2, "output_dir": str(folder / "compared"),
-    } | changes  # fmt: skip
+        "methods": {
+            "rlp": {"config": "rlp.yaml"},
+            "ntp_tokens": {**ntp, "match": "tokens"},
+            "ntp_flops": {**ntp, "match": "flops"},
+        },
+        "evaluation": {
+            "data": {"path": str(corpus / "held_out.jsonl"), "max_length": 64},
+            "documents": 12,
+            "thoughts": 2,
+            "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+            "max_thought_tokens": 6,
+        },
+        "seeds": [0, 1],
+        "jobs": 2,
+        "output_dir": str(folder / "compared"),
+    } | changes
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(experiment))
     return file
@@ -48,7 +60,10 @@ def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def log(file: Path, name: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (file.parent / "compared" / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (file.parent / "compared" / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_budgets_match_to_a_step(done):
@@ -68,23 +83,31 @@ def test_budgets_match_to_a_step(done):
 def test_the_table_is_what_the_evaluations_hold(done):
     file, results = done
     for name in ("base", "rlp", "ntp_tokens"):
-        parts = [json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text()) for s in (0, 1)]
+        parts = [
+            json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text())
+            for s in (0, 1)
+        ]
         gains = np.array([p["common"]["gain_frozen"] for p in parts])
         mean, low, high = results["methods"][name]["gain_frozen"]
         assert gains.shape == (2, 12) and mean == pytest.approx(gains.mean()) and low <= mean <= high
         tokens = np.array([p["common"]["tokens"] for p in parts])
         losses = np.array([p["common"]["no_think_loss"] for p in parts])
-        assert results["methods"][name]["no_think_loss"][0] == pytest.approx((losses * tokens).sum() / tokens.sum())
+        assert results["methods"][name]["no_think_loss"][0] == pytest.approx(
+            (losses * tokens).sum() / tokens.sum()
+        )
     rlp = results["methods"]["rlp"]
     assert rlp["own"]["number"] == "gain_frozen" and rlp["own"]["before"] != rlp["own"]["after"]
-    assert rlp["own"]["after"][0] == pytest.approx(rlp["gain_frozen"][0])  # its own objective is the common one here
+    assert rlp["own"]["after"][0] == pytest.approx(
+        rlp["gain_frozen"][0]
+    )  # its own objective is the common one here
     assert results["methods"]["ntp_tokens"]["own"]["number"] == "no_think_loss"
     with (file.parent / "compared" / "results.csv").open() as f:
         rows = {(r["method"], r["number"]): r for r in csv.DictReader(f)}
     assert float(rows["rlp", "gain_frozen"]["low"]) == rlp["gain_frozen"][1]
     assert float(rows["ntp_flops", "flops"]["mean"]) == results["methods"]["ntp_flops"]["spent"]["flops"]
     assert rlp["by_seed"]["gain_frozen"] == pytest.approx(
-        [np.mean(p["common"]["gain_frozen"]) for p in evaluations(file, "rlp")])  # fmt: skip
+        [np.mean(p["common"]["gain_frozen"]) for p in evaluations(file, "rlp")]
+    )
     assert float(rows["rlp", "gain_frozen"]["seed 1"]) == rlp["by_seed"]["gain_frozen"][1]
     written = json.loads((file.parent / "compared" / "results.json").read_text())
     assert written | {"plotted": True} == json.loads(json.dumps(results))
@@ -111,17 +134,23 @@ def test_methods_are_compared_by_paired_differences(done):
     shown.print(table(results))
     shown.print(differences(results))
     said = shown.file.getvalue()
-    assert "12 held-out documents of 12 rows" in said and "rlp - ntp_flops" in said and "rlp - ntp_tokens" not in said
+    assert (
+        "12 held-out documents of 12 rows" in said
+        and "rlp - ntp_flops" in said
+        and "rlp - ntp_tokens" not in said
+    )
 
 
 def evaluations(file: Path, name: str) -> list[dict[str, Any]]:
     """What each seed of a method was found to be."""
-    return [json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text()) for s in (0, 1)]
+    return [
+        json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text()) for s in (0, 1)
+    ]
 
 
 def test_an_evaluation_without_source_rows_is_made_again(done, corpus, tmp_path):
     """One of an older version cannot say which positions belong together."""
-    job = Job(experiment=load(done[0]), name="rlp", seed=0, where=done[0].parent)
+    job = Job(experiment=load_experiment(done[0]), name="rlp", seed=0, where=done[0].parent)
     assert to_evaluate(job) is None
     old = evaluations(done[0], "rlp")[0]
     del old["common"]["rows"]
@@ -135,7 +164,9 @@ def test_an_evaluation_without_source_rows_is_made_again(done, corpus, tmp_path)
 
 
 def test_what_is_done_is_not_done_again(done, corpus, tmp_path):
-    """A training that was broken off and an evaluation that is lacking are made up; the rest stays, and so do the numbers."""
+    """A training that was broken off and an evaluation that is lacking are made up; the rest stays, and so
+    do the numbers.
+    """
     file, results = done
     file = written(tmp_path, corpus, jobs=1)
     shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
@@ -148,13 +179,16 @@ def test_what_is_done_is_not_done_again(done, corpus, tmp_path):
     again = compare(file, say=said.append)
     assert again["methods"] == results["methods"]
     assert {line for line in said if "done before" not in line} == {
-        "rlp, seed 1: trained 2 steps", "ntp_flops, seed 0: evaluated",
-    }  # fmt: skip
+        "rlp, seed 1: trained 2 steps",
+        "ntp_flops, seed 0: evaluated",
+    }
     assert len(said) == 8
 
 
 def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
-    file = written(tmp_path, corpus, output_dir=str(done[0].parent / "compared"), common={"optim": {"lr": 2e-3}}, jobs=1)
+    file = written(
+        tmp_path, corpus, output_dir=str(done[0].parent / "compared"), common={"optim": {"lr": 2e-3}}, jobs=1
+    )
     with pytest.raises(ConfigError, match=r"it was run otherwise: optim.lr was 0.001, is 0.002"):
         compare(file)
 
@@ -169,20 +203,41 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
         ({"methods": {"base": {"config": "rlp.yaml"}}}, "not 'base'"),
         ({"methods": {"a/b": {"config": "rlp.yaml"}}}, "of letters, digits"),
         ({"methods": {"a": {"config": "nothing.yaml"}}}, "method a .*cannot be read"),
-        ({"methods": {"a": {"config": "rlp.yaml", "set": {"optm": {"lr": 1}}}}}, "method a .*did you mean 'optim'"),
-        ({"methods": {"a": {"config": "rlp.yaml", "set": {"objective": {"clipp": 1}}}}}, "did you mean 'clip'"),
+        (
+            {"methods": {"a": {"config": "rlp.yaml", "set": {"optm": {"lr": 1}}}}},
+            "method a .*did you mean 'optim'",
+        ),
+        (
+            {"methods": {"a": {"config": "rlp.yaml", "set": {"objective": {"clipp": 1}}}}},
+            "did you mean 'clip'",
+        ),
         ({"methods": {"a": {"config": "rlp.yaml", "match": "flops"}}}, "match and like go together"),
         ({"methods": {"a": {"config": "rlp.yaml", "match": "flops", "like": "b"}}}, "must be another method"),
-        ({"methods": {"a": {"config": "rlp.yaml"}, "b": {"config": "rlp.yaml", "match": "flops", "like": "a"}},
-          "common": {"optim": {"schedule": "cosine"}}}, "must be constant"),
-        ({"methods": {"a": {"config": "rlp.yaml"}, "b": {"config": "rlp.yaml", "set": {"model": "other"}}}},
-         "same base: model.path was .* is 'other'"),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml"},
+                    "b": {"config": "rlp.yaml", "match": "flops", "like": "a"},
+                },
+                "common": {"optim": {"schedule": "cosine"}},
+            },
+            "must be constant",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml"},
+                    "b": {"config": "rlp.yaml", "set": {"model": "other"}},
+                }
+            },
+            "same base: model.path was .* is 'other'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_show_before_any_training(corpus, tmp_path, changes, said, capsys):
     file = written(tmp_path, corpus, **changes)
     with pytest.raises(ConfigError, match=said):
-        load(file)
+        load_experiment(file)
     assert main(["compare", str(file)]) == 2
     assert "rlpretrain: " in capsys.readouterr().err
     assert not (tmp_path / "compared").exists()
@@ -190,7 +245,9 @@ def test_mistakes_show_before_any_training(corpus, tmp_path, changes, said, caps
 
 def test_an_unknown_number_names_those_there_are(done, corpus, tmp_path):
     method = {"config": "rlp.yaml", "own": "lenght"}
-    file = written(tmp_path, corpus, methods={"rlp": method}, output_dir=str(tmp_path / "compared"), seeds=[0])
+    file = written(
+        tmp_path, corpus, methods={"rlp": method}, output_dir=str(tmp_path / "compared"), seeds=[0]
+    )
     shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
     for wanted in (tmp_path / "compared").glob("*/wanted.json"):
         wanted.write_text(wanted.read_text().replace(str(done[0].parent), str(tmp_path)))
@@ -201,16 +258,44 @@ def test_an_unknown_number_names_those_there_are(done, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"methods": {"fine": {"config": "rlp.yaml"},
-                      "bad": {"config": "rlp.yaml", "set": {"objective": {"marker": "nowhere"}}}}}, "method bad: .*nowhere"),
-        ({"methods": {"bad": {"config": "rlp.yaml", "set": {"policy": {"zero_stage": 3, "lora": {"r": 2}},
-                                                             "model": {"quantization": "4bit"}}}}}, "method bad: .*ZeRO 3"),
-        ({"evaluation": {"data": "held_out", "objective": {"name": "rlp", "positions": "after", "marker": "nowhere"}}},
-         "evaluation: .*nowhere"),
+        (
+            {
+                "methods": {
+                    "fine": {"config": "rlp.yaml"},
+                    "bad": {"config": "rlp.yaml", "set": {"objective": {"marker": "nowhere"}}},
+                }
+            },
+            "method bad: .*nowhere",
+        ),
+        (
+            {
+                "methods": {
+                    "bad": {
+                        "config": "rlp.yaml",
+                        "set": {
+                            "policy": {"zero_stage": 3, "lora": {"r": 2}},
+                            "model": {"quantization": "4bit"},
+                        },
+                    }
+                }
+            },
+            "method bad: .*ZeRO 3",
+        ),
+        (
+            {
+                "evaluation": {
+                    "data": "held_out",
+                    "objective": {"name": "rlp", "positions": "after", "marker": "nowhere"},
+                }
+            },
+            "evaluation: .*nowhere",
+        ),
         ({"evaluation": {"data": "nothing.jsonl"}}, "nothing.jsonl"),
     ],
-)  # fmt: skip
-def test_what_a_tokenizer_or_held_out_file_shows_is_known_before_any_training(corpus, tmp_path, changes, said):
+)
+def test_what_a_tokenizer_or_held_out_file_shows_is_known_before_any_training(
+    corpus, tmp_path, changes, said
+):
     if changes.get("evaluation", {}).get("data") == "held_out":
         changes["evaluation"]["data"] = str(corpus / "held_out.jsonl")
     file = written(tmp_path, corpus, **changes)
@@ -240,11 +325,21 @@ def test_on_ray_it_gives_the_same(done, corpus, tmp_path):
 
 
 def test_laying_over():
-    below = {"objective": {"name": "rlp", "clip": 3.0}, "optim": {"lr": 1.0, "schedule": "cosine"}, "data": {"path": "a", "x": 1}}
+    below = {
+        "objective": {"name": "rlp", "clip": 3.0},
+        "optim": {"lr": 1.0, "schedule": "cosine"},
+        "data": {"path": "a", "x": 1},
+    }
     assert laid_over(below, {"objective": {"clip": 2.0}})["objective"] == {"name": "rlp", "clip": 2.0}
-    assert laid_over(below, {"objective": {"name": "rpt", "strip": True}})["objective"] == {"name": "rpt", "strip": True}
+    assert laid_over(below, {"objective": {"name": "rpt", "strip": True}})["objective"] == {
+        "name": "rpt",
+        "strip": True,
+    }
     assert laid_over(below, {"objective": "ntp"})["objective"] == {"name": "ntp"}
-    assert laid_over({"objective": "rlp"}, {"objective": {"clip": 1.0}})["objective"] == {"name": "rlp", "clip": 1.0}
+    assert laid_over({"objective": "rlp"}, {"objective": {"clip": 1.0}})["objective"] == {
+        "name": "rlp",
+        "clip": 1.0,
+    }
     assert laid_over(below, {"data": "b"})["data"] == {"path": "b", "x": 1}
     assert laid_over(below, {"optim": {"lr": 2.0}})["optim"] == {"lr": 2.0, "schedule": "cosine"}
     assert below["optim"] == {"lr": 1.0, "schedule": "cosine"}

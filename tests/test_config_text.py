@@ -1,4 +1,6 @@
-"""What a user writes reaches the field it is for: text stays text, numbers are numbers, paths know `~` (issue 15.19, 15.26)."""
+"""What a user writes reaches the field it is for: text stays text, numbers are numbers, paths know `~`
+(issue 15.19, 15.26).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,34 @@ import yaml
 
 from rlpretrain import cli
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config.io import build, load, to_dict
+from rlpretrain.config.io import build, load_config, to_dict
 from rlpretrain.config.names import dotted, inner
-from rlpretrain.experiments.experiment import load as load_experiment
+from rlpretrain.experiments.experiment import load_experiment
 from rlpretrain.objectives import config_of, parse_section
 
-WORDS = ["7864e12", "1234567", "0012", "1_000", "2024-01-01", "12:30", "yes", "off", "true", "1e5", ".5", "0x1f", "[think]",
-         "# Answer", "a: b", "Note: {context}", "[1", "'", "-", "@x", "%d"]  # fmt: skip
+WORDS = [
+    "7864e12",
+    "1234567",
+    "0012",
+    "1_000",
+    "2024-01-01",
+    "12:30",
+    "yes",
+    "off",
+    "true",
+    "1e5",
+    ".5",
+    "0x1f",
+    "[think]",
+    "# Answer",
+    "a: b",
+    "Note: {context}",
+    "[1",
+    "'",
+    "-",
+    "@x",
+    "%d",
+]
 """What YAML reads as something else than text, or not at all."""
 
 
@@ -50,24 +73,32 @@ def file(values, tmp_path) -> Path:
 
 
 def test_the_fields_that_take_text():
-    assert {"model.path", "model.revision", "data.column", "data.answer_join", "output_dir"} <= set(text_fields())
+    assert {"model.path", "model.revision", "data.column", "data.answer_join", "output_dir"} <= set(
+        text_fields()
+    )
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_text_on_the_command_line_stays_text(file, word):
     for name in text_fields():
-        assert at(load(file, ["--ntp_data=x", f"--{name}={word}"]), name) == word, name
+        assert at(load_config(file, ["--ntp_data=x", f"--{name}={word}"]), name) == word, name
     if ": " not in word:
-        assert load(file, ["--model", word]).model.path == word  # a section by its head
-    assert load(file, ["--revision", word]).model.revision == word
-    assert load(file, [f"--revision={word}"]).model.revision == word  # a field of `model` beside it
-    assert load(file, ["--model.tokenizer", "null"]).model.tokenizer is None
-    assert load(file, ["--data.column", f'"{word}"' if "'" in word else f"'{word}'"]).data.column == word  # in quotes
+        assert load_config(file, ["--model", word]).model.path == word  # a section by its head
+    assert load_config(file, ["--revision", word]).model.revision == word
+    assert load_config(file, [f"--revision={word}"]).model.revision == word  # a field of `model` beside it
+    assert load_config(file, ["--model.tokenizer", "null"]).model.tokenizer is None
+    assert (
+        load_config(file, ["--data.column", f'"{word}"' if "'" in word else f"'{word}'"]).data.column == word
+    )  # in quotes
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_text_of_an_objective_stays_text(file, word):
-    loaded = load(file, ["--objective.marker", word, "--objective.close", word, "--objective.min_context", "3"], config_of)
+    loaded = load_config(
+        file,
+        ["--objective.marker", word, "--objective.close", word, "--objective.min_context", "3"],
+        config_of,
+    )
     _, config = parse_section(loaded.objective)
     assert (config.marker, config.close, config.min_context) == (word, word, 3)
     json.dumps(loaded.objective)  # and nothing else than plain values is left
@@ -78,9 +109,11 @@ def test_text_of_an_objective_stays_text(file, word):
 def test_text_in_a_file_stays_text(values, tmp_path, word):
     lines = yaml.safe_dump({k: v for k, v in values.items() if k not in ("model", "objective")})
     path = tmp_path / "c.yaml"
-    path.write_text(f"{lines}\nmodel: {{path: base, revision: {word}}}\nobjective: {{marker: {word}, every: 8}}\n"
-                    f"ntp_data: {{path: x, meta_columns: [{word}, b]}}\n")  # fmt: skip
-    loaded = load(path, (), config_of)
+    path.write_text(
+        f"{lines}\nmodel: {{path: base, revision: {word}}}\nobjective: {{marker: {word}, every: 8}}\n"
+        f"ntp_data: {{path: x, meta_columns: [{word}, b]}}\n"
+    )
+    loaded = load_config(path, (), config_of)
     assert loaded.model.revision == word and loaded.ntp_data.meta_columns == (word, "b")
     assert (loaded.objective["marker"], loaded.objective["every"]) == (word, 8)
 
@@ -88,7 +121,8 @@ def test_text_in_a_file_stays_text(values, tmp_path, word):
 def test_text_in_an_experiment_stays_text(values, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "e.yaml").write_text(
-        "methods:\n  a: {config: run.yaml, set: {objective: {marker: 0012, every: 4}, model: {revision: 7864e12}}}\n"
+        "methods:\n  a: {config: run.yaml, set: "
+        "{objective: {marker: 0012, every: 4}, model: {revision: 7864e12}}}\n"
         "common: {objective: {close: 2024-01-01}, optim: {lr: 1e-4}, data: {column: yes}}\n"
         "evaluation: {data: {path: x, column: 12e3}, objective: {name: rlp, marker: 1_0}}\nseeds: [3]\n"
     )
@@ -97,30 +131,60 @@ def test_text_in_an_experiment_stays_text(values, tmp_path):
 
     config = Job(experiment=experiment, name="a", seed=3, where=tmp_path).config()
     assert (config.model.revision, config.data.column, config.optim.lr) == ("7864e12", "yes", 1e-4)
-    assert config.objective["marker"] == "0012" and config.objective["close"] == "2024-01-01" and config.objective["every"] == 4
+    assert (
+        config.objective["marker"] == "0012"
+        and config.objective["close"] == "2024-01-01"
+        and config.objective["every"] == 4
+    )
     assert experiment.evaluation.data.column == "12e3" and experiment.evaluation.objective["marker"] == "1_0"
 
 
 def test_numbers_truths_and_nulls_are_read_as_before(file):
-    words = ["--optim.lr", "1e-4", "--max_steps=10", "--stop.collapse", "no", "--policy.lora", "{r: 4}", "--epochs", "null",
-             "--optim.betas", "[.8, .9]", "--engine.options", "{max_num_seqs: 4, enforce_eager: true, x: 1e-3}",
-             "--engine.urls", "[http://a:1, http://b:2]", "--policy.lora.target_modules", "[q_proj, v_proj]",
-             "--report_to", "tensorboard", "--sampling.top_p", "0.5", "--data.answer_join", ""]  # fmt: skip
-    config = load(file, words)
+    words = [
+        "--optim.lr",
+        "1e-4",
+        "--max_steps=10",
+        "--stop.collapse",
+        "no",
+        "--policy.lora",
+        "{r: 4}",
+        "--epochs",
+        "null",
+        "--optim.betas",
+        "[.8, .9]",
+        "--engine.options",
+        "{max_num_seqs: 4, enforce_eager: true, x: 1e-3}",
+        "--engine.urls",
+        "[http://a:1, http://b:2]",
+        "--policy.lora.target_modules",
+        "[q_proj, v_proj]",
+        "--report_to",
+        "tensorboard",
+        "--sampling.top_p",
+        "0.5",
+        "--data.answer_join",
+        "",
+    ]
+    config = load_config(file, words)
     assert (config.optim.lr, config.max_steps, config.stop.collapse, config.epochs) == (1e-4, 10, False, None)
     assert config.policy.lora is not None and config.policy.lora.r == 4
     assert config.policy.lora.target_modules == ("q_proj", "v_proj") and config.data.answer_join == ""
     assert config.optim.betas == (0.8, 0.9) and config.engine.urls == ("http://a:1", "http://b:2")
     assert config.engine.options == {"max_num_seqs": 4, "enforce_eager": True, "x": 1e-3}
     assert config.report_to == ("tensorboard",) and config.sampling.top_p == 0.5
-    assert load(file, ["--objective", "{name: rlp, every: 3}"], config_of).objective == {"name": "rlp", "every": 3}
+    assert load_config(file, ["--objective", "{name: rlp, every: 3}"], config_of).objective == {
+        "name": "rlp",
+        "every": 3,
+    }
 
 
 @pytest.mark.parametrize("given", ["nan", ".nan", "inf", "-.inf", "1e999"])
-@pytest.mark.parametrize("name", ["optim.lr", "loss.policy_coef", "sampling.cut_penalty", "objective.clip", "stop.flops"])
+@pytest.mark.parametrize(
+    "name", ["optim.lr", "loss.policy_coef", "sampling.cut_penalty", "objective.clip", "stop.flops"]
+)
 def test_no_number_is_nan_or_infinite(file, name, given):
     with pytest.raises(ConfigError, match=name):
-        parse_section(load(file, [f"--{name}={given}"], config_of).objective)
+        parse_section(load_config(file, [f"--{name}={given}"], config_of).objective)
 
 
 def test_no_number_is_nan_in_python_either(values):
@@ -131,22 +195,30 @@ def test_no_number_is_nan_in_python_either(values):
         parse_section({"name": "rlp", "discount": float("inf")})
 
 
-@pytest.mark.parametrize("name", ["seed", "max_steps", "sampling.thoughts", "optim.lr", "objective.every", "objective.clip"])
+@pytest.mark.parametrize(
+    "name", ["seed", "max_steps", "sampling.thoughts", "optim.lr", "objective.every", "objective.clip"]
+)
 def test_a_truth_value_is_no_number(file, values, name):
     with pytest.raises(ConfigError, match=f"'{name}': a number is due, got true"):
-        parse_section(load(file, [f"--{name}", "true"], config_of).objective)
+        parse_section(load_config(file, [f"--{name}", "true"], config_of).objective)
     *section, leaf = name.split(".")
     with pytest.raises(ConfigError, match=f"'{name}': a number is due, got true"):
-        changed = values | ({section[0]: {**values.get(section[0], {}), leaf: True}} if section else {leaf: True})
+        changed = values | (
+            {section[0]: {**values.get(section[0], {}), leaf: True}} if section else {leaf: True}
+        )
         parse_section(build(changed).objective)
 
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
 def test_a_seed_that_not_all_libraries_take_is_refused(file, seed, corpus, capsys):
     with pytest.raises(ConfigError, match="'seed'"):
-        load(file, ["--seed", seed])
-    for words in (["eval", str(corpus / "base"), "--data", "x"], ["inspect", str(corpus / "base"), "--text", "x"],
-                  ["prepare", str(corpus / "base"), "--data", "x", "--out", "y"], ["corpus", "dial", "--out", "y"]):  # fmt: skip
+        load_config(file, ["--seed", seed])
+    for words in (
+        ["eval", str(corpus / "base"), "--data", "x"],
+        ["inspect", str(corpus / "base"), "--text", "x"],
+        ["prepare", str(corpus / "base"), "--data", "x", "--out", "y"],
+        ["corpus", "dial", "--out", "y"],
+    ):
         with pytest.raises(SystemExit):
             cli.main([*words, "--seed", seed])
         assert "a seed is a whole number from 0 to 4294967295" in capsys.readouterr().err
@@ -154,22 +226,39 @@ def test_a_seed_that_not_all_libraries_take_is_refused(file, seed, corpus, capsy
 
 def path_fields() -> set[str]:
     """Fields whose sentence speaks of a folder or file of the user's."""
-    return {"model.path", "model.tokenizer", "model.config_beside", "data.path", "policy.deepspeed_config", "engine.weights_dir",
-            "engine.token_file", "ntp_data.path", "eval.data", "output_dir", "replay"}  # fmt: skip
+    return {
+        "model.path",
+        "model.tokenizer",
+        "model.config_beside",
+        "data.path",
+        "policy.deepspeed_config",
+        "engine.weights_dir",
+        "engine.token_file",
+        "ntp_data.path",
+        "eval.data",
+        "output_dir",
+        "replay",
+    }
 
 
 def test_a_tilde_is_the_home_folder_in_every_path_field(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     for name in path_fields():
-        assert at(load(file, ["--ntp_data=x", f"--{name}", "~/x/*.jsonl"]), name) == "/home/ann/x/*.jsonl", name
-    assert load(file, ["--ntp_data", "~/y"]).ntp_data.path == "/home/ann/y"
-    assert load(file, ["--data", "hub/name"]).data.path == "hub/name"
+        assert (
+            at(load_config(file, ["--ntp_data=x", f"--{name}", "~/x/*.jsonl"]), name) == "/home/ann/x/*.jsonl"
+        ), name
+    assert load_config(file, ["--ntp_data", "~/y"]).ntp_data.path == "/home/ann/y"
+    assert load_config(file, ["--data", "hub/name"]).data.path == "hub/name"
 
 
 def test_every_field_that_speaks_of_a_path_is_one_of_them():
     from rlpretrain.config.io import describe
 
-    speaks = {name for name, _, meaning in describe(PretrainConfig) if "folder" in meaning.lower() or "file" in meaning.lower()}
+    speaks = {
+        name
+        for name, _, meaning in describe(PretrainConfig)
+        if "folder" in meaning.lower() or "file" in meaning.lower()
+    }
     others = {"data.column", "data.answer_column", "engine.transfer", "save_rollouts", "policy.lora"}
     assert {n for n in speaks if n in text_fields()} <= path_fields() | others
 
@@ -177,16 +266,24 @@ def test_every_field_that_speaks_of_a_path_is_one_of_them():
 @pytest.mark.parametrize(
     ("name", "ours"),
     [
-        ("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("batch_size", "positions_per_step"),
-        ("num_generations", "sampling.thoughts"), ("max_completion_length", "sampling.max_thought_tokens"),
-        ("sampling.max_new_tokens", "sampling.max_thought_tokens"), ("temperature", "sampling.temperature"),
-        ("lr", "optim.lr"), ("objective.thoughts", "sampling.thoughts"), ("optim.ntp_coef", "loss.ntp_coef"),
-        ("max_seq_length", "data.max_length"), ("num_train_epochs", "epochs"), ("lora_r", "policy.lora.r"),
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("batch_size", "positions_per_step"),
+        ("num_generations", "sampling.thoughts"),
+        ("max_completion_length", "sampling.max_thought_tokens"),
+        ("sampling.max_new_tokens", "sampling.max_thought_tokens"),
+        ("temperature", "sampling.temperature"),
+        ("lr", "optim.lr"),
+        ("objective.thoughts", "sampling.thoughts"),
+        ("optim.ntp_coef", "loss.ntp_coef"),
+        ("max_seq_length", "data.max_length"),
+        ("num_train_epochs", "epochs"),
+        ("lora_r", "policy.lora.r"),
     ],
-)  # fmt: skip
+)
 def test_the_usual_name_of_another_library_suggests_ours(file, name, ours):
     with pytest.raises(ConfigError, match=f"unknown key '{name}': .*'{ours}'"):
-        parse_section(load(file, [f"--{name}", "1"], config_of).objective)
+        parse_section(load_config(file, [f"--{name}", "1"], config_of).objective)
 
 
 def test_every_alias_names_a_field():
@@ -199,9 +296,11 @@ def test_every_alias_names_a_field():
 
 def test_an_error_in_a_file_names_the_file_and_the_line(tmp_path, capsys):
     path = tmp_path / "c.yaml"
-    for text, said in (("model: a\ndata: [\n", f"{path} is not YAML: line 3, column 1"),
-                       ("model: a\ndata: b\nmax_steps: many\n", f"(in {path})"),
-                       ("model: a\ndata: b\noptim: {lrr: 3}\n", f"'optim.lrr': did you mean 'lr'? (in {path})")):  # fmt: skip
+    for text, said in (
+        ("model: a\ndata: [\n", f"{path} is not YAML: line 3, column 1"),
+        ("model: a\ndata: b\nmax_steps: many\n", f"(in {path})"),
+        ("model: a\ndata: b\noptim: {lrr: 3}\n", f"'optim.lrr': did you mean 'lr'? (in {path})"),
+    ):
         path.write_text(text)
         assert cli.main(["train", str(path)]) == 2
         error = capsys.readouterr().err
@@ -222,14 +321,23 @@ def test_an_objective_is_given_by_name_yaml_or_file(tmp_path, values):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values | {"objective": section}))
     (tmp_path / "section.yml").write_text("name: rlp\nmarker: 0012\nevery: 4\n")
     (tmp_path / "short.yaml").write_text("model: a\ndata: b\nobjective: rpt\n")
-    for given in (str(tmp_path / "run.yaml"), str(tmp_path / "section.yml"), "{name: rlp, marker: 0012, every: 4}"):
+    for given in (
+        str(tmp_path / "run.yaml"),
+        str(tmp_path / "section.yml"),
+        "{name: rlp, marker: 0012, every: 4}",
+    ):
         assert objective_section(given) == section
     assert objective_section(str(tmp_path / "short.yaml")) == objective_section("rpt") == {"name": "rpt"}
     mine = "tests.builders.my_objective:LengthObjective"
     assert objective_section(mine) == {"name": mine}
     (tmp_path / "none.yaml").write_text("model: a\ndata: b\n")
-    for given, said in ((str(tmp_path / "gone.yaml"), "there is no such file"), ("3", "objective '3'"), ("[rlp]", "a name, "),
-                        (str(tmp_path / "none.yaml"), "no objective section"), ("rlpp", "did you mean 'rlp'")):  # fmt: skip
+    for given, said in (
+        (str(tmp_path / "gone.yaml"), "there is no such file"),
+        ("3", "objective '3'"),
+        ("[rlp]", "a name, "),
+        (str(tmp_path / "none.yaml"), "no objective section"),
+        ("rlpp", "did you mean 'rlp'"),
+    ):
         with pytest.raises(ConfigError, match=said):
             objective_section(given)
 
@@ -240,6 +348,8 @@ def test_evaluation_every_0_steps_is_one_at_the_end(corpus, values):
 
     evaluation = {"data": str(corpus / "held_out.jsonl"), "documents": 4, "thoughts": 2, "every": 0}
     Pretrainer(build(values | {"eval": evaluation, "max_steps": 2})).train()
-    rows = [json.loads(line) for line in (Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    ]
     assert ["eval/gain" in row for row in rows] == [False, True]
     assert not list(Path(values["output_dir"]).glob("checkpoint-*"))

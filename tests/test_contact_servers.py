@@ -1,4 +1,6 @@
-"""A trainer and `rlpretrain serve` meet for the first time: what cannot work is refused before the first step (issue 15.22)."""
+"""A trainer and `rlpretrain serve` meet for the first time: what cannot work is refused before the first
+step (issue 15.22).
+"""
 
 from __future__ import annotations
 
@@ -60,21 +62,35 @@ def untagged(tmp_path_factory) -> Path:
 
 def commands(file: str) -> dict[str, list[str]]:
     """The `rlpretrain` and server commands of a document's blocks on servers, by their second word."""
-    lines = [line.split(" #")[0].rstrip() for line in (ROOT / file).read_text().replace("\\\n", " ").splitlines()]
-    found = [shlex.split(line) for line in lines if re.match(r"(mkdir|rlpretrain|VLLM_SERVER_DEV_MODE=1) ", line)]
-    return {words[1] if words[0] == "rlpretrain" else words[0].split("=")[0]: words for words in found
-            if {"tag", "serve", "train", "-p"} & set(words) and {"runs/base", "/dev/shm/weights"} & set(words)}  # fmt: skip
+    lines = [
+        line.split(" #")[0].rstrip() for line in (ROOT / file).read_text().replace("\\\n", " ").splitlines()
+    ]
+    found = [
+        shlex.split(line) for line in lines if re.match(r"(mkdir|rlpretrain|VLLM_SERVER_DEV_MODE=1) ", line)
+    ]
+    return {
+        words[1] if words[0] == "rlpretrain" else words[0].split("=")[0]: words
+        for words in found
+        if {"tag", "serve", "train", "-p"} & set(words) and {"runs/base", "/dev/shm/weights"} & set(words)
+    }
 
 
 def test_the_commands_work_as_printed(untagged, values, tmp_path, capsys):
-    """With the base, the folder, the port and the configuration of this test, every other word as it stands there."""
+    """With the base, the folder, the port and the configuration of this test, every other word as it
+    stands there.
+    """
     said = commands("README.md")
     assert commands("docs/rollout.md") == said
     assert {"tag", "serve", "train", "mkdir", "VLLM_SERVER_DEV_MODE"} <= set(said), said
     port = free_port()
     (tmp_path / "rlp.yaml").write_text(yaml.safe_dump(values | {"max_steps": 2, "objective": "rlp"}))
-    here = {"MODEL": str(untagged), "runs/base": str(tmp_path / "base"), "/dev/shm/weights": str(tmp_path / "weights"),
-            "rlp.yaml": str(tmp_path / "rlp.yaml"), "[http://127.0.0.1:8000]": f"[http://127.0.0.1:{port}]"}  # fmt: skip
+    here = {
+        "MODEL": str(untagged),
+        "runs/base": str(tmp_path / "base"),
+        "/dev/shm/weights": str(tmp_path / "weights"),
+        "rlp.yaml": str(tmp_path / "rlp.yaml"),
+        "[http://127.0.0.1:8000]": f"[http://127.0.0.1:{port}]",
+    }
     said = {name: [here.get(word, word) for word in words] for name, words in said.items()}
     assert str(tmp_path / "base") in said["VLLM_SERVER_DEV_MODE"]
     Path(said["mkdir"][-1]).mkdir(parents=True)
@@ -100,7 +116,11 @@ def service(untagged, tmp_path_factory) -> Iterator[Service]:
 def trained(values, tmp_path, capsys, **engine) -> tuple[int, str, float]:
     """The exit code, what was said, and how long it took."""
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(values | {"objective": "rlp", "engine": {"name": "vllm_server", "deadline": 60.0} | engine}))
+    path.write_text(
+        yaml.safe_dump(
+            values | {"objective": "rlp", "engine": {"name": "vllm_server", "deadline": 60.0} | engine}
+        )
+    )
     begin = time.monotonic()
     code = cli.main(["train", str(path)])
     return code, capsys.readouterr().err, time.monotonic() - begin
@@ -111,7 +131,9 @@ def test_a_base_without_tags_is_refused_with_what_to_do(service, untagged, value
     code, error, took = trained(values | {"model": str(untagged)}, tmp_path, capsys, **where)
     size = AutoModelForCausalLM.from_pretrained(untagged).config.vocab_size + 2
     assert code == 1 and took < 40 and "Traceback" not in error
-    assert f"serves a model of fewer than {size} tokens" in error and "rlpretrain tag MODEL --out DIR" in error
+    assert (
+        f"serves a model of fewer than {size} tokens" in error and "rlpretrain tag MODEL --out DIR" in error
+    )
     assert not (Path(values["output_dir"]) / "metrics.jsonl").exists()
 
 
@@ -119,7 +141,12 @@ def test_a_folder_that_the_server_may_not_read_is_refused(service, untagged, val
     values = values | {"model": {"path": str(untagged)}}
     values["objective"] = {"name": "rlp", "open": "shows", "close": "."}
     path = tmp_path / "c.yaml"
-    engine = {"name": "vllm_server", "urls": [service.url], "deadline": 60.0, "weights_dir": str(tmp_path / "elsewhere")}
+    engine = {
+        "name": "vllm_server",
+        "urls": [service.url],
+        "deadline": 60.0,
+        "weights_dir": str(tmp_path / "elsewhere"),
+    }
     path.write_text(yaml.safe_dump(values | {"engine": engine}))
     begin = time.monotonic()
     assert cli.main(["train", str(path)]) == 1 and time.monotonic() - begin < 40
@@ -133,8 +160,12 @@ def test_who_is_waited_for_is_said_and_the_end_is_a_line(values, tmp_path, capsy
     url = f"http://127.0.0.1:{free_port()}"
     code, error, _ = trained(values, tmp_path, capsys, urls=[url], deadline=3.0)
     first, *_, last = [line for line in error.splitlines() if url in line]
-    assert re.match(rf"waiting for vLLM servers, [12] s more \(engine\.deadline\): {url}: ConnectError", first)
-    assert code == 1 and last.startswith(f"rlpretrain: no vLLM server answered within 3 s ({url}: ConnectError")
+    assert re.match(
+        rf"waiting for vLLM servers, [12] s more \(engine\.deadline\): {url}: ConnectError", first
+    )
+    assert code == 1 and last.startswith(
+        f"rlpretrain: no vLLM server answered within 3 s ({url}: ConnectError"
+    )
     assert "Traceback" not in error
 
 

@@ -1,4 +1,6 @@
-"""What a step divides by: NaN rewards that only the scores could tell, and documents that are drawn twice (issue 15.6)."""
+"""What a step divides by: NaN rewards that only the scores could tell, and documents that are drawn twice
+(issue 15.6).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.builders.runs import launch, merged, one_step, trained
 
 
 def applies(thought: Any) -> bool:
-    """Whether a thought's reward is a number: by chance, so that groups have any number of them, also none."""
+    """Whether a thought's reward is a number: by chance, so that groups have any number of them, also
+    none.
+    """
     return bool(thought.seed % 3) and sum(thought.token_ids) % 5 not in (0, 1)
 
 
@@ -40,24 +44,38 @@ class Live(rlp.RLP):
 class Known(rlp.RLP):
     """The same thoughts left out, by a stored NaN: the denominators know it from the start."""
 
-    async def rewarded(self, engine, groups):
-        return [dataclasses.replace(g, rewards=tuple(0.0 if applies(t) else math.nan for t in g.thoughts)) for g in groups]
+    async def add_rewards(self, engine, groups):
+        return [
+            dataclasses.replace(g, rewards=tuple(0.0 if applies(t) else math.nan for t in g.thoughts))
+            for g in groups
+        ]
 
 
 def close(ours, theirs, rtol=1e-4, atol=2e-6) -> None:
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
-        torch.testing.assert_close(ours[name], grad, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], grad, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def objective(owner: type[Objective]) -> dict[str, Any]:
-    return {"name": f"tests.test_denominators:{owner.__name__}", "positions": "after", "marker": "shows", "target_length": 2}
+    return {
+        "name": f"tests.test_denominators:{owner.__name__}",
+        "positions": "after",
+        "marker": "shows",
+        "target_length": 2,
+    }
 
 
 BASE = {"positions_per_step": 6, "loss__reader_coef": 0.5, "loss__ntp_coef": 0.7}
 KINDS: dict[str, dict[str, Any]] = {
     "thought_mean": {},
-    "token_mean": {"loss__reduction": "token_mean", "sampling__cut": "mask", "sampling__max_thought_tokens": 20},
+    "token_mean": {
+        "loss__reduction": "token_mean",
+        "sampling__cut": "mask",
+        "sampling__max_thought_tokens": 20,
+    },
     "sum": {"loss__reduction": "sum", "sampling__cut": "penalise", "sampling__cut_penalty": 0.5},
     "parts": {"token_budget": 60, "loss__reduction": "token_mean"},
     "small": {"token_budget": 250, "packing": "padded"},
@@ -69,11 +87,23 @@ def test_a_live_reward_of_nan_counts_nowhere(values, tmp_path, kind):
     """One gradient and one log, whether the NaN was stored or is found while the step is trained."""
     changes = BASE | KINDS[kind]
     live, ours = one_step(values, objective=objective(Live), output_dir=str(tmp_path / "live"), **changes)
-    known, theirs = one_step(values, objective=objective(Known), output_dir=str(tmp_path / "known"), **changes)
+    known, theirs = one_step(
+        values, objective=objective(Known), output_dir=str(tmp_path / "known"), **changes
+    )
     assert 0 < known.last["thought/uncounted_frac"] < 1
     close(ours, theirs)
-    for name in ("loss", "policy_loss", "reward", "reader/loss", "ntp/loss", "ig/mean", "thought/uncounted_frac", "reward_std",
-                 "batch/micro_batches", "completions/mean_length"):  # fmt: skip
+    for name in (
+        "loss",
+        "policy_loss",
+        "reward",
+        "reader/loss",
+        "ntp/loss",
+        "ig/mean",
+        "thought/uncounted_frac",
+        "reward_std",
+        "batch/micro_batches",
+        "completions/mean_length",
+    ):
         assert live.last[name] == pytest.approx(known.last[name], rel=1e-4, abs=1e-6), name
 
 
@@ -92,9 +122,13 @@ def test_a_live_reward_of_nan_counts_nowhere_under_deepspeed(values, tmp_path, s
     changes = BASE | {"loss__reduction": "token_mean", "token_budget": 150, "max_steps": 2}
     known = trained(values, objective=objective(Known), output_dir=str(tmp_path / "known"), **changes)
     policy = {"backend": "deepspeed", "zero_stage": stage}
-    live = trained(values, objective=objective(Live), output_dir=str(tmp_path / "live"), policy=policy, **changes)
+    live = trained(
+        values, objective=objective(Live), output_dir=str(tmp_path / "live"), policy=policy, **changes
+    )
     for name, tensor in known.items():
-        torch.testing.assert_close(live[name], tensor, rtol=1e-4, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            live[name], tensor, rtol=1e-4, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_nothing_is_scored_twice_where_all_rewards_are_numbers(values):
@@ -137,9 +171,20 @@ def few(values: dict[str, Any], folder: Path, n: int) -> dict[str, Any]:
     return {"path": str(folder / "few.jsonl"), "max_length": 128, "shuffle": False}
 
 
-RMT = {"name": "rmt", "template": "{context}", "opening": "shows", "closing": ".", "budget": 5, "min_entropy": 0.0,
-       "curriculum_from": 0.0, "curriculum_to": 0.0, "target_length": 1, "positions_per_document": 2,
-       "dynamic_sampling": False, "positions": "random"}  # fmt: skip
+RMT = {
+    "name": "rmt",
+    "template": "{context}",
+    "opening": "shows",
+    "closing": ".",
+    "budget": 5,
+    "min_entropy": 0.0,
+    "curriculum_from": 0.0,
+    "curriculum_to": 0.0,
+    "target_length": 1,
+    "positions_per_document": 2,
+    "dynamic_sampling": False,
+    "positions": "random",
+}
 TWICE: dict[str, dict[str, Any]] = {
     "rlp": {"objective": {"name": "rlp", "positions_per_document": 2}, "positions_per_step": 16},
     "rmt": {"objective": RMT, "positions_per_step": 16},
@@ -149,14 +194,31 @@ TWICE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 def test_documents_drawn_twice_and_rewards_of_nan_on_two_ranks(values, tmp_path):
-    """Three documents, eight draws: their next-token loss counts once for each draw, whoever drew it and whoever trains it."""
-    plain = {"policy": {"backend": "torch"}, "token_budget": 400, "optim__clip_grad_norm": 0.0, "max_steps": 1}
+    """Three documents, eight draws: their next-token loss counts once for each draw, whoever drew it and
+    whoever trains it.
+    """
+    plain = {
+        "policy": {"backend": "torch"},
+        "token_budget": 400,
+        "optim__clip_grad_norm": 0.0,
+        "max_steps": 1,
+    }
     kinds = {name: plain | changes | {"data": few(values, tmp_path, 3)} for name, changes in TWICE.items()}
     kinds["padded"] = kinds["rlp"] | {"packing": "padded"}
     kinds["nan"] = plain | BASE | {"objective": objective(Live), "loss__reduction": "token_mean"}
-    alone = {name: one_step(values, output_dir=str(tmp_path / name), **changes) for name, changes in kinds.items()}
-    launch([{"config": merged(values, output_dir=str(tmp_path / f"two {name}"), **changes),
-             "gradient": str(tmp_path / f"gradient {name}")} for name, changes in kinds.items()], tmp_path)  # fmt: skip
+    alone = {
+        name: one_step(values, output_dir=str(tmp_path / name), **changes) for name, changes in kinds.items()
+    }
+    launch(
+        [
+            {
+                "config": merged(values, output_dir=str(tmp_path / f"two {name}"), **changes),
+                "gradient": str(tmp_path / f"gradient {name}"),
+            }
+            for name, changes in kinds.items()
+        ],
+        tmp_path,
+    )
     for name, (_, whole) in alone.items():
         shares = [torch.load(tmp_path / f"gradient {name}-{rank}.pt")["gradient"] for rank in (0, 1)]
         close({n: shares[0][n] + shares[1][n] for n in whole}, whole, atol=1e-5)
@@ -165,10 +227,26 @@ def test_documents_drawn_twice_and_rewards_of_nan_on_two_ranks(values, tmp_path)
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 @pytest.mark.parametrize("budget", [60, 400])
 def test_a_document_counts_as_often_as_it_is_drawn(values, tmp_path, packing, budget):
-    run = Run(build(merged(values, packing=packing, token_budget=budget, data=few(values, tmp_path, 3), **TWICE["rlp"])), None)
+    run = Run(
+        build(
+            merged(
+                values, packing=packing, token_budget=budget, data=few(values, tmp_path, 3), **TWICE["rlp"]
+            )
+        ),
+        None,
+    )
     batch = run.next_batch()
     totals = run.count(batch)
-    assert [d.id for d in batch.documents] == ["0", "1", "2", "0", "1", "2", "0", "1"]  # two positions for each draw
+    assert [d.id for d in batch.documents] == [
+        "0",
+        "1",
+        "2",
+        "0",
+        "1",
+        "2",
+        "0",
+        "1",
+    ]  # two positions for each draw
     sizes = [len(d.token_ids) - 1 for d in batch.documents]
     assert totals.trunk == sum(sizes)
     micros = run.pack(batch, totals)
@@ -197,8 +275,12 @@ def test_next_token_prediction_on_few_documents_is_a_plain_loops(values, tmp_pat
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_draws_are_told_apart_after_a_resume(values, tmp_path, ahead):
     """Spare positions keep the number of their draw."""
-    changes = {"data": few(values, tmp_path, 1), "objective": {"name": "rlp", "positions_per_document": 3},
-               "positions_per_step": 4, "max_steps": 6}  # fmt: skip
+    changes = {
+        "data": few(values, tmp_path, 1),
+        "objective": {"name": "rlp", "positions_per_document": 3},
+        "positions_per_step": 4,
+        "max_steps": 6,
+    }
     changes |= {"engine__max_staleness": ahead} if ahead else {}
     run = Run(build(merged(values, **changes)), None)
     run.next_batch()
@@ -214,7 +296,10 @@ def test_draws_are_told_apart_after_a_resume(values, tmp_path, ahead):
 
 
 def test_a_checkpoint_without_numbers_of_draws_is_read(values):
-    run = Run(build(merged(values, objective={"name": "rlp", "positions_per_document": 3}, positions_per_step=4)), None)
+    run = Run(
+        build(merged(values, objective={"name": "rlp", "positions_per_document": 3}, positions_per_step=4)),
+        None,
+    )
     run.next_batch()
     state = run.source.state_dict()
     old = [{k: v for k, v in row.items() if k != "draw"} for row in state["spare"]]

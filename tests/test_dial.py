@@ -17,7 +17,9 @@ from tests.builders.dial import PROBLEMS, SIGN, compute
 def verified(trace: list[str]) -> bool:
     """Whether every step of `6 bob up3 9 ...` follows from the one before."""
     values, ops = [int(w) for w in trace[::3]], trace[2::3]
-    return all(SIGN[op[:-1]](a, int(op[-1])) % 10 == b for a, op, b in zip(values, ops, values[1:], strict=False))
+    return all(
+        SIGN[op[:-1]](a, int(op[-1])) % 10 == b for a, op, b in zip(values, ops, values[1:], strict=False)
+    )
 
 
 @given(PROBLEMS)
@@ -28,7 +30,9 @@ def test_answers_are_true_and_traces_verify(problem):
     assert dial.verify(" ".join(trace), " ".join([*trace, dial.CLOSE])) == (True, 1.0)
     names = [w for w in problem.question() if w in dial.NAMES]
     assert len(names) == problem.depth + 1
-    assert all((dial.NAMES.index(a) + 1) % 12 == dial.NAMES.index(b) for a, b in zip(names, names[1:], strict=False))
+    assert all(
+        (dial.NAMES.index(a) + 1) % 12 == dial.NAMES.index(b) for a, b in zip(names, names[1:], strict=False)
+    )
 
 
 @given(PROBLEMS, st.integers(0, 2**32), st.floats(0, 1))
@@ -58,7 +62,11 @@ def test_verify_gives_the_share_before_the_first_error(problem, data):
 def test_a_record_can_be_checked(problem, seed):
     record = dial.record(problem)
     words = record["text"].split()
-    assert words[-3] == "shows" and words[-2] == record["answer"] == str(compute(words[:-3])) and words[-1] == "."
+    assert (
+        words[-3] == "shows"
+        and words[-2] == record["answer"] == str(compute(words[:-3]))
+        and words[-1] == "."
+    )
     assert record["depth"] == problem.depth and dial.verify(record["trace"], record["trace"])[0]
 
 
@@ -90,8 +98,14 @@ def test_shares_are_those_of_the_mix(name):
     found = Counter(map(kind_of, texts))
     for kind in dial.FORMATS:
         assert found[kind] / n == pytest.approx(getattr(mix, kind), abs=0.025), kind
-    thoughts = [(t.split()[: t.split().index("shows")], t.split(f"{dial.OPEN} ")[1].split(f" {dial.CLOSE}")[0].split())
-                for t in texts if dial.OPEN in t]  # fmt: skip
+    thoughts = [
+        (
+            t.split()[: t.split().index("shows")],
+            t.split(f"{dial.OPEN} ")[1].split(f" {dial.CLOSE}")[0].split(),
+        )
+        for t in texts
+        if dial.OPEN in t
+    ]
     worked_out = [(q, t) for q, t in thoughts if t[0].isdigit()]
     assert len(worked_out) / len(thoughts) == pytest.approx(mix.full_trace + mix.part_trace, abs=0.05)
     full = [t for q, t in worked_out if len(t) == 3 * ((len(q) - 3) // 2) + 1]
@@ -99,14 +113,21 @@ def test_shares_are_those_of_the_mix(name):
     steps = sum((len(t) - 1) // 3 for t in full)
     wrong = sum(not verified(t[i : i + 4]) for t in full for i in range(0, len(t) - 1, 3))
     assert 0 < wrong / steps < mix.slip * 1.3  # a slipped operation is carried out, so not every slip shows
-    depths = {d for low, high in [mix.think_depths, *([mix.deep_depths] if mix.deep else [])] for d in range(low, high + 1)}
+    depths = {
+        d
+        for low, high in [mix.think_depths, *([mix.deep_depths] if mix.deep else [])]
+        for d in range(low, high + 1)
+    }
     assert {(len(q) - 3) // 2 for q, _ in thoughts} == depths
 
 
 def test_everything_is_deterministic_under_the_seed(tmp_path):
     def made(folder, seed):
-        return {n: p.read_text() for n, p in dial.write(tmp_path / folder, base=40, train=40, held_out=12, seed=seed).items()
-                if p.is_file()}  # fmt: skip
+        return {
+            n: p.read_text()
+            for n, p in dial.write(tmp_path / folder, base=40, train=40, held_out=12, seed=seed).items()
+            if p.is_file()
+        }
 
     first = made("a", 3)
     assert set(first) == {"base", "train", "held_out"}
@@ -115,8 +136,12 @@ def test_everything_is_deterministic_under_the_seed(tmp_path):
 
 
 def test_held_out_problems_are_not_trained_on(tmp_path):
-    paths = dial.write(tmp_path, base=1, train=4000, held_out=3000, seed=0, depths=(1, 2, 3), held_out_depths=(1, 2, 3))
-    train, held_out = ([json.loads(x) for x in paths[n].read_text().splitlines()] for n in ("train", "held_out"))
+    paths = dial.write(
+        tmp_path, base=1, train=4000, held_out=3000, seed=0, depths=(1, 2, 3), held_out_depths=(1, 2, 3)
+    )
+    train, held_out = (
+        [json.loads(x) for x in paths[n].read_text().splitlines()] for n in ("train", "held_out")
+    )
     deep = {row["text"] for row in held_out if row["depth"] > 2}
     assert len(held_out) == 3000 and deep and not deep & {row["text"] for row in train}
     assert 3500 < len(train) < 4000  # those that were in both are left out
@@ -130,7 +155,10 @@ def test_each_depth_is_equally_common():
 
 def test_the_tokenizer_knows_every_word():
     tokenizer = dial.tokenizer()
-    for text in (*dial.base_documents(300, 0, dial.MIXES["b9"]), *dial.base_documents(300, 0, dial.MIXES["d1"])):
+    for text in (
+        *dial.base_documents(300, 0, dial.MIXES["b9"]),
+        *dial.base_documents(300, 0, dial.MIXES["d1"]),
+    ):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
         assert tokenizer.decode(ids) == text
@@ -163,7 +191,9 @@ def test_trace_skill_of_a_model_that_knows_and_one_that_does_not(corpus):
             import torch
 
             following = torch.roll(input_ids[0], -1)
-            return types.SimpleNamespace(logits=torch.nn.functional.one_hot(following, len(tokenizer)).float()[None])
+            return types.SimpleNamespace(
+                logits=torch.nn.functional.one_hot(following, len(tokenizer)).float()[None]
+            )
 
     assert dial.trace_skill(Knows(), tokenizer, count=40) == 1.0
 

@@ -1,4 +1,6 @@
-"""The dial in every method's format: what the base reads is what each objective asks for, rewards, and judges."""
+"""The dial in every method's format: what the base reads is what each objective asks for, rewards, and
+judges.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import pytest
 import yaml
 from hypothesis import given
 
-from rlpretrain.config.io import build, load
+from rlpretrain.config.io import build, load_config
 from rlpretrain.corpora import dial, dial_family
 from rlpretrain.data.stream import read_all
-from rlpretrain.experiments.experiment import load as load_experiment
+from rlpretrain.experiments.experiment import load_experiment
 from rlpretrain.judge import Judge
-from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import load_objective
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Thought
 from tests.builders.dial import PROBLEMS, compute
@@ -33,7 +35,7 @@ def ids(text: str) -> tuple[int, ...]:
 
 def objective(name: str, **fields):
     """The objective of an example configuration."""
-    values = yaml.safe_load((FAMILY / f"{name}.yaml").read_text())
+    values = yaml.safe_load_config((FAMILY / f"{name}.yaml").read_text())
     values["objective"] |= fields
     return load_objective(build(values), TOKENIZER)
 
@@ -47,7 +49,10 @@ def formatted(kind: str, count: int = 40) -> list[str]:
 def test_documents_are_true(problem):
     words = dial_family.document(problem)
     end = words.index(".")
-    assert words[end + 1 : end + 3] == ["it", "shows"] and int(words[end + 3]) == compute(words[:end]) == problem.answer
+    assert (
+        words[end + 1 : end + 3] == ["it", "shows"]
+        and int(words[end + 3]) == compute(words[:end]) == problem.answer
+    )
     assert words[-2] == ("odd" if problem.answer % 2 else "even")
     row = dial_family.record(problem)
     assert row["text"].split() == words
@@ -70,9 +75,18 @@ def test_shares_words_and_seeds():
 
 @pytest.mark.parametrize("kind", ["box", "tell", "fill", "hide", "find", "think", "sentence"])
 def test_prompts_of_the_examples_are_what_the_base_has_read(kind):
-    """Every document of a format begins, up to its thought, as the objective's prompt does; what follows earns its reward."""
-    name = {"box": "rpt", "tell": "rlpt_judge", "fill": "rlpt_judge", "hide": "pretrain_zero", "find": "pretrain_zero",
-            "think": "rlp", "sentence": "rlpt"}[kind]  # fmt: skip
+    """Every document of a format begins, up to its thought, as the objective's prompt does; what follows
+    earns its reward.
+    """
+    name = {
+        "box": "rpt",
+        "tell": "rlpt_judge",
+        "fill": "rlpt_judge",
+        "hide": "pretrain_zero",
+        "find": "pretrain_zero",
+        "think": "rlp",
+        "sentence": "rlpt",
+    }[kind]
     made, seen = objective(name), 0
     for text in formatted(kind):
         if dial.OPEN not in text:
@@ -83,7 +97,9 @@ def test_prompts_of_the_examples_are_what_the_base_has_read(kind):
         document = Document("d", ids(" ".join(plain)))
         if kind == "fill":
             at = plain.index("<MASK>")
-            position = Position("d", at, ids(" ".join(plain[:at])), ids("it shows 1 ."), ids(" ".join(plain[at + 1 :])))
+            position = Position(
+                "d", at, ids(" ".join(plain[:at])), ids("it shows 1 ."), ids(" ".join(plain[at + 1 :]))
+            )
             prompt = made.prompt(position)
         elif kind == "find":
             prompt = made.predictor(Position("d", 1, ids(" ".join(plain)), ()))
@@ -92,8 +108,14 @@ def test_prompts_of_the_examples_are_what_the_base_has_read(kind):
             prompt = made.prompt(position)
         assert TOKENIZER.decode(prompt.token_ids) == f"{head} {dial.OPEN}"
         thought, _, said = rest.partition(f" {dial.CLOSE} ")
-        sampled = Thought(ids(f"{thought} {dial.CLOSE} {said}"), (0.0,) * len(ids(rest)), FinishReason.CLOSE, 0, 0,
-                          (len(ids(thought)) + 1, len(ids(rest))))  # fmt: skip
+        sampled = Thought(
+            ids(f"{thought} {dial.CLOSE} {said}"),
+            (0.0,) * len(ids(rest)),
+            FinishReason.CLOSE,
+            0,
+            0,
+            (len(ids(thought)) + 1, len(ids(rest))),
+        )
         if kind == "box":
             answer = made.prediction(sampled).decode()
             assert answer.split()[0].isdigit()
@@ -110,8 +132,17 @@ def test_prompts_of_the_examples_are_what_the_base_has_read(kind):
 def test_positions_of_the_examples(tmp_path):
     paths = dial_family.write(tmp_path, base=1, train=30, held_out=1)
     tokenizer = dial_family.tokenizer()
-    for name in ("rlp", "rpt", "rlpt", "rlpt_judge", "pretrain_zero", "likelihood", "random_reward", "format_only"):
-        config = load(FAMILY / f"{name}.yaml", ["--data.path", str(paths["train"])])
+    for name in (
+        "rlp",
+        "rpt",
+        "rlpt",
+        "rlpt_judge",
+        "pretrain_zero",
+        "likelihood",
+        "random_reward",
+        "format_only",
+    ):
+        config = load_config(FAMILY / f"{name}.yaml", ["--data.path", str(paths["train"])])
         made = load_objective(config, tokenizer)
         for document in read_all(config.data, tokenizer):
             (position,) = made.positions(document, np.random.default_rng(0))
@@ -124,18 +155,30 @@ def test_positions_of_the_examples(tmp_path):
 
 def test_traces_for_sft_are_prompts_with_answers(tmp_path):
     paths = dial_family.write(tmp_path, base=1, train=20, held_out=1)
-    config = load(FAMILY / "sft_mixed.yaml", ["--ntp_data.path", str(paths["train"])])
+    config = load_config(FAMILY / "sft_mixed.yaml", ["--ntp_data.path", str(paths["train"])])
     for document in read_all(config.ntp_data, dial_family.tokenizer()):
         at = document.answer_at
-        text = TOKENIZER.decode(document.token_ids[:at]), TOKENIZER.decode(document.token_ids[at:], skip_special_tokens=False)
+        text = (
+            TOKENIZER.decode(document.token_ids[:at]),
+            TOKENIZER.decode(document.token_ids[at:], skip_special_tokens=False),
+        )
         assert text[0].endswith("it shows") and text[1].startswith(dial.OPEN)
 
 
 @pytest.mark.parametrize(
     ("predicted", "verdict"),
-    [("it shows 7 .", 1), ("it shows 7 . that is odd .", 1), ("it shows 7", 1), ("it shows 8 .", 0), ("it shows", 0), ("", 0),
-     ("7", 0), ('it shows 7", "reference": "', 0), ("Score: 1", 0)],
-)  # fmt: skip
+    [
+        ("it shows 7 .", 1),
+        ("it shows 7 . that is odd .", 1),
+        ("it shows 7", 1),
+        ("it shows 8 .", 0),
+        ("it shows", 0),
+        ("", 0),
+        ("7", 0),
+        ('it shows 7", "reference": "', 0),
+        ("Score: 1", 0),
+    ],
+)
 def test_the_oracle_knows_what_follows(predicted, verdict):
     judge = Judge(dial_family.judge)
     assert asyncio.run(judge([(predicted, "it shows 7 . that is odd .")])) == [verdict]
@@ -151,8 +194,10 @@ def test_a_judge_by_path_is_asked_and_counted(tmp_path):
         tokens = ids(f"hmm {dial.CLOSE} {dial_family.SAY} {text} {dial_family.SAID}")
         return Thought(tokens, (0.0,) * len(tokens), FinishReason.CLOSE, 0, 0, (2, len(tokens)))
 
-    groups = [Group(str(i), p, made.prompt(p), (thought("it shows 7 ."), thought("it shows 2 ."), thought("it")), 0)
-              for i, p in enumerate((position, other))]  # fmt: skip
+    groups = [
+        Group(str(i), p, made.prompt(p), (thought("it shows 7 ."), thought("it shows 2 ."), thought("it")), 0)
+        for i, p in enumerate((position, other))
+    ]
     assert asyncio.run(made.judged(None, groups)) == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     notes = made.notes()
     assert notes["objective/judge_asked"] == 4 and notes["objective/judge_failed_frac"] == 0
@@ -162,7 +207,11 @@ def test_a_judge_by_path_is_asked_and_counted(tmp_path):
 def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match="unknown mix 'c8': one of f1"):
         dial_family.write(tmp_path, mix="c8")
-    for path in ("rlpretrain.corpora.dial_family:nothing", "nowhere:judge", "rlpretrain.corpora.dial_family:document"):
+    for path in (
+        "rlpretrain.corpora.dial_family:nothing",
+        "nowhere:judge",
+        "rlpretrain.corpora.dial_family:document",
+    ):
         with pytest.raises(ValueError, match="objective.judge_function"):
             objective("rlpt_judge", judge_function=path)
 
@@ -174,6 +223,6 @@ def test_every_example_is_a_valid_configuration():
         if "methods:" in file.read_text():
             assert load_experiment(file).methods
         else:
-            config = load(file)
+            config = load_config(file)
             assert Path(config.output_dir).name == file.stem
             json.dumps(config.objective)

@@ -64,7 +64,11 @@ def test_somebody_elses_rewards_is_found(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("cuda", "gpu", "status", "found"),
-    [(None, False, "ok", "cpu"), (None, True, "note", "although there is a GPU"), ("13.0", False, "note", "CUDA 13.0")],
+    [
+        (None, False, "ok", "cpu"),
+        (None, True, "note", "although there is a GPU"),
+        ("13.0", False, "note", "CUDA 13.0"),
+    ],
 )
 def test_torch_and_driver_that_do_not_match(monkeypatch, cuda, gpu, status, found):
     torch = pytest.importorskip("torch")

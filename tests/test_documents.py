@@ -49,7 +49,9 @@ def words(document):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("form", ["txt", "jsonl", "json", "csv", "tsv", "parquet", "glob", "folder", "disk", "gz"])
+@pytest.mark.parametrize(
+    "form", ["txt", "jsonl", "json", "csv", "tsv", "parquet", "glob", "folder", "disk", "gz"]
+)
 def test_every_form_gives_the_same_documents(folder, form, streaming):
     lines = texts(7)
     rows = Dataset.from_dict({"text": lines})
@@ -144,7 +146,9 @@ def test_without_eos(folder):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_blank_and_short_documents_are_dropped_and_counted(folder, streaming):
     path = jsonl(folder / "d.jsonl", [{"text": t} for t in ["w1 w2 w3", "", None, "  ", "w4", "w5 w6 w7"]])
-    stream = DocumentStream(DataConfig(path=path, streaming=streaming, shuffle=False), TOKENIZER, min_length=3)
+    stream = DocumentStream(
+        DataConfig(path=path, streaming=streaming, shuffle=False), TOKENIZER, min_length=3
+    )
     assert [d.id for d in stream.take(2)] == ["0", "5"]
     assert stream.dropped == 4
 
@@ -161,14 +165,19 @@ def test_tokenised_once(folder, monkeypatch):
     (folder / "d.txt").write_text("\n".join(texts(5)))
     data = DataConfig(path=str(folder / "d.txt"))
     first = read_all(data, TOKENIZER)
-    monkeypatch.setattr("rlpretrain.data.tokenization.Cutter.pieces", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(
+        "rlpretrain.data.tokenization.Cutter.pieces", lambda *_: pytest.fail("tokenised again")
+    )
     assert read_all(data, TOKENIZER) == first
 
 
 def test_limit(folder):
     (folder / "d.txt").write_text("\n".join(texts(5)))
     for streaming in (False, True):
-        assert len(read_all(DataConfig(path=str(folder / "d.txt"), streaming=streaming), TOKENIZER, limit=3)) == 3
+        assert (
+            len(read_all(DataConfig(path=str(folder / "d.txt"), streaming=streaming), TOKENIZER, limit=3))
+            == 3
+        )
 
 
 def test_no_noise_and_settings_restored(folder, capfd):
@@ -212,10 +221,14 @@ def test_unshuffled_order_is_the_files(corpus):
 def test_ranks_together_see_what_one_rank_sees_step_by_step(corpus, world_size):
     data = DataConfig(path=corpus)
     one = DocumentStream(data, TOKENIZER, seed=5)
-    ranks = [DocumentStream(data, TOKENIZER, seed=5, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [
+        DocumentStream(data, TOKENIZER, seed=5, rank=r, world_size=world_size) for r in range(world_size)
+    ]
     for step in range(30):  # over two epoch ends; their lengths are no multiple of anything here
         per_rank = 4 + step % 2
-        together = [d for documents in zip(*(r.take(per_rank) for r in ranks), strict=True) for d in documents]
+        together = [
+            d for documents in zip(*(r.take(per_rank) for r in ranks), strict=True) for d in documents
+        ]
         assert together == one.take(per_rank * world_size)
 
 
@@ -224,7 +237,9 @@ def test_streaming_ranks_share_each_pass(corpus, world_size):
     data = DataConfig(path=corpus, streaming=True)
     n = (2 * CHUNK + 9) // world_size
     one = DocumentStream(data, TOKENIZER).take(n * world_size)
-    ranks = [DocumentStream(data, TOKENIZER, rank=r, world_size=world_size).take(n) for r in range(world_size)]
+    ranks = [
+        DocumentStream(data, TOKENIZER, rank=r, world_size=world_size).take(n) for r in range(world_size)
+    ]
     assert [d for documents in zip(*ranks, strict=True) for d in documents] == one
 
 
@@ -252,7 +267,21 @@ def test_resumed_stream_goes_on_exactly(folder, streaming, rank, world_size):
     expected = fresh().take(400)
     whole = fresh()
     start = 0
-    for n in (0, 1, 2, 7, 50, 40, 60, 33, 129, 64, 1, 0, 5):  # inside documents, at chunk ends, over epoch ends
+    for n in (
+        0,
+        1,
+        2,
+        7,
+        50,
+        40,
+        60,
+        33,
+        129,
+        64,
+        1,
+        0,
+        5,
+    ):  # inside documents, at chunk ends, over epoch ends
         assert whole.take(n) == expected[start : start + n]
         start += n
         resumed = fresh()
@@ -319,7 +348,11 @@ def test_state_of_a_file_that_changed_is_refused(folder):
         ("d.txt", b"w1 w2\n\xff\xfe\n", r"d\.txt:2: not UTF-8"),
         ("d.parquet", "w1 w2", r"cannot read .*d\.parquet"),
         ("d.md", "w1 w2", r"d\.md must name files of one kind.*\.jsonl"),
-        ("d.jsonl", '{"question": "w1", "answer": "w2"}\n', r"no column 'text'; its columns: question, answer"),
+        (
+            "d.jsonl",
+            '{"question": "w1", "answer": "w2"}\n',
+            r"no column 'text'; its columns: question, answer",
+        ),
         ("d.jsonl", '{"text": 3}\n', r"d\.jsonl\[0\]: column 'text' holds int, not text"),
         ("d.txt", "w1\n\nw2\n", r"no document has 4 tokens; 3 are blank or shorter"),
     ],
@@ -352,7 +385,9 @@ def test_missing_meta_column_split_and_glob(folder):
 def test_hub_dataset_offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="'nobody/nothing' is no file or folder here, and the hub cannot be reached"):
+    with pytest.raises(
+        ConfigError, match="'nobody/nothing' is no file or folder here, and the hub cannot be reached"
+    ):
         DocumentStream(DataConfig(path="nobody/nothing"), TOKENIZER)
 
 
@@ -361,7 +396,9 @@ def test_hub_dataset_that_does_not_exist(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/nothing' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    with pytest.raises(ConfigError, match="'nobody/nothing' is no file or folder here, and no dataset of the hub"):
+    with pytest.raises(
+        ConfigError, match="'nobody/nothing' is no file or folder here, and no dataset of the hub"
+    ):
         DocumentStream(DataConfig(path="nobody/nothing"), TOKENIZER)
 
 

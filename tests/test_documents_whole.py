@@ -103,9 +103,17 @@ def test_an_older_checkpoint_still_loads(values, tmp_path):
     state = run.source.state_dict()
     places = list(run.source._spare)
     state["spare"] = [
-        (p.document.id, p.document.token_ids, p.document.source, p.position.index, p.seed, len(p.position.target_ids),
-         p.position.suffix_ids) for p in places
-    ]  # fmt: skip
+        (
+            p.document.id,
+            p.document.token_ids,
+            p.document.source,
+            p.position.index,
+            p.seed,
+            len(p.position.target_ids),
+            p.position.suffix_ids,
+        )
+        for p in places
+    ]
     run.source.load_state_dict(state)
     found = run.source._spare
     assert [(p.position, p.seed) for p in found] == [(p.position, p.seed) for p in places]

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError, LoraConfig
-from rlpretrain.config.io import build, load, read_mapping
-from rlpretrain.experiments.experiment import load as load_experiment
+from rlpretrain.config.io import build, load_config, read_mapping
+from rlpretrain.experiments.experiment import load_experiment
 from rlpretrain.objectives import parse_section
 from rlpretrain.tools.dry_run import dry_run, make_objective, make_sizes, model_shape
 from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
@@ -41,25 +41,41 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(values: dict[str, Any] | None = None, *overrides: str) -> dict[str, Item]:
     """The memory of a configuration by name of the part; the Qwen recipe by default."""
-    config = load(QWEN, overrides) if values is None else build(values)
+    config = load_config(QWEN, overrides) if values is None else build(values)
     shape, _ = model_shape(config.model, EXAMPLES)
-    return {i.name: i for i in memory(config, shape, make_sizes(config, make_objective(config, []), shape, []))}
+    return {
+        i.name: i for i in memory(config, shape, make_sizes(config, make_objective(config, []), shape, []))
+    }
 
 
 def test_the_papers_recipe_resolves_offline(offline: None, capsys: pytest.CaptureFixture[str]):
     assert main(["train", str(QWEN), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for expected in (f"{PARAMETERS:,}", "baseline ema", "keys and values", "peak", "102,400 in all", "1.00e-06 (step 200)"):
+    for expected in (
+        f"{PARAMETERS:,}",
+        "baseline ema",
+        "keys and values",
+        "peak",
+        "102,400 in all",
+        "1.00e-06 (step 200)",
+    ):
         assert expected in said
-    config = load(QWEN)
-    assert (config.sampling.thoughts, config.sampling.temperature, config.sampling.max_thought_tokens) == (16, 0.7, 2048)
+    config = load_config(QWEN)
+    assert (config.sampling.thoughts, config.sampling.temperature, config.sampling.max_thought_tokens) == (
+        16,
+        0.7,
+        2048,
+    )
     assert (config.baseline.name, config.baseline.decay) == ("ema", 0.999)
     assert (config.optim.lr, config.optim.schedule, config.positions_per_step) == (1e-6, "constant", 512)
     assert (config.loss.ntp_coef, config.loss.reader_coef, config.data.max_length) == (0.0, 0.0, 2048)
 
 
 def test_parameters_are_counted_exactly_and_tied_ones_once(corpus: Path):
-    assert count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b"))[:2] == (PARAMETERS, PARAMETERS)
+    assert count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b"))[:2] == (
+        PARAMETERS,
+        PARAMETERS,
+    )
     built = tiny_model("llama")
     whole = sum(p.numel() for p in built.parameters())
     assert count_parameters(built.config)[:2] == (whole, whole)
@@ -71,8 +87,14 @@ def test_parameters_are_counted_exactly_and_tied_ones_once(corpus: Path):
 def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch):
     one = planned()
     p = PARAMETERS
-    sizes = {"weights": 2 * p, "gradients": 2 * p, "AdamW's two moments": 8 * p, "fp32 master weights": 4 * p,
-             "baseline ema": 4 * p, "initial model": 2 * p}  # fmt: skip
+    sizes = {
+        "weights": 2 * p,
+        "gradients": 2 * p,
+        "AdamW's two moments": 8 * p,
+        "fp32 master weights": 4 * p,
+        "baseline ema": 4 * p,
+        "initial model": 2 * p,
+    }
     sizes["Python and libraries"] = LIBRARIES
     assert {name: one[name].bytes for name in sizes} == sizes
     assert {name for name, item in one.items() if item.when == "always"} == set(sizes)
@@ -91,23 +113,43 @@ def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch):
 def test_lora_and_the_engine_count():
     lora = planned(None, "--policy.lora", '{"r": 8, "target_modules": ["q_proj", "v_proj"]}')
     adapters = 28 * 8 * (2048 + 2048 + 2048 + 1024)
-    assert lora["AdamW's two moments"].bytes == 8 * adapters and lora["weights"].bytes == 2 * (PARAMETERS + adapters)
-    hf, vllm, servers = (planned(None, "--engine", json.dumps(e)) for e in (
-        {"name": "hf", "max_staleness": 1}, {"name": "vllm_local", "kv_cache_gib": 2, "dtype": "float32"},
-        {"name": "vllm_server", "urls": ["http://x"]}))  # fmt: skip
-    assert hf["engine's own weights"].bytes == 2 * PARAMETERS and vllm["engine's own weights"].bytes == 4 * PARAMETERS
+    assert lora["AdamW's two moments"].bytes == 8 * adapters and lora["weights"].bytes == 2 * (
+        PARAMETERS + adapters
+    )
+    hf, vllm, servers = (
+        planned(None, "--engine", json.dumps(e))
+        for e in (
+            {"name": "hf", "max_staleness": 1},
+            {"name": "vllm_local", "kv_cache_gib": 2, "dtype": "float32"},
+            {"name": "vllm_server", "urls": ["http://x"]},
+        )
+    )
+    assert (
+        hf["engine's own weights"].bytes == 2 * PARAMETERS
+        and vllm["engine's own weights"].bytes == 4 * PARAMETERS
+    )
     assert vllm["keys and values"].bytes == 2 << 30 and "logits of sampling" not in vllm
     assert not {"engine's own weights", "keys and values"} & servers.keys()
 
 
 def test_plain_settings_cost_no_copies():
-    lean = planned(None, "--baseline.name", "self", "--baseline.frozen_every", "0", "--model.gradient_checkpointing", "false")
+    lean = planned(
+        None,
+        "--baseline.name",
+        "self",
+        "--baseline.frozen_every",
+        "0",
+        "--model.gradient_checkpointing",
+        "false",
+    )
     assert not {"baseline ema", "initial model"} & lean.keys()
     assert lean["activations"].bytes > 5 * planned()["activations"].bytes
 
 
 def test_activations_are_close_to_what_autograd_keeps():
-    model = tiny_model("qwen3", hidden_size=64, intermediate_size=192, head_dim=16, num_key_value_heads=2, vocab_size=32)
+    model = tiny_model(
+        "qwen3", hidden_size=64, intermediate_size=192, head_dim=16, num_key_value_heads=2, vocab_size=32
+    )
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -118,16 +160,30 @@ def test_activations_are_close_to_what_autograd_keeps():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        hidden = model.base_model(input_ids=torch.ones(4, 64, dtype=torch.long), use_cache=False).last_hidden_state
+        hidden = model.base_model(
+            input_ids=torch.ones(4, 64, dtype=torch.long), use_cache=False
+        ).last_hidden_state
     found = sum(s.nbytes() for s in kept.values())
     config = build({"model": "here", "data": "docs.jsonl", "token_budget": 256, "objective": "ntp"})
-    sizes = Sizes(parameters=1, trained=1, linear=0, ranks=1, backend="torch", stage=0, device="cpu",
-                  prompt=64, row=64, micro=256)  # fmt: skip
+    sizes = Sizes(
+        parameters=1,
+        trained=1,
+        linear=0,
+        ranks=1,
+        backend="torch",
+        stage=0,
+        device="cpu",
+        prompt=64,
+        row=64,
+        micro=256,
+    )
     said = next(i.bytes for i in memory(config, model.config, sizes) if i.name == "activations")
     assert hidden.requires_grad and 0.8 < said / found < 1.25
 
 
-def test_a_local_model_and_file_are_read(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_local_model_and_file_are_read(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     values = merged(values, epochs=2, max_steps=None, optim__schedule="cosine")
     assert main(["train", written(values, tmp_path), "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -159,19 +215,30 @@ def test_plain_next_token_prediction_needs_no_engine(values: dict[str, Any]):
     ],
 )
 def test_what_a_run_would_refuse_is_refused(
-    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+    values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    message: str,
 ):
     assert main(["train", written(merged(values, **change), tmp_path), "--dry-run"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_without_weights_is_for_training_from_scratch(values: dict[str, Any], corpus: Path, tmp_path: Path):
+def test_a_folder_without_weights_is_for_training_from_scratch(
+    values: dict[str, Any], corpus: Path, tmp_path: Path
+):
     with pytest.raises(ConfigError, match="no weights"):
         dry_run(build(merged(values, model=str(corpus / "model"))), tmp_path)
-    assert dry_run(build(merged(values, model={"path": str(corpus / "model"), "from_scratch": True})), tmp_path) == 0
+    assert (
+        dry_run(build(merged(values, model={"path": str(corpus / "model"), "from_scratch": True})), tmp_path)
+        == 0
+    )
 
 
-def test_positions_divide_over_the_ranks(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_positions_divide_over_the_ranks(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="does not divide over 3 ranks"):
         dry_run(build(values), tmp_path)
@@ -182,4 +249,4 @@ def test_every_example_parses(file: Path):
     if "methods" in read_mapping(file):
         load_experiment(file)
     else:
-        parse_section(load(file).objective)
+        parse_section(load_config(file).objective)

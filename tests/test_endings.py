@@ -46,7 +46,9 @@ def status(folder: Path) -> str:
 # 15.15: resuming from an older checkpoint
 
 
-def test_what_came_after_an_older_checkpoint_is_set_aside_and_auto_follows_the_new_branch(values, tmp_path, capsys):
+def test_what_came_after_an_older_checkpoint_is_set_aside_and_auto_follows_the_new_branch(
+    values, tmp_path, capsys
+):
     run = merged(values, save_rollouts=True, console=True, **LONG)
     folder = Path(values["output_dir"])
     Pretrainer(build(merged(run, max_steps=6))).train()
@@ -94,7 +96,12 @@ def test_a_run_that_begins_again_without_a_checkpoint_keeps_what_was_there(value
     assert (folder / "model").is_dir()
     Run(build(run), "auto").close()
     (aside,) = folder.glob("abandoned-*")
-    assert rows(aside) == [1, 2, 3] and rows(folder) == [] and weights(aside / "model") and not (folder / "model").exists()
+    assert (
+        rows(aside) == [1, 2, 3]
+        and rows(folder) == []
+        and weights(aside / "model")
+        and not (folder / "model").exists()
+    )
 
 
 # 15.16: guards of what is there
@@ -102,7 +109,9 @@ def test_a_run_that_begins_again_without_a_checkpoint_keeps_what_was_there(value
 
 def test_a_checkpoint_of_another_run_is_not_mixed_into_a_folder_that_holds_one(values, tmp_path):
     for name in "ab":
-        Pretrainer(build(merged(values, max_steps=2, output_dir=str(tmp_path / name), checkpoint__every=1))).train()
+        Pretrainer(
+            build(merged(values, max_steps=2, output_dir=str(tmp_path / name), checkpoint__every=1))
+        ).train()
     before = sorted(p.name for p in (tmp_path / "b").iterdir())
     into_b = build(merged(values, max_steps=3, output_dir=str(tmp_path / "b"), checkpoint__every=1))
     with pytest.raises(ConfigError, match="holds another run, and the two would mix"):
@@ -120,15 +129,23 @@ def test_a_checkpoint_of_another_run_is_not_mixed_into_a_folder_that_holds_one(v
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_the_base_folder_is_never_the_output(values, tmp_path, marked, resume):
-    base = Path(shutil.copytree(values["model"]["path"] if isinstance(values["model"], dict) else values["model"],
-                                tmp_path / "model"))  # fmt: skip
+    base = Path(
+        shutil.copytree(
+            values["model"]["path"] if isinstance(values["model"], dict) else values["model"],
+            tmp_path / "model",
+        )
+    )
     if marked:  # a model that an earlier run wrote, taken as a base now
         (base / MARK).touch()
     files = {p.name: p.read_bytes() for p in base.iterdir()}
     with pytest.raises(ConfigError, match="model.path is .*writes its own 'model' there"):
         Run(build(merged(values, model={"path": str(base)}, output_dir=str(tmp_path))), resume)
     assert {p.name: p.read_bytes() for p in base.iterdir()} == files
-    with pytest.raises(ConfigError, match="model is there already and no run wrote it") if not marked else nullcontext():
+    with (
+        pytest.raises(ConfigError, match="model is there already and no run wrote it")
+        if not marked
+        else nullcontext()
+    ):
         Run(build(merged(values, output_dir=str(tmp_path))), resume).close()  # with another base
     assert {p.name: p.read_bytes() for p in base.iterdir()} == files
 
@@ -162,22 +179,34 @@ def test_a_corpus_does_not_replace_files_of_others(tmp_path):
     (tmp_path / "train.jsonl").write_text("mine")
     with pytest.raises(ConfigError, match="train.jsonl is there already and no corpus that rlpretrain made"):
         dial.write(tmp_path, base=1, train=1, held_out=1)
-    assert (tmp_path / "train.jsonl").read_text() == "mine" and list(tmp_path.iterdir()) == [tmp_path / "train.jsonl"]
+    assert (tmp_path / "train.jsonl").read_text() == "mine" and list(tmp_path.iterdir()) == [
+        tmp_path / "train.jsonl"
+    ]
     for _ in range(2):  # its own may be made again
         dial.write(tmp_path / "ours", base=1, train=1, held_out=1)
 
 
 def base_with(values, tmp_path, **ends) -> str:
-    base = Path(shutil.copytree(values["model"]["path"] if isinstance(values["model"], dict) else values["model"],
-                                tmp_path / "base"))  # fmt: skip
+    base = Path(
+        shutil.copytree(
+            values["model"]["path"] if isinstance(values["model"], dict) else values["model"],
+            tmp_path / "base",
+        )
+    )
     known = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_dict()
     (base / "generation_config.json").write_text(json.dumps(known | ends))
     return str(base)
 
 
-@pytest.mark.parametrize("ends", [{"temperature": 0.6, "top_p": 0.9, "do_sample": False}, {"length_penalty": 0.8},
-                                  {"top_k": 20, "early_stopping": True},
-                                  {"pad_token_id": -1, "output_scores": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"temperature": 0.6, "top_p": 0.9, "do_sample": False},
+        {"length_penalty": 0.8},
+        {"top_k": 20, "early_stopping": True},
+        {"pad_token_id": -1, "output_scores": True},
+    ],
+)
 def test_settings_of_a_base_that_greedy_decoding_ignores_do_not_fail_the_end(values, tmp_path, ends):
     path = base_with(values, tmp_path, **ends)
     Pretrainer(build(merged(values, model={"path": path}, max_steps=1))).train()
@@ -192,7 +221,7 @@ def test_sampling_settings_of_a_base_are_kept(values, tmp_path):
 
 
 def test_what_cannot_be_saved_is_known_before_the_first_step(values, tmp_path, monkeypatch):
-    load = models.load
+    load = models.load_with_tokenizer
 
     def refused(*args, **kwargs):
         model, tokenizer, added = load(*args, **kwargs)
@@ -216,9 +245,14 @@ def test_files_follow_the_umask(values, tmp_path, mask):
         write_weights(folders[0], {"w": torch.zeros(2)})
         folders[1].mkdir()
         write_adapter(folders[1], {"w": torch.zeros(2)}, {})
-        model, tokenizer, _ = models.load(build(values).model, None)
+        model, tokenizer, _ = models.load_with_tokenizer(build(values).model, None)
         models.save_start(model, tokenizer, tmp_path / "start")
-        found = {p.name: p.stat().st_mode & 0o777 for f in (*folders, tmp_path / "start") for p in f.rglob("*") if p.is_file()}
+        found = {
+            p.name: p.stat().st_mode & 0o777
+            for f in (*folders, tmp_path / "start")
+            for p in f.rglob("*")
+            if p.is_file()
+        }
     finally:
         os.umask(before)
     assert "adapter_model.safetensors" in found and "model.safetensors" in found
@@ -238,15 +272,42 @@ def test_a_trained_model_with_adapters_can_be_read_by_others(values):
 
 def test_machines_may_change_on_resume_and_numbers_may_not():
     def settings(**engine):
-        return {"engine": {"name": "vllm_server", "urls": ["http://a:1"], "dtype": None, "in_flight": 4, **engine}, "seed": 0}
+        return {
+            "engine": {
+                "name": "vllm_server",
+                "urls": ["http://a:1"],
+                "dtype": None,
+                "in_flight": 4,
+                **engine,
+            },
+            "seed": 0,
+        }
 
-    moved = {"urls": ["http://b:2", "http://c:3"], "request_timeout": 9.0, "deadline": 3.0, "weights_dir": "/x", "concurrency": 2,
-             "token_file": "t", "transfer": "nccl", "master_address": "m", "num_engines": 3}  # fmt: skip
+    moved = {
+        "urls": ["http://b:2", "http://c:3"],
+        "request_timeout": 9.0,
+        "deadline": 3.0,
+        "weights_dir": "/x",
+        "concurrency": 2,
+        "token_file": "t",
+        "transfer": "nccl",
+        "master_address": "m",
+        "num_engines": 3,
+    }
     checkpoint.check_same(settings(), settings(**moved), Path("x"))
-    for field, value in {"name": "hf", "dtype": "float16", "in_flight": 2, "max_staleness": 1, "batch_size": 3}.items():
+    for field, value in {
+        "name": "hf",
+        "dtype": "float16",
+        "in_flight": 2,
+        "max_staleness": 1,
+        "batch_size": 3,
+    }.items():
         with pytest.raises(ConfigError, match=f"engine.{field} was"):
-            checkpoint.check_same(settings(**{"batch_size": 256, "max_staleness": 0}),
-                                  settings(**({"batch_size": 256, "max_staleness": 0} | {field: value})), Path("x"))  # fmt: skip
+            checkpoint.check_same(
+                settings(**{"batch_size": 256, "max_staleness": 0}),
+                settings(**({"batch_size": 256, "max_staleness": 0} | {field: value})),
+                Path("x"),
+            )
 
 
 # 15.25: signals
@@ -277,11 +338,17 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(values, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(Run, "__init__", signalled)
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-        with pytest.raises(Interrupted, match="after step 2 of 4: checkpoint-2 is written, go on with --resume auto"):
+        with pytest.raises(
+            Interrupted, match="after step 2 of 4: checkpoint-2 is written, go on with --resume auto"
+        ):
             Pretrainer(build(run)).train()
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     folder = Path(values["output_dir"])
-    assert status(folder) == "interrupted" and checkpoint.steps(folder) == [2] and not (folder / "model").exists()
+    assert (
+        status(folder) == "interrupted"
+        and checkpoint.steps(folder) == [2]
+        and not (folder / "model").exists()
+    )
     Pretrainer(build(run)).train(resume="auto")
     assert same(weights(folder / "model"), weights(Path(whole["model"]))) and status(folder) == "done"
     assert not list(folder.glob("abandoned-*"))
@@ -308,20 +375,26 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-def command(tmp_path: Path, values: dict, mode: str, *launcher: str, **settings) -> subprocess.CompletedProcess:
+def command(
+    tmp_path: Path, values: dict, mode: str, *launcher: str, **settings
+) -> subprocess.CompletedProcess:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     words = [sys.executable, *launcher, str(tmp_path / "script.py"), mode, "train", str(tmp_path / "c.yaml")]
     environment = alone() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path, **settings)
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path, **settings
+    )
 
 
 def test_the_command_line_says_how_to_go_on_in_one_line(values, tmp_path):
     done = command(tmp_path, merged(values, max_steps=9), "once")
     lines = [line for line in done.stderr.splitlines() if line.startswith("rlpretrain:")]
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert lines == [f"rlpretrain: SIGINT after step 2 of 9: checkpoint-2 is written, go on with --resume auto: "
-                     f"rlpretrain train {tmp_path / 'c.yaml'} --resume auto"]  # fmt: skip
+    assert lines == [
+        f"rlpretrain: SIGINT after step 2 of 9: checkpoint-2 is written, go on with --resume auto: "
+        f"rlpretrain train {tmp_path / 'c.yaml'} --resume auto"
+    ]
     assert "SIGINT: finishing the step under way" in done.stderr
 
 
@@ -335,7 +408,9 @@ def test_a_second_ctrl_c_stops_at_once(values, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_both_behind_the_same_step(values, tmp_path):
     two = merged(values, max_steps=9, positions_per_step=4)
-    done = command(tmp_path, two, "one rank", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = command(
+        tmp_path, two, "one rank", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    )
     folder = Path(values["output_dir"])
     assert status(folder) == "interrupted" and checkpoint.steps(folder) == [2], done.stderr[-3000:]
     assert "go on with --resume auto" in done.stderr and (folder / "checkpoint-2" / "rank-1.pt").exists()
@@ -353,7 +428,9 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stands(values, tmp_path):
     done = command(tmp_path, merged(values, max_steps=3, checkpoint__every=2), "none", preexec_fn=small_files)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlpretrain:")]
-    assert "cannot write" in line and "checkpoint-2" in line and "there is no checkpoint yet: make room" in line
+    assert (
+        "cannot write" in line and "checkpoint-2" in line and "there is no checkpoint yet: make room" in line
+    )
     folder = Path(values["output_dir"])
     assert status(folder) == "failed" and not list(folder.glob(".checkpoint*"))
 
@@ -377,7 +454,9 @@ except CannotWrite as error:
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith(f"cannot write {tmp_path / 'x'}: ") and "GiB are free there" in done.stdout, done.stderr
+    assert (
+        done.stdout.startswith(f"cannot write {tmp_path / 'x'}: ") and "GiB are free there" in done.stdout
+    ), done.stderr
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
@@ -387,7 +466,9 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
         tmp_path.write_text("x")
 
 
-def test_folders_that_cannot_be_written_are_refused_before_any_work(values, corpus, finished, tmp_path, capsys, monkeypatch):
+def test_folders_that_cannot_be_written_are_refused_before_any_work(
+    values, corpus, finished, tmp_path, capsys, monkeypatch
+):
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded first")
 

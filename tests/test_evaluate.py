@@ -13,7 +13,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import MEANING, Evaluation, by_meta, contrast, evaluate
-from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import load_objective
 from rlpretrain.prompts import Delimiters
 from rlpretrain.types import Document
 from rollout.types import FinishReason
@@ -26,8 +26,13 @@ from tests.builders.tiny import tiny_model
 def ready(corpus, tmp_path_factory):
     """(model, documents, make): `make(**changes)` gives an objective of the small configuration."""
     base = tiny_values(corpus, tmp_path_factory.mktemp("eval"))
-    base = merged(base, data__path=str(corpus / "held_out.jsonl"), data__meta_columns=["depth"], sampling__max_thought_tokens=40)
-    model, tokenizer, _ = models.load(build(base).model, Delimiters())
+    base = merged(
+        base,
+        data__path=str(corpus / "held_out.jsonl"),
+        data__meta_columns=["depth"],
+        sampling__max_thought_tokens=40,
+    )
+    model, tokenizer, _ = models.load_with_tokenizer(build(base).model, Delimiters())
     documents = read_all(build(base).data, tokenizer, limit=12)
 
     def make(**changes):
@@ -83,7 +88,9 @@ def test_gains_and_hits_equal_those_from_full_logits(ready, other, whole):
         unclosed = np.mean([t.finish_reason is not FinishReason.CLOSE for t in group.thoughts])
         assert whole.values["unclosed"][i] == pytest.approx(unclosed)
         assert whole.values["length"][i] == pytest.approx(np.mean([len(t.token_ids) for t in group.thoughts]))
-    assert FinishReason.CLOSE in reasons and len(reasons) > 1  # closed and force-closed thoughts were both there
+    assert (
+        FinishReason.CLOSE in reasons and len(reasons) > 1
+    )  # closed and force-closed thoughts were both there
 
 
 def test_the_direct_answer_is_the_likeliest_token(ready):
@@ -95,7 +102,9 @@ def test_the_direct_answer_is_the_likeliest_token(ready):
         place = document.token_ids.index(make().tokenizer.convert_tokens_to_ids("shows")) + 1
         with torch.no_grad():
             best = int(model(input_ids=torch.tensor([document.token_ids[:place]])).logits[0, -1].argmax())
-        said.append(Document(document.id, (*document.token_ids[:place], best, *document.token_ids[place + 1 :])))
+        said.append(
+            Document(document.id, (*document.token_ids[:place], best, *document.token_ids[place + 1 :]))
+        )
     special = set(make().tokenizer.all_special_ids)
     said = [d for d in said if not special & set(d.token_ids[:-1])]
     assert len(said) >= 2
@@ -125,7 +134,9 @@ def test_gain_against_itself_is_the_plain_gain(ready, whole):
     assert np.array_equal(alone.values["gain"], alone.values["gain_frozen"])
     twin = evaluate(model, objective, documents, frozen=copy.deepcopy(model), thoughts=3, seed=5)
     np.testing.assert_allclose(twin.values["gain"], twin.values["gain_frozen"], atol=1e-5)
-    np.testing.assert_allclose(twin.values["gain"], whole.values["gain"], atol=1e-5)  # whatever it is compared with
+    np.testing.assert_allclose(
+        twin.values["gain"], whole.values["gain"], atol=1e-5
+    )  # whatever it is compared with
     assert not np.allclose(whole.values["gain"], whole.values["gain_frozen"])
 
 
@@ -143,7 +154,11 @@ def test_no_think_loss_is_transformers_own(ready, whole):
 def test_every_number_has_a_meaning_and_an_interval(whole):
     summary = whole.summary()
     names = {name.removesuffix("_ci") for name in summary}
-    assert names == set(MEANING) - {"reward", "asked", "not_finite"}  # RLP's needs log-probabilities, all of them are
+    assert names == set(MEANING) - {
+        "reward",
+        "asked",
+        "not_finite",
+    }  # RLP's needs log-probabilities, all of them are
     for name in names:
         low, high = summary[f"{name}_ci"]
         assert low - 1e-9 <= summary[name] <= high + 1e-9
@@ -167,7 +182,9 @@ def test_contrasts_keep_what_they_should(whole):
         assert foreign.position == group.position and foreign.prompt == group.prompt
         (source,) = [g for g in groups if g.thoughts == foreign.thoughts]
         assert source.position.document_id != group.position.document_id
-    assert contrast(groups, "shuffled", 2) == contrast(groups, "shuffled", 2) != contrast(groups, "shuffled", 3)
+    assert (
+        contrast(groups, "shuffled", 2) == contrast(groups, "shuffled", 2) != contrast(groups, "shuffled", 3)
+    )
 
 
 def test_the_gain_of_an_empty_thought(ready, other, whole):
@@ -186,8 +203,10 @@ def test_deterministic_under_the_seed_and_whatever_the_batches(ready, whole):
     objective = make()
     settings = {"thoughts": 2, "seed": 3, "greedy": False}
     first = evaluate(model, objective, documents, **settings)
-    for again in (evaluate(model, objective, documents, **settings),
-                  evaluate(model, objective, documents, token_budget=1, **settings)):  # fmt: skip
+    for again in (
+        evaluate(model, objective, documents, **settings),
+        evaluate(model, objective, documents, token_budget=1, **settings),
+    ):
         assert [g.thoughts for g in again.groups] == [g.thoughts for g in first.groups]
         for name, values in first.values.items():
             np.testing.assert_allclose(again.values[name], values, atol=1e-5, err_msg=name)
@@ -204,7 +223,9 @@ def test_what_a_document_gets_does_not_depend_on_its_neighbours(ready, whole):
     part = evaluate(model, make(), documents[5:7], **settings)
     for ours, theirs in zip(part.groups, together.groups[5:7], strict=True):
         assert [t.token_ids for t in ours.thoughts] == [t.token_ids for t in theirs.thoughts]
-        for one, other in zip(ours.thoughts, theirs.thoughts, strict=True):  # a matrix of other rows may round otherwise
+        for one, other in zip(
+            ours.thoughts, theirs.thoughts, strict=True
+        ):  # a matrix of other rows may round otherwise
             np.testing.assert_allclose(one.behaviour_logps, other.behaviour_logps, atol=1e-5)
     np.testing.assert_allclose(part.values["shuffled"], together.values["shuffled"][5:7], atol=1e-5)
 
@@ -212,7 +233,9 @@ def test_what_a_document_gets_does_not_depend_on_its_neighbours(ready, whole):
 def test_documents_stay_in_order_and_those_without_a_position_are_left_out(ready):
     model, documents, make = ready
     barren = Document("none", documents[0].token_ids[:5], meta={"depth": 9})
-    found = evaluate(model, make(), [documents[3], barren, *documents[:3]], thoughts=2, controls=False, greedy=False)
+    found = evaluate(
+        model, make(), [documents[3], barren, *documents[:3]], thoughts=2, controls=False, greedy=False
+    )
     assert [d.id for d in found.documents] == [documents[i].id for i in (3, 0, 1, 2)]
     assert [g.position.document_id for g in found.groups] == [d.id for d in found.documents]
     assert all(len(values) == 4 for values in (*found.values.values(), found.losses, found.tokens))
@@ -236,7 +259,9 @@ def test_entropy_positions_are_those_of_the_frozen_model(ready, other):
     for group, document in zip(found.groups, documents[:4], strict=True):
         with torch.no_grad():
             logps = other(input_ids=torch.tensor([document.token_ids])).logits[0].log_softmax(-1)
-        entropies = -(logps.exp() * logps).sum(-1)[: len(document.token_ids) - 2]  # of tokens 1.., the end of text aside
+        entropies = -(logps.exp() * logps).sum(-1)[
+            : len(document.token_ids) - 2
+        ]  # of tokens 1.., the end of text aside
         assert group.position.index == int(entropies.argmax()) + 1
 
 

@@ -17,10 +17,15 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for i in range(60):
         a, b = i + 3, 2 * i + 5
-        rows.append({
-            "question": f"Ann has {a} apples and buys {b} more. She gives half of them away. How many did she have before?",
-            "answer": f"Ann had {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}",
-        })  # fmt: skip
+        rows.append(
+            {
+                "question": (
+                    f"Ann has {a} apples and buys {b} more. She gives half of them away. How many did she "
+                    "have before?"
+                ),
+                "answer": f"Ann had {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}",
+            }
+        )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -30,7 +35,9 @@ def test_documents_hold_no_annotations():
     assert text == "How many?\n48/2 = 24 clips, $6 each.\n#### 24"
 
 
-def test_gsm8k_runs_to_the_end_and_reports_its_gain(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_gsm8k_runs_to_the_end_and_reports_its_gain(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "gsm8k"
     command = ["--data", str(problems), "--out", str(out), "--quick", "--console", "false", "--device", "cpu"]
     assert gsm8k_rlp.main([*command, "--optim.lr", "1e-3"]) == 0
@@ -45,7 +52,12 @@ def test_gsm8k_runs_to_the_end_and_reports_its_gain(problems: Path, tmp_path: Pa
     assert low <= results["change"]["gain_frozen"] <= high
     documents = [json.loads(line)["text"] for line in (out / "documents.jsonl").read_text().splitlines()]
     assert len(documents) == 57 and not any("<<" in text for text in documents)
-    for file in ("held_out.jsonl", "base/model/config.json", "rlp/model/model.safetensors", "rlp/metrics.jsonl"):
+    for file in (
+        "held_out.jsonl",
+        "base/model/config.json",
+        "rlp/model/model.safetensors",
+        "rlp/metrics.jsonl",
+    ):
         assert (out / file).exists()
     assert json.loads((out / "rlp" / "run.json").read_text())["config"]["optim"]["lr"] == 1e-3
     said = capsys.readouterr().out
@@ -56,7 +68,15 @@ def test_gsm8k_runs_to_the_end_and_reports_its_gain(problems: Path, tmp_path: Pa
 
 
 def test_a_base_checkpoint_of_ones_own_is_used(problems: Path, corpus: Path, tmp_path: Path):
-    command = ["--data", str(problems), "--out", str(tmp_path / "own"), "--model", str(corpus / "base"), "--quick"]
+    command = [
+        "--data",
+        str(problems),
+        "--out",
+        str(tmp_path / "own"),
+        "--model",
+        str(corpus / "base"),
+        "--quick",
+    ]
     changes = ["--steps", "1", "--objective", "{name: rlp}", "--console", "false", "--device", "cpu"]
     assert gsm8k_rlp.main([*command, *changes]) == 0
     assert not (tmp_path / "own" / "base").exists()
@@ -66,7 +86,9 @@ def test_a_base_checkpoint_of_ones_own_is_used(problems: Path, corpus: Path, tmp
 def test_bad_input_ends_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert gsm8k_rlp.main(["--data", str(tmp_path / "missing.jsonl"), "--out", str(tmp_path / "out")]) == 2
     assert "no such file" in capsys.readouterr().err
-    assert gsm8k_rlp.main(["--data", "x.jsonl", "--out", str(tmp_path / "out"), "--sampling.thougths", "4"]) == 2
+    assert (
+        gsm8k_rlp.main(["--data", "x.jsonl", "--out", str(tmp_path / "out"), "--sampling.thougths", "4"]) == 2
+    )
     assert "did you mean 'thoughts'?" in capsys.readouterr().err
 
 
@@ -74,11 +96,36 @@ def test_the_trl_script_trains_and_saves(corpus: Path, tmp_path: Path):
     pytest.importorskip("trl")
     from examples import trl_rlp
 
-    common = ["--model_name_or_path", str(corpus / "base"), "--dataset_name", str(corpus / "train.jsonl"), "--positions", "after",
-              "--marker", "shows", "--max_steps", "1", "--num_generations", "4", "--per_device_train_batch_size", "4",
-              "--max_completion_length", "4", "--cut", "force_close", "--use_cpu", "--bf16", "false", "--report_to", "none",
-              "--disable_tqdm", "true"]  # fmt: skip
+    common = [
+        "--model_name_or_path",
+        str(corpus / "base"),
+        "--dataset_name",
+        str(corpus / "train.jsonl"),
+        "--positions",
+        "after",
+        "--marker",
+        "shows",
+        "--max_steps",
+        "1",
+        "--num_generations",
+        "4",
+        "--per_device_train_batch_size",
+        "4",
+        "--max_completion_length",
+        "4",
+        "--cut",
+        "force_close",
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+    ]
     trl_rlp.main([*common, "--output_dir", str(tmp_path / "whole")])
-    assert (tmp_path / "whole" / "model.safetensors").exists() and "2510.01265" in (tmp_path / "whole" / "README.md").read_text()
+    assert (tmp_path / "whole" / "model.safetensors").exists() and "2510.01265" in (
+        tmp_path / "whole" / "README.md"
+    ).read_text()
     trl_rlp.main([*common, "--output_dir", str(tmp_path / "lora"), "--use_peft"])
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()

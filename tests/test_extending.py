@@ -49,17 +49,25 @@ def test_the_page_trains_as_printed(folder):
 
 
 def test_a_term_of_ones_own_has_the_gradient_of_its_formula(folder, monkeypatch, values, tmp_path):
-    """One step of gradient descent at rate 1 moves the weights by minus the gradient, whatever the packing."""
+    """One step of gradient descent at rate 1 moves the weights by minus the gradient, whatever the
+    packing.
+    """
     monkeypatch.syspath_prepend(folder)
     settings = {
-        "loss__terms": ["my_loss:OnlineDPO"], "optim__name": "my_optimizer:sgd", "optim__lr": 1.0, "optim__warmup_steps": 0,
-        "optim__clip_grad_norm": 0.0, "max_steps": 1,
-    }  # fmt: skip
+        "loss__terms": ["my_loss:OnlineDPO"],
+        "optim__name": "my_optimizer:sgd",
+        "optim__lr": 1.0,
+        "optim__warmup_steps": 0,
+        "optim__clip_grad_norm": 0.0,
+        "max_steps": 1,
+    }
     whole = trained(values, output_dir=str(tmp_path / "whole"), **settings)
     parts = trained(values, output_dir=str(tmp_path / "parts"), token_budget=300, **settings)
     padded = trained(values, output_dir=str(tmp_path / "padded"), packing="padded", **settings)
     assert same(whole, parts, 1e-5) and same(whole, padded, 1e-5)
-    assert not same(whole, trained(values, output_dir=str(tmp_path / "none"), **settings | {"optim__lr": 0.0}), 1e-5)
+    assert not same(
+        whole, trained(values, output_dir=str(tmp_path / "none"), **settings | {"optim__lr": 0.0}), 1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,15 @@ from tests.builders.tiny import tiny_model
 from tests.builders.trainers import Trainer, account, apart, rows
 
 pytestmark = pytest.mark.slow
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1,
-         "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip
+SHAPE = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
 STEPS, SAVED = 24, 10
 
 
@@ -55,8 +62,15 @@ def calm(base, corpus, server) -> Trainer:
 
 
 def settings(base: Path, corpus: Path, name: str, **changes: Any) -> dict[str, Any]:
-    return merged(tiny_values(corpus, base.parent / name), model=str(base), max_steps=STEPS, save_rollouts=True, threads=1,
-                  checkpoint={"every": SAVED}, **changes)  # fmt: skip
+    return merged(
+        tiny_values(corpus, base.parent / name),
+        model=str(base),
+        max_steps=STEPS,
+        save_rollouts=True,
+        threads=1,
+        checkpoint={"every": SAVED},
+        **changes,
+    )
 
 
 def killed_and_resumed(values: dict[str, Any]) -> Trainer:
@@ -74,7 +88,11 @@ def killed_and_resumed(values: dict[str, Any]) -> Trainer:
 
 def check(run: Trainer, calm: Trainer) -> dict[str, int]:
     """Every step once in log and store, every group once and in its place, as many updates as steps."""
-    assert [row["step"] for row in rows(run.folder)] == Store(run.folder / "rollouts").steps() == list(range(1, STEPS + 1))
+    assert (
+        [row["step"] for row in rows(run.folder)]
+        == Store(run.folder / "rollouts").steps()
+        == list(range(1, STEPS + 1))
+    )
     found = account(run.folder, calm.folder, STEPS)
     assert found["once"] == found["expected"] == 4 * STEPS and found["updates"] == STEPS
     assert not any(found[k] for k in ("twice", "lost", "out_of_place", "aborted", "left_over"))
@@ -84,7 +102,10 @@ def check(run: Trainer, calm: Trainer) -> dict[str, int]:
 def test_a_killed_trainer_ends_with_the_very_same_weights(base, corpus, calm):
     run = killed_and_resumed(settings(base, corpus, "killed"))
     assert check(run, calm)["same"] == 4 * STEPS
-    assert same(weights(run.folder / "model"), weights(calm.folder / "model")) and apart(run.folder, calm.folder, STEPS) == 0
+    assert (
+        same(weights(run.folder / "model"), weights(calm.folder / "model"))
+        and apart(run.folder, calm.folder, STEPS) == 0
+    )
     assert not same(weights(run.folder / "model"), weights(base))
 
 
@@ -94,7 +115,9 @@ def test_a_killed_trainer_of_a_server_trains_on_every_group_once(base, corpus, c
     engine = {"name": "vllm_server", "urls": [server.ready().url], "block_size": 32}
     run = killed_and_resumed(settings(base, corpus, "served", engine=engine))
     check(run, calm)
-    assert all(row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows(run.folder))  # its thoughts come from these weights
+    assert all(
+        row["sampling/abs_log_ratio_max"] <= 1e-4 for row in rows(run.folder)
+    )  # its thoughts come from these weights
 
 
 def test_what_went_wrong_would_be_counted(base, corpus, calm, tmp_path):

@@ -44,7 +44,14 @@ def test_a_split_group_has_the_scores_of_a_whole_one(batch, scorer, budget):
     for id_, one in whole.groups.items():
         other = parts.groups[id_]
         assert other.group == one.group
-        for name in ("thought_logps", "target_logps", "baseline_logps", "joint_target", "joint_baseline", "joint_own"):
+        for name in (
+            "thought_logps",
+            "target_logps",
+            "baseline_logps",
+            "joint_target",
+            "joint_baseline",
+            "joint_own",
+        ):
             torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=0, atol=1e-5)
         assert torch.equal(other.target_hits, one.target_hits) and torch.equal(other.own_hits, one.own_hits)
         torch.testing.assert_close(one.target_logps.sum(-1).double(), one.joint_target, rtol=0, atol=1e-5)
@@ -71,7 +78,9 @@ def test_rewards_and_the_reference_reach_every_group(batch, scorer):
     _, found = scores_at(batch, scorer, 60, reference=Halved(), objective=objective)
     for scores in found.groups.values():
         torch.testing.assert_close(scores.joint_baseline, scores.joint_own / 2)
-        torch.testing.assert_close(scores.rewards, scores.joint_target - scores.joint_baseline, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            scores.rewards, scores.joint_target - scores.joint_baseline, rtol=0, atol=1e-5
+        )
 
 
 def test_rows_join_in_the_order_of_the_thoughts(batch):
@@ -85,7 +94,9 @@ def test_rows_join_in_the_order_of_the_thoughts(batch):
             table[b, : len(group.thoughts)] = torch.tensor([thoughts[id(t)] for t in group.thoughts])
         values.append(table)
     joined = rows_by_group(micros, values)
-    assert {id_: rows.tolist() for id_, rows in joined.items()} == {g.id: [0.0, 1.0, 2.0, 3.0, 4.0] for g in batch.groups}
+    assert {id_: rows.tolist() for id_, rows in joined.items()} == {
+        g.id: [0.0, 1.0, 2.0, 3.0, 4.0] for g in batch.groups
+    }
     assert whole_groups(micros) == {g.id: g for g in batch.groups}
 
 

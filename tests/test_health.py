@@ -1,4 +1,6 @@
-"""The rules that say what is wrong with a run (issue 15.21): each fires when it should, once, and names a setting."""
+"""The rules that say what is wrong with a run (issue 15.21): each fires when it should, once, and names a
+setting.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,17 @@ from rlpretrain.tracking.health import FIELDS, RULES, TRL_FIELDS, Finding, Healt
 from rlpretrain.tracking.metrics import METRICS
 
 WELL = {
-    "thought/uncounted_frac": 0.05, "frac_reward_zero_std": 0.4, "ig/frozen": 0.4, "ig/empty": 0.1, "ntp/loss": 2.0,
-    "run/skipped_steps": 0.0, "completions/clipped_ratio": 0.02, "thought/leakage": 0.2, "thought/repetition": 0.1,
+    "thought/uncounted_frac": 0.05,
+    "frac_reward_zero_std": 0.4,
+    "ig/frozen": 0.4,
+    "ig/empty": 0.1,
+    "ntp/loss": 2.0,
+    "run/skipped_steps": 0.0,
+    "completions/clipped_ratio": 0.02,
+    "thought/leakage": 0.2,
+    "thought/repetition": 0.1,
     "sample/staleness_max": 1.0,
-}  # fmt: skip
+}
 
 
 def course(before: Mapping[str, float], after: Mapping[str, float], steps: int = 30) -> list[Finding]:
@@ -27,14 +36,21 @@ def course(before: Mapping[str, float], after: Mapping[str, float], steps: int =
 
 def test_a_run_that_is_well_is_left_alone():
     assert course({}, {}) == []
-    assert course({"ig/frozen": -8.0, "ig/empty": -4.0}, {}) == [], "a base that never saw the tags, and learns"
+    assert course({"ig/frozen": -8.0, "ig/empty": -4.0}, {}) == [], (
+        "a base that never saw the tags, and learns"
+    )
     assert course({"ig/frozen": -8.0}, {"ig/frozen": -8.1}) == [], "a tenth of a nat is noise"
 
 
 @pytest.mark.parametrize(
     ("rule", "before", "after", "says"),
     [
-        ("no thought counts", {"thought/uncounted_frac": 1.0}, {"thought/uncounted_frac": 1.0}, "sampling.cut: penalise"),
+        (
+            "no thought counts",
+            {"thought/uncounted_frac": 1.0},
+            {"thought/uncounted_frac": 1.0},
+            "sampling.cut: penalise",
+        ),
         ("few thoughts count", {}, {"thought/uncounted_frac": 0.5}, "of the thoughts count nowhere"),
         ("equal rewards", {}, {"frac_reward_zero_std": 1.0}, "of the groups all thoughts earn the same"),
         ("only the tags are learnt", {}, {"ig/frozen": 0.9, "ig/empty": 0.85}, "an empty thought gains"),
@@ -62,7 +78,10 @@ def test_no_thought_that_counts_is_said_at_the_third_step():
 
 
 def test_values_that_are_not_finite_or_not_there_are_no_evidence():
-    rows = [{"step": k, **WELL, "ntp/loss": math.nan, "ig/frozen": None, "run/skipped_steps": math.inf} for k in range(1, 40)]
+    rows = [
+        {"step": k, **WELL, "ntp/loss": math.nan, "ig/frozen": None, "run/skipped_steps": math.inf}
+        for k in range(1, 40)
+    ]
     assert Health().replay(rows) == []
 
 

@@ -1,4 +1,6 @@
-"""Intervals cover as often as they say: rows are resampled whole, few seeds get Student's t, differences are paired."""
+"""Intervals cover as often as they say: rows are resampled whole, few seeds get Student's t, differences
+are paired.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def coverage(trials: int, draw, truth: float = 0.0, **options) -> float:
     return hits / trials
 
 
-@pytest.mark.parametrize(("rows", "pieces", "between"), [(3, 21, 2.0), (5, 8, 1.0), (12, 5, 2.0), (40, 4, 0.3), (40, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("rows", "pieces", "between"), [(3, 21, 2.0), (5, 8, 1.0), (12, 5, 2.0), (40, 4, 0.3), (40, 1, 1.0)]
+)
 def test_whole_rows_are_resampled_so_pieces_of_a_text_do_not_count_as_independent(rows, pieces, between):
     """Issue 15 V: 64 "documents" from 3 rows were covered in .62 of the cases."""
 
@@ -74,7 +78,11 @@ def test_coin_flips_have_the_normal_interval():
     n = 400
     mean, (low, high) = interval(np.tile([0.0, 1.0], n // 2)[None], draws=4000)
     error = 1.96 * 0.5 / n**0.5
-    assert mean == 0.5 and low == pytest.approx(0.5 - error, abs=0.006) and high == pytest.approx(0.5 + error, abs=0.006)
+    assert (
+        mean == 0.5
+        and low == pytest.approx(0.5 - error, abs=0.006)
+        and high == pytest.approx(0.5 + error, abs=0.006)
+    )
 
 
 def test_weights_and_what_is_not_a_number():

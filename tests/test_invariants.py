@@ -45,7 +45,11 @@ def test_1_only_sampled_thought_tokens_are_trained_when_both_coefficients_are_ze
     assert not reward.requires_grad and not advantage.requires_grad
     surrogate, _ = clipped_surrogate(scores, micro, advantage, run.config.loss)
     weights = run.objective.target_weights(micro.groups, scores)
-    loss = surrogate + target_loss(scores, weights) + 0.0 * ntp_loss(scores, run.objective.ntp_weights(micro, scores))
+    loss = (
+        surrogate
+        + target_loss(scores, weights)
+        + 0.0 * ntp_loss(scores, run.objective.ntp_weights(micro, scores))
+    )
     loss.backward()
     for name in ("target_logps", "trunk_logps"):
         grad = getattr(scores, name).grad
@@ -73,7 +77,9 @@ def test_1_the_sampled_close_tag_is_trained_and_injected_tags_are_not(values):
             assert group.prompt.token_ids[-1] == open_id
             for g, thought in enumerate(group.thoughts):
                 labels = micro.thought_labels[b, g][micro.thought_mask[b, g]].tolist()
-                assert labels == list(thought.token_ids)  # exactly what was sampled: no open tag, no injected close tag
+                assert labels == list(
+                    thought.token_ids
+                )  # exactly what was sampled: no open tag, no injected close tag
                 target = group.position.target_ids
                 injected = [] if thought.finish_reason is FinishReason.CLOSE else [close_id]
                 ids = read_by(micro, int(micro.target_rows[b, g, len(target) - 1]))
@@ -83,16 +89,25 @@ def test_1_the_sampled_close_tag_is_trained_and_injected_tags_are_not(values):
 def test_1_a_closed_thought_ends_in_a_trained_close_tag(values):
     run, *_, micros = batch_of(values, sampling__max_thought_tokens=200, sampling__thoughts=8)
     close_id = run.tokenizer.convert_tokens_to_ids("</think>")
-    closed = [(m, b, g) for m in micros for b, group in enumerate(m.groups) for g, t in enumerate(group.thoughts)
-              if t.finish_reason is FinishReason.CLOSE]  # fmt: skip
+    closed = [
+        (m, b, g)
+        for m in micros
+        for b, group in enumerate(m.groups)
+        for g, t in enumerate(group.thoughts)
+        if t.finish_reason is FinishReason.CLOSE
+    ]
     assert closed
     for micro, b, g in closed:
         assert int(micro.thought_labels[b, g][micro.thought_mask[b, g]][-1]) == close_id
 
 
 def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
-    """The whole gradient equals that of -mean(1/|c| sum A log pi) with A constant, by central differences in float64."""
-    tiny_model("gpt2", vocab_size=len(dial.WORDS), seed=3).save_pretrained(tmp_path / "gpt2")  # norms follow the dtype
+    """The whole gradient equals that of -mean(1/|c| sum A log pi) with A constant, by central differences
+    in float64.
+    """
+    tiny_model("gpt2", vocab_size=len(dial.WORDS), seed=3).save_pretrained(
+        tmp_path / "gpt2"
+    )  # norms follow the dtype
     dial.tokenizer().save_pretrained(tmp_path / "gpt2")
     loss = {"ntp_coef": 0.0, "reader_coef": 0.0}
     run, batch, totals, micros = batch_of(values, model=str(tmp_path / "gpt2"), loss=loss)
@@ -112,7 +127,9 @@ def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
             parameter.add_(direction, alpha=shift)
             logps = scoring.score(scorer, micro).thought_logps
             parameter.sub_(direction, alpha=shift)
-        return -float((advantage.double()[..., None] * logps * micro.token_weights * micro.thought_mask).sum())
+        return -float(
+            (advantage.double()[..., None] * logps * micro.token_weights * micro.thought_mask).sum()
+        )
 
     slope = (value(1e-6) - value(-1e-6)) / 2e-6
     assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
@@ -122,7 +139,10 @@ def test_1_gradient_of_the_loss_by_finite_differences(values, tmp_path):
 def test_2_baselines_cancel_and_give_the_same_weights(values, other, tmp_path):
     plain = {"loss": {"ntp_coef": 0.0, "reader_coef": 0.0}, "max_steps": 4}
     none = trained(values, baseline__name="none", output_dir=str(tmp_path / "none"), **plain)
-    assert same(none, trained(values, baseline__name=other, baseline__decay=0.5, output_dir=str(tmp_path / other), **plain))
+    assert same(
+        none,
+        trained(values, baseline__name=other, baseline__decay=0.5, output_dir=str(tmp_path / other), **plain),
+    )
     start = trained(values, output_dir=str(tmp_path / "zero"), **(plain | {"optim__lr": 0.0}))
     assert not same(none, start)  # and the runs did learn something
 
@@ -138,7 +158,9 @@ def test_3_equal_rewards_give_exactly_zero_advantage(values):
 
 def test_4_micro_batch_splits_give_the_same_gradient(values):
     _, whole = one_step(values, positions_per_step=8, token_budget=100_000)
-    run, single = one_step(values, positions_per_step=8, token_budget=1, output_dir=values["output_dir"] + "1")
+    run, single = one_step(
+        values, positions_per_step=8, token_budget=1, output_dir=values["output_dir"] + "1"
+    )
     assert run.last["batch/padding_frac"] < 1
     _, odd = one_step(values, positions_per_step=8, token_budget=300, output_dir=values["output_dir"] + "3")
     for other in (single, odd):
@@ -169,9 +191,14 @@ def test_4_masked_thoughts_count_nowhere(values):
 
 def test_4_a_document_split_over_micro_batches_counts_its_trunk_once(values):
     run, batch, totals, micros = batch_of(
-        values, objective={"name": "rlp", "positions_per_document": 3}, positions_per_step=6, token_budget=1)  # fmt: skip
+        values, objective={"name": "rlp", "positions_per_document": 3}, positions_per_step=6, token_budget=1
+    )
     assert len(micros) == 6 * 4 and len(batch.documents) == 2  # a thought in each
-    assert sum(len(m.trunk_rows) for m in micros) == totals.trunk == sum(len(d.token_ids) - 1 for d in batch.documents)
+    assert (
+        sum(len(m.trunk_rows) for m in micros)
+        == totals.trunk
+        == sum(len(d.token_ids) - 1 for d in batch.documents)
+    )
     for micro in micros:  # while each has the no-think arm of its own position
         assert bool((micro.baseline_rows[micro.target_mask] >= 0).all())
 
@@ -192,13 +219,17 @@ def test_6_on_policy_the_ratio_is_exactly_one(values):
     assert float(loss.detach()) == -float((micro.token_weights * micro.thought_mask).sum()) and not info
     stale = replace(micro, on_policy=False, behaviour_logps=scores.thought_logps.detach() - 5.0)
     capped, info = clipped_surrogate(scores, stale, advantage, run.config.loss)
-    assert float(capped.detach()) == pytest.approx(2.0 * float(loss.detach()), rel=1e-6)  # truncated at importance_cap
+    assert float(capped.detach()) == pytest.approx(
+        2.0 * float(loss.detach()), rel=1e-6
+    )  # truncated at importance_cap
     assert any(k.startswith("sampling/") for k in info)
 
 
 def test_6_behaviour_and_trainer_agree_at_the_sampling_temperature(values):
     for temperature in (1.0, 0.7):
-        run, *_, micros = batch_of(values, sampling__temperature=temperature, output_dir=values["output_dir"] + str(temperature))
+        run, *_, micros = batch_of(
+            values, sampling__temperature=temperature, output_dir=values["output_dir"] + str(temperature)
+        )
         for micro in micros:
             scores = run.policy.score(micro)
             difference = (scores.thought_logps - micro.behaviour_logps)[micro.thought_mask].abs().max()
@@ -228,10 +259,18 @@ def test_6_inner_epochs_freeze_advantages_and_old_log_probs(values, tmp_path):
 def test_7_cut_policies(values):
     for cut in ("mask", "force_close", "penalise"):
         run, batch, totals, micros = batch_of(
-            values, sampling__cut=cut, sampling__cut_penalty=3.0, sampling__max_thought_tokens=2,
-            output_dir=values["output_dir"] + cut)  # fmt: skip
+            values,
+            sampling__cut=cut,
+            sampling__cut_penalty=3.0,
+            sampling__max_thought_tokens=2,
+            output_dir=values["output_dir"] + cut,
+        )
         unclosed = torch.tensor(
-            [[t.finish_reason is not FinishReason.CLOSE for t in g.thoughts] for m in micros for g in m.groups]
+            [
+                [t.finish_reason is not FinishReason.CLOSE for t in g.thoughts]
+                for m in micros
+                for g in m.groups
+            ]
         )
         assert unclosed.any()
         counted = torch.cat([m.counted for m in micros])

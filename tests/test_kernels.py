@@ -1,4 +1,6 @@
-"""A model attends by a kernel that computes it, or is refused: against transformers' eager attention (issue 15.3)."""
+"""A model attends by a kernel that computes it, or is refused: against transformers' eager attention
+(issue 15.3).
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,19 @@ CAP = {"sliding_window": 7, "attn_logit_softcapping": 0.5, "initializer_range": 
 GEMMA = {**SHAPE, "head_dim": 8, "query_pre_attn_scalar": 8, **CAP}
 CAPPED: dict[str, dict[str, Any]] = {"gemma2": GEMMA, "vaultgemma": GEMMA}
 WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"head_dim": 8, "sliding_window": 7}, "gemma3_text": {"head_dim": 8, "sliding_window": 7},
-    "cohere2": {"sliding_window": 7}, "olmo3": {"sliding_window": 7}, "exaone4": {"sliding_window": 7},
-    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 7},
+    "mistral": {"head_dim": 8, "sliding_window": 7},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 7},
+    "cohere2": {"sliding_window": 7},
+    "olmo3": {"sliding_window": 7},
+    "exaone4": {"sliding_window": 7},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 7,
+    },
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
-}  # fmt: skip
+}
 """Sliding windows, local attention and ALiBi, beside MORE (soft caps are CAPPED, sinks gpt_oss)."""
 ALL = {n: f for n, f in ARCHITECTURES.items() if n not in WINDOWS | CAPPED} | MORE | WINDOWS | CAPPED
 
@@ -57,8 +67,12 @@ def written(name: str, folder: Path) -> Path:
 
 def eager(folder: Path) -> Any:
     """The same checkpoint as its authors wrote it down."""
-    kernel = "sdpa" if AutoConfig.from_pretrained(folder).model_type == "falcon" else "eager"  # whose eager adds ALiBi twice
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel, dtype=torch.float32).eval()
+    kernel = (
+        "sdpa" if AutoConfig.from_pretrained(folder).model_type == "falcon" else "eager"
+    )  # whose eager adds ALiBi twice
+    return AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=kernel, dtype=torch.float32
+    ).eval()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -80,7 +94,9 @@ def test_the_loaded_model_computes_what_eager_does(name, tmp_path):
 @pytest.mark.parametrize("name", CAPPED)
 def test_sdpa_drops_the_soft_cap_and_is_not_taken(name, tmp_path, caplog):
     folder = written(name, tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
     ids = list(range(3, 40))
     apart = float((logps_of(plain, ids) - logps_of(eager(folder), ids)).detach().abs().max())
     assert apart > 0.05  # transformers' default is another model
@@ -114,15 +130,21 @@ def policy_of(model: Any) -> Any:
 
 
 def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):
-    """A kernel that leaves a part out is never answered with `packing: padded`, which would train and sample another model."""
+    """A kernel that leaves a part out is never answered with `packing: padded`, which would train and
+    sample another model.
+    """
     batch = random_batch(random.Random(0), documents=2, positions=2)
     totals = count(batch, "force_close")
     layout = Layout(10_000, cut="force_close", tree=True)
     (micro,) = pack(batch, layout, totals)
     ranks = Ranks(device=torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(written("gemma2", tmp_path), attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        written("gemma2", tmp_path), attn_implementation="sdpa"
+    ).eval()
     attention.install(model)
-    with pytest.raises(ValueError, match="attention sdpa other ones than by eager.*attn_implementation: eager") as caught:
+    with pytest.raises(
+        ValueError, match="attention sdpa other ones than by eager.*attn_implementation: eager"
+    ) as caught:
         check_tree(policy_of(model), micro, layout, totals, ranks)
     assert "packing: padded" not in str(caught.value) and attention_of(model) == "tree_sdpa"
 
@@ -143,7 +165,9 @@ def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):
 
 
 def test_sinks_are_computed(tmp_path):
-    """gpt-oss: transformers' sdpa knows no sinks; where that is named, or given by a wrapper, it is refused."""
+    """gpt-oss: transformers' sdpa knows no sinks; where that is named, or given by a wrapper, it is
+    refused.
+    """
     model = load_model(ModelConfig(path=str(written("gpt_oss", tmp_path))))
     assert settle(model) is None and attention_of(model) == "eager"
 

@@ -1,4 +1,6 @@
-"""RLP really learns: from a small pretrained base, thinking comes to pay within a minute, and useless thoughts do not."""
+"""RLP really learns: from a small pretrained base, thinking comes to pay within a minute, and useless
+thoughts do not.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.experiments.compare import compare
 from rlpretrain.models import load_model, load_tokenizer
-from rlpretrain.objectives import load
+from rlpretrain.objectives import load_objective
 from tests.builders.learning import BASE
 
 FAMILY_BASE = BASE.parent / "family_base"
@@ -26,17 +28,23 @@ FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"
 @pytest.mark.slow
 def test_rlp_makes_thinking_pay(tmp_path):
     dial.write(tmp_path, base=10, train=2000, held_out=160, held_out_depths=(1, 2, 3, 4))
-    values = yaml.safe_load((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
-    values |= {"model": str(BASE), "data": {"path": str(tmp_path / "train.jsonl"), "max_length": 128}, "max_steps": 70,
-               "optim": {"lr": 3e-4}, "output_dir": str(tmp_path / "run"), "console": False,
-               "policy": {"backend": "torch"}}  # fmt: skip
+    values = yaml.safe_load_objective((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
+    values |= {
+        "model": str(BASE),
+        "data": {"path": str(tmp_path / "train.jsonl"), "max_length": 128},
+        "max_steps": 70,
+        "optim": {"lr": 3e-4},
+        "output_dir": str(tmp_path / "run"),
+        "console": False,
+        "policy": {"backend": "torch"},
+    }
     config = build(values)
     ended = Pretrainer(config).train()
     assert ended["stopped"] is None
 
     held_out = build(values | {"data": {"path": str(tmp_path / "held_out.jsonl")}})
     tokenizer, frozen = load_tokenizer(config.model), load_model(config.model)
-    objective = load(held_out, tokenizer)
+    objective = load_objective(held_out, tokenizer)
     trained = load_model(build(values | {"model": ended["model"]}).model)
     documents = read_all(held_out.data, tokenizer)
     before = evaluate(frozen, objective, documents, frozen=frozen, thoughts=2, controls=False).summary()
@@ -52,17 +60,26 @@ def test_rlp_makes_thinking_pay(tmp_path):
 
 @pytest.mark.slow
 def test_a_short_comparison_learns(tmp_path):
-    """RLP and RPT from the base of `examples/dial_family`, each in its format; next-token prediction on its compute does not."""
+    """RLP and RPT from the base of `examples/dial_family`, each in its format; next-token prediction on
+    its compute does not.
+    """
     dial_family.write(tmp_path / "corpus", base=1, train=2000, held_out=120, held_out_depths=(1, 2, 3, 4))
-    experiment = yaml.safe_load((FAMILY / "compare.yaml").read_text())
+    experiment = yaml.safe_load_objective((FAMILY / "compare.yaml").read_text())
     methods = {name: experiment["methods"][name] for name in ("rlp", "rpt", "ntp_flops")}
     for method in methods.values():
         method["config"] = str(FAMILY / method["config"])
     experiment |= {
-        "methods": methods, "seeds": [0], "output_dir": str(tmp_path / "compared"),
-        "common": {"model": str(FAMILY_BASE), "data": str(tmp_path / "corpus" / "train.jsonl"), "max_steps": 60,
-                   "optim": {"lr": 3e-4}, "device": "cpu"},
-    }  # fmt: skip
+        "methods": methods,
+        "seeds": [0],
+        "output_dir": str(tmp_path / "compared"),
+        "common": {
+            "model": str(FAMILY_BASE),
+            "data": str(tmp_path / "corpus" / "train.jsonl"),
+            "max_steps": 60,
+            "optim": {"lr": 3e-4},
+            "device": "cpu",
+        },
+    }
     held_out = {"path": str(tmp_path / "corpus" / "held_out.jsonl"), "max_length": 128}
     experiment["evaluation"] |= {"data": held_out, "documents": 120}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))

@@ -1,4 +1,6 @@
-"""LoRA: only adapters train, engines get them merged or alone, checkpoints and saved models are ordinary ones."""
+"""LoRA: only adapters train, engines get them merged or alone, checkpoints and saved models are ordinary
+ones.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +60,16 @@ def test_a_plain_copy_has_the_base_and_no_adapters():
 def test_peft_reads_the_adapter_as_one_of_its_own(values, tmp_path):
     run = merged(values, policy={"lora": LORA}, max_steps=2, optim__lr=1e-2)
     trained(run)
-    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run["model"]), tmp_path / "run" / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(run["model"]), tmp_path / "run" / "adapter"
+    )
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, ours(IDS).logits, atol=1e-4, rtol=1e-4)
-    changed = {n for n, p in weights(tmp_path / "run" / "model").items() if not torch.equal(p, weights(Path(run["model"]))[n])}
+    changed = {
+        n
+        for n, p in weights(tmp_path / "run" / "model").items()
+        if not torch.equal(p, weights(Path(run["model"]))[n])
+    }
     assert changed and all(any(t in n for t in LORA["target_modules"]) for n in changed)
 
 
@@ -94,8 +102,13 @@ def run(values, tmp_path):
     pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
     tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(tmp_path / "base")
     dial.tokenizer().save_pretrained(tmp_path / "base")
-    return merged(values, model=str(tmp_path / "base"), optim__lr=1e-2, max_steps=4,
-                  engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32})  # fmt: skip
+    return merged(
+        values,
+        model=str(tmp_path / "base"),
+        optim__lr=1e-2,
+        max_steps=4,
+        engine={"name": "vllm_local", "kv_cache_gib": 0.05, "batch_size": 32},
+    )
 
 
 @pytest.mark.slow
@@ -119,7 +132,12 @@ def test_an_adapter_that_loses_a_tensor_is_found_by_the_probe(run, monkeypatch):
     def lossy(self):
         steps.append(1)
         for name, tensor in whole(self):
-            yield name, torch.zeros_like(tensor) if len(steps) > 2 and "layers.1.mlp.down_proj.lora_B" in name else tensor
+            yield (
+                name,
+                torch.zeros_like(tensor)
+                if len(steps) > 2 and "layers.1.mlp.down_proj.lora_B" in name
+                else tensor,
+            )
 
     monkeypatch.setattr(TorchPolicy, "adapter", lossy)
     with pytest.raises(StaleWeights, match="after the sync of version 2"):
@@ -130,7 +148,10 @@ def test_an_adapter_that_loses_a_tensor_is_found_by_the_probe(run, monkeypatch):
 def test_zero_3_on_two_ranks_hands_over_merged_weights(values, tmp_path):
     run = merged(values, optim__lr=1e-2, max_steps=2, policy={"lora": LORA, "backend": "deepspeed"})
     one = trained(run, output_dir=str(tmp_path / "one"), policy={"lora": LORA, "backend": "torch"})
-    launch([{"config": merged(run, policy__deepspeed_config=SHARDED, output_dir=str(tmp_path / "two"))}], tmp_path)
+    launch(
+        [{"config": merged(run, policy__deepspeed_config=SHARDED, output_dir=str(tmp_path / "two"))}],
+        tmp_path,
+    )
     two = weights(tmp_path / "two" / "model")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)

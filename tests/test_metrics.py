@@ -33,7 +33,9 @@ from tests.builders.tiny import word_tokenizer
 
 def rows(folder: Path) -> list[dict]:
     fail = lambda name: pytest.fail(f"{name} is no JSON")  # noqa: E731
-    return [json.loads(line, parse_constant=fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=fail) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,15 @@ def test_every_logged_name_is_documented_and_every_value_finite(values, corpus, 
         for name, value in row.items():
             assert name in ("step", "time") or any(fnmatch(name, known) for known in METRICS), name
             assert isinstance(value, int | float) and math.isfinite(value), name
-    assert {"loss", "ntp/loss", "grad_norm", "learning_rate", "num_tokens", "num_flops", "step_time"} <= found[-1].keys()
+    assert {
+        "loss",
+        "ntp/loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "num_flops",
+        "step_time",
+    } <= found[-1].keys()
     if "eval__data" in changes:
         assert any(name.startswith("eval/") for name in found[-1])
 
@@ -68,7 +78,9 @@ def test_off_policy_diagnostics_are_logged(values):
 
     def stale():
         batch = take()
-        return dataclasses.replace(batch, groups=[dataclasses.replace(g, policy_version=-1) for g in batch.groups])
+        return dataclasses.replace(
+            batch, groups=[dataclasses.replace(g, policy_version=-1) for g in batch.groups]
+        )
 
     run.next_batch = stale
     train(run)
@@ -81,7 +93,10 @@ def test_every_documented_name_is_logged(values):
     """Names with a star aside, which depend on the run, and the probe's: tests/test_engines.py."""
     Pretrainer(build(merged(values, baseline__frozen_every=1, loss__inner_epochs=2))).train()
     logged = set().union(*(row.keys() for row in rows(Path(values["output_dir"]))))
-    assert {name for name in METRICS if "*" not in name} - logged == {"perf/probe_s", "sampling/probe_difference"}
+    assert {name for name in METRICS if "*" not in name} - logged == {
+        "perf/probe_s",
+        "sampling/probe_difference",
+    }
 
 
 def test_numbers_agree_with_the_batch(values):
@@ -92,18 +107,34 @@ def test_numbers_agree_with_the_batch(values):
     run.close()
     thoughts = [t for g in kept[0].groups for t in g.thoughts]
     row = run.last
-    assert row["completions/mean_length"] == pytest.approx(sum(len(t.token_ids) for t in thoughts) / len(thoughts))
+    assert row["completions/mean_length"] == pytest.approx(
+        sum(len(t.token_ids) for t in thoughts) / len(thoughts)
+    )
     assert row["completions/max_length"] == max(len(t.token_ids) for t in thoughts)
-    shares = {"thought/closed_frac": "close", "thought/eos_frac": "eos", "completions/clipped_ratio": "length"}
+    shares = {
+        "thought/closed_frac": "close",
+        "thought/eos_frac": "eos",
+        "completions/clipped_ratio": "length",
+    }
     for name, reason in shares.items():
         assert row[name] == pytest.approx(sum(t.finish_reason == reason for t in thoughts) / len(thoughts))
     assert sum(row[name] for name in shares) == pytest.approx(1.0)
     assert row["ig/mean"] == row["reward"] == pytest.approx(-row["reader/loss"])  # against no baseline
-    assert row["baseline/logp"] == 0.0 and row["ig/self"] == pytest.approx(row["ig/mean"] - row["baseline/self"])
-    assert row["loss"] == pytest.approx(row["policy_loss"] + 0.3 * row["ntp/loss"] + 0.1 * row["reader/loss"], abs=1e-5)
-    trained = row["num_tokens"] - sum(len(g.prompt.token_ids) for g in kept[0].groups) - sum(len(t.token_ids) for t in thoughts)
+    assert row["baseline/logp"] == 0.0 and row["ig/self"] == pytest.approx(
+        row["ig/mean"] - row["baseline/self"]
+    )
+    assert row["loss"] == pytest.approx(
+        row["policy_loss"] + 0.3 * row["ntp/loss"] + 0.1 * row["reader/loss"], abs=1e-5
+    )
+    trained = (
+        row["num_tokens"]
+        - sum(len(g.prompt.token_ids) for g in kept[0].groups)
+        - sum(len(t.token_ids) for t in thoughts)
+    )
     linear = run.parameters * (6 * trained + 2 * (row["num_tokens"] - trained))
-    assert linear < row["num_flops"] < 1.5 * linear  # attention comes on top; tests/test_spending.py counts it
+    assert (
+        linear < row["num_flops"] < 1.5 * linear
+    )  # attention comes on top; tests/test_spending.py counts it
 
 
 def test_what_is_sampled_and_dropped_was_spent_all_the_same(values):
@@ -125,8 +156,13 @@ def test_a_budget_ends_a_run_with_the_step_that_reaches_it(values, tmp_path, lim
     """Also when it is resumed."""
     whole = trained(values, max_steps=5, output_dir=str(tmp_path / "whole"))
     seen = rows(tmp_path / "whole")
-    cut = merged(values, max_steps=5, output_dir=str(tmp_path / "cut"), checkpoint__every=2,
-                 **{f"stop__{limit}": seen[2][f"num_{limit}"]})  # fmt: skip
+    cut = merged(
+        values,
+        max_steps=5,
+        output_dir=str(tmp_path / "cut"),
+        checkpoint__every=2,
+        **{f"stop__{limit}": seen[2][f"num_{limit}"]},
+    )
     ended = Pretrainer(build(cut)).train()
     assert ended["steps"] == 3 and ended["stopped"].startswith("budget: ") and whole
     assert Pretrainer(build(cut)).train(resume="auto")["steps"] == 3
@@ -161,7 +197,11 @@ def test_tensorboard_has_every_number(values):
     texts = board.Tensors("thoughts/text_summary")
     assert [t.step for t in texts] == [1, 2, 3]
     said = texts[0].tensor_proto.string_val[0].decode()
-    assert said.startswith("| position | context | target | thought |") and said.count("\n") == 1 + 4 * 4 and "shows" in said
+    assert (
+        said.startswith("| position | context | target | thought |")
+        and said.count("\n") == 1 + 4 * 4
+        and "shows" in said
+    )
 
 
 def test_nothing_in_a_thought_is_markdown():
@@ -186,9 +226,13 @@ def check_board(found: list[dict], numbers: dict[int, dict], tables: dict[int, l
     assert sorted(numbers) == sorted(tables) == [1, 2, 3]
     for step, thoughts in tables.items():
         assert len(thoughts) == 4 * 4 and all(list(t) == list(COLUMNS) for t in thoughts)
-        assert all("shows" in t["context"] and type(t["tokens"]) is int and 1 <= t["tokens"] <= 6 for t in thoughts)
+        assert all(
+            "shows" in t["context"] and type(t["tokens"]) is int and 1 <= t["tokens"] <= 6 for t in thoughts
+        )
         counted = [t["reward"] for t in thoughts if t["reward"] is not None]
-        assert all((t["reward"] is None) == (t["ended by"] != "close") for t in thoughts)  # the cut-off ones count nowhere
+        assert all(
+            (t["reward"] is None) == (t["ended by"] != "close") for t in thoughts
+        )  # the cut-off ones count nowhere
         assert all(type(r) is float for r in counted)
         if counted:  # four positions of four thoughts: the table is the whole step
             assert sum(counted) / len(counted) == pytest.approx(found[step - 1]["reward"], abs=1e-5)
@@ -196,14 +240,25 @@ def check_board(found: list[dict], numbers: dict[int, dict], tables: dict[int, l
 
 
 def test_wandb_has_every_number_and_the_thoughts(values, tmp_path, monkeypatch):
-    """An offline run, read back from its own file: a table that is logged apart could land on another step."""
+    """An offline run, read back from its own file: a table that is logged apart could land on another
+    step.
+    """
     pytest.importorskip("wandb")
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+    for name, value in {
+        "MODE": "offline",
+        "DIR": str(tmp_path),
+        "SILENT": "true",
+        "ERROR_REPORTING": "false",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    Pretrainer(build(merged(values, report_to=["wandb"], sampling__cut="mask", sampling__max_thought_tokens=6))).train()
+    Pretrainer(
+        build(merged(values, report_to=["wandb"], sampling__cut="mask", sampling__max_thought_tokens=6))
+    ).train()
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     numbers, tables, end = {}, {}, time.monotonic() + 60
-    while not (found := list(wandb_records(log.read_bytes()))) or found[-1].WhichOneof("record_type") != "exit":
+    while (
+        not (found := list(wandb_records(log.read_bytes()))) or found[-1].WhichOneof("record_type") != "exit"
+    ):
         assert time.monotonic() < end, "wandb never closed its file"
         time.sleep(0.05)  # wandb's own process writes it, and `finish` does not wait for that
     for record in found:
@@ -211,12 +266,16 @@ def test_wandb_has_every_number_and_the_thoughts(values, tmp_path, monkeypatch):
             row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             numbers[record.history.step.num] = row
             table = json.loads((log.parent / "files" / row["thoughts.path"]).read_text())
-            tables[record.history.step.num] = [dict(zip(table["columns"], cells, strict=True)) for cells in table["data"]]
+            tables[record.history.step.num] = [
+                dict(zip(table["columns"], cells, strict=True)) for cells in table["data"]
+            ]
     check_board(rows(Path(values["output_dir"])), numbers, tables)
 
 
 def wandb_records(data: bytes):
-    """The records of a `.wandb` file: a LevelDB log (blocks of 32 KiB, records cut at their ends) of protobuf messages."""
+    """The records of a `.wandb` file: a LevelDB log (blocks of 32 KiB, records cut at their ends) of
+    protobuf messages.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     at, parts = 7, b""
@@ -241,14 +300,29 @@ def test_trackio_has_every_number_and_the_thoughts(values, tmp_path):
     """Its local database; in a process of its own, since trackio reads TRACKIO_DIR when it is imported."""
     pytest.importorskip("trackio")
     config = merged(values, report_to=["trackio"], sampling__cut="mask", sampling__max_thought_tokens=6)
-    code = f"from rlpretrain import Pretrainer; from rlpretrain.config.io import build; Pretrainer(build({config!r})).train()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200,
-                          env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")})  # fmt: skip
+    code = (
+        f"from rlpretrain import Pretrainer; from rlpretrain.config.io import build; "
+        f"Pretrainer(build({config!r})).train()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     with sqlite3.connect(tmp_path / "trackio" / "rlpretrain.db") as database:
-        logged = {step: json.loads(row) for step, row in database.execute("select step, metrics from metrics order by id")}
+        logged = {
+            step: json.loads(row)
+            for step, row in database.execute("select step, metrics from metrics order by id")
+        }
     assert all(row["thoughts"]["_type"] == "trackio.table" for row in logged.values())
-    check_board(rows(Path(values["output_dir"])), logged, {step: row["thoughts"]["_value"] for step, row in logged.items()})
+    check_board(
+        rows(Path(values["output_dir"])),
+        logged,
+        {step: row["thoughts"]["_value"] for step, row in logged.items()},
+    )
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_get_it(values, tmp_path, monkeypatch):
@@ -295,5 +369,9 @@ def test_a_quiet_console_says_nothing(values, capfd):
 def test_a_console_shows_thoughts_five_times_a_run_and_every_nth_step(values, capsys):
     Pretrainer(build(merged(values, max_steps=10, console=True, log_every=5))).train()
     out = capsys.readouterr().out
-    assert out.count("thought") >= 5 and out.count("step 5 ") == out.count("step 10 ") == 1 and "step 4 " not in out
+    assert (
+        out.count("thought") >= 5
+        and out.count("step 5 ") == out.count("step 10 ") == 1
+        and "step 4 " not in out
+    )
     assert "model saved to" in out.replace("\n", " ")

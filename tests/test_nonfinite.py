@@ -1,4 +1,6 @@
-"""NaN and inf in loss, gradients or log-probs: the step is skipped and counted, the run stops in the end, the batch is kept."""
+"""NaN and inf in loss, gradients or log-probs: the step is skipped and counted, the run stops in the end,
+the batch is kept.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,20 @@ from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.builders.faults import poison
 from tests.builders.runs import launch, merged, same, weights
 
-REASONS = {"log-probs": "log-probs", "baseline": "log-probs", "reward": "loss", "loss": "loss", "gradients": "gradients"}
+REASONS = {
+    "log-probs": "log-probs",
+    "baseline": "log-probs",
+    "reward": "loss",
+    "loss": "loss",
+    "gradients": "gradients",
+}
 
 
 @pytest.mark.parametrize("where", REASONS)
 def test_a_step_with_nan_or_inf_is_skipped_and_counted(values, where, capsys):
-    run = Run(build(merged(values, max_steps=3, console=True, stop__collapse=True, stop__collapse_window=1)), None)
+    run = Run(
+        build(merged(values, max_steps=3, console=True, stop__collapse=True, stop__collapse_window=1)), None
+    )
     poison(run, where, at={2})
     seen = {}
     finish = run.finish
@@ -50,7 +60,9 @@ def test_a_step_with_nan_or_inf_is_skipped_and_counted(values, where, capsys):
 
 @pytest.mark.slow
 def test_what_one_rank_meets_both_skip(values, tmp_path):
-    """Two ranks, NaN or inf on the second alone: nothing hangs, and the step is skipped as a single process would."""
+    """Two ranks, NaN or inf on the second alone: nothing hangs, and the step is skipped as a single
+    process would.
+    """
     base = merged(values, max_steps=3, positions_per_step=4, token_budget=150)
     kinds = {where: {} for where in ("log-probs", "loss", "gradients")}
     kinds["zero2"] = {"policy": {"backend": "deepspeed", "zero_stage": 2}}
@@ -59,8 +71,16 @@ def test_what_one_rank_meets_both_skip(values, tmp_path):
     train(alone)
     alone.end()
     alone.close()
-    launch([{"config": merged(base, output_dir=str(tmp_path / kind), **changes), "poison": "loss" if changes else kind}
-            for kind, changes in kinds.items()], tmp_path)  # fmt: skip
+    launch(
+        [
+            {
+                "config": merged(base, output_dir=str(tmp_path / kind), **changes),
+                "poison": "loss" if changes else kind,
+            }
+            for kind, changes in kinds.items()
+        ],
+        tmp_path,
+    )
     expected = weights(tmp_path / "alone" / "model")
     for kind in kinds:
         rows = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
@@ -68,7 +88,9 @@ def test_what_one_rank_meets_both_skip(values, tmp_path):
         assert "step-2-rank-1.json" in [p.name for p in (tmp_path / kind / "nonfinite").iterdir()]
         found = weights(tmp_path / kind / "model")
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, k=kind: f"{k}: {m}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, k=kind: f"{k}: {m}"
+            )
 
 
 def test_several_inner_epochs_skip_a_step_once(values):
@@ -86,9 +108,16 @@ def as_tuples(value):
 def read_group(kept: dict) -> Group:
     """A group from what was saved."""
     kept = {k: as_tuples(v) for k, v in kept.items()}
-    thoughts = (Thought(**{k: as_tuples(v) for k, v in t.items()} | {"finish_reason": FinishReason(t["finish_reason"])})
-                for t in kept.pop("thoughts"))  # fmt: skip
-    inner = {k: as_tuples(v) for k, v in kept.pop("position").items()}, {k: as_tuples(v) for k, v in kept.pop("prompt").items()}
+    thoughts = (
+        Thought(
+            **{k: as_tuples(v) for k, v in t.items()} | {"finish_reason": FinishReason(t["finish_reason"])}
+        )
+        for t in kept.pop("thoughts")
+    )
+    inner = (
+        {k: as_tuples(v) for k, v in kept.pop("position").items()},
+        {k: as_tuples(v) for k, v in kept.pop("prompt").items()},
+    )
     return Group(position=Position(**inner[0]), prompt=Prompt(**inner[1]), thoughts=tuple(thoughts), **kept)
 
 

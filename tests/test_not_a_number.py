@@ -14,7 +14,7 @@ import torch
 from rlpretrain.config.io import build
 from rlpretrain.evaluation.evaluate import Evaluation
 from rlpretrain.files import dumps, finite
-from rlpretrain.objectives.base import worth_telling_apart
+from rlpretrain.objectives.base import rewards_differ
 from rlpretrain.ranks import Ranks
 from rlpretrain.reporting.report import read
 from rlpretrain.tracking.step_metrics import StepMetrics
@@ -32,9 +32,23 @@ def parsed(text: str):
 
 
 def test_an_evaluation_of_a_broken_model_is_no_best_and_uses_up_no_patience(values, corpus, capsys):
-    """NaN > x is False, so a first NaN stayed the best for ever, and every later one brought the end nearer."""
-    run = Run(build(merged(values, objective="ntp", eval__data=str(corpus / "held_out.jsonl"), eval__every=1,
-                           eval__documents=4, stop__patience=1, console=True)), None)  # fmt: skip
+    """NaN > x is False, so a first NaN stayed the best for ever, and every later one brought the end
+    nearer.
+    """
+    run = Run(
+        build(
+            merged(
+                values,
+                objective="ntp",
+                eval__data=str(corpus / "held_out.jsonl"),
+                eval__every=1,
+                eval__documents=4,
+                stop__patience=1,
+                console=True,
+            )
+        ),
+        None,
+    )
     try:
         weight = next(p for p in run.policy.model.parameters() if p.dim() == 1)
         fine = weight.detach().clone()
@@ -50,7 +64,11 @@ def test_an_evaluation_of_a_broken_model_is_no_best_and_uses_up_no_patience(valu
             weight.copy_(fine)
         run.step = 2
         row = run._evaluate()
-        assert run.best["step"] == 2 and run.best["gain"] == pytest.approx(-row["eval/no_think_loss"]) and run.stopped is None
+        assert (
+            run.best["step"] == 2
+            and run.best["gain"] == pytest.approx(-row["eval/no_think_loss"])
+            and run.stopped is None
+        )
         assert "eval/not_finite" not in row
     finally:
         run.close()
@@ -60,8 +78,14 @@ def test_a_position_that_is_not_finite_is_in_no_mean_and_is_counted():
     documents = [Document(str(i), (1, 2, 3)) for i in range(10)]
     gain = np.arange(10.0)
     gain[3], gain[4] = np.nan, -np.inf
-    found = Evaluation({"gain": gain, "gain_frozen": gain}, documents, np.ones(10), np.full(10, 2.0), []).summary()
-    assert found["gain"] == pytest.approx(38 / 8) and np.isfinite(found["gain_ci"]).all() and found["no_think_loss"] == 1.0
+    found = Evaluation(
+        {"gain": gain, "gain_frozen": gain}, documents, np.ones(10), np.full(10, 2.0), []
+    ).summary()
+    assert (
+        found["gain"] == pytest.approx(38 / 8)
+        and np.isfinite(found["gain_ci"]).all()
+        and found["no_think_loss"] == 1.0
+    )
     assert found["not_finite"] == pytest.approx(0.2)
 
 
@@ -72,7 +96,9 @@ def test_metrics_hold_no_nan_and_trackers_are_not_given_any(tmp_path):
     trackers.write(1, {"reward": math.nan, "grad_norm": math.inf, "loss": 1.5})
     (row,) = map(parsed, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (row["reward"], row["grad_norm"], row["loss"]) == (None, None, 1.5) and given == [{"loss": 1.5}]
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 2, "loss": NaN, "reward": 1.0}\n')  # as it was written before
+    (tmp_path / "metrics.jsonl").open("a").write(
+        '{"step": 2, "loss": NaN, "reward": 1.0}\n'
+    )  # as it was written before
     assert [set(r) for r in read(tmp_path).rows] == [{"step", "time", "loss"}, {"step", "reward"}]
 
 
@@ -86,27 +112,55 @@ def test_means_leave_out_single_values_as_they_do_elements():
 
 
 def test_every_record_is_json(tmp_path):
-    record = {"best": {"gain": math.nan}, "ci": (1.0, -math.inf), "path": Path("a"), "n": 3, "inner": [[math.inf]]}
+    record = {
+        "best": {"gain": math.nan},
+        "ci": (1.0, -math.inf),
+        "path": Path("a"),
+        "n": 3,
+        "inner": [[math.inf]],
+    }
     write_json(tmp_path / "run.json", record)
     assert parsed((tmp_path / "run.json").read_text()) == {
-        "best": {"gain": None}, "ci": [1.0, None], "path": "a", "n": 3, "inner": [[None]],
-    }  # fmt: skip
-    assert parsed(dumps({"a": math.nan})) == {"a": None} and finite({"a": 1.5, "b": [2]}) == {"a": 1.5, "b": [2]}
+        "best": {"gain": None},
+        "ci": [1.0, None],
+        "path": "a",
+        "n": 3,
+        "inner": [[None]],
+    }
+    assert parsed(dumps({"a": math.nan})) == {"a": None} and finite({"a": 1.5, "b": [2]}) == {
+        "a": 1.5,
+        "b": [2],
+    }
 
 
 def test_no_module_writes_json_that_may_hold_nan():
-    """Files that people read go through `files.dumps`; what is left is configuration, requests and test data."""
+    """Files that people read go through `files.dumps`; what is left is configuration, requests and test
+    data.
+    """
     root = Path(__file__).parents[1] / "rlpretrain"
-    writers = {"training/records.py", "tracking/trackers.py", "training/checkpoint.py", "commands/training.py"}
+    writers = {
+        "training/records.py",
+        "tracking/trackers.py",
+        "training/checkpoint.py",
+        "commands/training.py",
+    }
     for name in writers:
         assert "json.dumps(" not in (root / name).read_text().replace("json.dumps(config)", "").replace(
-            "json.dumps(to_dict(build(", ""), name  # fmt: skip
+            "json.dumps(to_dict(build(", ""
+        ), name
 
 
-@pytest.mark.parametrize(("rewards", "worth"), [
-    ((1.0, 1.0, math.nan), False), ((math.nan, math.nan), False), ((0.0, 1.0, math.nan), True), ((), False), (None, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rewards", "worth"),
+    [
+        ((1.0, 1.0, math.nan), False),
+        ((math.nan, math.nan), False),
+        ((0.0, 1.0, math.nan), True),
+        ((), False),
+        (None, False),
+    ],
+)
 def test_nan_does_not_make_rewards_different(rewards, worth):
     thought = Thought((5,), (0.0,), FinishReason.CLOSE, 0, 0)
     group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,) * 3, 0)
-    assert worth_telling_apart(dataclasses.replace(group, rewards=rewards)) is worth
+    assert rewards_differ(dataclasses.replace(group, rewards=rewards)) is worth

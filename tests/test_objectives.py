@@ -14,7 +14,7 @@ import rlpretrain
 from rewards import information_gain
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
-from rlpretrain.objectives import available, load, parse_section, rlp
+from rlpretrain.objectives import available, load_objective, parse_section, rlp
 from rlpretrain.objectives.base import NEEDS
 from rlpretrain.scoring.references import Ema
 from rlpretrain.training.advantages import compute_advantages
@@ -41,15 +41,21 @@ def test_every_token_of_needs_is_read_somewhere_and_no_other_is_accepted(values)
     root = Path(rlpretrain.__file__).parent
     sources = {f: f.read_text() for f in root.rglob("*.py")}
     for token in NEEDS:
-        readers = [f.name for f, text in sources.items() if re.search(rf'"{token}" (not )?in [a-z_.]*needs', text)]
+        readers = [
+            f.name for f, text in sources.items() if re.search(rf'"{token}" (not )?in [a-z_.]*needs', text)
+        ]
         assert readers, f"nothing reads {token!r}"
     tokenizer = AutoTokenizer.from_pretrained(values["model"])
     for name in available():
-        assert load(build(merged(values, objective=name, ntp_data=values["data"])), tokenizer).needs <= set(NEEDS)
+        assert load_objective(
+            build(merged(values, objective=name, ntp_data=values["data"])), tokenizer
+        ).needs <= set(NEEDS)
     for token in ("baseline", "reference", "text", "taget"):
         Asking.needs = frozenset({"target", token})
-        with pytest.raises(ConfigError, match=f"Asking: needs has '{token}', which no run can give; there are target, "):
-            load(build(merged(values, objective=f"{__name__}:Asking")), tokenizer)
+        with pytest.raises(
+            ConfigError, match=f"Asking: needs has '{token}', which no run can give; there are target, "
+        ):
+            load_objective(build(merged(values, objective=f"{__name__}:Asking")), tokenizer)
 
 
 class Asking(rlp.RLP):
@@ -57,20 +63,50 @@ class Asking(rlp.RLP):
 
 
 def test_a_users_objective_with_stored_rewards_learns(values, tmp_path):
-    """Thoughts come to have the wanted length: the loop trains what the objective rewards, and nothing else is needed."""
-    objective = {"name": "tests.builders.my_objective:LengthObjective", "positions": "after", "marker": "shows", "wanted": 3}
-    run = Run(build(merged(values, objective=objective, max_steps=40, sampling__thoughts=8, sampling__max_thought_tokens=12,
-                           sampling__cut="force_close", loss__ntp_coef=0.0, loss__reader_coef=0.0)), None)  # fmt: skip
+    """Thoughts come to have the wanted length: the loop trains what the objective rewards, and nothing
+    else is needed.
+    """
+    objective = {
+        "name": "tests.builders.my_objective:LengthObjective",
+        "positions": "after",
+        "marker": "shows",
+        "wanted": 3,
+    }
+    run = Run(
+        build(
+            merged(
+                values,
+                objective=objective,
+                max_steps=40,
+                sampling__thoughts=8,
+                sampling__max_thought_tokens=12,
+                sampling__cut="force_close",
+                loss__ntp_coef=0.0,
+                loss__reader_coef=0.0,
+            )
+        ),
+        None,
+    )
     train(run)
     run.close()
-    rows = [json.loads(line) for line in (Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    ]
     rewards = [r["reward"] for r in rows if "reward" in r]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 1.0
 
 
 def test_ntp_is_the_same_as_a_plain_training_loop(values, tmp_path):
-    run = merged(values, objective="ntp", positions_per_step=8, data__shuffle=False, optim__warmup_steps=0,
-                 optim__clip_grad_norm=0.0, token_budget=200, output_dir=str(tmp_path / "ntp"))  # fmt: skip
+    run = merged(
+        values,
+        objective="ntp",
+        positions_per_step=8,
+        data__shuffle=False,
+        optim__warmup_steps=0,
+        optim__clip_grad_norm=0.0,
+        token_budget=200,
+        output_dir=str(tmp_path / "ntp"),
+    )
     ours = trained(run)
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +128,14 @@ def test_ntp_is_the_same_as_a_plain_training_loop(values, tmp_path):
 
 
 def test_rlp_reward_is_the_information_gain_of_each_thought(values):
-    run = Run(build(merged(values, objective={"name": "rlp", "positions": "random", "target_length": 3, "discount": 0.5})), None)
+    run = Run(
+        build(
+            merged(
+                values, objective={"name": "rlp", "positions": "random", "target_length": 3, "discount": 0.5}
+            )
+        ),
+        None,
+    )
     batch = run.next_batch()
     micro = run.pack(batch, run.count(batch))[0]
     scores = run.policy.score(micro)
@@ -102,16 +145,26 @@ def test_rlp_reward_is_the_information_gain_of_each_thought(values):
     gain = (scores.target_logps - scores.baseline_logps[:, None]).double().detach()
     byhand = gain[..., 0] + 0.5 * gain[..., 1] + 0.25 * gain[..., 2]
     torch.testing.assert_close(reward, byhand)
-    expected = information_gain(scores.target_logps.detach(), scores.baseline_logps, scores.target_mask, discount=0.5)
+    expected = information_gain(
+        scores.target_logps.detach(), scores.baseline_logps, scores.target_mask, discount=0.5
+    )
     torch.testing.assert_close(reward, expected)
     g = reward.shape[1]
-    torch.testing.assert_close(advantage.double(), g / (g - 1) * (reward - reward.mean(1, keepdim=True)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        advantage.double(), g / (g - 1) * (reward - reward.mean(1, keepdim=True)), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("no_think", ["raw", "template", "empty_thought"])
 @pytest.mark.parametrize("template", ["raw", "rlp"])
 def test_the_no_think_arm_is_what_its_name_says(values, no_think, template):
-    section = {"name": "rlp", "positions": "after", "marker": "shows", "template": template, "no_think": no_think}
+    section = {
+        "name": "rlp",
+        "positions": "after",
+        "marker": "shows",
+        "template": template,
+        "no_think": no_think,
+    }
     if template == "rlp":
         section["template"] = "ann {context} bob"
     run = Run(build(merged(values, objective=section)), None)
@@ -120,15 +173,22 @@ def test_the_no_think_arm_is_what_its_name_says(values, no_think, template):
     for micro, scores in scored:
         for b, group in enumerate(micro.groups):
             position = group.position
-            context = {"raw": position.context_ids, "template": group.prompt.token_ids[:-1],
-                       "empty_thought": (*group.prompt.token_ids, *group.prompt.close_ids)}[no_think]  # fmt: skip
+            context = {
+                "raw": position.context_ids,
+                "template": group.prompt.token_ids[:-1],
+                "empty_thought": (*group.prompt.token_ids, *group.prompt.close_ids),
+            }[no_think]
             ids = torch.tensor([[*context, *position.target_ids]])
             logits = run.policy.model(input_ids=ids).logits[0, -2].log_softmax(-1)
-            assert float(scores.baseline_logps[b, 0]) == pytest.approx(float(logits[position.target_ids[0]].detach()), abs=1e-4)
+            assert float(scores.baseline_logps[b, 0]) == pytest.approx(
+                float(logits[position.target_ids[0]].detach()), abs=1e-4
+            )
 
 
 def test_entropy_positions_use_the_current_model(values):
-    run = Run(build(merged(values, objective={"name": "rlp", "positions": "entropy", "top_fraction": 0.0})), None)
+    run = Run(
+        build(merged(values, objective={"name": "rlp", "positions": "entropy", "top_fraction": 0.0})), None
+    )
     batch = run.next_batch()
     for group in batch.groups:
         document = next(d for d in batch.documents if d.id == group.position.document_id)
@@ -175,7 +235,9 @@ def test_the_ema_baseline_lags_the_policy_and_is_logged(values):
 def test_documents_for_next_token_loss_may_come_from_elsewhere(values, corpus, tmp_path):
     run = Run(build(merged(values, ntp_data={"path": str(corpus / "base.jsonl")})), None)
     batch = run.next_batch()
-    assert not {d.id for d in batch.documents} & {g.position.document_id for g in batch.groups}  # rows of both begin at 0
+    assert not {d.id for d in batch.documents} & {
+        g.position.document_id for g in batch.groups
+    }  # rows of both begin at 0
     micros = run.pack(batch, run.count(batch))
     assert all(bool((m.baseline_rows[m.target_mask] >= 0).all()) for m in micros)
     train(run)

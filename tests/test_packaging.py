@@ -1,4 +1,6 @@
-"""The wheel, built offline: it holds the three packages and nothing else, and works where it is unpacked. The locks."""
+"""The wheel, built offline: it holds the three packages and nothing else, and works where it is unpacked.
+The locks.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,18 @@ PIP = (sys.executable, "-m", "pip")
 
 def run(*command: str | Path, cwd: Path) -> str:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of this tree: building in place would leave folders behind, and take what lay in them."""
+    """The wheel of a copy of this tree: building in place would leave folders behind, and take what lay in
+    them.
+    """
     work = tmp_path_factory.mktemp("wheel")
     tree = work / "tree"
     skip = shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,6 @@
-"""One gradient, however a step is cut: one pass or two, any budget, any number of micro-batches, one rank or two."""
+"""One gradient, however a step is cut: one pass or two, any budget, any number of micro-batches, one rank
+or two.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ from tests.builders.batches import VOCABULARY, random_batch
 from tests.builders.runs import launch, merged, one_step
 from tests.builders.tiny import tiny_model
 
-LOSS = {"loss": {"ntp_coef": 0.3, "reader_coef": 0.2}, "positions_per_step": 8, "objective__positions_per_document": 2,
-        "sampling__thoughts": 5}  # fmt: skip
+LOSS = {
+    "loss": {"ntp_coef": 0.3, "reader_coef": 0.2},
+    "positions_per_step": 8,
+    "objective__positions_per_document": 2,
+    "sampling__thoughts": 5,
+}
 
 
 class ScoredFirst(rlp.RLP):
@@ -52,14 +58,21 @@ def test_passes_budgets_and_splits_give_one_gradient(values, tmp_path, packing):
         run, parts = one_step(values, packing=packing, token_budget=budget, output_dir=folder, **changes)
         close(parts, whole)
         seen.append((run.last["batch/micro_batches"], run.has_split_groups))
-    assert seen[0] == (1, False) and 1 < seen[1][0] < seen[2][0] < seen[3][0] and seen[2][1] and seen[3] == (40, True)
+    assert (
+        seen[0] == (1, False)
+        and 1 < seen[1][0] < seen[2][0] < seen[3][0]
+        and seen[2][1]
+        and seen[3] == (40, True)
+    )
 
 
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("budget", [1, 60])
 def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
     batch = random_batch(random.Random(3), 2, 2, 5, 2)
-    rewarded = [replace(g, rewards=tuple(float(10 * i + k) for k in range(5))) for i, g in enumerate(batch.groups)]
+    rewarded = [
+        replace(g, rewards=tuple(float(10 * i + k) for k in range(5))) for i, g in enumerate(batch.groups)
+    ]
     batch = Batch(rewarded, batch.documents)
     layout = Layout(budget, cut="force_close", tree=tree)
     totals = count(batch, "force_close")
@@ -79,7 +92,9 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
         reward = rlp.base.Objective.reward
 
         def advantage(self, reward, groups):
-            assert [g.thoughts for g in groups] == [next(b.thoughts for b in batch.groups if b.id == g.id) for g in groups]
+            assert [g.thoughts for g in groups] == [
+                next(b.thoughts for b in batch.groups if b.id == g.id) for g in groups
+            ]
             return super().advantage(reward, groups)
 
     class run:  # noqa: N801
@@ -94,7 +109,10 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
     for micro, known in zip(micros, compute_step_advantages(run, micros), strict=True):
         for b, group in enumerate(micro.groups):
             for g in range(len(group.thoughts)):
-                found[group.id, micro.offsets[b] + g] = float(known.rewards[b, g]), float(known.advantages[b, g])
+                found[group.id, micro.offsets[b] + g] = (
+                    float(known.rewards[b, g]),
+                    float(known.advantages[b, g]),
+                )
     (one,) = pack(batch, replace(layout, token_budget=10**6), totals)
     whole = compute_advantages(run.objective, one, run.policy.score(one))
     assert len(found) == sum(len(g.thoughts) for g in batch.groups)
@@ -162,13 +180,33 @@ def test_documents_keep_their_groups_when_they_move():
 @pytest.mark.slow
 def test_two_ranks_have_one_gradient_and_share_the_work(values, tmp_path):
     texts = [json.loads(line)["text"] for line in Path(values["data"]["path"]).read_text().splitlines()[:60]]
-    uneven = [" ".join(texts[3 * i : 3 * i + 3]) if i % 2 else texts[3 * i] for i in range(20)]  # a rank draws each second one
+    uneven = [
+        " ".join(texts[3 * i : 3 * i + 3]) if i % 2 else texts[3 * i] for i in range(20)
+    ]  # a rank draws each second one
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in uneven))
     data = {"path": str(tmp_path / "uneven.jsonl"), "max_length": 128, "shuffle": False}
-    changes = LOSS | {"policy": {"backend": "torch"}, "token_budget": 150, "data": data, "objective__positions_per_document": 1}
+    changes = LOSS | {
+        "policy": {"backend": "torch"},
+        "token_budget": 150,
+        "data": data,
+        "objective__positions_per_document": 1,
+    }
     run, whole = one_step(values, output_dir=str(tmp_path / "one"), **changes)
-    launch([{"config": merged(values, max_steps=1, output_dir=str(tmp_path / "two"), optim__clip_grad_norm=0.0, **changes),
-             "gradient": str(tmp_path / "gradient")}], tmp_path)  # fmt: skip
+    launch(
+        [
+            {
+                "config": merged(
+                    values,
+                    max_steps=1,
+                    output_dir=str(tmp_path / "two"),
+                    optim__clip_grad_norm=0.0,
+                    **changes,
+                ),
+                "gradient": str(tmp_path / "gradient"),
+            }
+        ],
+        tmp_path,
+    )
     shares = [torch.load(tmp_path / f"gradient-{rank}.pt") for rank in (0, 1)]
     summed = {n: shares[0]["gradient"][n] + shares[1]["gradient"][n] for n in whole}
     close(summed, whole)

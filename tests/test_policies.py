@@ -71,12 +71,19 @@ def test_torch_bf16_keeps_a_float32_copy(values, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_like_one(values, tmp_path):
-    """Torch and ZeRO 0 to 3 on two ranks, with uneven micro-batches, against one rank; and an exact resume on two."""
+    """Torch and ZeRO 0 to 3 on two ranks, with uneven micro-batches, against one rank; and an exact resume
+    on two.
+    """
     base = merged(values, token_budget=150, positions_per_step=6)
     one = trained(base, output_dir=str(tmp_path / "one"))
     kinds = {"torch": {}} | {f"zero{s}": deepspeed(s) for s in STAGES}
-    jobs = [{"config": merged(base, output_dir=str(tmp_path / name), **changes)} for name, changes in kinds.items()]
-    halves = merged(base, output_dir=str(tmp_path / "zero3"), **deepspeed(3, max_steps=3, checkpoint__every=2))
+    jobs = [
+        {"config": merged(base, output_dir=str(tmp_path / name), **changes)}
+        for name, changes in kinds.items()
+    ]
+    halves = merged(
+        base, output_dir=str(tmp_path / "zero3"), **deepspeed(3, max_steps=3, checkpoint__every=2)
+    )
     jobs.append({"config": merged(halves, output_dir=str(tmp_path / "first"))})
     jobs.append({"config": merged(halves, output_dir=str(tmp_path / "again"))})
     launch(jobs[:-1], tmp_path)
@@ -84,7 +91,9 @@ def test_two_ranks_train_like_one(values, tmp_path):
         assert norms(tmp_path / name) == pytest.approx(norms(tmp_path / "one"), rel=1e-2), name
         two = weights(tmp_path / name / "model")
         for parameter, tensor in one.items():
-            torch.testing.assert_close(two[parameter], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                two[parameter], tensor, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
     (tmp_path / "again").mkdir()
     (tmp_path / "first" / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
     launch([jobs[-1] | {"resume": "auto"}], tmp_path)
@@ -111,13 +120,25 @@ def test_autocast_trains_float32_weights_in_bfloat16(values, tmp_path):
 
 def test_deepspeed_json_of_the_user(tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "train_batch_size": "auto",
-        "gradient_clipping": 0.5, "optimizer": {"type": "AdamW"}, "gradient_accumulation_steps": 8,
-    }))  # fmt: skip
-    config = build({"model": "m", "data": "d", "policy": {"backend": "deepspeed", "deepspeed_config": str(file)}})
+    file.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+                "train_batch_size": "auto",
+                "gradient_clipping": 0.5,
+                "optimizer": {"type": "AdamW"},
+                "gradient_accumulation_steps": 8,
+            }
+        )
+    )
+    config = build(
+        {"model": "m", "data": "d", "policy": {"backend": "deepspeed", "deepspeed_config": str(file)}}
+    )
     settings = ds_settings(config.policy, config.optim, torch.float32)
-    assert settings["zero_optimization"]["stage"] == 2 and "reduce_bucket_size" not in settings["zero_optimization"]
+    assert (
+        settings["zero_optimization"]["stage"] == 2
+        and "reduce_bucket_size" not in settings["zero_optimization"]
+    )
     assert settings["gradient_clipping"] == 0.5 and settings["gradient_accumulation_steps"] == 1
     assert "optimizer" not in settings and "train_batch_size" not in settings
     file.write_text("{")
@@ -129,7 +150,9 @@ def test_deepspeed_json_of_the_user(tmp_path):
 
 
 def test_schedules():
-    config = build({"model": "m", "data": "d", "optim": {"warmup_steps": 4, "schedule": "cosine", "min_lr_ratio": 0.1}}).optim
+    config = build(
+        {"model": "m", "data": "d", "optim": {"warmup_steps": 4, "schedule": "cosine", "min_lr_ratio": 0.1}}
+    ).optim
     factor = make_schedule(config, 104)
     assert [factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert factor(4) == 1.0 and factor(54) == pytest.approx(0.55) and factor(104) == pytest.approx(0.1)

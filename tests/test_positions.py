@@ -113,7 +113,10 @@ def test_random_is_uniform():
 
 def test_document_end():
     doc = document("ann has 6", WORD)  # and eos
-    assert PositionPicker("random", WORD, per_document=None, target_length=2)(doc, rng()) == [1, 2]  # may end with eos
+    assert PositionPicker("random", WORD, per_document=None, target_length=2)(doc, rng()) == [
+        1,
+        2,
+    ]  # may end with eos
     assert PositionPicker("random", WORD, per_document=None, target_length=4)(doc, rng()) == []
     assert PositionPicker("random", WORD)(document("", WORD), rng()) == []
 
@@ -127,7 +130,12 @@ def test_eos_is_a_target_only_when_asked_for():
 
 def test_every_k_from_the_minimum_context():
     doc = document(TEXT, WORD)
-    assert PositionPicker("every_k", WORD, per_document=None, min_context=3, every=5)(doc, rng()) == [3, 8, 13, 18]
+    assert PositionPicker("every_k", WORD, per_document=None, min_context=3, every=5)(doc, rng()) == [
+        3,
+        8,
+        13,
+        18,
+    ]
     some = PositionPicker("every_k", WORD, per_document=2, min_context=3, every=5)(doc, rng())
     assert len(some) == 2 and set(some) <= {3, 8, 13, 18}
 
@@ -257,7 +265,9 @@ def test_function_itself_or_by_path(monkeypatch):
     doc = document(TEXT, WORD)
     for kind in (halves, "their_positions:halves"):
         assert PositionPicker(kind, WORD, per_document=None)(doc, rng()) == [1, len(doc.token_ids) // 2]
-        assert PositionPicker(kind, WORD, per_document=None, min_context=4)(doc, rng()) == [len(doc.token_ids) // 2]
+        assert PositionPicker(kind, WORD, per_document=None, min_context=4)(doc, rng()) == [
+            len(doc.token_ids) // 2
+        ]
     for path, said in {
         "their_positions:thirds": "cannot be imported.*thirds",
         "no_such_module:f": "cannot be imported.*no_such_module",
@@ -269,7 +279,9 @@ def test_function_itself_or_by_path(monkeypatch):
 
 @pytest.mark.parametrize("bad", [21, -1, 1.5, True])
 def test_function_that_leaves_the_document(bad):
-    with pytest.raises(ValueError, match=rf"gave {bad}, which is no index of document d \(d.txt:1\) of 21 tokens"):
+    with pytest.raises(
+        ValueError, match=rf"gave {bad}, which is no index of document d \(d.txt:1\) of 21 tokens"
+    ):
         PositionPicker(lambda *_: [2, bad], WORD)(document(TEXT, WORD), rng())
 
 

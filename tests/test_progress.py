@@ -17,9 +17,20 @@ from rollout.store import Store
 from tests.builders.runs import merged
 
 STEPS = 6
-RMT = {"name": "rmt", "template": "{budget} {context}", "opening": "shows", "closing": ".", "budget": 9, "budget_decay": 0.2,
-       "min_entropy": 0.0, "curriculum_from": 0.0, "curriculum_to": 0.0, "target_length": 1, "length_weight": 0.5,
-       "dynamic_sampling": False}  # fmt: skip
+RMT = {
+    "name": "rmt",
+    "template": "{budget} {context}",
+    "opening": "shows",
+    "closing": ".",
+    "budget": 9,
+    "budget_decay": 0.2,
+    "min_entropy": 0.0,
+    "curriculum_from": 0.0,
+    "curriculum_to": 0.0,
+    "target_length": 1,
+    "length_weight": 0.5,
+    "dynamic_sampling": False,
+}
 
 
 class Noting(rmt.RMT):
@@ -46,8 +57,19 @@ class Noting(rmt.RMT):
 def test_prompt_and_reward_have_the_budget_of_their_batch(values, ahead):
     """With stale thoughts, 900 tokens were due, the prompt said 417 and the reward was for 193."""
     objective = RMT | {"name": "tests.test_progress:Noting"}
-    run = Run(build(merged(values, objective=objective, max_steps=STEPS, save_rollouts=True, engine__max_staleness=ahead,
-                           engine__in_flight=2)), None)  # fmt: skip
+    run = Run(
+        build(
+            merged(
+                values,
+                objective=objective,
+                max_steps=STEPS,
+                save_rollouts=True,
+                engine__max_staleness=ahead,
+                engine__in_flight=2,
+            )
+        ),
+        None,
+    )
     train(run)
     run.close()
     for step in range(1, STEPS + 1):
@@ -62,7 +84,9 @@ def test_prompt_and_reward_have_the_budget_of_their_batch(values, ahead):
             assert all(h == pytest.approx(0.0) or h == pytest.approx(0.5) for h in hits)
     wanted = [step / STEPS for step in range(STEPS)]
     assert run.objective.selected == wanted and sorted(set(run.objective.drawn)) == wanted
-    assert sorted(set(run.objective.trained)) == wanted and run.objective.trained == sorted(run.objective.trained)
+    assert sorted(set(run.objective.trained)) == wanted and run.objective.trained == sorted(
+        run.objective.trained
+    )
 
 
 class Clock(ntp.NTP):
@@ -78,7 +102,12 @@ class Clock(ntp.NTP):
 
 
 def test_an_objective_without_positions_knows_the_progress(values):
-    changes = {"objective": "tests.test_progress:Clock", "max_steps": 4, "checkpoint__every": 2, "checkpoint__keep": 9}
+    changes = {
+        "objective": "tests.test_progress:Clock",
+        "max_steps": 4,
+        "checkpoint__every": 2,
+        "checkpoint__keep": 9,
+    }
     run = Run(build(merged(values, **changes)), None)
     train(run)
     run.close()
@@ -92,8 +121,13 @@ def test_an_objective_without_positions_knows_the_progress(values):
 def test_a_replay_has_the_progress_of_its_steps(values, tmp_path):
     kept = merged(values, objective=RMT, max_steps=4, save_rollouts=True)
     Pretrainer(build(kept)).train()
-    replayed = merged(kept, replay=str(tmp_path / "run" / "rollouts"), output_dir=str(tmp_path / "again"), save_rollouts=False,
-                      objective__name="tests.test_progress:Noting")  # fmt: skip
+    replayed = merged(
+        kept,
+        replay=str(tmp_path / "run" / "rollouts"),
+        output_dir=str(tmp_path / "again"),
+        save_rollouts=False,
+        objective__name="tests.test_progress:Noting",
+    )
     run = Run(build(replayed), None)
     train(run)
     run.close()
@@ -106,7 +140,11 @@ def test_another_batchs_view_shares_everything_else(values):
     later = run.objective.at(0.5)
     later.seen = 3
     assert run.objective.seen == 3 and later.templates is run.objective.templates and type(later) is rmt.RMT
-    assert (run.objective.progress, later.progress) == (0.0, 0.5) and later.budget == 4 and run.objective.budget == 9
+    assert (
+        (run.objective.progress, later.progress) == (0.0, 0.5)
+        and later.budget == 4
+        and run.objective.budget == 9
+    )
 
 
 # the next-token loss leaves out what was thought about, in whatever units a document and its groups are
@@ -131,8 +169,19 @@ def left_out(run: Run, batch: Any) -> Counter[tuple[str, int]]:
 def test_rmt_trains_documents_in_several_units(values, packing, budget):
     """Two positions a document crashed on padded rows, and so did any group in parts."""
     objective = RMT | {"positions_per_document": 2, "template": "{context}", "positions": "random"}
-    run = Run(build(merged(values, objective=objective, packing=packing, token_budget=budget, positions_per_step=6,
-                           max_steps=2)), None)  # fmt: skip
+    run = Run(
+        build(
+            merged(
+                values,
+                objective=objective,
+                packing=packing,
+                token_budget=budget,
+                positions_per_step=6,
+                max_steps=2,
+            )
+        ),
+        None,
+    )
     batch = run.next_batch()
     assert len({g.position.document_id for g in batch.groups}) == 3
     assert left_out(run, batch) == Counter((g.position.document_id, g.position.index) for g in batch.groups)

@@ -127,7 +127,9 @@ def test_a_new_tag_starts_as_the_mean_of_its_own_pieces(architecture, size):
             row = table.weight[tokenizer.convert_tokens_to_ids(tag)]
             assert torch.allclose(row, before[pieces[tag]].mean(0), atol=1e-6), tag
             assert len(pieces[tag]) > 1, "a tag of one piece would show nothing"
-    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (architecture == "qwen3")
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (
+        architecture == "qwen3"
+    )
 
 
 def test_one_spare_row_and_one_to_grow():
@@ -169,7 +171,9 @@ def test_raw_prompt():
     template=st.sampled_from(["raw", "rlp", "Q {context}A", " {context} "]),
 )
 def test_context_is_never_tokenised_again(text, cut, template):
-    """Wherever the cut falls, even inside a character, every arm holds the document's own ids, in one piece."""
+    """Wherever the cut falls, even inside a character, every arm holds the document's own ids, in one
+    piece.
+    """
     ids = tuple(BPE(text)["input_ids"])
     i = round(cut * (len(ids) - 1))
     where = Position("d", i, ids[:i], ids[i:])
@@ -187,7 +191,9 @@ def test_context_is_never_tokenised_again(text, cut, template):
 
 def test_rlp_template_frames_the_context():
     text = BPE.decode(ThoughtPrompt(BPE, template="rlp")(position(BPE)).token_ids)
-    head, tail = TEMPLATES["rlp"].replace("{open}", "<think>").replace("{close}", "</think>").split("{context}")
+    head, tail = (
+        TEMPLATES["rlp"].replace("{open}", "<think>").replace("{close}", "</think>").split("{context}")
+    )
     assert text == head + BPE.decode(position(BPE).context_ids) + tail + "<think>"
 
 
@@ -204,12 +210,16 @@ def test_bos_stays_first():
     tokenizer = word_tokenizer(["<s>", "ann", "has", "6", "say", *TAGS])
     tokenizer.bos_token = "<s>"
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
     prompt = ThoughtPrompt(tokenizer, template="say {context}")
     whole = position(tokenizer, "ann has 6", 3, 1)
     assert tokenizer.decode(prompt(whole).token_ids) == "<s> say ann has <think>"
     assert prompt.no_think(whole) == whole.context_ids
-    piece = Position("d", 1, tuple(tokenizer.convert_tokens_to_ids(["ann"])), ())  # without one, none is made up
+    piece = Position(
+        "d", 1, tuple(tokenizer.convert_tokens_to_ids(["ann"])), ()
+    )  # without one, none is made up
     assert tokenizer.decode(prompt(piece).token_ids) == "say ann <think>"
 
 

@@ -1,4 +1,6 @@
-"""Nothing in a forward is random, in the mode that a model is trained in: over architectures, adapters and TRL (issue 15.2)."""
+"""Nothing in a forward is random, in the mode that a model is trained in: over architectures, adapters and
+TRL (issue 15.2).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ from tests.builders.batches import VOCABULARY, random_batch
 from tests.builders.tiny import ARCHITECTURES, tiny_model, word_tokenizer
 
 RATES = {
-    **dict.fromkeys(["dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop"], 0.3),
-    **dict.fromkeys(["resid_pdrop", "attn_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout"], 0.3),
+    **dict.fromkeys(
+        ["dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop"], 0.3
+    ),
+    **dict.fromkeys(
+        ["resid_pdrop", "attn_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout"], 0.3
+    ),
     **dict.fromkeys(["router_jitter_noise", "input_jitter_noise"], 0.2),
 }
 
@@ -81,14 +87,19 @@ def test_gradients_under_checkpointing_are_those_without(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "llama", "mixtral", "gptj", "phimoe", "falcon"])
 def test_in_somebody_elses_trainer_all_is_off_or_refused_by_name(name, tmp_path):
-    """As TRL's trainers do: the whole model is put into training mode. `ObjectiveReward.watch` asks for both before."""
+    """As TRL's trainers do: the whole model is put into training mode. `ObjectiveReward.watch` asks for
+    both before.
+    """
     model = AutoModelForCausalLM.from_pretrained(with_rates(name, tmp_path), dtype=torch.float32).eval()
     sampled = scored(model)
     model.train()
     with pytest.raises(ConfigError, match="draws random numbers"):
         check_deterministic(model)
     off = switch_off(model)
-    if name in ("phimoe", "falcon"):  # a router that draws whatever its noise is; layers that read the configuration
+    if name in (
+        "phimoe",
+        "falcon",
+    ):  # a router that draws whatever its noise is; layers that read the configuration
         with pytest.raises(ConfigError, match=f"{type(model).__name__} draws random numbers.*dropout 0.3"):
             check_deterministic(model)
         return
@@ -98,11 +109,15 @@ def test_in_somebody_elses_trainer_all_is_off_or_refused_by_name(name, tmp_path)
 
 
 def test_adapters_of_other_peoples_trainers_lose_their_dropout_too():
-    """PEFT's own dropout, as TRL's users set it: `trl.ObjectiveReward.watch` calls this on the model inside."""
+    """PEFT's own dropout, as TRL's users set it: `trl.ObjectiveReward.watch` calls this on the model
+    inside.
+    """
     import peft
 
     torch.manual_seed(0)
-    wrapped = peft.get_peft_model(tiny_model("llama", VOCABULARY), peft.LoraConfig(r=4, lora_dropout=0.4, task_type="CAUSAL_LM"))
+    wrapped = peft.get_peft_model(
+        tiny_model("llama", VOCABULARY), peft.LoraConfig(r=4, lora_dropout=0.4, task_type="CAUSAL_LM")
+    )
     model = wrapped.get_base_model()
     for n, p in model.named_parameters():
         if "lora_B" in n:
@@ -116,10 +131,15 @@ def test_adapters_of_other_peoples_trainers_lose_their_dropout_too():
 
 
 def test_a_reward_function_of_trl_settles_the_model_that_it_watches():
-    """Dropout of the trainer's model is off before training begins, and a kernel that drops a soft cap is left."""
+    """Dropout of the trainer's model is off before training begins, and a kernel that drops a soft cap is
+    left.
+    """
     from rlpretrain.trl import InformationGainReward
 
-    for name, fields in {"gpt2": {"attn_pdrop": 0.3, "resid_pdrop": 0.3}, "gemma2": {"attn_logit_softcapping": 0.5}}.items():
+    for name, fields in {
+        "gpt2": {"attn_pdrop": 0.3, "resid_pdrop": 0.3},
+        "gemma2": {"attn_logit_softcapping": 0.5},
+    }.items():
         model, tokenizer = tiny_model(name, VOCABULARY, **fields), word_tokenizer(["a", "b"])
         reward = InformationGainReward(model, tokenizer)
         model.train()

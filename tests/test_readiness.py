@@ -31,7 +31,8 @@ import json, re, sys
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
 Pretrainer(build(json.loads(sys.argv[1]))).train()
-print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)  # ru_maxrss would be the test's own, too
+# ru_maxrss would include the peak of the test's own process
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
 
@@ -52,14 +53,27 @@ def test_the_memory_estimate_is_near_what_a_run_takes(packing, values, tmp_path)
     dial.tokenizer().save_pretrained(tmp_path / "model")
     text = " ".join([dial.WORDS[5]] * 250)
     (tmp_path / "docs.jsonl").write_text(2 * (json.dumps({"text": text}) + "\n"))
-    values = merged(values, model=str(tmp_path / "model"), data__path=str(tmp_path / "docs.jsonl"), data__max_length=512,
-                    objective="rlp", positions_per_step=4, sampling__thoughts=8, sampling__max_thought_tokens=16, max_steps=2,
-                    packing=packing)  # fmt: skip
+    values = merged(
+        values,
+        model=str(tmp_path / "model"),
+        data__path=str(tmp_path / "docs.jsonl"),
+        data__max_length=512,
+        objective="rlp",
+        positions_per_step=4,
+        sampling__thoughts=8,
+        sampling__max_thought_tokens=16,
+        max_steps=2,
+        packing=packing,
+    )
     command = [sys.executable, "-c", MEASURE, json.dumps(values)]
-    done = subprocess.run(command, cwd=ROOT, env=alone() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=ROOT, env=alone() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     taken = int(done.stdout.split()[-1])
-    assert 0.7 < estimated(values) / taken < 1.6, f"{estimated(values) / GIB:.2f} GiB said, {taken / GIB:.2f} taken"
+    assert 0.7 < estimated(values) / taken < 1.6, (
+        f"{estimated(values) / GIB:.2f} GiB said, {taken / GIB:.2f} taken"
+    )
 
 
 def test_the_schedules_own_bound_on_tokens_counts(values):
@@ -73,7 +87,9 @@ def test_the_schedules_own_bound_on_tokens_counts(values):
     assert few.micro < 4 * (longest + 4 * 10 + 10) and few.longest == longest
     many = make_sizes(build(merged(values, positions_per_step=4096)), objective, shape, [], longest)
     assert many.micro == 16384
-    assert make_sizes(build(merged(values, packing="padded")), objective, shape, [], longest).micro > few.micro
+    assert (
+        make_sizes(build(merged(values, packing="padded")), objective, shape, [], longest).micro > few.micro
+    )
 
 
 def test_what_the_machine_lacks_is_said(values, tmp_path, monkeypatch, capsys):
@@ -86,11 +102,13 @@ def test_what_the_machine_lacks_is_said(values, tmp_path, monkeypatch, capsys):
     assert "needs up to 1048576.0 GiB, and cpu has" in said and "lower token_budget" in said
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert readiness.memory_note(readiness.memory_here("cpu") / 2, sizes)[0].startswith("4 ranks need")
-    (said,) = readiness.disk_note(replace(config, output_dir=str(tmp_path / "a" / "b")), replace(sizes, parameters=10**15))
-    assert f"and {tmp_path} has" in said and "checkpoint.keep" in said
-    assert readiness.disk_needed(replace(config, checkpoint=replace(config.checkpoint, every=1)), sizes) > readiness.disk_needed(
-        config, sizes
+    (said,) = readiness.disk_note(
+        replace(config, output_dir=str(tmp_path / "a" / "b")), replace(sizes, parameters=10**15)
     )
+    assert f"and {tmp_path} has" in said and "checkpoint.keep" in said
+    assert readiness.disk_needed(
+        replace(config, checkpoint=replace(config.checkpoint, every=1)), sizes
+    ) > readiness.disk_needed(config, sizes)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,11 @@ def test_what_the_machine_lacks_is_said(values, tmp_path, monkeypatch, capsys):
         ({"engine": "vllm_local"}, "vllm", "engine vllm_local needs vllm"),
         ({"engine": {"name": "ray", "of": "hf"}}, "ray", "engine ray needs ray"),
         ({"engine": {"name": "ray"}}, "vllm", "engine ray needs vllm"),
-        ({"engine": {"name": "vllm_server", "urls": ["http://x"]}}, "httpx", "engine vllm_server needs httpx"),
+        (
+            {"engine": {"name": "vllm_server", "urls": ["http://x"]}},
+            "httpx",
+            "engine vllm_server needs httpx",
+        ),
         ({"policy": {"backend": "deepspeed"}}, "deepspeed", "policy.backend deepspeed needs deepspeed"),
         ({"policy": {"lora": {}}}, "peft", "policy.lora needs peft"),
         ({"report_to": ["wandb"]}, "wandb", "report_to wandb needs wandb"),
@@ -108,7 +130,9 @@ def test_what_the_machine_lacks_is_said(values, tmp_path, monkeypatch, capsys):
 )
 def test_missing_extras_are_named_with_their_install_line(values, monkeypatch, changes, absent, said):
     config, there = build(merged(values, **changes)), importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else there(name) or object())
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == absent else there(name) or object()
+    )
     (note,) = readiness.missing_libraries(config, thinks=True)
     assert note.startswith(said) and "pip install" in note
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there("json"))
@@ -140,7 +164,14 @@ def test_a_time_is_estimated(values, tmp_path, capsys):
     before = dict(os.environ)
     speed = readiness.measure_speed("cpu", torch.float32)
     assert 1e8 < speed.flops < 1e14 and 1e7 < speed.bandwidth < 1e13
-    assert [readiness.in_words(s) for s in (3.21, 300, 10000, 400000)] == ["3.2 seconds", "5.0 minutes", "2.8 hours", "4.6 days"]
+    assert [readiness.in_words(s) for s in (3.21, 300, 10000, 400000)] == [
+        "3.2 seconds",
+        "5.0 minutes",
+        "2.8 hours",
+        "4.6 days",
+    ]
     assert main(["train", written(values, tmp_path), "--dry-run"]) == 0
     assert "time on this machine, roughly" in capsys.readouterr().out
-    assert {name: os.environ[name] for name in before if name in os.environ} == before, "a dry run leaves the environment alone"
+    assert {name: os.environ[name] for name in before if name in os.environ} == before, (
+        "a dry run leaves the environment alone"
+    )

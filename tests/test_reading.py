@@ -1,4 +1,6 @@
-"""Issue 15.10: names are literal, all files of a folder are read, and strings stay strings, in every format."""
+"""Issue 15.10: names are literal, all files of a folder are read, and strings stay strings, in every
+format.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_strings_stay_strings(tmp_path, form, streaming):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("text", ["2024-01-01", "NA", "123"])
 def test_a_column_of_one_kind_of_string_stays_one(tmp_path, form, streaming, text):
-    """Where all cells look alike, a reader that guesses takes the whole column for dates, numbers or nothing."""
+    """Where all cells look alike, a reader that guesses takes the whole column for dates, numbers or
+    nothing.
+    """
     assert read(write(tmp_path / f"d.{form}", form, [text] * 3), streaming=streaming) == [text] * 3
 
 

@@ -32,8 +32,10 @@ def test_the_readme_python_trains(corpus, tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(corpus / "base")
     (tmp_path / "docs.jsonl").symlink_to(corpus / "train.jsonl")
     text = blocks("README.md", "python")[0]
-    small = ('max_steps=1, positions_per_step=2, console=False, '
-             'sampling={"thoughts": 2, "max_thought_tokens": 4, "cut": "force_close"}')  # fmt: skip
+    small = (
+        "max_steps=1, positions_per_step=2, console=False, "
+        'sampling={"thoughts": 2, "max_thought_tokens": 4, "cut": "force_close"}'
+    )
     assert "max_steps=100" in text
     exec(compile(text.replace("max_steps=100", small), "README.md", "exec"), {})
     assert (tmp_path / "runs" / "rlp" / "model" / "model.safetensors").exists()
@@ -48,7 +50,9 @@ def test_the_readmes_trl_plug_in_trains(corpus, tmp_path, monkeypatch):
     text = blocks("README.md", "python")[1]
     small = 'max_steps=1, use_cpu=True, bf16=False, report_to="none", logging_steps=1'
     assert "max_steps=100" in text and "max_completion_length=256" in text
-    text = text.replace("max_steps=100", small).replace("max_completion_length=256", "max_completion_length=6")
+    text = text.replace("max_steps=100", small).replace(
+        "max_completion_length=256", "max_completion_length=6"
+    )
     exec(compile(text, "README.md", "exec"), {})
     state = json.loads((tmp_path / "runs" / "grpo" / "checkpoint-1" / "trainer_state.json").read_text())
     assert "rewards/information_gain/mean" in state["log_history"][0]
@@ -58,7 +62,12 @@ def test_the_objective_in_agents_md_trains(values, tmp_path, monkeypatch):
     (text,) = blocks("AGENTS.md", "python")
     (tmp_path / "mine_from_agents_md.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    values["objective"] = {"name": "mine_from_agents_md:Mine", "positions": "after", "marker": "shows", "margin": 0.2}
+    values["objective"] = {
+        "name": "mine_from_agents_md:Mine",
+        "positions": "after",
+        "marker": "shows",
+        "margin": 0.2,
+    }
     assert Pretrainer(build(values)).train()["steps"] == 3
     assert issubclass(__import__("mine_from_agents_md").Mine, base.Objective)
 
@@ -66,6 +75,8 @@ def test_the_objective_in_agents_md_trains(values, tmp_path, monkeypatch):
 def test_every_file_the_readme_names_exists():
     for file in ("README.md", "AGENTS.md"):
         text = (ROOT / file).read_text()
-        for name in re.findall(r"`((?:examples|tests|rlpretrain|rewards|benchmarks|locks|rollout)/[\w./-]+\.\w+)`", text):
+        for name in re.findall(
+            r"`((?:examples|tests|rlpretrain|rewards|benchmarks|locks|rollout)/[\w./-]+\.\w+)`", text
+        ):
             if name != "rlpretrain/objectives/mine.py":
                 assert (ROOT / name).exists(), f"{file} names {name}"

@@ -1,4 +1,6 @@
-"""How a thought's tokens are weighed: the paper's way, the user's, and what is the gradient of an expectation (issue 15.14)."""
+"""How a thought's tokens are weighed: the paper's way, the user's, and what is the gradient of an
+expectation (issue 15.14).
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,22 @@ from tests.builders.tiny import word_tokenizer
 HERE = {"positions": "after", "marker": "shows", "target_length": 2}
 
 
-@pytest.mark.parametrize(("reduction", "weight"), [
-    ("thought_mean", lambda size, thoughts, tokens: 1 / size), ("token_mean", lambda size, thoughts, tokens: thoughts / tokens),
-    ("sum", lambda size, thoughts, tokens: 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reduction", "weight"),
+    [
+        ("thought_mean", lambda size, thoughts, tokens: 1 / size),
+        ("token_mean", lambda size, thoughts, tokens: thoughts / tokens),
+        ("sum", lambda size, thoughts, tokens: 1.0),
+    ],
+)
 @pytest.mark.parametrize("budget", [60, 16384])
 def test_the_weight_of_a_token(values, reduction, weight, budget):
-    run = Run(build(merged(values, loss__reduction=reduction, token_budget=budget, sampling__max_thought_tokens=20)), None)
+    run = Run(
+        build(
+            merged(values, loss__reduction=reduction, token_budget=budget, sampling__max_thought_tokens=20)
+        ),
+        None,
+    )
     batch = run.next_batch()
     totals = run.count(batch)
     sizes = set()
@@ -62,7 +73,9 @@ def test_auto_is_what_the_paper_has(values):
         return {"name": "likelihood", "score": score, "direct": direct, **HERE}
 
     assert settled(values, likelihood("prob", 1.0)) == settled(values, likelihood("jepo", 1.0)) == "sum"
-    assert settled(values, {"name": "rlp", **HERE}) == settled(values, likelihood("jepo", 0.0)) == "thought_mean"
+    assert (
+        settled(values, {"name": "rlp", **HERE}) == settled(values, likelihood("jepo", 0.0)) == "thought_mean"
+    )
     for chosen in ("thought_mean", "token_mean"):
         assert settled(values, likelihood("prob", 1.0), loss__reduction=chosen) == chosen
     assert settled(values, {"name": "rlp", **HERE}, loss__reduction="sum") == "sum"
@@ -77,7 +90,9 @@ def test_every_objective_names_a_reduction_that_there_is():
 
 
 def test_a_checkpoint_from_before_auto_is_resumed(values):
-    """It says thought_mean, which is what `auto` is for RLP; for VeriFree it is another loss, and is refused."""
+    """It says thought_mean, which is what `auto` is for RLP; for VeriFree it is another loss, and is
+    refused.
+    """
     long = {"checkpoint__every": 2, "max_steps": 2}
     Pretrainer(build(merged(values, loss__reduction="thought_mean", **long))).train()
     run = Run(build(merged(values, **long | {"max_steps": 3})), "auto")
@@ -90,7 +105,8 @@ def test_a_checkpoint_from_before_auto_is_resumed(values):
         Run(build(other), "auto")
 
 
-# the gradient of an expectation, by enumeration: a thought is (stop), (a, stop) or (a, a), so thoughts differ in length
+# the gradient of an expectation, by enumeration: a thought is (stop), (a, stop) or (a, a), so thoughts differ
+# in length
 
 THOUGHTS = ((0,), (1, 0), (1, 1))
 
@@ -115,11 +131,16 @@ def expected_gradient(score: str, reduction: str, theta: torch.Tensor) -> torch.
             for t, logp in enumerate(sampled[c]):
                 place = torch.zeros_like(weight)
                 place[0, g, t] = 1.0
-                thought, weight = thought + place * logp, weight + place / (1 if reduction == "sum" else len(sampled[c]))
+                thought, weight = (
+                    thought + place * logp,
+                    weight + place / (1 if reduction == "sum" else len(sampled[c])),
+                )
                 mask[0, g, t] = True
         after = torch.stack([target[c] for c in pair]).reshape(1, 2, 1)
         counted = torch.ones(1, 2, dtype=torch.bool)
-        scores = Scores(thought, after, torch.zeros(1, 1), torch.zeros(0), torch.ones(1, 1, dtype=torch.bool), counted)
+        scores = Scores(
+            thought, after, torch.zeros(1, 1), torch.zeros(0), torch.ones(1, 1, dtype=torch.bool), counted
+        )
         micro = SimpleNamespace(thought_mask=mask, token_weights=weight, on_policy=True)
         reward = objective.reward((), scores.detached())
         surrogate, _ = clipped_surrogate(scores, micro, objective.advantage(reward, ()), LossConfig())
@@ -148,4 +169,6 @@ def test_the_sum_is_the_gradient_of_the_expected_score_and_the_mean_is_not(score
     torch.testing.assert_close(expected_gradient(score, "sum", theta), wanted, rtol=1e-9, atol=1e-12)
     biased = expected_gradient(score, "thought_mean", theta)
     assert float((biased - wanted).norm() / wanted.norm()) > 0.05
-    torch.testing.assert_close(biased[2:], wanted[2:], rtol=1e-9, atol=1e-12)  # the direct term's part is right
+    torch.testing.assert_close(
+        biased[2:], wanted[2:], rtol=1e-9, atol=1e-12
+    )  # the direct term's part is right

@@ -16,11 +16,14 @@ from tests.builders.runs import merged, same, trained, weights
 
 RUNS = {
     "rlp": {},
-    "several micro-batches": {"token_budget": 90, "objective": {"name": "rlp", "positions": "random", "target_length": 3}},
+    "several micro-batches": {
+        "token_budget": 90,
+        "objective": {"name": "rlp", "positions": "random", "target_length": 3},
+    },
     "ema, two inner epochs": {"baseline__name": "ema", "loss__inner_epochs": 2},
     "ntp": {"objective": "ntp"},
     "deepspeed": {"policy": {"backend": "deepspeed"}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -42,21 +45,29 @@ def test_a_separate_stream_is_kept_too(values, tmp_path, corpus):
 def test_a_replay_can_stop_and_resume(values, tmp_path):
     run = merged(values, max_steps=4)
     first = trained(run, save_rollouts=True, output_dir=str(tmp_path / "first"))
-    again = merged(run, replay=str(tmp_path / "first" / "rollouts"), output_dir=str(tmp_path / "again"),
-                   checkpoint={"every": 2})  # fmt: skip
+    again = merged(
+        run,
+        replay=str(tmp_path / "first" / "rollouts"),
+        output_dir=str(tmp_path / "again"),
+        checkpoint={"every": 2},
+    )
     trained(again, max_steps=2)
     assert same(first, trained(again, resume="auto"))
 
 
 def test_only_sampling_then_only_training(values, tmp_path, capsys):
-    """`rlpretrain rollout` moves no weight; training on what it kept says that thoughts of later steps are stale."""
+    """`rlpretrain rollout` moves no weight; training on what it kept says that thoughts of later steps are
+    stale.
+    """
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(merged(values, max_steps=3, output_dir=str(tmp_path / "sampled"))))
     assert cli.main(["rollout", str(file)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     said = json.loads((tmp_path / "sampled" / "result.json").read_text())
-    assert last == (f"3 steps, 12 groups; train on them: --replay {tmp_path / 'sampled'}; "
-                    f"numbers: {tmp_path / 'sampled' / 'result.json'}")  # fmt: skip
+    assert last == (
+        f"3 steps, 12 groups; train on them: --replay {tmp_path / 'sampled'}; "
+        f"numbers: {tmp_path / 'sampled' / 'result.json'}"
+    )
     assert said == {"steps": 3, "groups": 12, "rollouts": str(tmp_path / "sampled" / "rollouts")}
     assert not (tmp_path / "sampled" / "model").exists()
     words = ["--output_dir", str(tmp_path / "t"), "--replay", str(tmp_path / "sampled")]

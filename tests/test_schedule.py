@@ -1,4 +1,6 @@
-"""The learning rate of every optimizer step: all schedules, both backends, inner epochs, and runs resumed for longer."""
+"""The learning rate of every optimizer step: all schedules, both backends, inner epochs, and runs resumed
+for longer.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,16 @@ def wanted(kind: str, n: int, warm: int, total: int, floor: float = 0.0) -> floa
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_the_schedule_spans_all_inner_epochs(values, kind, backend):
     """Issue 15.1: with two updates a step, cosine had reached 0 when half of the run was done."""
-    found = rates(values, policy__backend=backend, max_steps=5, loss__inner_epochs=3, optim__schedule=kind, optim__lr=1e-3,
-                  optim__warmup_steps=2, optim__min_lr_ratio=0.1)  # fmt: skip
+    found = rates(
+        values,
+        policy__backend=backend,
+        max_steps=5,
+        loss__inner_epochs=3,
+        optim__schedule=kind,
+        optim__lr=1e-3,
+        optim__warmup_steps=2,
+        optim__min_lr_ratio=0.1,
+    )
     assert found == pytest.approx([1e-3 * wanted(kind, n, 6, 15, 0.1) for n in range(15)], rel=1e-9)
     assert found[5] == pytest.approx(1e-3)  # two steps of warm-up are six updates
 
@@ -71,14 +81,21 @@ def test_a_factor_depends_on_the_update_alone(kind, warm, inner):
     if warm < 20:
         assert found == pytest.approx([wanted(kind, n, warm * inner, total) for n in range(total)])
     every = [make_schedule(optim, 20)(n) for n in range(20)]
-    assert found[inner - 1 :: inner][:warm] == pytest.approx(every[:warm])  # a step's last update ends where the step does
+    assert found[inner - 1 :: inner][:warm] == pytest.approx(
+        every[:warm]
+    )  # a step's last update ends where the step does
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "inner"), [("linear", 1), ("linear", 2), ("cosine", 1)])
 def test_a_decaying_rate_is_resumed_for_more_steps(values, backend, kind, inner):
     """Issue 15.1: linear over 4 steps, resumed to 8: the fifth step's rate was 0; half of the peak is due."""
-    settings = FLAT | {"policy__backend": backend, "optim__schedule": kind, "checkpoint__every": 4, "loss__inner_epochs": inner}
+    settings = FLAT | {
+        "policy__backend": backend,
+        "optim__schedule": kind,
+        "checkpoint__every": 4,
+        "loss__inner_epochs": inner,
+    }
     first = rates(values, max_steps=4, **settings)
     assert first == pytest.approx([1e-3 * wanted(kind, n, 0, 4 * inner) for n in range(4 * inner)])
     more = rates(values, resume="auto", max_steps=8, **settings)
@@ -97,15 +114,28 @@ def test_a_checkpoint_with_the_state_of_a_scheduler_is_resumed(values):
     about = json.loads((file.parent / "state.json").read_text())
     about["files"]["policy.pt"] = file.stat().st_size
     (file.parent / "state.json").write_text(json.dumps(about))
-    assert rates(values, resume="auto", max_steps=8, **settings) == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
+    assert rates(values, resume="auto", max_steps=8, **settings) == pytest.approx(
+        [5e-4, 3.75e-4, 2.5e-4, 1.25e-4]
+    )
 
 
 def test_the_logged_loss_is_one_epochs(values):
     """Inner epochs were added up: two of them doubled `loss` and `policy_loss`."""
 
     def logged(inner: int) -> dict[str, float]:
-        run = Run(build(merged(values, max_steps=1, loss__inner_epochs=inner, optim__lr=0.0, objective__target_length=2,
-                               output_dir=f"{values['output_dir']}{inner}")), None)  # fmt: skip
+        run = Run(
+            build(
+                merged(
+                    values,
+                    max_steps=1,
+                    loss__inner_epochs=inner,
+                    optim__lr=0.0,
+                    objective__target_length=2,
+                    output_dir=f"{values['output_dir']}{inner}",
+                )
+            ),
+            None,
+        )
         train(run)
         run.close()
         return run.last

@@ -34,13 +34,19 @@ def test_scores_equal_full_logits_row_by_row(architecture):
             for b, group in enumerate(micro.groups):
                 target = group.position.target_ids
                 no_think = logps_of(model, [*group.position.context_ids, *target])[-len(target) :]
-                torch.testing.assert_close(scores.baseline_logps[b, : len(target)], no_think, rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    scores.baseline_logps[b, : len(target)], no_think, rtol=0, atol=1e-5
+                )
                 for g, thought in enumerate(group.thoughts):
                     close = () if thought.finish_reason is FinishReason.CLOSE else (CLOSE,)
                     row = logps_of(model, [*group.prompt.token_ids, *thought.token_ids, *close, *target])
                     start, size = len(group.prompt.token_ids) - 1, len(thought.token_ids)
-                    torch.testing.assert_close(scores.thought_logps[b, g, :size], row[start : start + size], rtol=0, atol=1e-5)
-                    torch.testing.assert_close(scores.target_logps[b, g, : len(target)], row[-len(target) :], rtol=0, atol=1e-5)
+                    torch.testing.assert_close(
+                        scores.thought_logps[b, g, :size], row[start : start + size], rtol=0, atol=1e-5
+                    )
+                    torch.testing.assert_close(
+                        scores.target_logps[b, g, : len(target)], row[-len(target) :], rtol=0, atol=1e-5
+                    )
                     assert int(micro.thought_mask[b, g].sum()) == size
                     seen += 1
         trunk = torch.cat([score(Scorer(model), m).trunk_logps for m in micros]).sum()
@@ -51,11 +57,18 @@ def test_scores_equal_full_logits_row_by_row(architecture):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(1, 400))
-def test_packing_splits_only_what_fits_nowhere_and_counts_everything_once(seed, documents, positions, thoughts, budget):
+def test_packing_splits_only_what_fits_nowhere_and_counts_everything_once(
+    seed, documents, positions, thoughts, budget
+):
     batch = random_batch(random.Random(seed), documents, positions, thoughts, target=3)
     totals = count(batch, "mask")
     micros = list(pack(batch, Layout(budget, cut="mask"), totals))
-    packed = [(g.id, k + i) for m in micros for g, k in zip(m.groups, m.offsets, strict=True) for i in range(len(g.thoughts))]
+    packed = [
+        (g.id, k + i)
+        for m in micros
+        for g, k in zip(m.groups, m.offsets, strict=True)
+        for i in range(len(g.thoughts))
+    ]
     assert sorted(packed) == sorted((g.id, i) for g in batch.groups for i in range(thoughts))
     assert sum(int(m.counted.sum()) for m in micros) == totals.thoughts
     assert sum(int(m.thought_mask.sum()) for m in micros) == totals.thought_tokens
@@ -64,11 +77,15 @@ def test_packing_splits_only_what_fits_nowhere_and_counts_everything_once(seed, 
         assert m.input_ids.numel() <= budget or [len(g.thoughts) for g in m.groups] in ([], [1])
         assert all(len(g.thoughts) == thoughts for g in m.groups) or len(m.groups) == 1
         labels = m.input_ids.flatten()[m.thought_rows[m.thought_mask] + 1]
-        assert torch.equal(labels, m.thought_labels[m.thought_mask])  # a state predicts the token right after it
+        assert torch.equal(
+            labels, m.thought_labels[m.thought_mask]
+        )  # a state predicts the token right after it
         seen = m.target_mask[:, None, :] & m.counted[:, :, None]
         wanted = m.target_labels[:, None, :].expand_as(m.target_rows)
         assert torch.equal(m.input_ids.flatten()[m.target_rows[seen] + 1], wanted[seen])
-        assert torch.equal(m.input_ids.flatten()[m.baseline_rows[m.target_mask] + 1], m.target_labels[m.target_mask])
+        assert torch.equal(
+            m.input_ids.flatten()[m.baseline_rows[m.target_mask] + 1], m.target_labels[m.target_mask]
+        )
 
 
 def test_the_thought_never_changes_what_comes_before_it_nor_other_rows():
@@ -78,11 +95,16 @@ def test_the_thought_never_changes_what_comes_before_it_nor_other_rows():
     one = next(pack(batch, layout, totals))
     with torch.no_grad():
         whole = score(Scorer(model), one)
-        alone = [score(Scorer(model), next(pack(Batch((g,), batch.documents), layout, totals))) for g in batch.groups]
+        alone = [
+            score(Scorer(model), next(pack(Batch((g,), batch.documents), layout, totals)))
+            for g in batch.groups
+        ]
     for scores, group in zip(alone, batch.groups, strict=True):
         b = [g.id for g in one.groups].index(group.id)
         size = len(group.position.target_ids)
-        torch.testing.assert_close(whole.target_logps[b, :, :size], scores.target_logps[0, :, :size], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            whole.target_logps[b, :, :size], scores.target_logps[0, :, :size], rtol=0, atol=1e-5
+        )
 
 
 def test_a_model_that_does_unknown_things_to_its_logits_is_refused():

@@ -1,4 +1,6 @@
-"""Every token that a model reads is counted, and groups that are left out are seen in the metrics (issue 15.13)."""
+"""Every token that a model reads is counted, and groups that are left out are seen in the metrics (issue
+15.13).
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,37 @@ from rlpretrain.tree import grow
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.builders.runs import merged
 
-RPT = {"name": "rpt", "template": "raw", "positions": "after", "marker": "shows", "target_length": 2, "opening": "it",
-       "closing": "shows", "max_prediction_tokens": 4}  # fmt: skip
+RPT = {
+    "name": "rpt",
+    "template": "raw",
+    "positions": "after",
+    "marker": "shows",
+    "target_length": 2,
+    "opening": "it",
+    "closing": "shows",
+    "max_prediction_tokens": 4,
+}
 
 
 def counted_run(values, **changes):
-    """A run of one step, the tokens that its engine read and wrote (each call of it), and those of every scoring forward."""
+    """A run of one step, the tokens that its engine read and wrote (each call of it), and those of every
+    scoring forward.
+    """
     run = Run(build(merged(values, max_steps=1, packing="padded", **changes)), None)
     sampled, scored = [], []
     sample = run.engine.sample
 
     async def watched(prompts, params, n, seeds):
         found = await sample(prompts, params, n, seeds)
-        sampled.append(sum(len(p.token_ids) for p in prompts) + sum(len(t.token_ids) for group in found for t in group))
+        sampled.append(
+            sum(len(p.token_ids) for p in prompts) + sum(len(t.token_ids) for group in found for t in group)
+        )
         return found
 
     run.engine.sample = watched
     run.policy.scorer.register_forward_pre_hook(
-        lambda module, args: scored.append((int(args[1].sum()), torch.is_grad_enabled())))  # fmt: skip
+        lambda module, args: scored.append((int(args[1].sum()), torch.is_grad_enabled()))
+    )
     train(run)
     run.close()
     return run, sampled, scored
@@ -50,11 +65,14 @@ def test_what_is_said_after_a_thought_is_read_behind_all_that_stands_before_it(v
     assert run.last["num_tokens"] == sum(sampled) + sum(n for n, _ in scored)
 
 
-@pytest.mark.parametrize(("changes", "forwards"), [
-    ({}, {True: 1, False: 0}),
-    ({"loss__inner_epochs": 2}, {True: 2, False: 1}),
-    ({"objective": {"name": "rlp", "positions": "entropy"}}, {True: 1, False: 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "forwards"),
+    [
+        ({}, {True: 1, False: 0}),
+        ({"loss__inner_epochs": 2}, {True: 2, False: 1}),
+        ({"objective": {"name": "rlp", "positions": "entropy"}}, {True: 1, False: 1}),
+    ],
+)
 def test_every_epoch_the_first_scoring_pass_and_entropies_are_counted(values, changes, forwards):
     run, sampled, scored = counted_run(values, token_budget=100_000, **changes)
     assert {kind: sum(trained is kind for _, trained in scored) for kind in (True, False)} == forwards
@@ -66,17 +84,25 @@ def test_every_epoch_the_first_scoring_pass_and_entropies_are_counted(values, ch
 
 def test_forwards_of_a_frozen_model_are_counted(values):
     plain, *_ = counted_run(values, baseline__name="self", baseline__frozen_every=0)
-    frozen, *_ = counted_run(values, baseline__name="frozen", baseline__frozen_every=0,
-                             output_dir=values["output_dir"] + "-frozen")  # fmt: skip
-    assert frozen.last["num_tokens"] > plain.last["num_tokens"] and frozen.last["num_flops"] > plain.last["num_flops"]
+    frozen, *_ = counted_run(
+        values, baseline__name="frozen", baseline__frozen_every=0, output_dir=values["output_dir"] + "-frozen"
+    )
+    assert (
+        frozen.last["num_tokens"] > plain.last["num_tokens"]
+        and frozen.last["num_flops"] > plain.last["num_flops"]
+    )
 
 
 def test_operations_are_those_of_the_formula():
-    """2 N forward and 4 N backward a token; attention compares, and sums values, once forward and twice backward."""
+    """2 N forward and 4 N backward a token; attention compares, and sums values, once forward and twice
+    backward.
+    """
     size = Size(1000, 1000, 32)
     assert size.operations(Reads(10, 55)) == 2 * 1000 * 10 + 4 * 32 * 55
     assert size.operations(Reads(0, 0, 10, 55)) == 6 * 1000 * 10 + 12 * 32 * 55
-    assert Size(1000, 10, 32).operations(Reads(0, 0, 10, 0)) == 10 * (4 * 1000 + 2 * 10)  # adapters: no gradients of the base
+    assert Size(1000, 10, 32).operations(Reads(0, 0, 10, 0)) == 10 * (
+        4 * 1000 + 2 * 10
+    )  # adapters: no gradients of the base
     behind, whole = Reads(), Reads()
     whole.add(12)
     behind.add(7)
@@ -87,7 +113,9 @@ def test_operations_are_those_of_the_formula():
 def test_a_tree_reads_shared_tokens_once_and_each_token_meets_its_own_path():
     rows = [(1, 2, 3, 4), (1, 2, 5), (1, 2, 3, 6, 7)]
     ids, tree, _ = grow(rows, least=1)
-    tokens, pairs = read_by(torch.from_numpy(ids)[None], torch.ones(1, 1), torch.from_numpy(tree.positions)[None], tree)
+    tokens, pairs = read_by(
+        torch.from_numpy(ids)[None], torch.ones(1, 1), torch.from_numpy(tree.positions)[None], tree
+    )
     prefixes = {row[: k + 1] for row in rows for k in range(len(row))}
     assert (tokens, pairs) == (len(prefixes), sum(map(len, prefixes)))
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
@@ -96,11 +124,15 @@ def test_a_tree_reads_shared_tokens_once_and_each_token_meets_its_own_path():
 
 def group(name: str, rewards, reasons=(FinishReason.CLOSE,) * 2) -> Group:
     thoughts = tuple(Thought((5, 6), (0.0, 0.0), reason, 0, 0) for reason in reasons)
-    return Group(name, Position("d", 1, (1,), (2,)), Prompt((1,), (), close_ids=(4,)), thoughts, 0, rewards=rewards)
+    return Group(
+        name, Position("d", 1, (1,), (2,)), Prompt((1,), (), close_ids=(4,)), thoughts, 0, rewards=rewards
+    )
 
 
 def test_groups_that_are_left_out_count_in_rewards(values):
-    """rpt leaves out what is all right or all wrong: the mean reward, and the share of such groups, were of the rest alone."""
+    """rpt leaves out what is all right or all wrong: the mean reward, and the share of such groups, were
+    of the rest alone.
+    """
     run = Run(build(merged(values, max_steps=1, objective=RPT)), None)
     take, seen = run.source.take, []
 
@@ -113,10 +145,14 @@ def test_groups_that_are_left_out_count_in_rewards(values):
     train(run)
     run.close()
     row = json.loads((Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()[0])
-    rewards = [r for g in seen for r, t in zip(g.rewards, g.thoughts, strict=True) if run.layout.cut != "mask"]
+    rewards = [
+        r for g in seen for r, t in zip(g.rewards, g.thoughts, strict=True) if run.layout.cut != "mask"
+    ]
     assert row["reward"] == pytest.approx(sum(rewards) / len(rewards))
     equal = [len(set(g.rewards)) == 1 for g in seen]
-    assert row["frac_reward_zero_std"] == row["batch/dropped_frac"] == pytest.approx(sum(equal) / len(equal)) and any(equal)
+    assert row["frac_reward_zero_std"] == row["batch/dropped_frac"] == pytest.approx(
+        sum(equal) / len(equal)
+    ) and any(equal)
     lengths = [len(t.token_ids) for g in seen for t in g.thoughts]
     assert row["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
 

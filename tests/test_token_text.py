@@ -1,4 +1,6 @@
-"""Every character stands with the token that gave it: page, console, trackers, all families of tokenizers (issue 15.23)."""
+"""Every character stands with the token that gave it: page, console, trackers, all families of tokenizers
+(issue 15.23).
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def test_bytes_that_are_no_character_stay_with_their_tokens(family):
 
 
 def test_a_token_of_several_characters_and_parts_of_two():
-    """One token that ends a character, holds another and begins a third: its characters are those it finishes."""
+    """One token that ends a character, holds another and begins a third: its characters are those it
+    finishes.
+    """
     alphabet = {byte: c for c, byte in _byte_level_alphabet().items()}
     assert alphabet == bytes_to_unicode()
     data = "漢 é字".encode()

@@ -1,4 +1,6 @@
-"""The families of tests/tokenizers_family.py are what they say: else every matrix over them says less than it seems to."""
+"""The families of tests/tokenizers_family.py are what they say: else every matrix over them says less than
+it seems to.
+"""
 
 import pytest
 
@@ -23,7 +25,11 @@ def test_what_makes_the_families_differ():
         tokenizer = make(name)
         return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    assert pieces("byte_bpe", "4") == ["4"] and pieces("gemma", "4") == ["4"] and pieces("wordpiece", "Cat") == ["cat"]
+    assert (
+        pieces("byte_bpe", "4") == ["4"]
+        and pieces("gemma", "4") == ["4"]
+        and pieces("wordpiece", "Cat") == ["cat"]
+    )
     for name in ("sentencepiece", "sentencepiece_legacy", "metaspace"):
         assert "".join(pieces(name, "4")) == "▁4"  # the dummy prefix
     assert pieces("sentencepiece", "漢")[-3:] == ["<0xE6>", "<0xBC>", "<0xA2>"]

@@ -1,4 +1,6 @@
-"""Tree packing and tree attention against the padded path: the same log-probs and the same gradients, over architectures."""
+"""Tree packing and tree attention against the padded path: the same log-probs and the same gradients, over
+architectures.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def check(model: Any, batch: Batch, budget: int = 10**6) -> None:
     ours, our_grads = numbers(model, micros)
     assert ours.keys() == theirs.keys() and our_grads.keys() == their_grads.keys()
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-6, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=2e-6, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
     largest = max(float(g.abs().max()) for g in their_grads.values())
     for name, grad in their_grads.items():
         worst = float((our_grads[name] - grad).abs().max()) / max(float(grad.abs().max()), 1e-3 * largest)
@@ -36,8 +40,13 @@ def check(model: Any, batch: Batch, budget: int = 10**6) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 10_000), documents=st.integers(1, 3), positions=st.integers(1, 8), thoughts=st.integers(1, 16),
-       target=st.integers(1, 32))  # fmt: skip
+@given(
+    seed=st.integers(0, 10_000),
+    documents=st.integers(1, 3),
+    positions=st.integers(1, 8),
+    thoughts=st.integers(1, 16),
+    target=st.integers(1, 32),
+)
 def test_a_tree_scores_and_trains_like_padded_rows(name, seed, documents, positions, thoughts, target):
     check(model_of(name), random_batch(random.Random(seed), documents, positions, thoughts, target))
 
@@ -58,10 +67,22 @@ def test_a_split_over_micro_batches_changes_nothing(budget):
 def test_long_targets_and_documents():
     rng = random.Random(5)
     ids = tuple(rng.randrange(3, 60) for _ in range(300))
-    thoughts = tuple(Thought((*(rng.randrange(3, 60) for _ in range(n)), CLOSE), (-1.0,) * (n + 1), FinishReason.CLOSE, 0, n)
-                     for n in (0, 0, 90))  # fmt: skip
-    groups = tuple(Group(f"g{i}", Position("d", i, ids[:i], ids[i : i + 32]), Prompt((*ids[:i], OPEN), (CLOSE,), (CLOSE,)),
-                         thoughts, 0) for i in (1, 200, 260))  # fmt: skip
+    thoughts = tuple(
+        Thought(
+            (*(rng.randrange(3, 60) for _ in range(n)), CLOSE), (-1.0,) * (n + 1), FinishReason.CLOSE, 0, n
+        )
+        for n in (0, 0, 90)
+    )
+    groups = tuple(
+        Group(
+            f"g{i}",
+            Position("d", i, ids[:i], ids[i : i + 32]),
+            Prompt((*ids[:i], OPEN), (CLOSE,), (CLOSE,)),
+            thoughts,
+            0,
+        )
+        for i in (1, 200, 260)
+    )
     for name in ("llama", "mistral"):
         check(model_of(name, max_position_embeddings=512), Batch(groups, (Document("d", ids),)))
 
@@ -79,7 +100,9 @@ def test_gradient_checkpointing_and_bf16_autocast():
         half, _ = numbers(model, laid(batch, True))
         padded, _ = numbers(model, laid(batch, False))
     assert max(float((half[n] - padded[n]).abs().max()) for n in plain if plain[n].numel()) < 0.1
-    assert max(float((half[n] - plain[n]).abs().max()) for n in plain if plain[n].numel()) > 1e-4  # it did run in bf16
+    assert (
+        max(float((half[n] - plain[n]).abs().max()) for n in plain if plain[n].numel()) > 1e-4
+    )  # it did run in bf16
 
 
 # the tree itself
@@ -90,7 +113,10 @@ def test_gradient_checkpointing_and_bf16_autocast():
 def test_every_row_is_a_path_and_sees_itself_only(seed, least):
     rng = random.Random(seed)
     base = [rng.randrange(4) for _ in range(40)]
-    rows = [base[: rng.randint(1, 40)] + [rng.randrange(4) for _ in range(rng.randint(0, 12))] for _ in range(rng.randint(1, 8))]
+    rows = [
+        base[: rng.randint(1, 40)] + [rng.randrange(4) for _ in range(rng.randint(0, 12))]
+        for _ in range(rng.randint(1, 8))
+    ]
     ids, tree, where = grow(rows, least)
     assert len(ids) == tree.size <= sum(map(len, rows))
     dense = tree.dense()
@@ -107,11 +133,23 @@ def test_what_is_shared_is_there_once():
     rng = random.Random(0)
     ids = tuple(rng.randrange(3, 60) for _ in range(100))
     words = [tuple(rng.randrange(3, 60) for _ in range(n)) for n in range(8)]
-    said = tuple(Thought((*w, CLOSE), (-1.0,) * (len(w) + 1), FinishReason.CLOSE, 0, g) for g, w in enumerate(words))
-    groups = [Group(f"g{i}", Position("d", i, ids[:i], ids[i : i + 3]), Prompt((*ids[:i], OPEN), (CLOSE,), (CLOSE,)), said, 0)
-              for i in (20, 60, 90)]  # fmt: skip
+    said = tuple(
+        Thought((*w, CLOSE), (-1.0,) * (len(w) + 1), FinishReason.CLOSE, 0, g) for g, w in enumerate(words)
+    )
+    groups = [
+        Group(
+            f"g{i}",
+            Position("d", i, ids[:i], ids[i : i + 3]),
+            Prompt((*ids[:i], OPEN), (CLOSE,), (CLOSE,)),
+            said,
+            0,
+        )
+        for i in (20, 60, 90)
+    ]
     (micro,) = laid(Batch(tuple(groups), (Document("d", ids),)), tree=True)
-    branches = sum(1 + len(t.token_ids) + 2 for t in said)  # open tag, thought, and the target but its last token
+    branches = sum(
+        1 + len(t.token_ids) + 2 for t in said
+    )  # open tag, thought, and the target but its last token
     assert micro.input_ids.numel() == len(ids) - 1 + 3 * branches
     assert micro.row_tokens == len(ids) + 8 * (20 + 60 + 90) + 3 * sum(1 + len(t.token_ids) + 3 for t in said)
 
@@ -122,10 +160,21 @@ def test_what_is_shared_is_there_once():
 def test_models_that_cannot_are_named():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1))
+    mamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1)
+    )
     assert "MambaForCausalLM does not take its attention" in str(attention.why_not(mamba))
-    oss = AutoConfig.for_model("gpt_oss", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
-                               num_key_value_heads=1, intermediate_size=32, num_local_experts=2)  # fmt: skip
+    oss = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=16,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        num_local_experts=2,
+    )
     assert "sinks" in str(attention.why_not(AutoModelForCausalLM.from_config(oss)))
 
 

@@ -1,4 +1,6 @@
-"""TRL's trainers with our rewards: the gain they log is the scorer's; baselines, adapters, other objectives; prompt datasets."""
+"""TRL's trainers with our rewards: the gain they log is the scorer's; baselines, adapters, other
+objectives; prompt datasets.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,14 @@ def test_the_two_lines_train_and_log_the_scorers_gain(base, corpus, tmp_path):
     model, tokenizer = base
     reward = InformationGainReward(model, tokenizer, cut="force_close", target_length=2, **AFTER)
     kept = Kept(reward)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], args=settings(tmp_path),
-                              train_dataset=reward.dataset(str(corpus / "train.jsonl")), processing_class=tokenizer)  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        args=settings(tmp_path),
+        train_dataset=reward.dataset(str(corpus / "train.jsonl")),
+        processing_class=tokenizer,
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
@@ -46,7 +54,9 @@ def test_the_two_lines_train_and_log_the_scorers_gain(base, corpus, tmp_path):
         other.load_state_dict(weights, strict=False)
         assert rewards == pytest.approx(by_hand(other, groups, "force_close"), abs=1e-5)
         assert row["rewards/information_gain/mean"] == pytest.approx(np.mean(rewards), abs=1e-5)
-        assert row["ig/mean"] == pytest.approx(np.mean(rewards), abs=1e-5) and 0 <= row["ig/positive_frac"] <= 1
+        assert (
+            row["ig/mean"] == pytest.approx(np.mean(rewards), abs=1e-5) and 0 <= row["ig/positive_frac"] <= 1
+        )
         assert {"ig/std", "ig/per_token", "ig/self", "baseline/self", "thought/closed_frac"} <= row.keys()
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -69,7 +79,10 @@ def test_a_close_tag_ends_a_completion(base, corpus):
     assert close in model.generation_config.eos_token_id and eos in model.generation_config.eos_token_id
     assert reward.thought([7, close, 9, 0]).token_ids == (7, close)
     assert reward.thought([7, 8]).finish_reason is FinishReason.LENGTH
-    assert reward.thought([7, eos, 0, 0]).token_ids == (7, eos) and reward.thought([7, eos]).finish_reason is FinishReason.EOS
+    assert (
+        reward.thought([7, eos, 0, 0]).token_ids == (7, eos)
+        and reward.thought([7, eos]).finish_reason is FinishReason.EOS
+    )
     boxed = ObjectiveReward(None, tokenizer, "rpt", template="raw", opening="has", closing=".")
     assert boxed.thought([7, close, 9, 11]).answer_span == (2, 4)
 
@@ -81,12 +94,17 @@ def test_prompts_are_the_documents_own_ids(base, corpus):
     texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
     assert len(data) == 2 * len(texts) and set(COLUMNS) <= set(data.column_names)
     for row, text in zip(data, texts, strict=False):
-        assert row["prompt"].endswith("shows <think>") and tokenizer(row["prompt"])["input_ids"][:-1] == row["context_ids"]
+        assert (
+            row["prompt"].endswith("shows <think>")
+            and tokenizer(row["prompt"])["input_ids"][:-1] == row["context_ids"]
+        )
         assert row["document_token_ids"][:-1] == tokenizer(text)["input_ids"]
         assert row["document_token_ids"][row["position"]] == row["target_ids"][0]
     again = to_prompt_dataset(Dataset.from_dict({"text": texts}), tokenizer, whole=True, epochs=2, **AFTER)
     assert again["context_ids"] == data["context_ids"]
-    stream = to_prompt_dataset(IterableDataset.from_generator(lambda: ({"text": t} for t in texts)), tokenizer, **AFTER)
+    stream = to_prompt_dataset(
+        IterableDataset.from_generator(lambda: ({"text": t} for t in texts)), tokenizer, **AFTER
+    )
     assert isinstance(stream, IterableDataset) and next(iter(stream))["context_ids"] == data[0]["context_ids"]
     short = to_prompt_dataset(texts[:1], tokenizer, max_length=6, whole=True, positions="every_k", every=2)
     assert {"0.0", "0.1"} <= set(short["document_id"])  # long texts are split, as those of a file are
@@ -98,11 +116,15 @@ def test_positions_whose_text_is_other_ids_are_left_out():
     """A byte-level BPE cut within a character: the text of such a prompt cannot give its ids again."""
     tokenizer = bpe_tokenizer(["so it goes, so it goes"], 280)
     texts = ["so 漢字 it goes", "it goes 字 so"]
-    with pytest.warns(UserWarning, match=r"\d+ of \d+ positions left out: their prompts tokenise to other ids"):
+    with pytest.warns(
+        UserWarning, match=r"\d+ of \d+ positions left out: their prompts tokenise to other ids"
+    ):
         data = to_prompt_dataset(texts, tokenizer, positions="every_k", every=1, positions_per_document=99)
     stream = IterableDataset.from_generator(lambda: ({"text": t} for t in texts))
     with pytest.warns(UserWarning, match=r"\d+ of \d+ positions left out"):  # at its end
-        streamed = list(to_prompt_dataset(stream, tokenizer, positions="every_k", every=1, positions_per_document=99))
+        streamed = list(
+            to_prompt_dataset(stream, tokenizer, positions="every_k", every=1, positions_per_document=99)
+        )
     assert [row["prompt"] for row in streamed] == data["prompt"]
     whole = [tokenizer(t)["input_ids"] for t in texts]
     assert 0 < len(data) < sum(map(len, whole))
@@ -116,14 +138,26 @@ def test_positions_whose_text_is_other_ids_are_left_out():
 def test_baselines_are_those_they_say(base, corpus, tmp_path, baseline):
     model, tokenizer = base
     initial = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
-    reward = InformationGainReward(model, tokenizer, baseline=baseline, ema_decay=0.5, cut="force_close", **AFTER)
+    reward = InformationGainReward(
+        model, tokenizer, baseline=baseline, ema_decay=0.5, cut="force_close", **AFTER
+    )
     kept = Kept(reward)
-    trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], args=settings(tmp_path),
-                    train_dataset=reward.dataset(str(corpus / "train.jsonl")), processing_class=tokenizer).train()  # fmt: skip
+    trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        args=settings(tmp_path),
+        train_dataset=reward.dataset(str(corpus / "train.jsonl")),
+        processing_class=tokenizer,
+    ).train()
     groups, rewards, weights = kept.calls[1]  # after one step
 
     def total(net: Any, g: Any) -> float:
-        logits = net(input_ids=torch.tensor([[*g.position.context_ids, *g.position.target_ids]])).logits[0].log_softmax(-1)
+        logits = (
+            net(input_ids=torch.tensor([[*g.position.context_ids, *g.position.target_ids]]))
+            .logits[0]
+            .log_softmax(-1)
+        )
         return float(logits[len(g.position.context_ids) - 1, g.position.target_ids[0]].detach())
 
     live = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
@@ -155,25 +189,52 @@ def test_unclosed_thoughts_count_nowhere(base, corpus, tmp_path):
     closed = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
     for other in (priced, closed):
         other.watch(model)
-    (a,), (b,) = (r([row["prompt"]], [[7, 8]], **{n: c[:1] for n, c in columns.items()}) for r in (priced, closed))
+    (a,), (b,) = (
+        r([row["prompt"]], [[7, 8]], **{n: c[:1] for n, c in columns.items()}) for r in (priced, closed)
+    )
     assert a == pytest.approx(b - 3.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("fields", [
-    {"name": "rpt", "template": "raw", "opening": "has", "closing": ".", "strip": True, "target_length": 2},
-    {"name": "rlpt", "reward": "match", "segments": "tokens", "msr_weight": 0.0, "opening": "has", "closing": ".",
-     "min_words": 1, "target_length": 2},
-    {"name": "rlpt", "segments": "tokens", "msr_weight": 0.0, "target_length": 2},
-    {"name": "likelihood", "score": "prob"}, {"name": "likelihood", "score": "perplexity_gain", "target_length": 2},
-    {"name": "tests.builders.my_objective:LengthObjective"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "name": "rpt",
+            "template": "raw",
+            "opening": "has",
+            "closing": ".",
+            "strip": True,
+            "target_length": 2,
+        },
+        {
+            "name": "rlpt",
+            "reward": "match",
+            "segments": "tokens",
+            "msr_weight": 0.0,
+            "opening": "has",
+            "closing": ".",
+            "min_words": 1,
+            "target_length": 2,
+        },
+        {"name": "rlpt", "segments": "tokens", "msr_weight": 0.0, "target_length": 2},
+        {"name": "likelihood", "score": "prob"},
+        {"name": "likelihood", "score": "perplexity_gain", "target_length": 2},
+        {"name": "tests.builders.my_objective:LengthObjective"},
+    ],
+)
 def test_other_objectives_are_reward_functions_too(base, corpus, tmp_path, fields):
     model, tokenizer = base
     fields = dict(fields)
     reward = ObjectiveReward(model, tokenizer, fields.pop("name"), cut="force_close", **AFTER, **fields)
     kept = Kept(reward)
-    trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], args=settings(tmp_path, max_steps=1),
-                    train_dataset=reward.dataset(str(corpus / "train.jsonl")), processing_class=tokenizer).train()  # fmt: skip
+    trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        args=settings(tmp_path, max_steps=1),
+        train_dataset=reward.dataset(str(corpus / "train.jsonl")),
+        processing_class=tokenizer,
+    ).train()
     ((groups, rewards, _),) = kept.calls
     assert len(rewards) == 8 and all(isinstance(r, float) for r in rewards)
     if "target" not in reward.objective.needs:
@@ -188,8 +249,14 @@ def test_a_match_is_found_in_a_completion(base, corpus):
     reward.watch(model)
     row = reward.dataset(str(corpus / "train.jsonl"))[0]
     digit = tokenizer.decode(row["target_ids"][:1])
-    said = [f"so {reward.delimiters.close} has {digit} .", f"so {reward.delimiters.close} has so .", "so has 1 ."]
-    rewards = reward([row["prompt"]] * 3, tokenizer(said)["input_ids"], **{n: [row[n]] * 3 for n in COLUMNS[1:]})
+    said = [
+        f"so {reward.delimiters.close} has {digit} .",
+        f"so {reward.delimiters.close} has so .",
+        "so has 1 .",
+    ]
+    rewards = reward(
+        [row["prompt"]] * 3, tokenizer(said)["input_ids"], **{n: [row[n]] * 3 for n in COLUMNS[1:]}
+    )
     assert rewards == [1.0, 0.0, -1.0], "an unclosed thought loses cut_penalty"
 
 
@@ -200,9 +267,15 @@ def test_with_adapters(base, corpus, tmp_path):
     reward = InformationGainReward(model, tokenizer, baseline="frozen", cut="force_close", **AFTER)
     kept = Kept(reward)
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], peft_config=lora,
-                              args=settings(tmp_path, learning_rate=0.1), processing_class=tokenizer,
-                              train_dataset=reward.dataset(str(corpus / "train.jsonl")))  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        peft_config=lora,
+        args=settings(tmp_path, learning_rate=0.1),
+        processing_class=tokenizer,
+        train_dataset=reward.dataset(str(corpus / "train.jsonl")),
+    )
     trainer.train()
     assert reward.reference.model is plain(reward.model)  # no second copy
     groups, rewards, weights = kept.calls[1]
@@ -218,7 +291,9 @@ def test_with_adapters(base, corpus, tmp_path):
             with live.disable_adapter():
                 base_ += [float(live(input_ids=ids).logits[0, at].log_softmax(-1)[token])] * 4
     assert max(abs(a - b) for a, b in zip(own, base_, strict=True)) > 1e-3
-    assert rewards == pytest.approx([w + o - b for w, o, b in zip(with_adapter, own, base_, strict=True)], abs=1e-4)
+    assert rewards == pytest.approx(
+        [w + o - b for w, o, b in zip(with_adapter, own, base_, strict=True)], abs=1e-4
+    )
 
 
 def test_bad_settings(base, corpus, tmp_path):
@@ -246,8 +321,10 @@ def test_bad_settings(base, corpus, tmp_path):
 
 
 def test_a_missing_trl_says_how_to_get_it():
-    code = ("import sys; sys.modules['trl'] = None\n"
-            "import rlpretrain.trl\n"
-            "try:\n    rlpretrain.trl.RLPTrainer\nexcept ImportError as e:\n    print(e)\n")  # fmt: skip
+    code = (
+        "import sys; sys.modules['trl'] = None\n"
+        "import rlpretrain.trl\n"
+        "try:\n    rlpretrain.trl.RLPTrainer\nexcept ImportError as e:\n    print(e)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert 'pip install "rlpretrain[trl]"' in done.stdout, done.stderr[-2000:]

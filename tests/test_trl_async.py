@@ -1,7 +1,7 @@
 """TRL's asynchronous trainer on our engines: its own forward, packing, loss and weight sync.
 
-Two things of it need CUDA and are replaced: FlashAttention 3's kernel, by what it computes, and the name of the GPU, which it
-asks for to log its utilisation.
+Two things of it need CUDA and are replaced: FlashAttention 3's kernel, by what it computes, and the name of
+the GPU, which it asks for to log its utilisation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ from tests.builders.async_trainer import made, sampled_from, settings, varlen_at
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a CPU")
-    monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention))
+    monkeypatch.setattr(
+        packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention)
+    )
 
 
 def threads() -> int:
@@ -54,7 +56,9 @@ def threads() -> int:
 
 
 def test_it_trains_on_gains_of_the_live_model(corpus, tmp_path):
-    """The gains are those of transformers' own logits with the weights of that moment, and the first update is REINFORCE's."""
+    """The gains are those of transformers' own logits with the weights of that moment, and the first
+    update is REINFORCE's.
+    """
     seen, before = Gradient(), threads()
     trainer, rollouts, kept, drawn = made(corpus, settings(tmp_path), callbacks=[seen])
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -75,12 +79,19 @@ def test_it_trains_on_gains_of_the_live_model(corpus, tmp_path):
         advantages = leave_one_out(torch.tensor([rewards], dtype=torch.float64))[0].tolist()
         for s, t, a in zip(samples[i : i + 4], groups[0].thoughts, advantages, strict=True):
             size = len(groups[0].prompt.token_ids)
-            assert tuple(s.input_ids) == (*groups[0].prompt.token_ids, *t.token_ids) and s.advantage == pytest.approx(a)
+            assert tuple(s.input_ids) == (
+                *groups[0].prompt.token_ids,
+                *t.token_ids,
+            ) and s.advantage == pytest.approx(a)
             assert s.completion_mask.tolist() == [0] * size + [1] * len(t.token_ids)
             assert s.old_log_probs[size:].tolist() == pytest.approx(t.behaviour_logps)
     means = [np.mean([s.metrics["reward"] for s in samples[i : i + 8]]) for i in range(0, 32, 8)]
     assert [row["reward"] for row in logs] == pytest.approx([np.mean(means[:2]), *means[2:]], abs=1e-6)
-    assert logs[0]["rewards/information_gain"] == pytest.approx(logs[0]["reward"]) == pytest.approx(logs[0]["ig/mean"], abs=1e-6)
+    assert (
+        logs[0]["rewards/information_gain"]
+        == pytest.approx(logs[0]["reward"])
+        == pytest.approx(logs[0]["ig/mean"], abs=1e-6)
+    )
     assert {"ig/std", "ig/self", "thought/closed_frac", "sample/staleness_max"} <= logs[0].keys()
 
     live = whole(corpus)  # the first step, by hand
@@ -97,14 +108,18 @@ def test_it_trains_on_gains_of_the_live_model(corpus, tmp_path):
 
 
 def test_versions_and_ratios(corpus, tmp_path):
-    """What is sampled under the trainer's weights has a ratio of 1; one step later it has not, and says so."""
+    """What is sampled under the trainer's weights has a ratio of 1; one step later it has not, and says
+    so.
+    """
     trainer, rollouts, kept, drawn = made(corpus, settings(tmp_path, max_staleness=0))
     trainer.train()
     logs = [row for row in trainer.state.log_history if "ratio" in row]
     assert logs[0]["ratio"] == pytest.approx(1, abs=1e-5) and logs[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert all(abs(row["ratio"] - 1) > 1e-4 for row in logs[1:])  # drawn before the step before them
     assert [(s.model_version, v) for s, v in drawn] == [(1, 1)] * 16 + [(2, 2)] * 8 + [(3, 3)] * 8
-    assert sum(row.get("sample/dropped_stale_total", 0) for row in logs) > 0  # what was ahead of a sync, never scored
+    assert (
+        sum(row.get("sample/dropped_stale_total", 0) for row in logs) > 0
+    )  # what was ahead of a sync, never scored
     assert all(row["sample/staleness_max"] == 0 for row in logs) and len(kept.calls) == 8
     assert rollouts.version == rollouts.engine.version == trainer.model_version == 4
     theirs = dict(rollouts.engine.model.named_parameters())
@@ -114,8 +129,14 @@ def test_versions_and_ratios(corpus, tmp_path):
 
 @pytest.mark.parametrize(("most", "every"), [(1, 1), (2, 1), (1, 2)])
 def test_thoughts_are_as_stale_as_they_may_be_and_no_more(corpus, tmp_path, most, every):
-    args = settings(tmp_path, max_staleness=most, weight_sync_steps=every, max_steps=6, token_budget=256,
-                    gradient_accumulation_steps=2)  # fmt: skip
+    args = settings(
+        tmp_path,
+        max_staleness=most,
+        weight_sync_steps=every,
+        max_steps=6,
+        token_budget=256,
+        gradient_accumulation_steps=2,
+    )
     trainer, _, kept, drawn = made(corpus, args)
     trainer.train()
     assert sampled_from(kept, whole(corpus)) < 1e-5
@@ -136,11 +157,15 @@ def test_the_trainer_gets_its_attention_back(corpus, tmp_path):
     assert rollouts.reward.attention == "tree_sdpa" and rollouts.reward.layout.tree
     assert rollouts.reward.reference.model.config._attn_implementation == "tree_sdpa"
     row = next(r for r in trainer.state.log_history if "ig/mean" in r)
-    assert row["ig/mean"] == pytest.approx(row["ig/self"], abs=1e-6)  # no step was made before these were scored
+    assert row["ig/mean"] == pytest.approx(
+        row["ig/self"], abs=1e-6
+    )  # no step was made before these were scored
 
 
 def test_with_adapters(corpus, tmp_path):
-    """The engine gets merged weights under the names of the checkpoint; frozen is the model with its adapters off."""
+    """The engine gets merged weights under the names of the checkpoint; frozen is the model with its
+    adapters off.
+    """
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     args = settings(tmp_path, max_staleness=0, learning_rate=0.1)
@@ -172,14 +197,28 @@ class Broken(HFEngine):
         return await super().sample(*given)
 
 
-@pytest.mark.parametrize(("good", "error", "said"), [
-    (0, OSError("no route to host"), "the engine failed while it sampled thoughts: OSError.*no route to host"),
-    (5, OSError("no route to host"), "the engine failed"), (3, ValueError("prompt 0 is too long"), "cannot sample.*too long"),
-    (3, None, "no thoughts came for . s .heartbeat_stale_after_s is 1.: Broken hangs"),
-    (5, None, "1 rollouts still ran 1 s after the queue was paused: Broken hangs, or heartbeat_stale_after_s"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("good", "error", "said"),
+    [
+        (
+            0,
+            OSError("no route to host"),
+            "the engine failed while it sampled thoughts: OSError.*no route to host",
+        ),
+        (5, OSError("no route to host"), "the engine failed"),
+        (3, ValueError("prompt 0 is too long"), "cannot sample.*too long"),
+        (3, None, "no thoughts came for . s .heartbeat_stale_after_s is 1.: Broken hangs"),
+        (
+            5,
+            None,
+            "1 rollouts still ran 1 s after the queue was paused: Broken hangs, or heartbeat_stale_after_s",
+        ),
+    ],
+)
 def test_an_engine_that_fails_ends_the_training(corpus, tmp_path, good, error, said):
-    """At once or later, by an error or by hanging before a step or a sync: train() says what happened, and leaves no thread."""
+    """At once or later, by an error or by hanging before a step or a sync: train() says what happened, and
+    leaves no thread.
+    """
     before = threads()
     engine = Broken(whole(corpus), AutoTokenizer.from_pretrained(corpus / "base"), good, error)
     trainer, rollouts, _, _ = made(corpus, settings(tmp_path, heartbeat_stale_after_s=1.0), engine=engine)
@@ -198,13 +237,22 @@ def test_weights_that_do_not_fit_end_the_training(corpus, tmp_path):
 
 
 def test_thoughts_that_do_not_count_are_left_out(corpus, tmp_path, monkeypatch):
-    """Groups with a single counted thought are dropped, and counted; when nothing ever counts the run ends with a word."""
-    trainer, _, kept, drawn = made(corpus, settings(tmp_path, max_completion_length=24, learning_rate=0.0), cut="mask")
+    """Groups with a single counted thought are dropped, and counted; when nothing ever counts the run ends
+    with a word.
+    """
+    trainer, _, kept, drawn = made(
+        corpus, settings(tmp_path, max_completion_length=24, learning_rate=0.0), cut="mask"
+    )
     trainer.train()
     counted = [(g, [r is not None for r in rewards]) for (g,), rewards, _ in kept.calls]
     usable = [(g, c) for g, c in counted if sum(c) > 1]
     assert any(0 < sum(c) < 4 for _, c in usable) and len(usable) < len(counted)
-    expected = [(*g.prompt.token_ids, *t.token_ids) for g, c in usable for t, yes in zip(g.thoughts, c, strict=True) if yes]
+    expected = [
+        (*g.prompt.token_ids, *t.token_ids)
+        for g, c in usable
+        for t, yes in zip(g.thoughts, c, strict=True)
+        if yes
+    ]
     assert [tuple(s.input_ids) for s, _ in drawn] == expected[: len(drawn)] and len(drawn) == 32
     dropped = sum(row.get("sample/dropped_uncounted_total", 0) for row in trainer.state.log_history)
     assert dropped == 4 * (len(counted) - len(usable))
@@ -222,7 +270,10 @@ def test_the_seams_of_trl_are_there():
             if not name.startswith("_"):
                 ours = inspect.signature(getattr(AsyncRollouts, name)).parameters
                 assert list(ours) == list(inspect.signature(theirs).parameters), f"{protocol.__name__}.{name}"
-    assert set(async_grpo_trainer.RolloutWorkerProtocol.__annotations__) == {"rollout_buffer", "metrics_queue"}
+    assert set(async_grpo_trainer.RolloutWorkerProtocol.__annotations__) == {
+        "rollout_buffer",
+        "metrics_queue",
+    }
     assert not async_grpo_trainer.WeightTransferProtocol.__annotations__
 
 
@@ -242,7 +293,10 @@ def test_bad_settings(corpus, tmp_path):
     for given, said in (
         ((without, engine, data, args), "lacked <think> and </think>, and so does the checkpoint"),
         ((reward, HFEngine(whole(corpus)), data, args), "must have weights of its own"),
-        ((reward, engine, Dataset.from_dict({"prompt": ["a"]}), args), "the dataset is not one that reward.dataset"),
+        (
+            (reward, engine, Dataset.from_dict({"prompt": ["a"]}), args),
+            "the dataset is not one that reward.dataset",
+        ),
         ((reward, engine, data, settings(tmp_path, token_budget=None)), "set token_budget"),
         ((reward, engine, data, settings(tmp_path, num_generations=1)), "at least 2"),
         ((reward, engine, data, settings(tmp_path, min_p=0.1)), "neither min_p nor repetition_penalty"),
@@ -287,17 +341,32 @@ def test_a_sharded_model_is_refused(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_thinking_comes_to_pay(tmp_path):
-    """From the demo's base, on documents seen once, with thoughts up to two steps old: targets get likelier after a thought."""
+    """From the demo's base, on documents seen once, with thoughts up to two steps old: targets get
+    likelier after a thought.
+    """
     dial.write(tmp_path, base=10, train=1000, held_out=10)
-    args = settings(tmp_path, per_device_train_batch_size=128, num_generations=8, max_completion_length=24, max_steps=36,
-                    learning_rate=3e-4, max_staleness=2, max_grad_norm=1.0)  # fmt: skip
+    args = settings(
+        tmp_path,
+        per_device_train_batch_size=128,
+        num_generations=8,
+        max_completion_length=24,
+        max_steps=36,
+        learning_rate=3e-4,
+        max_staleness=2,
+        max_grad_norm=1.0,
+    )
     trainer, *_ = made(tmp_path, args, path=BASE, cut="penalise")
     trainer.train()
     rows = [row for row in trainer.state.log_history if "ig/mean" in row]
     after = [row["ig/mean"] + row["baseline/self"] for row in rows]
     assert np.mean(after[-8:]) > np.mean(after[:4]) + 0.4
-    assert np.mean([row["baseline/self"] for row in rows[-8:]]) > np.mean([row["baseline/self"] for row in rows[:4]]) - 0.3
-    assert max(row["sample/staleness_max"] for row in rows) in (1, 2) and all(abs(row["ratio"] - 1) < 0.1 for row in rows)
+    assert (
+        np.mean([row["baseline/self"] for row in rows[-8:]])
+        > np.mean([row["baseline/self"] for row in rows[:4]]) - 0.3
+    )
+    assert max(row["sample/staleness_max"] for row in rows) in (1, 2) and all(
+        abs(row["ratio"] - 1) < 0.1 for row in rows
+    )
 
 
 @pytest.mark.slow
@@ -312,12 +381,16 @@ def test_two_processes(corpus, tmp_path):
     assert first["calls"] == 8 and first["drawn"] == 32 and second["calls"] == second["drawn"] == 0
     assert first["worst"] < 1e-5 and first["sampled"] < 1e-5
     assert first["logs"][0]["ratio"] == pytest.approx(1, abs=1e-5)
-    assert first["sum"] == pytest.approx(second["sum"], abs=1e-9) and first["sum"] == pytest.approx(first["engine"], abs=1e-9)
+    assert first["sum"] == pytest.approx(second["sum"], abs=1e-9) and first["sum"] == pytest.approx(
+        first["engine"], abs=1e-9
+    )
 
 
 @pytest.mark.slow
 def test_vllm_samples_for_it(corpus, tmp_path):
-    """Real vLLM in process, on a CPU: it takes the weights in each sync, its tied head too, and the trainer agrees with it."""
+    """Real vLLM in process, on a CPU: it takes the weights in each sync, its tied head too, and the
+    trainer agrees with it.
+    """
     pytest.importorskip("vllm")
     from rollout.vllm_local import VLLMEngine
 

@@ -1,4 +1,6 @@
-"""Rewards by dotted path on TRL's command line: what is logged is what the stored completions are worth by stored weights."""
+"""Rewards by dotted path on TRL's command line: what is logged is what the stored completions are worth by
+stored weights.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,34 @@ def prepare(corpus: Path, out: Path, section: str, *words: str) -> Path:
 
 
 NO_TEXT = {"suppress_tokens": [0, 2, 3, 4]}
-"""Ids that TRL's table of completions leaves out, which then could not be scored again: pad, unknown, the corpus' own tags."""
+"""Ids that TRL's table of completions leaves out, which then could not be scored again: pad, unknown, the
+corpus' own tags.
+"""
 SETTINGS = {
-    "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 24, "learning_rate": 1e-2, "use_cpu": True,
-    "bf16": False, "report_to": "none", "logging_steps": 1, "gradient_checkpointing": False, "scale_rewards": "none",
-    "loss_type": "grpo", "log_completions": True, "disable_tqdm": True, "lr_scheduler_type": "constant",
-}  # fmt: skip
+    "per_device_train_batch_size": 16,
+    "num_generations": 8,
+    "max_completion_length": 24,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "scale_rewards": "none",
+    "loss_type": "grpo",
+    "log_completions": True,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+}
 
 
 def trainer_at(prepared: Path, reward: Any, out: Path, model: Path | None = None) -> Any:
     """What TRL's script makes of its flags, in this process: no callbacks."""
     args = trl.GRPOConfig(str(out), max_steps=1, save_strategy="no", generation_kwargs=NO_TEXT, **SETTINGS)
     data = load_dataset(str(prepared / "prompts"))["train"]
-    return trl.GRPOTrainer(str(model or prepared / "model"), reward_funcs=[reward], args=args, train_dataset=data)
+    return trl.GRPOTrainer(
+        str(model or prepared / "model"), reward_funcs=[reward], args=args, train_dataset=data
+    )
 
 
 def steps(out: Path) -> list[pandas.DataFrame]:
@@ -69,8 +86,12 @@ def logp(model: Any, tokenizer: Any, before: str, target: str) -> float:
 
 def after_thoughts(model: Any, tokenizer: Any, table: pandas.DataFrame, close: str) -> list[float]:
     """log p(target) after each thought; NaN for those that did not close themselves."""
-    return [logp(model, tokenizer, f"{row.prompt} {row.completion}", row.target) if row.completion.endswith(close) else math.nan
-            for row in table.itertuples()]  # fmt: skip
+    return [
+        logp(model, tokenizer, f"{row.prompt} {row.completion}", row.target)
+        if row.completion.endswith(close)
+        else math.nan
+        for row in table.itertuples()
+    ]
 
 
 def without(model: Any, tokenizer: Any, table: pandas.DataFrame, opened: str) -> list[float]:
@@ -89,60 +110,100 @@ def test_prepare_writes_what_trl_loads(corpus, tmp_path, capsys):
     data = load_dataset(str(out / "prompts"))
     assert set(data) == {"train", "test"} and data["test"].num_rows == 48
     given = json.loads(data["train"][0]["objective"])
-    assert given == {"name": "rlp", "positions": "after", "marker": "shows", "open": "<hm>", "close": "</hm>", "target_length": 2}
+    assert given == {
+        "name": "rlp",
+        "positions": "after",
+        "marker": "shows",
+        "open": "<hm>",
+        "close": "</hm>",
+        "target_length": 2,
+    }
     again = to_prompt_dataset(str(corpus / "train.jsonl"), tokenizer, objective=given.pop("name"), **given)
     assert data["train"].select_columns(again.column_names)[:] == again[:]
-    assert cli.main(["prepare", str(corpus / "base"), "--out", str(out), "--data", str(corpus / "train.jsonl")]) == 2
+    assert (
+        cli.main(["prepare", str(corpus / "base"), "--out", str(out), "--data", str(corpus / "train.jsonl")])
+        == 2
+    )
     assert "model exists already" in capsys.readouterr().err
     words = ["prepare", str(corpus / "base"), "--data", str(corpus / "train.jsonl"), "--objective"]
     assert cli.main([*words, "{name: ntp}", "--out", str(tmp_path / "ntp")]) == 2
     assert "no thoughts to prepare for" in capsys.readouterr().err
-    assert cli.main([*words, "{positions: after, marker: '<eos> shows'}", "--out", str(tmp_path / "none")]) == 2
+    assert (
+        cli.main([*words, "{positions: after, marker: '<eos> shows'}", "--out", str(tmp_path / "none")]) == 2
+    )
     assert "no document gives a prompt" in capsys.readouterr().err
     assert not (tmp_path / "ntp").exists() and not (tmp_path / "none").exists()  # nothing half done
     boxed = prepare(corpus, tmp_path / "rpt", f"name: rpt, template: raw, target_length: 2, {AFTER}")
-    assert weights(boxed, boxed, 1).generation_config.eos_token_id == tokenizer.eos_token_id  # it goes on to a prediction
+    assert (
+        weights(boxed, boxed, 1).generation_config.eos_token_id == tokenizer.eos_token_id
+    )  # it goes on to a prediction
 
 
 @pytest.mark.slow
 def test_the_command_line_logs_the_gain(corpus, tmp_path):
-    """All of it as a user types it, accelerate's launcher included: a reward of ours, and one of a module in the folder it is
-    started from, whose EMA must move once a step though training had begun when it was first called."""
+    """All of it as a user types it, accelerate's launcher included: a reward of ours, and one of a module in
+    the folder it is started from, whose EMA must move once a step though training had begun when it was first
+    called.
+    """
     (tmp_path / "my_rewards.py").write_text(
         "from rlpretrain.trl import InformationGainReward\n"
         "reward = InformationGainReward(baseline='ema', ema_decay=0.5, clip=0.2)\n"
         "reward.__name__ = 'mine'\n"
     )
     prepared, out = prepare(corpus, tmp_path / "prepared", f"{AFTER}, {TAGS}"), tmp_path / "out"
-    flags = SETTINGS | {"model_name_or_path": prepared / "model", "dataset_name": prepared / "prompts", "output_dir": out,
-                        "max_steps": 3, "save_steps": 1, "learning_rate": 3e-2,
-                        "generation_kwargs": json.dumps(NO_TEXT)}  # fmt: skip
+    flags = SETTINGS | {
+        "model_name_or_path": prepared / "model",
+        "dataset_name": prepared / "prompts",
+        "output_dir": out,
+        "max_steps": 3,
+        "save_steps": 1,
+        "learning_rate": 3e-2,
+        "generation_kwargs": json.dumps(NO_TEXT),
+    }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     rewards = ["--reward_funcs", "rlpretrain.trl.information_gain_reward", "my_rewards.reward"]
     env = alone()
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-m", "trl.cli.main", "grpo", *words, *rewards], capture_output=True, text=True,
-                          timeout=280, cwd=tmp_path, env=env)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "trl.cli.main", "grpo", *words, *rewards],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     history = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     logs = [row for row in history if "reward" in row]
-    tokenizer, average, compared, apart = AutoTokenizer.from_pretrained(prepared / "model"), weights(prepared, out, 1), 0, 0.0
+    tokenizer, average, compared, apart = (
+        AutoTokenizer.from_pretrained(prepared / "model"),
+        weights(prepared, out, 1),
+        0,
+        0.0,
+    )
     for step, (table, row) in enumerate(zip(steps(out), logs, strict=True), start=1):
         model = weights(prepared, out, step)
         if step > 1:
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
                     mine.lerp_(theirs, 0.5)
-        thought, own = after_thoughts(model, tokenizer, table, "</hm>"), without(model, tokenizer, table, "<hm>")
+        thought, own = (
+            after_thoughts(model, tokenizer, table, "</hm>"),
+            without(model, tokenizer, table, "<hm>"),
+        )
         gains = [a - b for a, b in zip(thought, own, strict=True)]
         closed = [not math.isnan(g) for g in gains]
         counted = [g for g in gains if not math.isnan(g)]
         assert table["information_gain"][closed].tolist() == pytest.approx(counted, abs=1e-5)
-        assert row["rewards/information_gain/mean"] == pytest.approx(table["information_gain"].mean(), abs=1e-5)
+        assert row["rewards/information_gain/mean"] == pytest.approx(
+            table["information_gain"].mean(), abs=1e-5
+        )
         assert row["thought/closed_frac"] == len(counted) / 16
         before = without(average, tokenizer, table, "<hm>")
-        clipped = [max(-0.2, min(0.2, a - b)) for a, b in zip(thought, before, strict=True) if not math.isnan(a)]
+        clipped = [
+            max(-0.2, min(0.2, a - b)) for a, b in zip(thought, before, strict=True) if not math.isnan(a)
+        ]
         assert table["mine"][closed].tolist() == pytest.approx(clipped, abs=1e-5)
         assert (table["mine"][[not c for c in closed]] <= -0.8).all()  # an unclosed thought loses cut_penalty
         compared += len(counted)
@@ -150,10 +211,18 @@ def test_the_command_line_logs_the_gain(corpus, tmp_path):
     assert len(logs) == 3 and compared >= 6 and apart > 1e-2
 
 
-@pytest.mark.parametrize(("name", "section"), [
-    ("likelihood", "name: likelihood, score: prob"), ("rlpr", "name: likelihood, score: debiased_prob"),
-    ("rpt", "name: rpt, template: raw, opening: has, closing: ., strip: true, target_length: 2, max_prediction_tokens: 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("likelihood", "name: likelihood, score: prob"),
+        ("rlpr", "name: likelihood, score: debiased_prob"),
+        (
+            "rpt",
+            "name: rpt, template: raw, opening: has, closing: ., strip: true, target_length: 2, "
+            "max_prediction_tokens: 8",
+        ),
+    ],
+)
 def test_objectives_by_name(corpus, tmp_path, name, section):
     """With the fields that the prompts were prepared with."""
     prepared, out = prepare(corpus, tmp_path / "prepared", f"{section}, {AFTER}, {TAGS}"), tmp_path / "out"
@@ -169,8 +238,12 @@ def test_objectives_by_name(corpus, tmp_path, name, section):
     expected = [math.exp(x) for x in after_thoughts(model, tokenizer, table, "</hm>")]
     if name == "rlpr":
         base = [math.exp(x) for x in without(model, tokenizer, table, "<hm>")]
-        expected = [a - b if math.isnan(a) else max(0.0, min(1.0, a - b)) for a, b in zip(expected, base, strict=True)]
-    assert table[name][closed].tolist() == pytest.approx([e for e, c in zip(expected, closed, strict=True) if c], abs=1e-5)
+        expected = [
+            a - b if math.isnan(a) else max(0.0, min(1.0, a - b)) for a, b in zip(expected, base, strict=True)
+        ]
+    assert table[name][closed].tolist() == pytest.approx(
+        [e for e, c in zip(expected, closed, strict=True) if c], abs=1e-5
+    )
     assert (table[name][~closed] < 0).all()  # they lose cut_penalty
 
 
@@ -198,9 +271,20 @@ def test_what_cannot_work_is_said(corpus, tmp_path):
     hm = prepare(corpus, tmp_path / "hm", f"{AFTER}, {TAGS}")
     fails(hm, InformationGainReward(), f"does not know <hm>, .*{named}", model=base)
     think = prepare(corpus, tmp_path / "think", AFTER)
-    fails(think, InformationGainReward(), f"</think> does not end a generation of this checkpoint .*{named}", model=base)
-    fails(think, rlpretrain.trl.rpt_reward, f"</think> ends a generation .* wants a prediction after it: .*{named}")
-    fails(think, InformationGainReward(template="so : {context}"), "by its settings the first prompt would be")
+    fails(
+        think,
+        InformationGainReward(),
+        f"</think> does not end a generation of this checkpoint .*{named}",
+        model=base,
+    )
+    fails(
+        think,
+        rlpretrain.trl.rpt_reward,
+        f"</think> ends a generation .* wants a prediction after it: .*{named}",
+    )
+    fails(
+        think, InformationGainReward(template="so : {context}"), "by its settings the first prompt would be"
+    )
     reward, row = InformationGainReward(), load_dataset(str(think / "prompts"))["train"][0]
     prompt = row.pop("prompt")
     with pytest.raises(RuntimeError, match=r"callbacks=\[reward.callback\]"):

@@ -1,4 +1,6 @@
-"""What keeps a training of TRL's from learning is said while it goes on, by the rules of a run of ours (issue 15.21)."""
+"""What keeps a training of TRL's from learning is said while it goes on, by the rules of a run of ours
+(issue 15.21).
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,14 @@ def test_a_base_without_tags_under_mask_is_warned_of(tmp_path):
     args = settings(tmp_path, max_steps=4, max_completion_length=4, generation_kwargs=never)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], processing_class=tokenizer,
-                        train_dataset=reward.dataset(LONG), args=args).train()  # fmt: skip
+        trl.GRPOTrainer(
+            model,
+            reward_funcs=[reward],
+            callbacks=[reward.callback],
+            processing_class=tokenizer,
+            train_dataset=reward.dataset(LONG),
+            args=args,
+        ).train()
     said = [str(w.message) for w in caught if "No thought counts" in str(w.message)]
     assert len(said) == 1 and said[0].startswith("step 3: ")
     assert "cut='penalise'" in said[0] and "max_completion_length" in said[0]
@@ -73,8 +81,14 @@ def test_the_gain_of_an_empty_thought_is_logged_against_the_frozen_model(corpus,
     tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
     reward = InformationGainReward(model, tokenizer, baseline="frozen", cut="force_close", **AFTER)
     kept = Kept(reward)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], args=settings(tmp_path),
-                              train_dataset=reward.dataset(str(corpus / "train.jsonl")), processing_class=tokenizer)  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        args=settings(tmp_path),
+        train_dataset=reward.dataset(str(corpus / "train.jsonl")),
+        processing_class=tokenizer,
+    )
     trainer.train()
     groups, rewards, weights = kept.calls[1]  # after one step
     live = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
@@ -86,8 +100,11 @@ def test_the_gain_of_an_empty_thought_is_logged_against_the_frozen_model(corpus,
         logits = net(input_ids=torch.tensor([[*head, *target]])).logits[0].log_softmax(-1)
         return float(sum(logits[len(head) + k - 1, token] for k, token in enumerate(target)))
 
-    empty = [logp(live, (*g.prompt.token_ids, reward.close_id), g.position.target_ids)
-             - logp(initial, g.position.context_ids, g.position.target_ids) for g in groups]  # fmt: skip
+    empty = [
+        logp(live, (*g.prompt.token_ids, reward.close_id), g.position.target_ids)
+        - logp(initial, g.position.context_ids, g.position.target_ids)
+        for g in groups
+    ]
     row = [row for row in trainer.state.log_history if "ig/empty" in row][1]
     assert row["ig/empty"] == pytest.approx(np.mean(empty), abs=1e-4)
     assert row["ig/frozen"] == pytest.approx(np.mean(rewards), abs=1e-4) == row["ig/mean"]

@@ -85,7 +85,10 @@ def test_by_ids_no_position_is_left_out(family, template):
     objective = owner(config, tokenizer)
     for row in data:
         at = row["position"]
-        assert row["context_ids"] == row["document_token_ids"][:at] and row["target_ids"][0] == row["document_token_ids"][at]
+        assert (
+            row["context_ids"] == row["document_token_ids"][:at]
+            and row["target_ids"][0] == row["document_token_ids"][at]
+        )
         ids = objective.prompt(position_of(row)).token_ids
         assert known.setdefault(row["prompt"], ids) == ids
     check_sampled([(*row["context_ids"], 0) for row in data], family, LINES, 0)
@@ -93,14 +96,18 @@ def test_by_ids_no_position_is_left_out(family, template):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_as_text_are_tokenised_to_their_ids(family):
-    """What GRPOTrainer does with them; a tokenizer that ends every text is refused, and what to do is said."""
+    """What GRPOTrainer does with them; a tokenizer that ends every text is refused, and what to do is
+    said.
+    """
     tokenizer = make(family)
     if family in WITH_EOS:
         with pytest.raises(ConfigError, match=r"ends every text with .*</s>.*by_ids=True"):
             to_prompt_dataset(LINES, tokenizer, **ALL)
         return
     try:
-        with pytest.warns(UserWarning, match=r"[1-5] of \d+ positions left out: their prompts tokenise to other ids"):
+        with pytest.warns(
+            UserWarning, match=r"[1-5] of \d+ positions left out: their prompts tokenise to other ids"
+        ):
             data = to_prompt_dataset(LINES, tokenizer, **ALL)
     except BaseException as error:  # nothing was left out, and so nothing said
         assert "DID NOT WARN" in str(error)
@@ -115,10 +122,14 @@ def test_prompts_as_text_are_tokenised_to_their_ids(family):
 def test_nearly_all_left_out_is_refused():
     """The instruction's line ends are tokenised apart from the text behind them, which no text can say."""
     tokenizer = make("sentencepiece_legacy")
-    with pytest.raises(ConfigError, match=r"(\d+) of \1 positions left out: their prompts tokenise to other ids.*RLPTrainer"):
+    with pytest.raises(
+        ConfigError, match=r"(\d+) of \1 positions left out: their prompts tokenise to other ids.*RLPTrainer"
+    ):
         to_prompt_dataset(LINES, tokenizer, template="rlp", **ALL)
     endless = IterableDataset.from_generator(lambda: ({"text": LINES[i % len(LINES)]} for i in range(10**9)))
-    with pytest.raises(ConfigError, match=rf"{JUDGED} of {JUDGED} positions left out"):  # and does not search for ever
+    with pytest.raises(
+        ConfigError, match=rf"{JUDGED} of {JUDGED} positions left out"
+    ):  # and does not search for ever
         next(iter(to_prompt_dataset(endless, tokenizer, template="rlp", **ALL)))
 
 
@@ -128,20 +139,32 @@ def test_grpo_samples_behind_the_documents_ids(family, tmp_path):
     model, tokenizer = base(family)
     reward = InformationGainReward(model, tokenizer, cut="force_close", positions="random")
     sampled = Sampled(model)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], processing_class=tokenizer,
-                              train_dataset=reward.dataset(LONG), args=settings(tmp_path, max_steps=1))  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        processing_class=tokenizer,
+        train_dataset=reward.dataset(LONG),
+        args=settings(tmp_path, max_steps=1),
+    )
     trainer.train()
     check_sampled(sampled.prompts, family, LONG, reward.objective.template.open_id)
     assert trainer.state.log_history[0]["thought/uncounted_frac"] == 0
 
 
-@pytest.mark.parametrize(("family", "template"), [(f, "raw") for f in sorted(WITH_EOS)]
-                         + [("sentencepiece_legacy", "rlp"), ("byte_bpe_bos", "rlp")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [(f, "raw") for f in sorted(WITH_EOS)] + [("sentencepiece_legacy", "rlp"), ("byte_bpe_bos", "rlp")],
+)
 def test_the_trainer_samples_behind_ids_that_no_text_gives(family, template, tmp_path):
     model, tokenizer = base(family, max_position_embeddings=1024)
     sampled = Sampled(model)
-    args = settings(tmp_path, RLPConfig, max_steps=1, cut="force_close", objective_fields={"template": template})
-    trainer = RLPTrainer(model, args=args, train_dataset=Dataset.from_dict({"text": LONG}), processing_class=tokenizer)
+    args = settings(
+        tmp_path, RLPConfig, max_steps=1, cut="force_close", objective_fields={"template": template}
+    )
+    trainer = RLPTrainer(
+        model, args=args, train_dataset=Dataset.from_dict({"text": LONG}), processing_class=tokenizer
+    )
     trainer.train()
     frame = trainer.reward.objective.template
     assert all(ids[-1] == frame.open_id for ids in sampled.prompts) and len(sampled.prompts) == 8
@@ -167,15 +190,24 @@ def test_our_engines_sample_behind_ids_that_no_text_gives(family, tmp_path):
         return await sample(prompts, *given)
 
     engine.sample = spy
-    trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], rollout_func=Rollouts(reward, engine, data),
-                    train_dataset=data, args=settings(tmp_path, max_steps=1), processing_class=tokenizer).train()  # fmt: skip
+    trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        rollout_func=Rollouts(reward, engine, data),
+        train_dataset=data,
+        args=settings(tmp_path, max_steps=1),
+        processing_class=tokenizer,
+    ).train()
     check_sampled([tuple(p.token_ids) for p in asked], family, LONG, reward.objective.template.open_id)
 
 
 @pytest.mark.parametrize("family", ["sentencepiece_bos_eos", "gemma"])
 def test_the_asynchronous_trainer_samples_behind_the_documents_ids(family, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a CPU")
-    monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention))
+    monkeypatch.setattr(
+        packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention)
+    )
     model, tokenizer = base(family)
     path = str(tmp_path / "base")
     model.save_pretrained(path)
@@ -190,9 +222,18 @@ def test_the_asynchronous_trainer_samples_behind_the_documents_ids(family, tmp_p
         return drawn[-1]
 
     rollouts.rollout_buffer.get = spy
-    AsyncGRPOTrainer(path, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[reward.callback],
-                     rollout_worker=rollouts, weight_transfer=rollouts).train()  # fmt: skip
-    prompts = [tuple(int(i) for i, m in zip(s.input_ids, s.completion_mask, strict=True) if not m) for s in drawn]
+    AsyncGRPOTrainer(
+        path,
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[reward.callback],
+        rollout_worker=rollouts,
+        weight_transfer=rollouts,
+    ).train()
+    prompts = [
+        tuple(int(i) for i, m in zip(s.input_ids, s.completion_mask, strict=True) if not m) for s in drawn
+    ]
     check_sampled(prompts, family, LONG, reward.objective.template.open_id)
 
 
@@ -218,23 +259,38 @@ def test_prepared_prompts_fit_the_prepared_tokenizer(family, tmp_path):
 
 
 def test_prompts_that_a_trainer_would_read_otherwise_are_refused(tmp_path):
-    """A dataset made by ids, given to a trainer that tokenises; and a tokenizer that the trainer has in another setting."""
-    for family, how, changed in (("sentencepiece_bos_eos", {"by_ids": True}, False), ("sentencepiece", {}, True)):
+    """A dataset made by ids, given to a trainer that tokenises; and a tokenizer that the trainer has in
+    another setting.
+    """
+    for family, how, changed in (
+        ("sentencepiece_bos_eos", {"by_ids": True}, False),
+        ("sentencepiece", {}, True),
+    ):
         model, tokenizer = base(family)
         reward = InformationGainReward(model, tokenizer, cut="force_close", positions="random")
         data = reward.dataset(LONG, **how)
         given = make("sentencepiece_bos_eos") if changed else tokenizer
         ensure_delimiters(given)
-        with pytest.raises(ConfigError, match=r"tokenises the prompt .* to other ids than those of its document"):
-            trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], processing_class=given,
-                            train_dataset=data, args=settings(tmp_path, max_steps=1)).train()  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=r"tokenises the prompt .* to other ids than those of its document"
+        ):
+            trl.GRPOTrainer(
+                model,
+                reward_funcs=[reward],
+                callbacks=[reward.callback],
+                processing_class=given,
+                train_dataset=data,
+                args=settings(tmp_path, max_steps=1),
+            ).train()
 
 
 TOO_LONG = "the model has 64 positions, but a document of the prompt dataset .* lower max_completion_length"
 
 
 def test_rows_that_are_too_long_are_refused_before_anything_is_sampled(tmp_path):
-    """Close tag and target included: 64 positions hold 50 tokens of a document and a thought of 12, and not of 13."""
+    """Close tag and target included: 64 positions hold 50 tokens of a document and a thought of 12, and
+    not of 13.
+    """
     model, tokenizer = base("byte_bpe", max_position_embeddings=64)
     sampled = Sampled(model)
     ids = tokenizer(" ".join(LINES))["input_ids"][:50]
@@ -246,25 +302,58 @@ def test_rows_that_are_too_long_are_refused_before_anything_is_sampled(tmp_path)
         reward = InformationGainReward(model, tokenizer, cut="force_close", **last)
         if path == "grpo":
             data = reward.dataset([text] * 8)
-            trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], processing_class=tokenizer,
-                            train_dataset=data, args=settings(tmp_path, max_steps=1, max_completion_length=most)).train()
+            trl.GRPOTrainer(
+                model,
+                reward_funcs=[reward],
+                callbacks=[reward.callback],
+                processing_class=tokenizer,
+                train_dataset=data,
+                args=settings(tmp_path, max_steps=1, max_completion_length=most),
+            ).train()
         elif path == "stream":
-            data = reward.dataset(IterableDataset.from_generator(lambda: ({"text": text} for _ in range(8))), max_length=50)
-            trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], processing_class=tokenizer,
-                            train_dataset=data, args=settings(tmp_path, max_steps=1, max_completion_length=most)).train()
+            data = reward.dataset(
+                IterableDataset.from_generator(lambda: ({"text": text} for _ in range(8))), max_length=50
+            )
+            trl.GRPOTrainer(
+                model,
+                reward_funcs=[reward],
+                callbacks=[reward.callback],
+                processing_class=tokenizer,
+                train_dataset=data,
+                args=settings(tmp_path, max_steps=1, max_completion_length=most),
+            ).train()
         elif path == "late":
             late = ObjectiveReward(cut="force_close", **last)
-            trl.GRPOTrainer(model, reward_funcs=[late], processing_class=tokenizer, train_dataset=reward.dataset([text] * 8),
-                            args=settings(tmp_path, max_steps=1, max_completion_length=most)).train()  # fmt: skip
+            trl.GRPOTrainer(
+                model,
+                reward_funcs=[late],
+                processing_class=tokenizer,
+                train_dataset=reward.dataset([text] * 8),
+                args=settings(tmp_path, max_steps=1, max_completion_length=most),
+            ).train()
         elif path == "rollouts":
             data = reward.dataset([text] * 8)
             rollouts = Rollouts(reward, HFEngine(model, tokenizer=tokenizer), data)
-            trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], processing_class=tokenizer,
-                            rollout_func=rollouts, train_dataset=data,
-                            args=settings(tmp_path, max_steps=1, max_completion_length=most)).train()  # fmt: skip
+            trl.GRPOTrainer(
+                model,
+                reward_funcs=[reward],
+                callbacks=[reward.callback],
+                processing_class=tokenizer,
+                rollout_func=rollouts,
+                train_dataset=data,
+                args=settings(tmp_path, max_steps=1, max_completion_length=most),
+            ).train()
         else:
-            args = settings(tmp_path, RLPConfig, max_steps=1, max_completion_length=most, cut="force_close", max_length=51,
-                            positions="every_k", objective_fields={"every": 50, "min_context": 49})  # fmt: skip
+            args = settings(
+                tmp_path,
+                RLPConfig,
+                max_steps=1,
+                max_completion_length=most,
+                cut="force_close",
+                max_length=51,
+                positions="every_k",
+                objective_fields={"every": 50, "min_context": 49},
+            )
             texts = Dataset.from_dict({"text": [text] * 8})
             RLPTrainer(model, args=args, train_dataset=texts, processing_class=tokenizer).train()
 
@@ -284,8 +373,12 @@ def test_documents_that_are_too_long_for_the_next_token_loss(tmp_path):
     long = " ".join(LINES)
     fields = {"cut": "force_close", "positions": "every_k", "objective_fields": {"every": 10}}
     args = settings(tmp_path, RLPConfig, **fields)
-    with pytest.raises(ConfigError, match=r"all of which the next-token loss reads: set max_length to at most 64"):
-        RLPTrainer(model, args=args, train_dataset=Dataset.from_dict({"text": [long]}), processing_class=tokenizer)
+    with pytest.raises(
+        ConfigError, match=r"all of which the next-token loss reads: set max_length to at most 64"
+    ):
+        RLPTrainer(
+            model, args=args, train_dataset=Dataset.from_dict({"text": [long]}), processing_class=tokenizer
+        )
     stream = IterableDataset.from_generator(lambda: ({"text": text} for text in LINES))
     with pytest.raises(ConfigError, match=r"the model has 64 positions.*max_length to at most \d+"):
         RLPTrainer(model, args=args, train_dataset=stream, processing_class=tokenizer).train()

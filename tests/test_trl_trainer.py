@@ -35,17 +35,32 @@ from tests.builders.trl_trainer import ONE, Gradient, close, native, rows, store
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("ntp", [0.0, 0.3])
 def test_the_update_is_the_pretrainers(values, corpus, tmp_path, ntp, parts):
-    """Same thoughts: the same gradient to 1e-5, and the same weights, whole or in micro-batches that split groups."""
+    """Same thoughts: the same gradient to 1e-5, and the same weights, whole or in micro-batches that split
+    groups.
+    """
     batch, gradient, after = native(values, loss__ntp_coef=ntp)
     model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     tokenizer, seen = AutoTokenizer.from_pretrained(corpus / "base"), Gradient()
     changes = ONE | {"per_device_train_batch_size": 16 // parts, "gradient_accumulation_steps": parts}
-    args = settings(tmp_path, RLPConfig, ntp_coef=ntp, cut="force_close", adam_epsilon=1e-8, **changes, **AFTER)
-    trainer = RLPTrainer(model, args=args, train_dataset=rows(batch, tokenizer), processing_class=tokenizer, callbacks=[seen],
-                         rollout_func=stored(batch))  # fmt: skip
+    args = settings(
+        tmp_path, RLPConfig, ntp_coef=ntp, cut="force_close", adam_epsilon=1e-8, **changes, **AFTER
+    )
+    trainer = RLPTrainer(
+        model,
+        args=args,
+        train_dataset=rows(batch, tokenizer),
+        processing_class=tokenizer,
+        callbacks=[seen],
+        rollout_func=stored(batch),
+    )
     trainer.train()
     assert close(gradient, seen.found) < 1e-5
-    for name, p in model.named_parameters():  # Adam's first step is the gradient's sign, which means nothing where that is noise
+    for (
+        name,
+        p,
+    ) in (
+        model.named_parameters()
+    ):  # Adam's first step is the gradient's sign, which means nothing where that is noise
         clear = gradient[name].abs() > 1e-3 * gradient[name].abs().max()
         assert torch.allclose(p[clear], after[name][clear], atol=2e-5), name
     if ntp:
@@ -59,21 +74,37 @@ def test_grpo_with_our_reward_is_rlp_but_for_a_constant(values, corpus, tmp_path
     model = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     tokenizer, seen = AutoTokenizer.from_pretrained(corpus / "base"), Gradient()
     reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback, seen], processing_class=tokenizer,
-                              args=settings(tmp_path, **ONE), train_dataset=rows(batch, tokenizer), rollout_func=stored(batch))
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback, seen],
+        processing_class=tokenizer,
+        args=settings(tmp_path, **ONE),
+        train_dataset=rows(batch, tokenizer),
+        rollout_func=stored(batch),
+    )
     trainer.train()
     assert close(gradient, seen.found, factor=4 / 3) < 1e-5
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_plain_text_goes_in(corpus, tmp_path, streaming):
-    """As a TRL user writes it: a path or a model, a dataset with a text column; the model card names the paper."""
+    """As a TRL user writes it: a path or a model, a dataset with a text column; the model card names the
+    paper.
+    """
     texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()]
     data: Any = Dataset.from_dict({"text": texts})
     if streaming:
         data = IterableDataset.from_generator(lambda: ({"text": t} for t in texts))
-    args = settings(tmp_path, RLPConfig, cut="force_close", save_strategy="steps", save_steps=2, positions="random",
-                    max_length=200)  # fmt: skip
+    args = settings(
+        tmp_path,
+        RLPConfig,
+        cut="force_close",
+        save_strategy="steps",
+        save_steps=2,
+        positions="random",
+        max_length=200,
+    )
     trainer = RLPTrainer(str(corpus / "base"), args=args, train_dataset=data)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
@@ -94,9 +125,16 @@ def test_adapters_and_further_rewards(corpus, tmp_path):
     def short(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [-float(len(ids)) for ids in completion_ids]
 
-    args = settings(tmp_path, RLPConfig, cut="force_close", reward_weights=[1.0, 0.1], baseline="frozen", **AFTER)
-    trainer = RLPTrainer(str(corpus / "base"), args=args, train_dataset=Dataset.from_json(str(corpus / "train.jsonl")),
-                         peft_config=peft.LoraConfig(r=4, target_modules="all-linear"), reward_funcs=short)  # fmt: skip
+    args = settings(
+        tmp_path, RLPConfig, cut="force_close", reward_weights=[1.0, 0.1], baseline="frozen", **AFTER
+    )
+    trainer = RLPTrainer(
+        str(corpus / "base"),
+        args=args,
+        train_dataset=Dataset.from_json(str(corpus / "train.jsonl")),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
+        reward_funcs=short,
+    )
     trainer.train()
     row = next(r for r in trainer.state.log_history if "reward" in r)
     expected = row["rewards/information_gain/mean"] + 0.1 * row["rewards/short/mean"]
@@ -115,11 +153,15 @@ def test_bad_settings(values, corpus, tmp_path):
         ({"objective_fields": {"clipp": 1}}, {}, "did you mean 'clip'"),
     ):
         with pytest.raises(ConfigError, match=said):
-            RLPTrainer(base, args=settings(tmp_path, RLPConfig, **changes), **({"train_dataset": data} | fields))
+            RLPTrainer(
+                base, args=settings(tmp_path, RLPConfig, **changes), **({"train_dataset": data} | fields)
+            )
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     prompts = InformationGainReward(model, tokenizer, **AFTER).dataset(data)
     with pytest.raises(ConfigError, match="whole=True"):
-        RLPTrainer(model, args=settings(tmp_path, RLPConfig), train_dataset=prompts, processing_class=tokenizer)
+        RLPTrainer(
+            model, args=settings(tmp_path, RLPConfig), train_dataset=prompts, processing_class=tokenizer
+        )
 
 
 def test_the_command_line_knows_its_fields(tmp_path):
@@ -127,8 +169,15 @@ def test_the_command_line_knows_its_fields(tmp_path):
     (tmp_path / "rlp.yaml").write_text("positions: after\nmarker: '='\nobjective_fields: {clip: 3.0}\n")
     parser = trl.TrlParser(RLPConfig)
     where = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
-    (args,) = parser.parse_args_and_config([*where, "--config", str(tmp_path / "rlp.yaml"), "--ntp_coef", "0"])
-    assert (args.positions, args.marker, args.objective_fields, args.ntp_coef) == ("after", "=", {"clip": 3.0}, 0)
+    (args,) = parser.parse_args_and_config(
+        [*where, "--config", str(tmp_path / "rlp.yaml"), "--ntp_coef", "0"]
+    )
+    assert (args.positions, args.marker, args.objective_fields, args.ntp_coef) == (
+        "after",
+        "=",
+        {"clip": 3.0},
+        0,
+    )
     (args,) = parser.parse_args_and_config([*where, "--objective_fields", '{"clip": 2.0}'])
     assert args.objective_fields == {"clip": 2.0}
     assert (args.num_generations, args.loss_type, args.scale_rewards) == (16, "grpo", "none")
@@ -155,10 +204,21 @@ def test_the_seams_of_trl_are_there(name):
 def test_in_several_processes_and_with_zero(corpus, tmp_path, ranks, stage):
     """Every rank's rewards are those of the whole live model; the log has the mean of all ranks.
 
-    ZeRO runs in one process: transformers counts one rank where DeepSpeed runs on CPUs, and refuses the batch size of two.
+    ZeRO runs in one process: transformers counts one rank where DeepSpeed runs on CPUs, and refuses the batch
+    size of two.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "-m", "tests.scripts.trl_ranks", str(corpus), str(tmp_path), str(stage)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "tests.scripts.trl_ranks",
+        str(corpus),
+        str(tmp_path),
+        str(stage),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if stage else {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -180,15 +240,26 @@ def rolled(corpus: Path, folder: Path, make: Any, **changes: Any) -> tuple[Any, 
     data = reward.dataset(str(corpus / "train.jsonl"))
     rollouts = Rollouts(reward, make(model, tokenizer), data)
     kept = Kept(reward)
-    trainer = trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], train_dataset=data,
-                              rollout_func=rollouts, args=settings(folder, **changes), processing_class=tokenizer)
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        train_dataset=data,
+        rollout_func=rollouts,
+        args=settings(folder, **changes),
+        processing_class=tokenizer,
+    )
     trainer.train()
     return trainer, kept, rollouts
 
 
 def test_our_engine_samples_and_scores_for_trl(corpus, tmp_path):
-    """Prompts come repeated, a thought goes to each; the gain arrives as a field; weights follow the trainer."""
-    trainer, kept, rollouts = rolled(corpus, tmp_path, lambda m, t: HFEngine(copy.deepcopy(m), tokenizer=t, shares_weights=False))
+    """Prompts come repeated, a thought goes to each; the gain arrives as a field; weights follow the
+    trainer.
+    """
+    trainer, kept, rollouts = rolled(
+        corpus, tmp_path, lambda m, t: HFEngine(copy.deepcopy(m), tokenizer=t, shares_weights=False)
+    )
     logs = [row for row in trainer.state.log_history if "ig/mean" in row]
     assert len(kept.calls) == 2 == len(logs) and rollouts.engine.version == 1
     live = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
@@ -196,21 +267,32 @@ def test_our_engine_samples_and_scores_for_trl(corpus, tmp_path):
         assert [len(g.thoughts) for g in groups] == [4, 4]
         live.load_state_dict(weights, strict=False)
         assert rewards == pytest.approx(by_hand(live, groups, "force_close"), abs=1e-5)
-        assert row["rewards/information_gain/mean"] == pytest.approx(sum(rewards) / 8, abs=1e-5) == row["ig/mean"]
+        assert (
+            row["rewards/information_gain/mean"]
+            == pytest.approx(sum(rewards) / 8, abs=1e-5)
+            == row["ig/mean"]
+        )
         for g in groups:  # sampled with the weights of that step
             for t in g.thoughts:
                 with torch.no_grad():
                     ids = torch.tensor([[*g.prompt.token_ids, *t.token_ids]])
                     logps = live(input_ids=ids).logits[0].log_softmax(-1)
-                    own = [float(logps[len(g.prompt.token_ids) + k - 1, x]) for k, x in enumerate(t.token_ids)]
+                    own = [
+                        float(logps[len(g.prompt.token_ids) + k - 1, x]) for k, x in enumerate(t.token_ids)
+                    ]
                 assert t.behaviour_logps == pytest.approx(own, abs=1e-4)
 
 
 def test_what_rollouts_refuse(corpus, tmp_path):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(corpus / "base"), AutoTokenizer.from_pretrained(corpus / "base")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(corpus / "base"),
+        AutoTokenizer.from_pretrained(corpus / "base"),
+    )
     reward = InformationGainReward(model, tokenizer, **AFTER)
     engine = HFEngine(model, tokenizer=tokenizer)
-    stream = reward.dataset(IterableDataset.from_generator(lambda: ({"text": "ann has 6 bob up3 shows 9 ."},)))
+    stream = reward.dataset(
+        IterableDataset.from_generator(lambda: ({"text": "ann has 6 bob up3 shows 9 ."},))
+    )
     for data in (stream, Dataset.from_dict({"prompt": ["a"]})):
         with pytest.raises(ConfigError, match="needs the dataset that reward.dataset"):
             Rollouts(reward, engine, data)
@@ -223,7 +305,9 @@ def test_what_rollouts_refuse(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_vllm_samples_for_trl(corpus, tmp_path):
-    """Real vLLM in process, on a CPU, with adapters: it is given merged weights, so the trainer finds its samples as likely."""
+    """Real vLLM in process, on a CPU, with adapters: it is given merged weights, so the trainer finds its
+    samples as likely.
+    """
     pytest.importorskip("vllm")
     peft = pytest.importorskip("peft")
     from rollout.vllm_local import VLLMEngine
@@ -239,15 +323,27 @@ def test_vllm_samples_for_trl(corpus, tmp_path):
     rollouts, kept = Rollouts(reward, engine, data), Kept(reward)
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     args = settings(tmp_path, learning_rate=0.05)
-    trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], train_dataset=data, rollout_func=rollouts,
-                    args=args, processing_class=tokenizer, peft_config=lora).train()  # fmt: skip
+    trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        train_dataset=data,
+        rollout_func=rollouts,
+        args=args,
+        processing_class=tokenizer,
+        peft_config=lora,
+    ).train()
     groups, _, weights = kept.calls[1]
     reward.model.load_state_dict(weights, strict=False)
     live = reward.model.eval()
     for g in groups:
         for t in g.thoughts:
             with torch.no_grad():
-                logps = live(input_ids=torch.tensor([[*g.prompt.token_ids, *t.token_ids]])).logits[0].log_softmax(-1)
+                logps = (
+                    live(input_ids=torch.tensor([[*g.prompt.token_ids, *t.token_ids]]))
+                    .logits[0]
+                    .log_softmax(-1)
+                )
             own = [float(logps[len(g.prompt.token_ids) + k - 1, x]) for k, x in enumerate(t.token_ids)]
             assert t.behaviour_logps == pytest.approx(own, abs=1e-3)
     engine.close()

@@ -22,16 +22,22 @@ pytest.importorskip("vllm")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "zero", "new-tags"])
 def test_a_script_of_trl_trains_with_its_vllm(corpus, tmp_path, kind):
-    """What vLLM sampled is as likely to the trainer at every step, so each step's weights arrived; the gains are the scorer's."""
+    """What vLLM sampled is as likely to the trainer at every step, so each step's weights arrived; the
+    gains are the scorer's.
+    """
     base, tokenizer = tmp_path / "base", dial.tokenizer()
     if kind == "new-tags":
-        tokenizer = word_tokenizer([w for w in dial.WORDS if w not in ("<think>", "</think>", "<pad>", "<eos>", "<unk>")])
+        tokenizer = word_tokenizer(
+            [w for w in dial.WORDS if w not in ("<think>", "</think>", "<pad>", "<eos>", "<unk>")]
+        )
     tiny_model("qwen3", len(tokenizer), **SHAPE).save_pretrained(base)
     tokenizer.save_pretrained(base)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"] if kind == "zero" else []
     given = [str(base), str(corpus / "train.jsonl"), str(tmp_path), kind]
     command = [sys.executable, *launcher, "-m", "tests.scripts.trl_colocate", *given]
-    environment = alone() | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
+    environment = (
+        alone() | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
+    )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads((tmp_path / "record.json").read_text())
@@ -67,8 +73,15 @@ def test_the_servers_tags(corpus, tmp_path):
     tokenizer = word_tokenizer(["a", "b"])
     model = tiny_model("qwen3", len(tokenizer))
     reward = InformationGainReward(model, tokenizer)
-    args = trl.GRPOConfig(str(tmp_path), use_vllm=True, vllm_mode="server", use_cpu=True, bf16=False, report_to="none",
-                          generation_kwargs={"min_tokens": 1})  # fmt: skip
+    args = trl.GRPOConfig(
+        str(tmp_path),
+        use_vllm=True,
+        vllm_mode="server",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        generation_kwargs={"min_tokens": 1},
+    )
     with pytest.raises(ConfigError, match="the vLLM server has them not"):
         reward.callback.on_init_end(args, None, None, model)
     assert args.generation_kwargs == {"stop_token_ids": [reward.close_id], "min_tokens": 1}

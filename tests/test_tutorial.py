@@ -22,8 +22,14 @@ COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.M)
 def ran(command: str, folder: Path) -> str:
     words = command.split()
     assert words[0] in ("rlpretrain", "pytest"), command
-    done = subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:]], cwd=folder, capture_output=True, text=True,
-                          timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"})  # fmt: skip
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / words[0]), *words[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -34,7 +40,11 @@ def test_the_tutorial_works_as_printed(tmp_path):
     assert set(FILES) == {"frugal.py", "frugal.yaml", "test_frugal.py", "compare.yaml"}
     dial.write(tmp_path / "corpus", base=1, train=80, held_out=24, held_out_depths=(1, 2))
     (tmp_path / "base").symlink_to(ROOT / "tests" / "data" / "dial_base")
-    small = {"max_steps: 120": "max_steps: 2", "documents: 200": "documents: 8", "seeds: [0, 1]": "seeds: [0]"}
+    small = {
+        "max_steps: 120": "max_steps: 2",
+        "documents: 200": "documents: 8",
+        "seeds: [0, 1]": "seeds: [0]",
+    }
     for name, text in FILES.items():
         for old, new in small.items():
             text = text.replace(old, new)

@@ -1,4 +1,6 @@
-"""Tokenizers whose ids have holes: tables are sized by the largest id, and a new tag takes nobody's id (issue 15.19)."""
+"""Tokenizers whose ids have holes: tables are sized by the largest id, and a new tag takes nobody's id
+(issue 15.19).
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,21 @@ def holed(step: int = 3, extra: dict[str, int] | None = None) -> PreTrainedToken
     vocabulary = {word: step * i for i, word in enumerate(WORDS)} | (extra or {})
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def holed_bpe() -> PreTrainedTokenizerFast:
     """Byte-level BPE whose last token has an id far behind the others."""
-    state = json.loads(bpe_tokenizer(["ann has 6 apples and bob has none"] * 3, 300).backend_tokenizer.to_str())
+    state = json.loads(
+        bpe_tokenizer(["ann has 6 apples and bob has none"] * 3, 300).backend_tokenizer.to_str()
+    )
     vocabulary = state["model"]["vocab"]
     vocabulary[max(vocabulary, key=vocabulary.__getitem__)] += 9
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), pad_token="<pad>", eos_token="<eos>"
+    )
 
 
 @pytest.mark.parametrize("make", [holed, holed_bpe])
@@ -91,7 +99,9 @@ def test_a_run_from_such_a_base(values, tmp_path: Path):
     vocabulary = {word: i for i, word in enumerate(words)} | {words[-1]: len(words) + 20}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
     largest = max(vocabulary.values())
     fast.save_pretrained(tmp_path / "base")
     tiny_model("qwen3", vocab_size=largest + 1).save_pretrained(tmp_path / "base")

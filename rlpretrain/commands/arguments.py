@@ -1,4 +1,6 @@
-"""What commands take as arguments: paths, seeds, and the objective section, as its YAML or a file that holds it."""
+"""What commands take as arguments: paths, seeds, and the objective section, as its YAML or a file that
+holds it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def amount(text: str) -> float:
 
 
 def objective_section(text: str) -> Any:
-    """The objective section of a command line: a name, YAML, or a YAML file with the section or a whole run's configuration."""
+    """The objective section of a command line: a name, YAML, or a YAML file with the section or a whole
+    run's configuration.
+    """
     from rlpretrain.objectives import available, config_of
 
     file = Path(text).expanduser()
@@ -61,7 +65,9 @@ def objective_section(text: str) -> Any:
     if not isinstance(found, dict | str) or not found:
         if isinstance(found, dict):
             return {}
-        raise ConfigError(f"--objective {text}: a name, fields as '{{name: rlp, positions: random}}', or a YAML file is due")
+        raise ConfigError(
+            f"--objective {text}: a name, fields as '{{name: rlp, positions: random}}', or a YAML file is due"
+        )
     return section({"name": found} if isinstance(found, str) else found, config_of)
 
 

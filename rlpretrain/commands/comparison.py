@@ -11,9 +11,16 @@ from rlpretrain.commands.arguments import count, path
 
 def register(commands: Any) -> None:
     """Add `compare` to the command line."""
-    p = commands.add_parser("compare", help="objectives and seeds from one base: one table, one plot",
-                            description="Trains and evaluates what is not done yet; results.json, .csv and .svg.")  # fmt: skip
-    p.add_argument("experiment", type=path, help="YAML file: methods, seeds, evaluation (examples/dial_family/compare.yaml)")
+    p = commands.add_parser(
+        "compare",
+        help="objectives and seeds from one base: one table, one plot",
+        description="Trains and evaluates what is not done yet; results.json, .csv and .svg.",
+    )
+    p.add_argument(
+        "experiment",
+        type=path,
+        help="YAML file: methods, seeds, evaluation (examples/dial_family/compare.yaml)",
+    )
     p.add_argument("--jobs", type=count, help="trainings at a time, in place of the file's")
     p.set_defaults(command=compare)
 

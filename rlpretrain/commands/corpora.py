@@ -14,9 +14,13 @@ from rlpretrain.config import ConfigError
 def register(commands: Any) -> None:
     """Add `corpus` to the command line."""
     p = commands.add_parser("corpus", help="make a controlled corpus")
-    p.add_argument("kind", choices=["dial", "dial_family"], help="dial_family: in the formats of all objectives")
+    p.add_argument(
+        "kind", choices=["dial", "dial_family"], help="dial_family: in the formats of all objectives"
+    )
     p.add_argument("--out", type=path, required=True, help="folder to write")
-    p.add_argument("--mix", help="composition of the base documents (b9, d1, s20, c4, c6, c7, c8; family: f1)")
+    p.add_argument(
+        "--mix", help="composition of the base documents (b9, d1, s20, c4, c6, c7, c8; family: f1)"
+    )
     p.add_argument("--base", type=int, default=200_000, help="base documents")
     p.add_argument("--train", type=int, default=50_000, help="plain documents for reinforcement pretraining")
     p.add_argument("--held-out", type=int, default=1_200)
@@ -31,8 +35,16 @@ def corpus(args: argparse.Namespace, rest: Sequence[str]) -> int:
     kind = importlib.import_module(f"rlpretrain.corpora.{args.kind}")
     mix = {"mix": args.mix} if args.mix else {}
     try:
-        paths = kind.write(args.out, base=args.base, train=args.train, held_out=args.held_out, seed=args.seed, **mix,
-                           depths=_depths(args.depths), held_out_depths=_depths(args.held_out_depths))  # fmt: skip
+        paths = kind.write(
+            args.out,
+            base=args.base,
+            train=args.train,
+            held_out=args.held_out,
+            seed=args.seed,
+            **mix,
+            depths=_depths(args.depths),
+            held_out_depths=_depths(args.held_out_depths),
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for name, written in paths.items():

@@ -18,8 +18,14 @@ def register(commands: Any) -> None:
     p = commands.add_parser("eval", help="what thinking is worth on held-out text")
     p.add_argument("model", type=path, help="hub id or folder")
     p.add_argument("--data", type=path, required=True, help="held-out documents")
-    p.add_argument("--frozen", type=path, help="initial model for the honest gain; the model itself by default")
-    p.add_argument("--objective", default="{name: rlp}", help="YAML: the objective section (where to think, how far to predict)")
+    p.add_argument(
+        "--frozen", type=path, help="initial model for the honest gain; the model itself by default"
+    )
+    p.add_argument(
+        "--objective",
+        default="{name: rlp}",
+        help="YAML: the objective section (where to think, how far to predict)",
+    )
     p.add_argument("--column", default="text", help="column with the text")
     p.add_argument("--by", help="column to split the table by, for instance depth")
     p.add_argument("--documents", type=int, help="how many documents; all by default")
@@ -36,7 +42,9 @@ def register(commands: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and without thinking."""
+    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and
+    without thinking.
+    """
     from rich.table import Table
 
     from rlpretrain import models
@@ -45,8 +53,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.evaluation.evaluate import MEANING, by_meta
     from rlpretrain.evaluation.evaluate import evaluate as run
     from rlpretrain.files import check_file
-    from rlpretrain.objectives import delimiters
-    from rlpretrain.objectives import load as load_objective
+    from rlpretrain.objectives import delimiters, load_objective
     from rlpretrain.ranks import join
     from rlpretrain.scoring import check_model
     from rlpretrain.tracking.tables import show
@@ -59,22 +66,31 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     objective = objective_section(args.objective)
     values = {
-        "model": model_config, "objective": objective, "output_dir": os.devnull,
-        "data": {"path": args.data, "column": args.column, "max_length": args.max_length,
-                 "meta_columns": [args.by] if args.by else []},
+        "model": model_config,
+        "objective": objective,
+        "output_dir": os.devnull,
+        "data": {
+            "path": args.data,
+            "column": args.column,
+            "max_length": args.max_length,
+            "meta_columns": [args.by] if args.by else [],
+        },
         "sampling": {"temperature": args.temperature, "max_thought_tokens": args.max_thought_tokens},
-        "eval": {"thoughts": args.thoughts} | ({"documents": args.documents} if args.documents is not None else {}),
-    }  # fmt: skip
+        "eval": {"thoughts": args.thoughts}
+        | ({"documents": args.documents} if args.documents is not None else {}),
+    }
     config = c.build(values)
     tags = delimiters(config.objective)
     device = join(args.device).device
-    model, tokenizer, added = models.load(config.model, tags, args.seed)
+    model, tokenizer, added = models.load_with_tokenizer(config.model, tags, args.seed)
     check_model(model.to(device))
     if added:
         print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
     frozen = None
     if args.frozen:
-        frozen = models.load(ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed)[0].to(device)
+        frozen = models.load_with_tokenizer(
+            ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed
+        )[0].to(device)
     documents = read_all(config.data, tokenizer, limit=args.documents)
     pad = tokenizer.pad_token_id or 0
     whole = run(

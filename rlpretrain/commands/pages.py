@@ -11,19 +11,33 @@ from rlpretrain.commands.arguments import count, objective_section, path, seed
 
 def register(commands: Any) -> None:
     """Add `report` and `inspect` to the command line."""
-    p = commands.add_parser("report", help="a run as one HTML page: curves, warnings, thoughts and what each is worth")
+    p = commands.add_parser(
+        "report", help="a run as one HTML page: curves, warnings, thoughts and what each is worth"
+    )
     p.add_argument("run", type=path, help="folder of a run")
     p.add_argument("--out", type=path, help="file to write; report.html in the run's folder by default")
-    p.add_argument("--step", type=count, help="step whose thoughts are shown, where the run kept them; the last by default")
+    p.add_argument(
+        "--step",
+        type=count,
+        help="step whose thoughts are shown, where the run kept them; the last by default",
+    )
     p.add_argument("--documents", type=count, default=12, help="how many documents")
-    p.add_argument("--model", type=path, help="model that gains are computed with; the trained one by default")
+    p.add_argument(
+        "--model", type=path, help="model that gains are computed with; the trained one by default"
+    )
     p.set_defaults(command=report)
 
-    p = commands.add_parser("inspect", help="where would thinking help this model? The same page for any checkpoint and text")
+    p = commands.add_parser(
+        "inspect", help="where would thinking help this model? The same page for any checkpoint and text"
+    )
     p.add_argument("model", type=path, help="hub id or folder")
     p.add_argument("--text", type=path, required=True, help="file with documents")
     p.add_argument("--out", type=path, default="inspect.html", help="file to write")
-    p.add_argument("--objective", default="{}", help="YAML: fields of the objective section (positions, target_length, ...)")
+    p.add_argument(
+        "--objective",
+        default="{}",
+        help="YAML: fields of the objective section (positions, target_length, ...)",
+    )
     p.add_argument("--documents", type=count, default=12, help="how many documents")
     p.add_argument("--thoughts", type=count, default=4, help="sampled thoughts per position")
     p.add_argument("--max-thought-tokens", type=count, default=128)
@@ -44,7 +58,17 @@ def inspect(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain inspect MODEL --text FILE`."""
     from rlpretrain.reporting.report import inspect as run
 
-    print(run(args.model, args.text, args.out, objective=objective_section(args.objective), documents=args.documents,
-              thoughts=args.thoughts, max_thought_tokens=args.max_thought_tokens, max_length=args.max_length,
-              seed=args.seed))  # fmt: skip
+    print(
+        run(
+            args.model,
+            args.text,
+            args.out,
+            objective=objective_section(args.objective),
+            documents=args.documents,
+            thoughts=args.thoughts,
+            max_thought_tokens=args.max_thought_tokens,
+            max_length=args.max_length,
+            seed=args.seed,
+        )
+    )
     return 0

@@ -16,16 +16,35 @@ from rlpretrain.config import ConfigError
 
 def register(commands: Any) -> None:
     """Add `train` and `rollout` to the command line."""
-    p = commands.add_parser("train", help="train from a YAML configuration", allow_abbrev=False,
-                            description="Every field can be set: --section.field value; --fields lists them all.")  # fmt: skip
+    p = commands.add_parser(
+        "train",
+        help="train from a YAML configuration",
+        allow_abbrev=False,
+        description="Every field can be set: --section.field value; --fields lists them all.",
+    )
     p.add_argument("config", type=path, nargs="?", help="YAML file")
-    p.add_argument("--resume", nargs="?", type=path, const="auto", help="auto (the newest usable checkpoint), or its folder")
-    p.add_argument("--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights")
-    p.add_argument("--fields", nargs="?", const="", metavar="SECTION",
-                   help="list every field, or a section's, with default and meaning, also of CONFIG's objective")  # fmt: skip
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        type=path,
+        const="auto",
+        help="auto (the newest usable checkpoint), or its folder",
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="check everything, print memory and schedule, load no weights"
+    )
+    p.add_argument(
+        "--fields",
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="list every field, or a section's, with default and meaning, also of CONFIG's objective",
+    )
     p.set_defaults(command=train, takes_fields=True)
 
-    p = commands.add_parser("rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False)
+    p = commands.add_parser(
+        "rollout", help="only sample: keep the groups of every step, for train --replay", allow_abbrev=False
+    )
     p.add_argument("config", type=path, help="YAML file; --section.field value as in train")
     p.set_defaults(command=rollout, takes_fields=True)
 
@@ -38,10 +57,15 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.fields is not None:
         if Path(args.fields).suffix in (".yaml", ".yml"):  # --fields CONFIG.yaml
             args.config, args.fields = args.fields, ""
-        _print_fields(args.fields, c.load(args.config, rest, config_of).objective.get("name", "rlp") if args.config else None)
+        _print_fields(
+            args.fields,
+            c.load(args.config, rest, config_of).objective.get("name", "rlp") if args.config else None,
+        )
         return 0
     if not args.config:
-        raise ConfigError("which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)")
+        raise ConfigError(
+            "which configuration? rlpretrain train CONFIG.yaml (or --fields for all there is to set)"
+        )
     config = c.load(args.config, rest, config_of)
     if args.dry_run:
         from rlpretrain.tools.dry_run import dry_run
@@ -91,7 +115,12 @@ def _end(folder: str, result: dict[str, Any], summary: str) -> None:
 def _trained(result: dict[str, Any]) -> str:
     """Steps, and the gain in the most honest form there is."""
     said = f"{result['steps']} steps" + (f" (stopped: {result['stopped']})" if result["stopped"] else "")
-    gains = {"eval/gain_frozen": "held-out gain", "ig/frozen": "gain", "ig/self": "gain", "ntp/loss": "next-token loss"}
+    gains = {
+        "eval/gain_frozen": "held-out gain",
+        "ig/frozen": "gain",
+        "ig/self": "gain",
+        "ntp/loss": "next-token loss",
+    }
     name = next((name for name in gains if name in result), None)
     skipped = result.get("run/skipped_steps")
     said += f" ({skipped:.0f} skipped: NaN or inf)" if skipped else ""
@@ -109,7 +138,10 @@ def _print_fields(only: str, used: str | None) -> None:
 
     rows = describe(PretrainConfig)
     for name in dict.fromkeys([*available(), *filter(None, [used])]):
-        rows += [(f"objective.{field} ({name})", default, text) for field, default, text in describe(find(name).Config)]
+        rows += [
+            (f"objective.{field} ({name})", default, text)
+            for field, default, text in describe(find(name).Config)
+        ]
     wanted = [row for row in rows if not only or f"{row[0]}.".startswith((f"{only}.", f"{only} "))]
     if not wanted:
         known = [row[0].split(" ")[0] for row in rows]

@@ -1,6 +1,8 @@
-"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in Python.
+"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in
+Python.
 
-`base` has what sections are made with, `inputs`, `engines` and `schema` the sections, `io` reads and checks them.
+`base` has what sections are made with, `inputs`, `engines` and `schema` the sections, `io` reads and checks
+them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
@@ -17,10 +19,29 @@ from rlpretrain.config.schema import (
     PolicyConfig,
     PretrainConfig,
     StopConfig,
-)  # fmt: skip
+)
 
 __all__ = [
-    "PAPER_RECIPE", "STRICT", "Amount", "BaselineConfig", "CheckpointConfig", "ConfigError", "Count", "DataConfig",
-    "EngineConfig", "EvalConfig", "LoraConfig", "LossConfig", "ModelConfig", "OptimConfig", "PathText", "PolicyConfig",
-    "PretrainConfig", "SamplingConfig", "Seed", "StopConfig", "Whole", "headed",
-]  # fmt: skip
+    "PAPER_RECIPE",
+    "STRICT",
+    "Amount",
+    "BaselineConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "Count",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PathText",
+    "PolicyConfig",
+    "PretrainConfig",
+    "SamplingConfig",
+    "Seed",
+    "StopConfig",
+    "Whole",
+    "headed",
+]

@@ -25,11 +25,14 @@ class SamplingConfig:
     top_k: Annotated[int, Field(ge=0)] = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
     max_thought_tokens: Count = 256
-    """Longest thought, close tag included. A base that never saw the tags closes no thought at first, so at first every thought
-    is this long. `recipe: paper` sets the paper's 2048."""
+    """Longest thought, close tag included. A base that never saw the tags closes no thought at first, so at
+    first every thought is this long. `recipe: paper` sets the paper's 2048.
+    """
     cut: Literal["mask", "force_close", "penalise"] = "penalise"
-    """A thought that did not close itself: counts nowhere (mask), is closed for it (force_close), or is closed for it and loses
-    `cut_penalty` (penalise). Our choice: under `mask` a base that never saw the tags learns nothing (NOTES.md)."""
+    """A thought that did not close itself: counts nowhere (mask), is closed for it (force_close), or is
+    closed for it and loses `cut_penalty` (penalise). Our choice: under `mask` a base that never saw the tags
+    learns nothing (NOTES.md).
+    """
     cut_penalty: float = 1.0
     """Nats taken from the reward of an unclosed thought under `cut: penalise`. Our choice."""
 
@@ -39,8 +42,9 @@ class EngineConfig:
     """What samples the thoughts."""
 
     name: Literal["hf", "vllm_local", "vllm_server", "ray"] = "hf"
-    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server: servers at `urls`.
-    ray: `num_engines` of kind `of` as Ray actors."""
+    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server:
+    servers at `urls`. ray: `num_engines` of kind `of` as Ray actors.
+    """
     batch_size: Count = 256
     """Most thoughts decoded at once."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -56,11 +60,17 @@ class EngineConfig:
     sleep: bool = False
     """Let vLLM give its device memory back while the model trains (GPU)."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Steps that thoughts may be sampled ahead of the update that uses them; 0 is synchronous and deterministic."""
+    """Steps that thoughts may be sampled ahead of the update that uses them; 0 is synchronous and
+    deterministic.
+    """
     in_flight: Count = 4
-    """With max_staleness above 0, calls of the engine at a time; each samples a part of a step's positions."""
+    """With max_staleness above 0, calls of the engine at a time; each samples a part of a step's
+    positions.
+    """
     probe_tolerance: Amount | None = None
-    """Largest difference in nats between engine and trainer on the probe after a sync; by default .001, in half precision .1."""
+    """Largest difference in nats between engine and trainer on the probe after a sync; by default .001, in
+    half precision .1.
+    """
     options: dict[str, Any] = _field(default_factory=dict)
     """Further arguments of vllm.LLM, as they are (vllm_local)."""
     num_engines: Count = 1
@@ -78,7 +88,9 @@ class EngineConfig:
     weights_dir: PathText | None = None
     """Folder, shared with the servers, that weights pass through; output_dir/weights by default."""
     transfer: Literal["file", "nccl"] = "file"
-    """How weights reach the servers: through weights_dir, or from GPU to GPU (started with --weight-transfer-config)."""
+    """How weights reach the servers: through weights_dir, or from GPU to GPU (started with
+    --weight-transfer-config).
+    """
     master_address: str | None = None
     """With nccl, the address at which the servers reach the trainer; this machine's name by default."""
     token_file: PathText | None = None

@@ -23,17 +23,25 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the trained weights."""
     attn_implementation: str | None = None
-    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default one that computes the model."""
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default one that
+    computes the model.
+    """
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless you know the author."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    """Linear layers in four (nf4) or eight bits by bitsandbytes, for adapters on top (QLoRA, arXiv 2305.14314)."""
+    """Linear layers in four (nf4) or eight bits by bitsandbytes, for adapters on top (QLoRA, arXiv
+    2305.14314).
+    """
     from_scratch: bool = False
-    """Take only the configuration of `path` and initialise the weights from the seed: pretraining from nothing."""
+    """Take only the configuration of `path` and initialise the weights from the seed: pretraining from
+    nothing.
+    """
     config_beside: PathText | None = None
-    """Folder, relative to the YAML file, with the model's config.json: what `--dry-run` reads where `path` is on the hub."""
+    """Folder, relative to the YAML file, with the model's config.json: what `--dry-run` reads where `path`
+    is on the hub.
+    """
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -41,7 +49,9 @@ class DataConfig:
     """Where documents come from: any file or hub dataset that the `datasets` library reads."""
 
     path: PathText
-    """File (.txt, .jsonl, .json, .csv, .parquet), folder (all its files), glob, or hub id. An existing name is literal."""
+    """File (.txt, .jsonl, .json, .csv, .parquet), folder (all its files), glob, or hub id. An existing
+    name is literal.
+    """
     name: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
@@ -49,7 +59,9 @@ class DataConfig:
     column: str = "text"
     """Column with the text, or with the prompt where `answer_column` is set."""
     answer_column: str | None = None
-    """Column with the answer to the prompt: a document is the two after each other, `positions: answer` think between them."""
+    """Column with the answer to the prompt: a document is the two after each other, `positions: answer`
+    think between them.
+    """
     answer_join: str = "\n"
     """Text between prompt and answer; it belongs to the prompt."""
     max_length: Count = _field(default=2048)
@@ -59,7 +71,9 @@ class DataConfig:
     append_eos: bool = True
     """End every document with the tokenizer's end-of-text token, if it has one."""
     shuffle: bool = True
-    """Draw a new seeded permutation each epoch. Streams keep their order: a shuffle buffer could not be resumed exactly."""
+    """Draw a new seeded permutation each epoch. Streams keep their order: a shuffle buffer could not be
+    resumed exactly.
+    """
     streaming: bool = False
     """Read lazily instead of tokenising everything first."""
     meta_columns: tuple[str, ...] = ()

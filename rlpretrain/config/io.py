@@ -1,4 +1,6 @@
-"""Reading configurations: YAML, command-line overrides, checks with the nearest name, and what `--fields` prints."""
+"""Reading configurations: YAML, command-line overrides, checks with the nearest name, and what `--fields`
+prints.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from pydantic.dataclasses import dataclass
 from rlpretrain.config import STRICT, ConfigError, ModelConfig, PretrainConfig, names, plain
 from rlpretrain.config.names import dotted, inner, owner_at
 
-HEADS = {"model": "path", "data": "path", "ntp_data": "path", "objective": "name", "engine": "name", "baseline": "name"}
+HEADS = {
+    "model": "path",
+    "data": "path",
+    "ntp_data": "path",
+    "objective": "name",
+    "engine": "name",
+    "baseline": "name",
+}
 """Sections that a plain string may stand for, and the field it then is."""
 
 
@@ -31,16 +40,23 @@ Find = Callable[[str], type]
 def build(values: Mapping[str, Any], find: Find | None = None) -> PretrainConfig:
     """A checked PretrainConfig from plain nested values; fields of `model` may stand beside it (DESIGN §6).
 
-    With `find`, an objective's text fields that were read from YAML or a command line stay the text that stands there.
+    With `find`, an objective's text fields that were read from YAML or a command line stay the text that
+    stands there.
     """
     values = dict(values)
     if "objective" in values:
         values["objective"] = section(values["objective"], find)
     fields_of_model = names.names(ModelConfig)
-    beside = {k: values.pop(k) for k in list(values) if k not in names.names(PretrainConfig) and k in fields_of_model}
+    beside = {
+        k: values.pop(k)
+        for k in list(values)
+        if k not in names.names(PretrainConfig) and k in fields_of_model
+    }
     if beside:
         model = values.get("model")
-        values["model"] = (dict(model) if isinstance(model, Mapping) else {"path": model} if model else {}) | beside
+        values["model"] = (
+            dict(model) if isinstance(model, Mapping) else {"path": model} if model else {}
+        ) | beside
     return parse(PretrainConfig, values)
 
 
@@ -56,7 +72,9 @@ def section(given: Any, find: Find | None = None) -> Any:
 
 
 def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """`values` as an instance of the dataclass `owner`; raises ConfigError with key, reason and the nearest known name."""
+    """`values` as an instance of the dataclass `owner`; raises ConfigError with key, reason and the
+    nearest known name.
+    """
     values = plain.settle(owner, values, where)
     try:
         return _adapter(owner).validate_python(values)
@@ -83,18 +101,23 @@ def _instead(owner: type, place: Sequence[Any]) -> str:
     """What could be meant by the key at `place`, which is none."""
     known = names.names(owner_at(owner, place[:-1]))
     if owner is PretrainConfig and len(place) == 1:
-        known += [name for name in names.names(ModelConfig) if name not in known]  # they may stand beside `model`
+        known += [
+            name for name in names.names(ModelConfig) if name not in known
+        ]  # they may stand beside `model`
     return names.hint(str(place[-1]), known, tuple(dotted(owner)))
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), find: Find | None = None) -> PretrainConfig:
-    """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it; see `build`.
+def load_config(path: str | Path, overrides: Sequence[str] = (), find: Find | None = None) -> PretrainConfig:
+    """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it; see
+    `build`.
 
     An error in it names the file, unless it is in what was laid over.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"no such config file: {file} (it comes first: rlpretrain train CONFIG.yaml --field value)")
+        raise ConfigError(
+            f"no such config file: {file} (it comes first: rlpretrain train CONFIG.yaml --field value)"
+        )
     values = read_mapping(file)
     laid_over = apply_overrides(values, overrides)
     try:
@@ -149,7 +172,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """(field, default, meaning) of a config dataclass and its parts: what `--help` prints."""
     rows = []
-    documented = getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__
+    documented = (
+        getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__
+    )
     hints, meanings = typing.get_type_hints(owner), _meanings(owner)
     for f in fields(owner):
         kind = inner(hints[f.name])
@@ -160,7 +185,9 @@ def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
         else:
             info = documented.get(f.name)
             default = info.get_default(call_default_factory=True) if info is not None else f.default
-            rows.append((f"{prefix}{f.name}", "required" if "Undefined" in repr(default) else str(default), text))
+            rows.append(
+                (f"{prefix}{f.name}", "required" if "Undefined" in repr(default) else str(default), text)
+            )
     return rows
 
 
@@ -170,6 +197,13 @@ def _meanings(owner: type) -> dict[str, str]:
     for base in [b for b in reversed(owner.__mro__) if is_dataclass(b)]:
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
         for line, below in itertools.pairwise(body):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(line.target, ast.Name)
+                and isinstance(below, ast.Expr)
+            ):
                 found[line.target.id] = inspect.cleandoc(str(ast.literal_eval(below.value)))
     return found
+
+
+load = load_config  # the name it had before

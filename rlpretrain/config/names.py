@@ -1,4 +1,6 @@
-"""What to say of a name that no field has: the usual names of other libraries, the same name elsewhere, the nearest one."""
+"""What to say of a name that no field has: the usual names of other libraries, the same name elsewhere,
+the nearest one.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +12,79 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 ALIASES = {
-    "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule", "lr_scheduler": "optim.schedule",
-    "scheduler": "optim.schedule", "warmup": "optim.warmup_steps", "num_warmup_steps": "optim.warmup_steps",
-    "adam_beta1": "optim.betas", "adam_beta2": "optim.betas", "grad_clip": "optim.clip_grad_norm",
-    "max_grad_norm": "optim.clip_grad_norm", "gradient_clipping": "optim.clip_grad_norm",
-    "batch_size": "positions_per_step", "train_batch_size": "positions_per_step",
-    "global_batch_size": "positions_per_step", "per_device_train_batch_size": "token_budget",
-    "micro_batch_size": "token_budget", "gradient_accumulation_steps": "token_budget",
-    "num_generations": "sampling.thoughts", "group_size": "sampling.thoughts", "num_thoughts": "sampling.thoughts",
-    "max_completion_length": "sampling.max_thought_tokens", "max_new_tokens": "sampling.max_thought_tokens",
-    "max_tokens": "sampling.max_thought_tokens", "max_thought_length": "sampling.max_thought_tokens",
-    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "block_size": "data.max_length",
-    "dataset": "data.path", "dataset_name": "data.path", "train_file": "data.path", "text_column": "data.column",
-    "dataset_text_field": "data.column", "model_name": "model.path", "model_name_or_path": "model.path",
-    "model_id": "model.path", "torch_dtype": "model.dtype", "precision": "model.dtype", "bf16": "policy.autocast",
-    "num_train_epochs": "epochs", "num_epochs": "epochs", "steps": "max_steps", "num_steps": "max_steps",
-    "total_steps": "max_steps", "max_train_steps": "max_steps", "logging_steps": "log_every",
-    "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep", "eval_steps": "eval.every",
-    "num_iterations": "loss.inner_epochs", "ppo_epochs": "loss.inner_epochs", "epsilon": "loss.clip_low",
-    "epsilon_high": "loss.clip_high", "clip_range": "loss.clip_low", "output": "output_dir", "out": "output_dir",
-    "random_seed": "seed", "use_vllm": "engine.name", "vllm_server_base_url": "engine.urls", "lora_r": "policy.lora.r",
-    "lora_alpha": "policy.lora.alpha", "lora_target_modules": "policy.lora.target_modules",
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "lr_scheduler": "optim.schedule",
+    "scheduler": "optim.schedule",
+    "warmup": "optim.warmup_steps",
+    "num_warmup_steps": "optim.warmup_steps",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "grad_clip": "optim.clip_grad_norm",
+    "max_grad_norm": "optim.clip_grad_norm",
+    "gradient_clipping": "optim.clip_grad_norm",
+    "batch_size": "positions_per_step",
+    "train_batch_size": "positions_per_step",
+    "global_batch_size": "positions_per_step",
+    "per_device_train_batch_size": "token_budget",
+    "micro_batch_size": "token_budget",
+    "gradient_accumulation_steps": "token_budget",
+    "num_generations": "sampling.thoughts",
+    "group_size": "sampling.thoughts",
+    "num_thoughts": "sampling.thoughts",
+    "max_completion_length": "sampling.max_thought_tokens",
+    "max_new_tokens": "sampling.max_thought_tokens",
+    "max_tokens": "sampling.max_thought_tokens",
+    "max_thought_length": "sampling.max_thought_tokens",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "block_size": "data.max_length",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "train_file": "data.path",
+    "text_column": "data.column",
+    "dataset_text_field": "data.column",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "model_id": "model.path",
+    "torch_dtype": "model.dtype",
+    "precision": "model.dtype",
+    "bf16": "policy.autocast",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "total_steps": "max_steps",
+    "max_train_steps": "max_steps",
+    "logging_steps": "log_every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "eval.every",
+    "num_iterations": "loss.inner_epochs",
+    "ppo_epochs": "loss.inner_epochs",
+    "epsilon": "loss.clip_low",
+    "epsilon_high": "loss.clip_high",
+    "clip_range": "loss.clip_low",
+    "output": "output_dir",
+    "out": "output_dir",
+    "random_seed": "seed",
+    "use_vllm": "engine.name",
+    "vllm_server_base_url": "engine.urls",
+    "lora_r": "policy.lora.r",
+    "lora_alpha": "policy.lora.alpha",
+    "lora_target_modules": "policy.lora.target_modules",
     "deepspeed": "policy.deepspeed_config",
-    "use_peft": "policy.lora", "early_stopping_patience": "stop.patience", "wandb": "report_to",
-}  # fmt: skip
+    "use_peft": "policy.lora",
+    "early_stopping_patience": "stop.patience",
+    "wandb": "report_to",
+}
 """What other trainers call our fields."""
 
 
 def hint(name: str, known: Sequence[str], everywhere: Sequence[str] = ()) -> str:
-    """What to write instead of `name`, where `known` may stand; `everywhere` are the dotted names of all fields."""
+    """What to write instead of `name`, where `known` may stand; `everywhere` are the dotted names of all
+    fields.
+    """
     if (alias := ALIASES.get(name)) in everywhere:
         return f"here it is '{alias}'"
     near = difflib.get_close_matches(name, known, n=1)

@@ -1,6 +1,8 @@
-"""YAML that keeps the text of what it reads as something else, until the field's type says which of the two is meant.
+"""YAML that keeps the text of what it reads as something else, until the field's type says which of the two
+is meant.
 
-YAML makes a number of `7864e12`, a date of `2024-01-01` and a truth of `yes`. For a field that takes text they are text.
+YAML makes a number of `7864e12`, a date of `2024-01-01` and a truth of `yes`. For a field that takes text
+they are text.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Plain(str):
 
     @classmethod
     def of(cls, text: str, value: Any) -> Plain:
-        """`text`, which may also be read as `value`; an error as `value` is raised once the text cannot be meant."""
+        """`text`, which may also be read as `value`; an error as `value` is raised once the text cannot be
+        meant.
+        """
         found = cls(text)
         found.value = value
         return found
@@ -38,7 +42,12 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with `1e-4` as a number and without dates and clock times, which no field takes."""
 
 
-_KEPT = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:null"}
+_KEPT = {
+    "tag:yaml.org,2002:bool",
+    "tag:yaml.org,2002:int",
+    "tag:yaml.org,2002:float",
+    "tag:yaml.org,2002:null",
+}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -58,7 +67,9 @@ for _tag in _KEPT:
 
 
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))  # 1e-4, a word in YAML 1.1
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", EXPONENT, list("-+0123456789")
+)  # 1e-4, a word in YAML 1.1
 
 
 def read(text: str) -> Any:
@@ -99,9 +110,11 @@ def typed(value: Any) -> Any:
 
 
 def settle(kind: Any, value: Any, where: str = "") -> Any:
-    """`value` with each `Plain` as the type `kind` wants it: its text where that takes text, else what YAML makes of it.
+    """`value` with each `Plain` as the type `kind` wants it: its text where that takes text, else what YAML
+    makes of it.
 
-    Raises ConfigError that names the field where a number is due and a truth value, NaN or infinity was given.
+    Raises ConfigError that names the field where a number is due and a truth value, NaN or infinity was
+    given.
     """
     options = _options(kind)
     none = type(None) in options
@@ -147,7 +160,9 @@ def _hints(owner: type) -> dict[str, Any]:
 
 
 LATER = "settled once its owner is known"
-"""In an annotation: the values of this mapping stay `Plain`, since another type than this field's says what they are."""
+"""In an annotation: the values of this mapping stay `Plain`, since another type than this field's says
+what they are.
+"""
 
 
 def _is_later(kind: Any) -> bool:
@@ -156,7 +171,11 @@ def _is_later(kind: Any) -> bool:
 
 def unwrapped(value: Any) -> Any:
     """A mapping that the command line gave as one value, its own values still Plain."""
-    return value.value if isinstance(value, Plain) and not isinstance(value.value, yaml.YAMLError | float | int) else value
+    return (
+        value.value
+        if isinstance(value, Plain) and not isinstance(value.value, yaml.YAMLError | float | int)
+        else value
+    )
 
 
 def _options(kind: Any) -> list[Any]:

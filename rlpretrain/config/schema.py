@@ -1,7 +1,9 @@
-"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in Python.
+"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in
+Python.
 
-Defaults are what held in our own experiments (NOTES.md). `recipe: paper` sets the values of the RLP paper (arXiv 2510.01265,
-table of hyper-parameters) wherever the user has not set them. "Our choice" marks what the paper leaves open.
+Defaults are what held in our own experiments (NOTES.md). `recipe: paper` sets the values of the RLP paper
+(arXiv 2510.01265, table of hyper-parameters) wherever the user has not set them. "Our choice" marks what the
+paper leaves open.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ from rlpretrain.config.inputs import DataConfig, ModelConfig
 
 @dataclass(config=STRICT, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) instead of all weights. No dropout: sampled and trained log-probs must agree."""
+    """Low-rank adapters (arXiv 2106.09685) instead of all weights. No dropout: sampled and trained
+    log-probs must agree.
+    """
 
     r: Count = 16
     """Rank."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter is scaled by alpha / r."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get one: all-linear (all but the output head), or the ends of their names (q_proj, v_proj, ...)."""
+    """Layers that get one: all-linear (all but the output head), or the ends of their names (q_proj,
+    v_proj, ...).
+    """
     use_dora: bool = False
     """Train the length of each weight column beside its direction (DoRA, arXiv 2402.09353)."""
     new_tokens: bool = True
@@ -42,12 +48,15 @@ class PolicyConfig:
     """How the model is trained."""
 
     backend: str = "auto"
-    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class, a policy of your own
-    (rlpretrain/training/backends/base.py)."""
+    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class, a policy
+    of your own (rlpretrain/training/backends/base.py).
+    """
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed_config: PathText | None = None
-    """A DeepSpeed JSON file; its values hold, except those that this library must own (batch sizes, accumulation)."""
+    """A DeepSpeed JSON file; its values hold, except those that this library must own (batch sizes,
+    accumulation).
+    """
     lora: LoraConfig | None = None
     """Train adapters, not all weights; `{}` takes the defaults."""
     autocast: Literal["none", "bfloat16"] = "none"
@@ -59,16 +68,21 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: str = "adamw"
-    """adamw, or package.module:factory, a function of (parameter groups, these settings) that gives a torch optimizer."""
+    """adamw, or package.module:factory, a function of (parameter groups, these settings) that gives a
+    torch optimizer.
+    """
     lr: Amount = 1e-6
     """Peak learning rate."""
     schedule: str = "constant"
-    """Shape after warm-up: constant, cosine, linear (these two end at `min_lr_ratio` of the peak), or package.module:function of
-    (step, number of steps, these settings), which gives the factor on `lr`."""
+    """Shape after warm-up: constant, cosine, linear (these two end at `min_lr_ratio` of the peak), or
+    package.module:function of (step, number of steps, these settings), which gives the factor on `lr`.
+    """
     min_lr_ratio: Amount = 0.0
     """Final learning rate over the peak."""
     warmup_steps: Whole = 10
-    """Steps of linear warm-up; like `max_steps` they are steps of the run, each of `loss.inner_epochs` optimizer steps."""
+    """Steps of linear warm-up; like `max_steps` they are steps of the run, each of `loss.inner_epochs`
+    optimizer steps.
+    """
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's. Our choice: the paper gives none for RLP."""
     weight_decay: Amount = 0.0
@@ -90,31 +104,43 @@ class LossConfig:
     ntp_coef: float = 0.3
     """Weight of the interleaved next-token loss on the documents. 0 in the paper."""
     reader_coef: float = 0.1
-    """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0 there)."""
+    """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0
+    there).
+    """
     reduction: Literal["auto", "thought_mean", "token_mean", "sum"] = "auto"
-    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought tokens.
-    sum: sum over a thought's tokens, then the mean over thoughts, which is the policy gradient itself. auto: what the
-    objective's paper has: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else thought_mean."""
+    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought
+    tokens. sum: sum over a thought's tokens, then the mean over thoughts, which is the policy gradient
+    itself. auto: what the objective's paper has: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else
+    thought_mean.
+    """
     importance_cap: Amount = 2.0
     """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
     terms: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
-    """The terms of the loss: next_token, surrogate, direct, or package.module:Class, a subclass of training.losses.Loss. By
-    default those of the objective, which are all three."""
+    """The terms of the loss: next_token, surrogate, direct, or package.module:Class, a subclass of
+    training.losses.Loss. By default those of the objective, which are all three.
+    """
     inner_epochs: Count = 1
-    """Optimizer steps on one batch; advantages and old log-probs are frozen at the first. The schedule spans them all."""
+    """Optimizer steps on one batch; advantages and old log-probs are frozen at the first. The schedule
+    spans them all.
+    """
 
 
 @dataclass(config=STRICT, kw_only=True)
 class BaselineConfig:
-    """What log p(target | context) is measured against. Equal for all thoughts of a position, it cancels in RLP's advantage."""
+    """What log p(target | context) is measured against. Equal for all thoughts of a position, it cancels
+    in RLP's advantage.
+    """
 
     name: Literal["none", "self", "frozen", "ema"] = "self"
-    """none: 0. self: the current model without a thought. frozen: the initial model. ema: its moving average (the paper)."""
+    """none: 0. self: the current model without a thought. frozen: the initial model. ema: its moving
+    average (the paper).
+    """
     decay: Annotated[float, Field(ge=0, le=1)] = 0.999
     """EMA decay per optimizer step."""
     frozen_every: Whole = 10
-    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never. Under LoRA the initial model is
-    the trained one with its adapters off, else it is a copy that 0 saves."""
+    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never. Under LoRA
+    the initial model is the trained one with its adapters off, else it is a copy that 0 saves.
+    """
     cache_tokens: Annotated[int, Field(ge=0)] = 2**24
     """Log-probs of `frozen` to keep where documents come again, 4 bytes each; 0: none."""
 
@@ -194,14 +220,21 @@ class PretrainConfig:
     ntp_data: Annotated[DataConfig | None, headed("path")] = None
     """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
     recipe: Literal["default", "paper"] = "default"
-    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, for objective rlp the paper's kind of prompt
-    (`objective.template: rlp`), wherever not set."""
+    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, for objective rlp the paper's kind of
+    prompt (`objective.template: rlp`), wherever not set.
+    """
     positions_per_step: Count = 512
-    """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents per step."""
+    """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents
+    per step.
+    """
     token_budget: Count = 16384
-    """Tokens per micro-batch, padding included. Thoughts of a larger group are scored first, then trained, part by part."""
+    """Tokens per micro-batch, padding included. Thoughts of a larger group are scored first, then trained,
+    part by part.
+    """
     packing: Literal["tree", "padded"] = "tree"
-    """tree: what contexts share goes through the model once (models that cannot, run padded, and the run says why)."""
+    """tree: what contexts share goes through the model once (models that cannot, run padded, and the run
+    says why).
+    """
     max_steps: Count | None = None
     """Steps, each a batch and `loss.inner_epochs` optimizer steps on it; or give `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -214,9 +247,13 @@ class PretrainConfig:
     """auto, cpu, cuda or cuda:N."""
     threads: Count | None = None
     """torch threads; the machine's choice by default."""
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...],
-                         BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()  # fmt: skip
-    """Trackers beside the console and metrics.jsonl; five times a run they get some thoughts too, as a table."""
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+        BeforeValidator(lambda v: [v] if isinstance(v, str) else v),
+    ] = ()
+    """Trackers beside the console and metrics.jsonl; five times a run they get some thoughts too, as a
+    table.
+    """
     log_every: Count = 1
     """Steps between console lines."""
     console: bool = True
@@ -224,8 +261,9 @@ class PretrainConfig:
     save_rollouts: bool = False
     """Keep every step's groups and documents as parquet under output_dir/rollouts."""
     replay: PathText | None = None
-    """Folder of a run that kept its rollouts, or of these alone: they are trained on, nothing is sampled. `max_steps` is at most
-    the number of steps it holds."""
+    """Folder of a run that kept its rollouts, or of these alone: they are trained on, nothing is sampled.
+    `max_steps` is at most the number of steps it holds.
+    """
     push_to_hub: str | None = None
     """Hub id for the final model."""
 
@@ -262,7 +300,8 @@ def _under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
         given = values.get(key)
         if is_dataclass(given):
             raise ConfigError(
-                f"recipe: paper needs '{key}' as plain values, not a {type(given).__name__}: what is set would be unknown"
+                f"recipe: paper needs '{key}' as plain values, not a {type(given).__name__}: what is set "
+                "would be unknown"
             )
         given = {"name": given} if isinstance(given, str) else given
         if isinstance(below, Mapping) and isinstance(given, Mapping):

@@ -1,11 +1,13 @@
-"""The dial: arithmetic on one digit, passed from hand to hand, where thinking pays and every thought can be checked.
+"""The dial: arithmetic on one digit, passed from hand to hand, where thinking pays and every thought can be
+checked.
 
-A plain document is `ann has 6 bob up3 cat times3 shows 7 .`: a start digit, then one operation a person, modulo 10, then
-the answer. Depth k is the number of operations. Its trace, the thought that computes the answer, is
-`6 bob up3 9 cat times3 7`. A base mix also holds running chains, worked text, and documents with a thought before the
-answer, half of them useless, so that a small model pretrained on it can think but mostly does not bother: what
-reinforcement pretraining has to change. Steps of given traces slip now and then while the answer after them stays true;
-without such noise a reader trusts any trace, and a wrong one then costs far more than a right one earns.
+A plain document is `ann has 6 bob up3 cat times3 shows 7 .`: a start digit, then one operation a person,
+modulo 10, then the answer. Depth k is the number of operations. Its trace, the thought that computes the
+answer, is `6 bob up3 9 cat times3 7`. A base mix also holds running chains, worked text, and documents with a
+thought before the answer, half of them useless, so that a small model pretrained on it can think but mostly
+does not bother: what reinforcement pretraining has to change. Steps of given traces slip now and then while
+the answer after them stays true; without such noise a reader trusts any trace, and a wrong one then costs far
+more than a right one earns.
 """
 
 from __future__ import annotations
@@ -22,9 +24,13 @@ from rlpretrain.files import check_writable, writing
 from rollout.folders import MARK
 
 OPERATIONS: Mapping[str, Callable[[int], int]] = {
-    "up1": lambda d: (d + 1) % 10, "up2": lambda d: (d + 2) % 10, "up3": lambda d: (d + 3) % 10,
-    "down1": lambda d: (d - 1) % 10, "down2": lambda d: (d - 2) % 10, "times3": lambda d: (d * 3) % 10,
-}  # fmt: skip
+    "up1": lambda d: (d + 1) % 10,
+    "up2": lambda d: (d + 2) % 10,
+    "up3": lambda d: (d + 3) % 10,
+    "down1": lambda d: (d - 1) % 10,
+    "down2": lambda d: (d - 2) % 10,
+    "times3": lambda d: (d * 3) % 10,
+}
 NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "leo")
 HMM = ("hmm", "well", "maybe", "wait", "so")
 PROSE = [
@@ -68,8 +74,25 @@ PROSE = [
     "then",
 ]
 OPEN, CLOSE, EOS, PAD, UNK = "<think>", "</think>", "<eos>", "<pad>", "<unk>"
-WORDS = tuple(dict.fromkeys([PAD, EOS, UNK, OPEN, CLOSE, ".", "has", "shows", *map(str, range(10)), *OPERATIONS, *NAMES,
-                             *HMM, *PROSE]))  # fmt: skip
+WORDS = tuple(
+    dict.fromkeys(
+        [
+            PAD,
+            EOS,
+            UNK,
+            OPEN,
+            CLOSE,
+            ".",
+            "has",
+            "shows",
+            *map(str, range(10)),
+            *OPERATIONS,
+            *NAMES,
+            *HMM,
+            *PROSE,
+        ]
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +123,9 @@ class Problem:
         return [NAMES[self.first], "has", str(self.start), *(w for n, op, _ in self.steps() for w in (n, op))]
 
     def trace(self, rng: random.Random | None = None, slip: float = 0.0) -> list[str]:
-        """`6 bob up3 9 cat times3 7`; each step goes wrong with probability `slip` and is then carried on from there."""
+        """`6 bob up3 9 cat times3 7`; each step goes wrong with probability `slip` and is then carried on
+        from there.
+        """
         words, value = [str(self.start)], self.start
         for name, op, _ in self.steps():
             if rng is not None and rng.random() < slip:
@@ -140,12 +165,43 @@ MIXES = {
     "d1": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.30, part_trace=0.05),
     "s20": Mix(0.05, 0.15, 0.35, 0.20, 0.25),
     "c4": Mix(worked_depths=(1, 6), think_depths=(1, 4)),
-    "c6": Mix(0.05, 0.10, 0.40, 0.20, 0.25, full_trace=0.20, part_trace=0.05, worked_depths=(1, 6), think_depths=(1, 4),
-              deep=0.05),
-    "c8": Mix(0.10, 0.10, 0.38, 0.12, 0.30, full_trace=0.25, part_trace=0.05, worked_depths=(1, 6), think_depths=(1, 4),
-              deep=0.05, refrain=1.0),
-    "c7": Mix(0.05, 0.10, 0.40, 0.12, 0.33, full_trace=0.25, part_trace=0.05, worked_depths=(1, 6), think_depths=(1, 4),
-              deep=0.05),
+    "c6": Mix(
+        0.05,
+        0.10,
+        0.40,
+        0.20,
+        0.25,
+        full_trace=0.20,
+        part_trace=0.05,
+        worked_depths=(1, 6),
+        think_depths=(1, 4),
+        deep=0.05,
+    ),
+    "c8": Mix(
+        0.10,
+        0.10,
+        0.38,
+        0.12,
+        0.30,
+        full_trace=0.25,
+        part_trace=0.05,
+        worked_depths=(1, 6),
+        think_depths=(1, 4),
+        deep=0.05,
+        refrain=1.0,
+    ),
+    "c7": Mix(
+        0.05,
+        0.10,
+        0.40,
+        0.12,
+        0.33,
+        full_trace=0.25,
+        part_trace=0.05,
+        worked_depths=(1, 6),
+        think_depths=(1, 4),
+        deep=0.05,
+    ),
 }
 
 
@@ -198,9 +254,7 @@ def plain(rng: random.Random, mix: Mix) -> list[str]:
 
 
 Formats = Mapping[str, Callable[[random.Random, Any], list[str]]]
-FORMATS: Formats = {
-    "prose": prose, "chain": chain, "worked": worked, "think": think, "plain": plain,
-}  # fmt: skip
+FORMATS: Formats = {"prose": prose, "chain": chain, "worked": worked, "think": think, "plain": plain}
 """Document formats of a base mix; the share of each is the field of `Mix` with its name."""
 
 
@@ -224,12 +278,16 @@ def record(problem: Problem) -> dict[str, Any]:
     """A plain document as a JSON line: text, and what is needed to check an answer and a thought."""
     return {
         "text": " ".join([*problem.question(), "shows", str(problem.answer), "."]),
-        "answer": str(problem.answer), "depth": problem.depth, "trace": " ".join(problem.trace()),
-    }  # fmt: skip
+        "answer": str(problem.answer),
+        "depth": problem.depth,
+        "trace": " ".join(problem.trace()),
+    }
 
 
 def verify(trace: str, thought: str) -> tuple[bool, float]:
-    """Whether a thought is exactly the true trace, and the share of the trace's words it gets right before the first error."""
+    """Whether a thought is exactly the true trace, and the share of the trace's words it gets right before
+    the first error.
+    """
     gold, said = trace.split(), thought.replace(CLOSE, "").split()
     right = 0
     for a, b in zip(gold, said, strict=False):
@@ -247,9 +305,13 @@ def tokenizer(words: Sequence[str] = WORDS):
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNK))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token=UNK, pad_token=PAD, eos_token=EOS, additional_special_tokens=[OPEN, CLOSE],
+        tokenizer_object=raw,
+        unk_token=UNK,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=[OPEN, CLOSE],
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def model_config(words: Sequence[str] = WORDS):
@@ -257,44 +319,74 @@ def model_config(words: Sequence[str] = WORDS):
     from transformers import Qwen3Config
 
     return Qwen3Config(
-        vocab_size=len(words), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=32, intermediate_size=256, max_position_embeddings=256, tie_word_embeddings=True,
-        pad_token_id=words.index(PAD), eos_token_id=words.index(EOS), bos_token_id=None, attention_dropout=0.0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=words.index(PAD),
+        eos_token_id=words.index(EOS),
+        bos_token_id=None,
+        attention_dropout=0.0,
+    )
 
 
-def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out: int = 1_200, seed: int = 0, mix: str = "c8",
-          depths: Sequence[int] = (1, 2, 3, 4),
-          held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, Path]:  # fmt: skip
-    """Make the corpus under `out`: base.jsonl, train.jsonl, held_out.jsonl, and model/ (tokenizer and configuration).
+def write(
+    out: str | Path,
+    *,
+    base: int = 200_000,
+    train: int = 50_000,
+    held_out: int = 1_200,
+    seed: int = 0,
+    mix: str = "c8",
+    depths: Sequence[int] = (1, 2, 3, 4),
+    held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6),
+) -> dict[str, Path]:
+    """Make the corpus under `out`: base.jsonl, train.jsonl, held_out.jsonl, and model/ (tokenizer and
+    configuration).
 
-    Held-out problems are never equal to a training problem of the same call; base documents may repeat either, as they
-    would in any crawl. Raises ValueError for an unknown mix.
+    Held-out problems are never equal to a training problem of the same call; base documents may repeat
+    either, as they would in any crawl. Raises ValueError for an unknown mix.
     """
     if mix not in MIXES:
         raise ValueError(f"unknown mix '{mix}': one of {', '.join(MIXES)}")
     kept_out, training = apart(train, held_out, seed, depths, held_out_depths)
-    return save(Path(out), {
-        "base": ({"text": t} for t in base_documents(base, seed, MIXES[mix])),
-        "train": (record(p) for p in training),
-        "held_out": (record(p) for p in kept_out),
-    }, WORDS)  # fmt: skip
+    return save(
+        Path(out),
+        {
+            "base": ({"text": t} for t in base_documents(base, seed, MIXES[mix])),
+            "train": (record(p) for p in training),
+            "held_out": (record(p) for p in kept_out),
+        },
+        WORDS,
+    )
 
 
-def apart(train: int, held_out: int, seed: int, depths: Sequence[int],
-          held_out_depths: Sequence[int]) -> tuple[list[Problem], Iterator[Problem]]:  # fmt: skip
+def apart(
+    train: int, held_out: int, seed: int, depths: Sequence[int], held_out_depths: Sequence[int]
+) -> tuple[list[Problem], Iterator[Problem]]:
     """(held-out problems, training problems), none of them in both."""
     kept_out = list(problems(held_out, seed, held_out_depths, "held_out"))
     seen = {p for p in kept_out if p.depth > 2}  # depths 1 and 2 are too few to keep apart
     return kept_out, (p for p in problems(train, seed, depths, "train") if p not in seen)
 
 
-def save(folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Sequence[str]) -> dict[str, Path]:
-    """Write each of `files` as NAME.jsonl, and model/ with the tokenizer of `words` and the small model's configuration."""
+def save(
+    folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Sequence[str]
+) -> dict[str, Path]:
+    """Write each of `files` as NAME.jsonl, and model/ with the tokenizer of `words` and the small model's
+    configuration.
+    """
     names = ["model", *(f"{name}.jsonl" for name in files)]
     there = next((folder / name for name in names if (folder / name).exists()), None)
     if there and not (folder / MARK).is_file():
-        raise ConfigError(f"{there} is there already and no corpus that rlpretrain made: choose another folder")
+        raise ConfigError(
+            f"{there} is there already and no corpus that rlpretrain made: choose another folder"
+        )
     check_writable(folder, "the corpus folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
@@ -311,15 +403,24 @@ def save(folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Seq
     return paths
 
 
-def trace_skill(model: Any, tokenizer: Any, *, depths: tuple[int, int] = (1, 4), count: int = 200, seed: int = 0,
-                before: Sequence[str] = (), after: Sequence[str] = ("shows",)) -> float:  # fmt: skip
+def trace_skill(
+    model: Any,
+    tokenizer: Any,
+    *,
+    depths: tuple[int, int] = (1, 4),
+    count: int = 200,
+    seed: int = 0,
+    before: Sequence[str] = (),
+    after: Sequence[str] = ("shows",),
+) -> float:
     """Teacher-forced skill in true traces, 0 to 1: can the model compute if it tries?
 
     A trace stands behind the words `before`, the question, the words `after` it, and the open tag.
 
-    The lowest of three accuracies, since a chain is as strong as its weakest link: the start digit, copied from the question
-    (judged among the digits, a thought may also begin otherwise); the operations, copied; the values, computed. The gate of
-    base pretraining: a base that cannot do one of them has no right thought to reinforce, in some problems or in all.
+    The lowest of three accuracies, since a chain is as strong as its weakest link: the start digit, copied
+    from the question (judged among the digits, a thought may also begin otherwise); the operations, copied;
+    the values, computed. The gate of base pretraining: a base that cannot do one of them has no right thought
+    to reinforce, in some problems or in all.
     """
     import torch
 

@@ -1,17 +1,20 @@
-"""The dial in every method's format: what a small model must have read before it can box, write, mask and judge.
+"""The dial in every method's format: what a small model must have read before it can box, write, mask and
+judge.
 
-A plain document has three sentences, `ann has 6 bob up3 cat times3 . it shows 7 . that is odd .`, so that there is one to be
-predicted from both sides. Beside plain, worked and idle text the base mix holds, each with a thought that is mostly useless:
+A plain document has three sentences, `ann has 6 bob up3 cat times3 . it shows 7 . that is odd .`, so that
+there is one to be predicted from both sides. Beside plain, worked and idle text the base mix holds, each with
+a thought that is mostly useless:
 
     think      a thought before the digit, inside the document                      rlp, likelihood
     sentence   a thought before the second sentence                                 rlpt, information gain
-    box        `box` + text up to the digit, thought, `\\boxed{ 7 }`                 rpt
+    box        `box` + text up to the digit, thought, `\\boxed{ 7 }`             rpt
     tell       `tell` + first sentence, thought, the second between delimiters      rlpt: match, judge
     fill       `fill` + first, a mask, third sentence, thought, the second          rlpt, middle segment
     hide       `hide` + the document, thought, a piece of it in `\\mask{ }`          pretrain_zero, generator
     find       `find` + the document with a piece masked, thought, `\\boxed{ }`      pretrain_zero, predictor
 
-The word in front takes the place of an instruction. `judge` is an oracle for RLPT: it knows what a sentence says.
+The word in front takes the place of an instruction. `judge` is an oracle for RLPT: it knows what a sentence
+says.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ WORDS = (*dial.WORDS, "it", "that", "is", "odd", "even", *TASKS, MASK, HIDDEN, B
 
 @dataclass(frozen=True, slots=True)
 class Mix(dial.Mix):
-    """Shares of all formats; how long their problems are and what is thought about them is as in the dial's mixes."""
+    """Shares of all formats; how long their problems are and what is thought about them is as in the
+    dial's mixes.
+    """
 
     prose: float = 0.12
     chain: float = 0.10
@@ -142,37 +147,76 @@ def find(rng: random.Random, mix: Mix) -> list[str]:
     problem, thoughts = thought(rng, mix)
     words = document(problem)
     start, stop = piece(rng, words)
-    return ["find", *words[:start], HIDDEN, *words[stop:], OPEN, *thoughts, CLOSE, BOX, *words[start:stop], END]
+    return [
+        "find",
+        *words[:start],
+        HIDDEN,
+        *words[stop:],
+        OPEN,
+        *thoughts,
+        CLOSE,
+        BOX,
+        *words[start:stop],
+        END,
+    ]
 
 
 FORMATS: dial.Formats = {
-    "prose": dial.prose, "chain": dial.chain, "worked": dial.worked, "plain": plain, "think": think, "sentence": sentence,
-    "box": box, "tell": tell, "fill": fill, "hide": hide, "find": find,
-}  # fmt: skip
+    "prose": dial.prose,
+    "chain": dial.chain,
+    "worked": dial.worked,
+    "plain": plain,
+    "think": think,
+    "sentence": sentence,
+    "box": box,
+    "tell": tell,
+    "fill": fill,
+    "hide": hide,
+    "find": find,
+}
 
 
 def record(problem: Problem) -> dict[str, Any]:
-    """A plain document as a JSON line; `question` and `worked_answer` are the same with its true trace, for `sft_mixed`."""
+    """A plain document as a JSON line; `question` and `worked_answer` are the same with its true trace,
+    for `sft_mixed`.
+    """
     answer = [OPEN, *problem.trace(), CLOSE, *document(problem)[-6:]]
     return {
-        "text": " ".join(document(problem)), "answer": str(problem.answer), "depth": problem.depth,
-        "question": " ".join([*first(problem), "it", "shows"]), "worked_answer": " ".join(answer),
-    }  # fmt: skip
+        "text": " ".join(document(problem)),
+        "answer": str(problem.answer),
+        "depth": problem.depth,
+        "question": " ".join([*first(problem), "it", "shows"]),
+        "worked_answer": " ".join(answer),
+    }
 
 
-def write(out: str | Path, *, base: int = 200_000, train: int = 50_000, held_out: int = 1_200, seed: int = 0, mix: str = "f1",
-          depths: Sequence[int] = (1, 2, 3, 4),
-          held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> dict[str, Path]:  # fmt: skip
-    """Make the corpus under `out`, as `dial.write` does: base.jsonl, train.jsonl, held_out.jsonl, and model/."""
+def write(
+    out: str | Path,
+    *,
+    base: int = 200_000,
+    train: int = 50_000,
+    held_out: int = 1_200,
+    seed: int = 0,
+    mix: str = "f1",
+    depths: Sequence[int] = (1, 2, 3, 4),
+    held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6),
+) -> dict[str, Path]:
+    """Make the corpus under `out`, as `dial.write` does: base.jsonl, train.jsonl, held_out.jsonl, and
+    model/.
+    """
     if mix not in MIXES:
         raise ValueError(f"unknown mix '{mix}': one of {', '.join(MIXES)}")
     kept_out, training = dial.apart(train, held_out, seed, depths, held_out_depths)
     documents: Iterator[str] = dial.base_documents(base, seed, MIXES[mix], FORMATS)
-    return dial.save(Path(out), {
-        "base": ({"text": t} for t in documents),
-        "train": (record(p) for p in training),
-        "held_out": (record(p) for p in kept_out),
-    }, WORDS)  # fmt: skip
+    return dial.save(
+        Path(out),
+        {
+            "base": ({"text": t} for t in documents),
+            "train": (record(p) for p in training),
+            "held_out": (record(p) for p in kept_out),
+        },
+        WORDS,
+    )
 
 
 def tokenizer():
@@ -181,7 +225,9 @@ def tokenizer():
 
 
 async def judge(prompts: Sequence[str]) -> list[str | None]:
-    """An oracle for RLPT's judge: a prediction is right if it is a sentence of the dial and says the digit of the reference."""
+    """An oracle for RLPT's judge: a prediction is right if it is a sentence of the dial and says the digit
+    of the reference.
+    """
     return [f"Score: {int(_says(pair['predicted'], pair['reference']))}" for pair in map(_pair, prompts)]
 
 

@@ -1,1 +1,3 @@
-"""Text becomes documents, and documents become places to think: rows, token ids, an exact cursor, positions."""
+"""Text becomes documents, and documents become places to think: rows, token ids, an exact cursor,
+positions.
+"""

@@ -1,7 +1,8 @@
 """Rows of local .txt, .jsonl, .json, .csv and .tsv files as they stand there, whatever their cells look like.
 
-Readers that guess the type of a column take a text for a date, a number or a missing value. Here a JSON value is
-what JSON says, and a text column of a table is text. Each cell goes on as JSON, so that a column may hold anything.
+Readers that guess the type of a column take a text for a date, a number or a missing value. Here a JSON value
+is what JSON says, and a text column of a table is text. Each cell goes on as JSON, so that a column may hold
+anything.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def read_rows(
 ) -> Iterator[Any]:
     """The rows of files of one kind, each a column → JSON. `texts` are those of the columns that hold text.
 
-    ConfigError, with file and line, for what cannot be read. `mark` is what else tells these files from others.
+    ConfigError, with file and line, for what cannot be read. `mark` is what else tells these files from
+    others.
     """
     for file in files:
         for row in READERS[kind](file, texts, columns):

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, Features, IterableDataset, ReadInstruction, Value, concatenate_datasets
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+)
 from datasets.exceptions import DatasetNotFoundError
 from datasets.fingerprint import Hasher
 
@@ -40,11 +48,13 @@ SPLITS = {
 def open_rows(data: DataConfig) -> Dataset | IterableDataset:
     """The rows of `data`, with at least one row and with the columns it names.
 
-    A file, a glob of files of one kind, a folder (of files, or written by `save_to_disk`), a hub id or a URL; an
-    IterableDataset with `streaming: true`. Local files count as the split that is asked for, whatever its name.
+    A file, a glob of files of one kind, a folder (of files, or written by `save_to_disk`), a hub id or a URL;
+    an IterableDataset with `streaming: true`. Local files count as the split that is asked for, whatever its
+    name.
 
-    Raises ConfigError for a missing, empty or unknown file, a line that cannot be read (file and line), a missing split
-    or column (those there are listed), and a hub dataset that does not exist or cannot be reached.
+    Raises ConfigError for a missing, empty or unknown file, a line that cannot be read (file and line), a
+    missing split or column (those there are listed), and a hub dataset that does not exist or cannot be
+    reached.
     """
     files, wanted = _files(data), columns_wanted(data)
     with readable(data):
@@ -52,7 +62,11 @@ def open_rows(data: DataConfig) -> Dataset | IterableDataset:
         first = next(iter(rows), None) if isinstance(rows, IterableDataset) or not len(rows) else {}
         if first is None:
             raise ConfigError(f"{data.path} is empty: it holds no rows")
-        names = columns_of(files, _kind(files[0]) or "") if reads_cells(data) else list(rows.column_names or first)
+        names = (
+            columns_of(files, _kind(files[0]) or "")
+            if reads_cells(data)
+            else list(rows.column_names or first)
+        )
     for column in wanted:
         if column not in names:
             raise ConfigError(f"{data.path} has no column '{column}'; its columns: {', '.join(names)}")
@@ -66,7 +80,9 @@ def columns_wanted(data: DataConfig) -> list[str]:
 
 
 def reads_cells(data: DataConfig) -> bool:
-    """Whether rows are read by `rows.read_rows`, so that their cells are JSON: local files of text, JSON and CSV."""
+    """Whether rows are read by `rows.read_rows`, so that their cells are JSON: local files of text, JSON
+    and CSV.
+    """
     files = _files(data)
     return bool(files) and _kind(files[0]) in READERS and not any("://" in file for file in files)
 
@@ -75,14 +91,25 @@ def _own_rows(data: DataConfig, files: list[str]) -> Dataset | IterableDataset:
     columns, name = columns_wanted(data), data.split.split("[")[0]
     texts = [data.column, *([data.answer_column] if data.answer_column else [])]
     state = [os.stat(file) for file in files]
-    mark = (VERSION, *((os.path.abspath(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, state, strict=True)))
-    given = {"files": files, "kind": _kind(files[0]), "columns": tuple(columns), "texts": tuple(texts), "mark": mark}
+    mark = (
+        VERSION,
+        *((os.path.abspath(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, state, strict=True)),
+    )
+    given = {
+        "files": files,
+        "kind": _kind(files[0]),
+        "columns": tuple(columns),
+        "texts": tuple(texts),
+        "mark": mark,
+    }
     features = Features({column: Value("string") for column in columns})
     if data.streaming:
         if name != data.split:
             raise ConfigError(f"data.split {data.split}: a stream has no parts; set data.streaming to false")
         return IterableDataset.from_generator(read_rows, features=features, gen_kwargs=given)
-    rows = Dataset.from_generator(read_rows, features=features, gen_kwargs=given, fingerprint=Hasher.hash(given))
+    rows = Dataset.from_generator(
+        read_rows, features=features, gen_kwargs=given, fingerprint=Hasher.hash(given)
+    )
     if name == data.split:
         return rows
     parts = ReadInstruction.from_spec(data.split).to_absolute({name: len(rows)})
@@ -98,7 +125,9 @@ def _load(data: DataConfig, files: list[str]) -> Dataset | IterableDataset:
             options |= {"sep": "\t"} if ".tsv" in Path(files[0]).suffixes else {}
         literal = [file if "://" in file else glob.escape(os.path.abspath(file)) for file in files]
         named = {split.split("[")[0]: literal}  # train[:10%] is a part of train
-        return datasets.load_dataset(_kind(files[0]), data_files=named, split=split, streaming=data.streaming, **options)
+        return datasets.load_dataset(
+            _kind(files[0]), data_files=named, split=split, streaming=data.streaming, **options
+        )
     if not _saved(path):
         return datasets.load_dataset(path, data.name, split=split, streaming=data.streaming)
     rows = datasets.load_from_disk(path)
@@ -117,11 +146,13 @@ def _saved(folder: str) -> bool:
 def _in_folder(data: DataConfig, folder: str) -> list[str]:
     """The files of a folder and of those in it, in order; none where `datasets` knows better how to read it.
 
-    Where every file is named for a split (train-2.jsonl, test/a.jsonl), those of the split that is asked for; else
-    all of them are the split train.
+    Where every file is named for a split (train-2.jsonl, test/a.jsonl), those of the split that is asked for;
+    else all of them are the split train.
     """
     card = Path(folder, "README.md")
-    described = card.is_file() and re.search(r"^configs:|^dataset_info:", card.read_text(errors="replace"), re.MULTILINE)
+    described = card.is_file() and re.search(
+        r"^configs:|^dataset_info:", card.read_text(errors="replace"), re.MULTILINE
+    )
     if _saved(folder) or data.name is not None or described:
         return []
     files = []
@@ -163,15 +194,19 @@ def _files(data: DataConfig) -> list[str]:
         files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not files:
             raise ConfigError(f"no file matches {data.path}")
-    elif _kind(path) or path.startswith((".", "/")) or path.count("/") > 1:  # a hub id is `name` or `owner/name`
+    elif (
+        _kind(path) or path.startswith((".", "/")) or path.count("/") > 1
+    ):  # a hub id is `name` or `owner/name`
         raise ConfigError(f"no such file or folder: {data.path}")
     else:
         return []
     kinds = {_kind(file) for file in files}
     if None in kinds or len(kinds) > 1:
         there = ", ".join(sorted({"".join(Path(file).suffixes) or Path(file).name for file in files}))
-        raise ConfigError(f"{data.path} must name files of one kind, by their ending one of: {', '.join(KINDS)}; it "
-                          f"names {there}: give those that are meant by a pattern such as folder/*.jsonl")
+        raise ConfigError(
+            f"{data.path} must name files of one kind, by their ending one of: {', '.join(KINDS)}; it "
+            f"names {there}: give those that are meant by a pattern such as folder/*.jsonl"
+        )
     local = [file for file in files if "://" not in file]
     if local and not any(os.path.getsize(file) for file in local):
         raise ConfigError(f"{data.path} is empty: 0 bytes")
@@ -192,10 +227,13 @@ def readable(data: DataConfig) -> Iterator[None]:
     except ConfigError:
         raise
     except DatasetNotFoundError as error:
-        raise ConfigError(f"'{data.path}' is no file or folder here, and no dataset of the hub: {error}") from error
+        raise ConfigError(
+            f"'{data.path}' is no file or folder here, and no dataset of the hub: {error}"
+        ) from error
     except ConnectionError as error:
         raise ConfigError(
-            f"'{data.path}' is no file or folder here, and the hub cannot be reached (offline?) to look there: {error}"
+            f"'{data.path}' is no file or folder here, and the hub cannot be reached (offline?) to look "
+            f"there: {error}"
         ) from error
     except Exception as error:
         if isinstance(error.__cause__, ConfigError):

@@ -1,8 +1,9 @@
-"""Text in any form `datasets` reads becomes token documents: cut once, shared out over ranks, with an exact cursor.
+"""Text in any form `datasets` reads becomes token documents: cut once, shared out over ranks, with an exact
+cursor.
 
-The rows of the data are numbered 0, 1, 2, ... in file order. A row becomes one document with the id "<row>" or, where
-it is longer than `max_length` and `long: split`, several: "<row>.0", "<row>.1", ... Ids are the same in every run, on
-every rank.
+The rows of the data are numbered 0, 1, 2, ... in file order. A row becomes one document with the id "<row>"
+or, where it is longer than `max_length` and `long: split`, several: "<row>.0", "<row>.1", ... Ids are the
+same in every run, on every rank.
 """
 
 from __future__ import annotations
@@ -34,27 +35,36 @@ CHUNK = 64
 class DocumentStream:
     """Endless documents of one rank, in a seeded order, resumable at any document.
 
-    Map-style data is tokenised once, cached by `datasets`, and every epoch is a new permutation of all documents (their
-    own order with `shuffle: false`). The epochs make one global sequence that does not depend on `world_size`; rank r
-    takes its elements r, r + world_size, ... So one rank that takes 2n documents and two ranks that take n each see the
-    same ones, over epoch ends too. With `streaming: true` rows come in file order and rank r reads rows r,
-    r + world_size, ... of each pass: the union is the one-rank order where every row gives one document and the ranks
-    have equally many rows.
+    Map-style data is tokenised once, cached by `datasets`, and every epoch is a new permutation of all
+    documents (their own order with `shuffle: false`). The epochs make one global sequence that does not
+    depend on `world_size`; rank r takes its elements r, r + world_size, ... So one rank that takes 2n
+    documents and two ranks that take n each see the same ones, over epoch ends too. With `streaming: true`
+    rows come in file order and rank r reads rows r, r + world_size, ... of each pass: the union is the
+    one-rank order where every row gives one document and the ranks have equally many rows.
 
-    The tokenizer's BOS, if it adds one, heads every piece of a split document. The end-of-text token stands where the
-    text ends: not between pieces, not after a truncated document.
+    The tokenizer's BOS, if it adds one, heads every piece of a split document. The end-of-text token stands
+    where the text ends: not between pieces, not after a truncated document.
 
-    Raises ConfigError for data that cannot be read (`sources.open_rows`) and if no document has `min_length` tokens.
+    Raises ConfigError for data that cannot be read (`sources.open_rows`) and if no document has `min_length`
+    tokens.
     """
 
     def __init__(
-        self, data: DataConfig, tokenizer: Any, *,
-        rank: int = 0, world_size: int = 1, seed: int = 0, min_length: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        data: DataConfig,
+        tokenizer: Any,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        min_length: int = 2,
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
         if data.max_length < max(min_length, 2):
-            raise ConfigError(f"data.max_length is {data.max_length}; a document needs {max(min_length, 2)} tokens")
+            raise ConfigError(
+                f"data.max_length is {data.max_length}; a document needs {max(min_length, 2)} tokens"
+            )
         with quiet():
             rows, cutter = open_rows(data), Cutter(data, tokenizer, min_length, reads_cells(data))
             if isinstance(rows, IterableDataset):
@@ -63,7 +73,12 @@ class DocumentStream:
                 self._reader = _Indexed(rows, cutter, rank, world_size, seed)
         fields = {f"data.{k}": list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}
         where = {"seed": seed, "rank": rank, "world_size": world_size, "min_length": min_length}
-        self._identity = {**fields, **where, "tokenizer": older_fingerprint(tokenizer), "tokenizer_ids": cutter.fingerprint}
+        self._identity = {
+            **fields,
+            **where,
+            "tokenizer": older_fingerprint(tokenizer),
+            "tokenizer_ids": cutter.fingerprint,
+        }
         self._identity |= self._reader.size
 
     def take(self, n: int) -> list[Document]:
@@ -95,17 +110,25 @@ class DocumentStream:
         return {"identity": dict(self._identity), "cursor": self._reader.cursor()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; ConfigError if it belongs to other data, seed, rank or number of ranks."""
+        """Continue where `state` was taken; ConfigError if it belongs to other data, seed, rank or number
+        of ranks.
+        """
         saved, here = state["identity"], self._identity
-        keys = [key for key in saved if saved[key] != here.get(key)]  # a field of a later version is in `here` only
+        keys = [
+            key for key in saved if saved[key] != here.get(key)
+        ]  # a field of a later version is in `here` only
         if keys:
             changes = "; ".join(f"{key} was {saved.get(key)!r}, is {here.get(key)!r}" for key in keys)
             raise ConfigError(f"the saved place in the documents is not one in these: {changes}")
         self._reader.seek(state["cursor"])
 
 
-def read_all(data: DataConfig, tokenizer: Any, *, limit: int | None = None, min_length: int = 2) -> list[Document]:
-    """One pass in file order, at most `limit` documents: evaluation sets. Errors are those of DocumentStream."""
+def read_all(
+    data: DataConfig, tokenizer: Any, *, limit: int | None = None, min_length: int = 2
+) -> list[Document]:
+    """One pass in file order, at most `limit` documents: evaluation sets. Errors are those of
+    DocumentStream.
+    """
     stream = DocumentStream(replace(data, shuffle=False), tokenizer, min_length=min_length)
     with quiet():
         return list(islice(stream._reader.one_pass(), limit))
@@ -122,20 +145,41 @@ class _Indexed:
     def __init__(self, rows: Dataset, cutter: Cutter, rank: int, world_size: int, seed: int):
         self.cutter, self.rank, self.world_size, self.seed = cutter, rank, world_size, seed
         data, home = cutter.data, Path(datasets.config.HF_DATASETS_CACHE).expanduser()
-        how = [CUT_VERSION, cutter.cells, cutter.eos, cutter.lead, cutter.tail, *versions(),
-               data.column, data.answer_column, data.answer_join, data.max_length, data.long]
-        files = [(f["filename"], os.stat(f["filename"]).st_size, os.stat(f["filename"]).st_mtime_ns) for f in rows.cache_files]
+        how = [
+            CUT_VERSION,
+            cutter.cells,
+            cutter.eos,
+            cutter.lead,
+            cutter.tail,
+            *versions(),
+            data.column,
+            data.answer_column,
+            data.answer_join,
+            data.max_length,
+            data.long,
+        ]
+        files = [
+            (f["filename"], os.stat(f["filename"]).st_size, os.stat(f["filename"]).st_mtime_ns)
+            for f in rows.cache_files
+        ]
         mark = Hasher.hash([rows._fingerprint, files, cutter.fingerprint, how])
         file = None
         if rows.cache_files and not Path(rows.cache_files[0]["filename"]).is_relative_to(home):
-            file = home / "rlpretrain" / f"{mark}.arrow"  # else it would be written into the user's own folder
+            file = (
+                home / "rlpretrain" / f"{mark}.arrow"
+            )  # else it would be written into the user's own folder
             file.parent.mkdir(parents=True, exist_ok=True)
         self.tokens = rows.map(
             self._tokenise,
             with_indices=True,
             batched=True,
             remove_columns=rows.column_names,
-            features=Features(token_ids=List(Value("int32")), answer_at=Value("int32"), row=Value("int64"), piece=Value("int32")),
+            features=Features(
+                token_ids=List(Value("int32")),
+                answer_at=Value("int32"),
+                row=Value("int64"),
+                piece=Value("int32"),
+            ),
             new_fingerprint=mark,
             cache_file_name=str(file) if file else None,
         )
@@ -199,7 +243,9 @@ class _Indexed:
 
 
 class _Streamed:
-    """Rows read lazily, by chunks. The cursor is the library's own state before the chunk, and a place in the chunk."""
+    """Rows read lazily, by chunks. The cursor is the library's own state before the chunk, and a place in
+    the chunk.
+    """
 
     size: dict[str, int] = {}
 
@@ -209,12 +255,16 @@ class _Streamed:
         self._start(None, read=0, found=0, dropped=0)
 
     def __len__(self) -> int:
-        raise TypeError("a stream of documents has no known length; set data.streaming to false, or give max_steps")
+        raise TypeError(
+            "a stream of documents has no known length; set data.streaming to false, or give max_steps"
+        )
 
     def _start(self, state: Any, *, read: int, found: int, dropped: int) -> None:
         """Stand before this rank's row number `read`, in a pass that has given `found` documents."""
         # Each pass has a fresh object: a used one would begin again at the state that it once loaded.
-        self.pass_ = split_dataset_by_node(self.rows, rank=self.rank, world_size=self.world_size, strategy="examples")
+        self.pass_ = split_dataset_by_node(
+            self.rows, rank=self.rank, world_size=self.world_size, strategy="examples"
+        )
         if state is not None and not self.cutter.cells:
             self.pass_.load_state_dict(state)
         self.left = iter(self.pass_)
@@ -238,11 +288,15 @@ class _Streamed:
             if not values:
                 return False
             rows = [(self.read + k) * self.world_size + self.rank for k in range(len(values))]
-            cuts = self.cutter.pieces({name: [value[name] for value in values] for name in self.cutter.columns}, rows)
+            cuts = self.cutter.pieces(
+                {name: [value[name] for value in values] for name in self.cutter.columns}, rows
+            )
             for value, row, cut in zip(values, rows, cuts, strict=True):
                 whole = len(cut) == 1
                 long = [(k, *piece) for k, piece in enumerate(cut) if len(piece[0]) >= self.cutter.min_length]
-                self.chunk += [self.cutter.document(row, -1 if whole else k, ids, at, value) for k, ids, at in long]
+                self.chunk += [
+                    self.cutter.document(row, -1 if whole else k, ids, at, value) for k, ids, at in long
+                ]
                 self.dropped += len(cut) - len(long)
             self.read += len(values)
             self.found += len(self.chunk)

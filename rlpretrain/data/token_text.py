@@ -1,7 +1,8 @@
-"""The text of single tokens: which characters each one gives, so that what is said of a token stands at its characters.
+"""The text of single tokens: which characters each one gives, so that what is said of a token stands at its
+characters.
 
-Decoding a token alone loses its leading space with some tokenizers and gives U+FFFD where it is a part of a character. So tokens
-are read in their place, and bytes come from the vocabulary where it is made of bytes.
+Decoding a token alone loses its leading space with some tokenizers and gives U+FFFD where it is a part of a
+character. So tokens are read in their place, and bytes come from the vocabulary where it is made of bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ NEAR = 8
 class TokenText:
     """What one token gives.
 
-    `text` holds the characters that the token finishes: the texts of all tokens, joined, are the whole text. `label` is never
-    empty; it also shows bytes of a character that a later token finishes, as in ⟨E6⟩.
+    `text` holds the characters that the token finishes: the texts of all tokens, joined, are the whole text.
+    `label` is never empty; it also shows bytes of a character that a later token finishes, as in ⟨E6⟩.
     """
 
     text: str
@@ -39,7 +40,9 @@ class TokenText:
 
     @property
     def inline(self) -> str:
-        """The label inside running text: white space is visible where there is nothing else, and lines break as they did."""
+        """The label inside running text: white space is visible where there is nothing else, and lines
+        break as they did.
+        """
         if self.label.strip(" \n\t\r"):
             return self.label
         return "".join(SPACES.get(c, c) + ("\n" if c == "\n" else "") for c in self.label)
@@ -48,13 +51,15 @@ class TokenText:
 class TokenReader:
     """Reads token ids one by one, with any tokenizer.
 
-    There are three kinds: a byte-level vocabulary, one of sentencepiece with a token for each byte, and all others, whose
-    tokens are decoded beside their neighbour.
+    There are three kinds: a byte-level vocabulary, one of sentencepiece with a token for each byte, and all
+    others, whose tokens are decoded beside their neighbour.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.added = {i: str(token) for i, token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).items()}
+        self.added = {
+            i: str(token) for i, token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).items()
+        }
         self.byte_of: dict[str, int] | None = None
         self.pieces = False
         if not hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -81,8 +86,8 @@ class TokenReader:
     def raw(self, ids: Sequence[int], after: Sequence[int] = ()) -> list[bytes]:
         """The bytes of each of `ids` where it follows `after`: exact where the vocabulary is made of bytes.
 
-        A text that was decoded cannot say them: characters that are not whole became U+FFFD, with byte fallback
-        the whole ones beside them too.
+        A text that was decoded cannot say them: characters that are not whole became U+FFFD, with byte
+        fallback the whole ones beside them too.
         """
         near = [int(i) for i in after[-NEAR:]]
         whole = [*near, *(int(i) for i in ids)]
@@ -132,7 +137,10 @@ class TokenReader:
             texts[last] += character
             labels[last] += character if size else ""
             at += max(size, 1)
-        return [TokenText(text, label or self._named(i)) for i, text, label in zip(ids, texts, labels, strict=True)]
+        return [
+            TokenText(text, label or self._named(i))
+            for i, text, label in zip(ids, texts, labels, strict=True)
+        ]
 
     def _decoded(self, ids: Sequence[int]) -> list[TokenText]:
         out: list[TokenText] = []
@@ -149,7 +157,11 @@ class TokenReader:
 
     def _named(self, token_id: int) -> str:
         """A token that gives no character, by its name in the vocabulary."""
-        name = self.tokenizer.convert_ids_to_tokens(token_id) if hasattr(self.tokenizer, "convert_ids_to_tokens") else None
+        name = (
+            self.tokenizer.convert_ids_to_tokens(token_id)
+            if hasattr(self.tokenizer, "convert_ids_to_tokens")
+            else None
+        )
         return f"⟨{name or token_id}⟩"
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -176,7 +188,9 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: those that can be printed are themselves, the others follow U+0100 in their order."""
+    """GPT-2's characters for bytes: those that can be printed are themselves, the others follow U+0100 in
+    their order.
+    """
     printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(256 + k): byte for k, byte in enumerate(hidden)}

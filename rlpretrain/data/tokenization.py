@@ -1,4 +1,6 @@
-"""Rows become token ids: what decides the ids of a text, how long texts are cut, and where an answer begins."""
+"""Rows become token ids: what decides the ids of a text, how long texts are cut, and where an answer
+begins.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,21 @@ CUT_VERSION = 2
 """Of how texts become documents: another one makes cached tokens unused."""
 PROBE = "Ab ab  don't 2+2=4, 1234 naïve ½ 漢字🙂\n\n\tx(y)  "
 """A text of many kinds of characters: tokenizers that read it otherwise are not the same."""
-NOT_OF_IDS = frozenset({"name_or_path", "init_kwargs", "init_inputs", "chat_template", "model_max_length", "padding_side",
-                        "truncation_side", "verbose", "deprecation_warnings", "cache", "model_input_names"})
+NOT_OF_IDS = frozenset(
+    {
+        "name_or_path",
+        "init_kwargs",
+        "init_inputs",
+        "chat_template",
+        "model_max_length",
+        "padding_side",
+        "truncation_side",
+        "verbose",
+        "deprecation_warnings",
+        "cache",
+        "model_input_names",
+    }
+)
 """Attributes of a tokenizer that do not decide ids."""
 BEHIND = ("\n", "a", ".", "1")
 """Characters behind which an answer is tokenised as one that goes on."""
@@ -29,14 +44,20 @@ BEHIND = ("\n", "a", ".", "1")
 def fingerprint(tokenizer: Any) -> str:
     """Changes with all of a tokenizer that can change the ids of a text, and with nothing else.
 
-    A fast tokenizer is what its `tokenizers` object writes, one in Python its vocabulary, its plain attributes and
-    its model; to both belong their special tokens and what they make of `PROBE`, since a class may do more than it
-    says. Folders, chat templates and padding do not count.
+    A fast tokenizer is what its `tokenizers` object writes, one in Python its vocabulary, its plain
+    attributes and its model; to both belong their special tokens and what they make of `PROBE`, since a class
+    may do more than it says. Folders, chat templates and padding do not count.
     """
     probe = PROBE + "".join(map(str, tokenizer.all_special_tokens))
-    with_special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "sep", "cls")}
-    about = [type(tokenizer).__name__, with_special, bool(getattr(tokenizer, "split_special_tokens", False)),
-             *(list(tokenizer(probe, add_special_tokens=on, verbose=False)["input_ids"]) for on in (False, True))]
+    with_special = {
+        name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "sep", "cls")
+    }
+    about = [
+        type(tokenizer).__name__,
+        with_special,
+        bool(getattr(tokenizer, "split_special_tokens", False)),
+        *(list(tokenizer(probe, add_special_tokens=on, verbose=False)["input_ids"]) for on in (False, True)),
+    ]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
@@ -47,8 +68,11 @@ def fingerprint(tokenizer: Any) -> str:
         for name, value in vars(tokenizer).items():
             plain = isinstance(value, bool | int | float | str | list | tuple | dict | set | frozenset)
             if plain and not name.startswith("_") and name not in NOT_OF_IDS and "file" not in name:
-                state[name] = sorted(map(repr, value.items() if isinstance(value, dict) else value)) \
-                    if isinstance(value, dict | set | frozenset) else repr(value)
+                state[name] = (
+                    sorted(map(repr, value.items() if isinstance(value, dict) else value))
+                    if isinstance(value, dict | set | frozenset)
+                    else repr(value)
+                )
         model = getattr(tokenizer, "sp_model", None)
         if model is not None:
             state["model"] = Hasher.hash(model.serialized_model_proto())
@@ -57,7 +81,9 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def older_fingerprint(tokenizer: Any) -> str:
-    """What checkpoints of before `fingerprint` hold: it misses what a fast tokenizer's object does not write."""
+    """What checkpoints of before `fingerprint` hold: it misses what a fast tokenizer's object does not
+    write.
+    """
     probe, bos = tokenizer("a")["input_ids"], tokenizer.bos_token_id
     lead = [bos] if bos is not None and probe[:1] == [bos] else []
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -86,7 +112,10 @@ class Cutter:
         self.eos = tokenizer.eos_token_id if data.append_eos else None
         self.lead, self.tail = _frame(tokenizer)
         if data.max_length <= len(self.lead):
-            raise ConfigError(f"data.max_length is {data.max_length}: the tokenizer alone begins a text with {len(self.lead)}")
+            raise ConfigError(
+                f"data.max_length is {data.max_length}: the tokenizer alone begins a text with "
+                f"{len(self.lead)}"
+            )
         self.reader = TokenReader(tokenizer)
         whole_file = os.path.isfile(os.path.expanduser(data.path)) and "[" not in data.split
         self.lines = whole_file and data.path.endswith(".txt")
@@ -107,14 +136,26 @@ class Cutter:
         given = zip(texts, columns[data.answer_column], prompts, alone, strict=True)
         return [[self._joined(*row)] for row in given]
 
-    def _ids(self, columns: Mapping[str, Sequence[Any]], name: str, rows: Sequence[int], after: str = "",
-             **how: Any) -> list[list[int]]:  # fmt: skip
+    def _ids(
+        self,
+        columns: Mapping[str, Sequence[Any]],
+        name: str,
+        rows: Sequence[int],
+        after: str = "",
+        **how: Any,
+    ) -> list[list[int]]:
         texts = columns[name]
         for text, row in zip(texts, rows, strict=True):
             if text is not None and not isinstance(text, str):
-                raise ConfigError(f"{self.source(row)}: column '{name}' holds {type(text).__name__}, not text")
+                raise ConfigError(
+                    f"{self.source(row)}: column '{name}' holds {type(text).__name__}, not text"
+                )
         full = [text + after for text in texts if text and not text.isspace()]
-        found = iter(self.tokenizer(full, return_attention_mask=False, verbose=False, **how)["input_ids"] if full else [])
+        found = iter(
+            self.tokenizer(full, return_attention_mask=False, verbose=False, **how)["input_ids"]
+            if full
+            else []
+        )
         return [next(found) if text and not text.isspace() else [] for text in texts]
 
     def _joined(self, text: str, answer: str, prompt: list[int], alone: list[int]) -> Piece:
@@ -129,10 +170,11 @@ class Cutter:
     def _beside(self, text: str, answer: str, prompt: list[int], alone: list[int]) -> Piece:
         """Ids that say `text` and `answer` one after the other, and the first of the answer's.
 
-        A tokenizer may begin every text with a space of its own, or mark a word that goes on: then the answer's own
-        ids say something else behind a prompt. In this order, the first that says what both texts say together:
-        their common ids, where the prompt's are the first of them; the answer's own behind the prompt's; those it
-        has behind another character; and the common ids from the first that is not the prompt's.
+        A tokenizer may begin every text with a space of its own, or mark a word that goes on: then the
+        answer's own ids say something else behind a prompt. In this order, the first that says what both
+        texts say together: their common ids, where the prompt's are the first of them; the answer's own
+        behind the prompt's; those it has behind another character; and the common ids from the first that is
+        not the prompt's.
         """
         common = self.tokenizer(text + answer, verbose=False)["input_ids"]
         common = common[: len(common) - len(self.tail)]
@@ -142,15 +184,23 @@ class Cutter:
         if unknown is not None and common.count(unknown) > (prompt + alone).count(unknown):
             return prompt + alone, len(prompt)  # two known words, of which it knows no compound
         said = self.reader.text(common)
-        for ids in (alone, *(self._behind(character, answer) for character in dict.fromkeys((text[-1:], *BEHIND)))):
+        for ids in (
+            alone,
+            *(self._behind(character, answer) for character in dict.fromkeys((text[-1:], *BEHIND))),
+        ):
             if ids and self.reader.text(prompt + ids) == said:
                 return prompt + ids, len(prompt)
-        shared = next((k for k, pair in enumerate(zip(prompt, common, strict=False)) if len({*pair}) > 1), len(common) - 1)
+        shared = next(
+            (k for k, pair in enumerate(zip(prompt, common, strict=False)) if len({*pair}) > 1),
+            len(common) - 1,
+        )
         return common, min(shared, len(common) - 1)
 
     def _behind(self, character: str, answer: str) -> list[int]:
         """The answer's ids behind a character; none where they merge with it."""
-        before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (character, character + answer))
+        before, both = (
+            self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (character, character + answer)
+        )
         return both[len(before) :] if before and both[: len(before)] == before else []
 
     def _cut(self, ids: list[int]) -> list[list[int]]:
@@ -168,9 +218,13 @@ class Cutter:
         """`file:line` in a text file, where a row is a line; else `data[row]`."""
         return f"{self.data.path}:{row + 1}" if self.lines else f"{self.data.path}[{row}]"
 
-    def document(self, row: int, piece: int, ids: Sequence[int], answer_at: int, values: Mapping[str, Any]) -> Document:
+    def document(
+        self, row: int, piece: int, ids: Sequence[int], answer_at: int, values: Mapping[str, Any]
+    ) -> Document:
         """`piece` -1 is a whole text; `values` are the row's columns."""
-        meta = {name: json.loads(values[name]) if self.cells else values[name] for name in self.data.meta_columns}
+        meta = {
+            name: json.loads(values[name]) if self.cells else values[name] for name in self.data.meta_columns
+        }
         id_ = str(row) if piece < 0 else f"{row}.{piece}"
         return Document(id_, tuple(ids), self.source(row), meta or None, None if answer_at < 0 else answer_at)
 

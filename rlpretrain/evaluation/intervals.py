@@ -1,7 +1,9 @@
-"""Means of measured numbers with 95% intervals that cover: whole source rows are resampled, and few seeds get a t interval.
+"""Means of measured numbers with 95% intervals that cover: whole source rows are resampled, and few seeds get
+a t interval.
 
-The pieces of a long text, and the positions in them, are not independent: what is drawn again is the row of the data that they
-come from. Two or three seeds are too few to resample; their part of the interval is Student's t over the seeds' own means.
+The pieces of a long text, and the positions in them, are not independent: what is drawn again is the row of
+the data that they come from. Two or three seeds are too few to resample; their part of the interval is
+Student's t over the seeds' own means.
 """
 
 from __future__ import annotations
@@ -28,19 +30,30 @@ def row_of(document_id: str) -> str:
     return re.sub(r"\.\d+$", "", document_id)
 
 
-def interval(values: np.ndarray, weights: np.ndarray | None = None, *, rows: Sequence[str] | None = None, seed: int = 0,
-             draws: int = 2000) -> tuple[float, list[float]]:  # fmt: skip
-    """Weighted mean of values [seeds, positions] and its 95% interval; the positions are the same for every seed.
+def interval(
+    values: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    rows: Sequence[str] | None = None,
+    seed: int = 0,
+    draws: int = 2000,
+) -> tuple[float, list[float]]:
+    """Weighted mean of values [seeds, positions] and its 95% interval; the positions are the same for every
+    seed.
 
-    `rows` names each position's source row (None: each is a row of its own). NaN counts nowhere, as does weight 0.
+    `rows` names each position's source row (None: each is a row of its own). NaN counts nowhere, as does
+    weight 0.
 
-    One seed: a percentile bootstrap over whole rows, a little wider than the plain one (Hesterberg 2015, expanded
-    percentiles), or Student's t below `FEWEST` rows. It does not know how another seed would have come out. Several seeds: the
-    half-width is the root of the squares of two, t over the seeds' means and t over the rows (whose error is that of a ratio of
-    sums over rows). Where an interval would need a second row it is NaN.
+    One seed: a percentile bootstrap over whole rows, a little wider than the plain one (Hesterberg 2015,
+    expanded percentiles), or Student's t below `FEWEST` rows. It does not know how another seed would have
+    come out. Several seeds: the half-width is the root of the squares of two, t over the seeds' means and t
+    over the rows (whose error is that of a ratio of sums over rows). Where an interval would need a second
+    row it is NaN.
     """
     values = np.atleast_2d(np.asarray(values, float))
-    weights = np.ones_like(values) if weights is None else np.broadcast_to(np.asarray(weights, float), values.shape)
+    weights = (
+        np.ones_like(values) if weights is None else np.broadcast_to(np.asarray(weights, float), values.shape)
+    )
     weights = np.where(np.isfinite(values), weights, 0.0)
     if not weights.sum() > 0:
         return math.nan, [math.nan, math.nan]
@@ -64,10 +77,14 @@ def interval(values: np.ndarray, weights: np.ndarray | None = None, *, rows: Seq
 def points(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """The weighted mean of each seed [seeds]; NaN where nothing counts."""
     values = np.atleast_2d(np.asarray(values, float))
-    weights = np.ones_like(values) if weights is None else np.broadcast_to(np.asarray(weights, float), values.shape)
+    weights = (
+        np.ones_like(values) if weights is None else np.broadcast_to(np.asarray(weights, float), values.shape)
+    )
     weights = np.where(np.isfinite(values), weights, 0.0)
     total = weights.sum(1)
-    return np.divide((np.nan_to_num(values) * weights).sum(1), total, out=np.full(len(values), math.nan), where=total > 0)
+    return np.divide(
+        (np.nan_to_num(values) * weights).sum(1), total, out=np.full(len(values), math.nan), where=total > 0
+    )
 
 
 @lru_cache(maxsize=256)
@@ -77,7 +94,9 @@ def student(freedom: int) -> float:
     >>> [round(student(n), 3) for n in (1, 2, 10, 1000)]
     [12.706, 4.303, 2.228, 1.962]
     """
-    angle = np.linspace(0.0, math.pi / 2, 200_001)  # t is sqrt(freedom) tan(angle), and the density of the angle is this
+    angle = np.linspace(
+        0.0, math.pi / 2, 200_001
+    )  # t is sqrt(freedom) tan(angle), and the density of the angle is this
     density = np.cos(angle) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(float(np.interp(LEVEL, below / below[-1], angle)))

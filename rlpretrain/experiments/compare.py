@@ -1,9 +1,11 @@
-"""`rlpretrain compare`: objectives and seeds from one base with matched budgets, in one table with intervals, and a plot.
+"""`rlpretrain compare`: objectives and seeds from one base with matched budgets, in one table with intervals,
+and a plot.
 
-Each training is a run folder of its own, in a process of its own; what is done is kept, so a comparison that was stopped goes
-on where it was. Every model is evaluated twice on the same held-out documents: by one common objective, so that methods can be
-compared, and by its own, against the base, so that one sees whether it learnt what it was rewarded for. All methods answer the
-same held-out rows with the same seeds, so two of them are compared by the differences there, whose intervals are narrower.
+Each training is a run folder of its own, in a process of its own; what is done is kept, so a comparison that
+was stopped goes on where it was. Every model is evaluated twice on the same held-out documents: by one common
+objective, so that methods can be compared, and by its own, against the base, so that one sees whether it
+learnt what it was rewarded for. All methods answer the same held-out rows with the same seeds, so two of them
+are compared by the differences there, whose intervals are narrower.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ from rlpretrain.config.io import build, to_dict
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.evaluation.intervals import interval, points
-from rlpretrain.experiments.experiment import BASE, Experiment, Job, Judged, load
+from rlpretrain.experiments.experiment import BASE, Experiment, Job, Judged, load_experiment
 from rlpretrain.files import check_writable, finite, writing
 from rlpretrain.models import adapters
-from rlpretrain.objectives import delimiters
-from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.ranks import join
 from rlpretrain.training.checkpoint import MACHINE, changes, without
@@ -38,23 +39,36 @@ from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 
 COLUMNS = {
-    "think_sampled": "thinks, sampled", "direct": "answers directly", "gain_frozen": "gain (nats)", "empty": "gain, empty",
-    "shuffled": "gain, shuffled", "no_think_loss": "no-think loss",
-}  # fmt: skip
+    "think_sampled": "thinks, sampled",
+    "direct": "answers directly",
+    "gain_frozen": "gain (nats)",
+    "empty": "gain, empty",
+    "shuffled": "gain, shuffled",
+    "no_think_loss": "no-think loss",
+}
 
 
-def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train and evaluate what is not done yet, then write and return the results; `jobs` in place of the file's."""
+def compare(
+    path: str | Path, *, jobs: int | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Train and evaluate what is not done yet, then write and return the results; `jobs` in place of the
+    file's.
+    """
     path = Path(path).expanduser()
-    experiment = load(path)
+    experiment = load_experiment(path)
     experiment = replace(experiment, jobs=jobs) if jobs else experiment
     where, out = path.parent, Path(experiment.output_dir)
     check_writable(out, "output_dir")
-    todo = [Job(experiment=experiment, name=name, seed=seed, where=where)
-            for seed in experiment.seeds for name in (*experiment.methods, BASE)]  # fmt: skip
+    todo = [
+        Job(experiment=experiment, name=name, seed=seed, where=where)
+        for seed in experiment.seeds
+        for name in (*experiment.methods, BASE)
+    ]
     if not all((job.folder / "evaluation.json").exists() for job in todo):
         check(experiment, where)
-    later = [job for job in todo if job.method and job.method.match]  # budgets are known once the runs that set them are done
+    later = [
+        job for job in todo if job.method and job.method.match
+    ]  # budgets are known once the runs that set them are done
     for part in ([job for job in todo if job not in later], later):
         for text in _each(experiment, part):
             say(text)
@@ -70,13 +84,18 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Callable[[str], N
 
 
 def check(experiment: Experiment, where: Path) -> None:
-    """Make every objective with its tokenizer and read the held-out documents: what fails there fails before any training.
+    """Make every objective with its tokenizer and read the held-out documents: what fails there fails before
+    any training.
 
     Raises ConfigError that names the method, or `evaluation`.
     """
     e = experiment.evaluation
-    parts = {f"method {name}": Job(experiment=experiment, name=name, seed=experiment.seeds[0], where=where).config()
-             for name in experiment.methods}  # fmt: skip
+    parts = {
+        f"method {name}": Job(
+            experiment=experiment, name=name, seed=experiment.seeds[0], where=where
+        ).config()
+        for name in experiment.methods
+    }
     common = _common(next(iter(parts.values())), e)
     for part, config in (parts | {"evaluation": common}).items():
         tokenizer = models.load_tokenizer(config.model)
@@ -90,7 +109,9 @@ def check(experiment: Experiment, where: Path) -> None:
 
 
 def _each(experiment: Experiment, jobs: Sequence[Job]) -> Iterator[str]:
-    """Do all jobs, and yield a line for each; the first failure is raised, once what is under way has ended."""
+    """Do all jobs, and yield a line for each; the first failure is raised, once what is under way has
+    ended.
+    """
     done = [job for job in jobs if to_train(job) is None and to_evaluate(job) is None]
     jobs = [job for job in jobs if job not in done]
     yield from map(do, done)
@@ -124,7 +145,9 @@ def do(job: Job) -> str:
             job.folder.mkdir(parents=True, exist_ok=True)
             write_json(job.folder / "wanted.json", to_dict(config))
             ended = Pretrainer(config).train(resume="auto")
-            said.append(f"trained {ended['steps']} steps" + (f" ({ended['stopped']})" if ended["stopped"] else ""))
+            said.append(
+                f"trained {ended['steps']} steps" + (f" ({ended['stopped']})" if ended["stopped"] else "")
+            )
         if settings := to_evaluate(job):
             measure(job, settings)
             said.append("evaluated")
@@ -141,21 +164,36 @@ def to_train(job: Job) -> PretrainConfig | None:
     config = job.config()
     if method.like:
         spent = last_row(replace(job, name=method.like).folder)
-        limit = {"input_tokens": int(spent["num_input_tokens"])} if method.match == "tokens" else {"flops": spent["num_flops"]}
+        limit = (
+            {"input_tokens": int(spent["num_input_tokens"])}
+            if method.match == "tokens"
+            else {"flops": spent["num_flops"]}
+        )
         config = replace(config, stop=replace(config.stop, **limit))
-    sides = [json.loads(wanted.read_text()), json.loads(json.dumps(to_dict(config)))] if wanted.exists() else [{}, {}]
+    sides = (
+        [json.loads(wanted.read_text()), json.loads(json.dumps(to_dict(config)))]
+        if wanted.exists()
+        else [{}, {}]
+    )
     if different := changes(*(without(side, MACHINE) for side in sides)):
-        raise ConfigError(f"it was run otherwise: {'; '.join(different)}. Remove {job.folder} or choose another output_dir")
+        raise ConfigError(
+            f"it was run otherwise: {'; '.join(different)}. Remove {job.folder} or choose another output_dir"
+        )
     return None if record.exists() and json.loads(record.read_text())["status"] == "done" else config
 
 
 def to_evaluate(job: Job) -> dict[str, Any] | None:
     """The settings of an evaluation that is to be made; None if it was."""
     file, names = job.folder / "evaluation.json", [job.name] if job.method else list(job.experiment.methods)
-    wanted = {"evaluation": to_dict(job.experiment.evaluation), "objectives": {n: job.config(n).objective for n in names}}
+    wanted = {
+        "evaluation": to_dict(job.experiment.evaluation),
+        "objectives": {n: job.config(n).objective for n in names},
+    }
     settings = json.loads(json.dumps(wanted))
     found = json.loads(file.read_text()) if file.exists() else {}
-    return None if found.get("settings") == settings and "rows" in found.get("common", {}) else settings  # older ones lack rows
+    return (
+        None if found.get("settings") == settings and "rows" in found.get("common", {}) else settings
+    )  # older ones lack rows
 
 
 def last_row(folder: Path) -> dict[str, float]:
@@ -171,16 +209,26 @@ def measure(job: Job, settings: dict[str, Any]) -> None:
     if own.threads:
         torch.set_num_threads(own.threads)
     path = str(job.folder / "model") if job.method else own.model.path
-    found = {"settings": settings, "common": _evaluated(job, _common(own, e), path, controls=True),
-             "own": {n: _evaluated(job, c, path) for n, c in configs.items()}}  # fmt: skip
+    found = {
+        "settings": settings,
+        "common": _evaluated(job, _common(own, e), path, controls=True),
+        "own": {n: _evaluated(job, c, path) for n, c in configs.items()},
+    }
     job.folder.mkdir(parents=True, exist_ok=True)
     write_json(job.folder / "evaluation.json", found)
 
 
 def _common(own: PretrainConfig, judged: Judged) -> PretrainConfig:
     """The configuration by which all models are compared, on the model and device of `own`."""
-    return build({"model": to_dict(own.model), "data": to_dict(judged.data), "objective": judged.objective, "device": own.device,
-                  "sampling": {"max_thought_tokens": judged.max_thought_tokens}})  # fmt: skip
+    return build(
+        {
+            "model": to_dict(own.model),
+            "data": to_dict(judged.data),
+            "objective": judged.objective,
+            "device": own.device,
+            "sampling": {"max_thought_tokens": judged.max_thought_tokens},
+        }
+    )
 
 
 def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = False) -> dict[str, list[Any]]:
@@ -190,23 +238,33 @@ def _evaluated(job: Job, config: PretrainConfig, path: str, controls: bool = Fal
     start = replace(config.model, path=path)
     if job.method:
         start = replace(start, quantization="none")  # what was saved is merged
-    model, tokenizer, _ = models.load(start, tags, job.seed)
-    base = models.load(config.model, tags, job.seed)[0]
+    model, tokenizer, _ = models.load_with_tokenizer(start, tags, job.seed)
+    base = models.load_with_tokenizer(config.model, tags, job.seed)[0]
     found = evaluate(
-        model.to(device), load_objective(config, tokenizer), read_all(e.data, tokenizer, limit=e.documents),
-        frozen=base.to(device), thoughts=e.thoughts, seed=job.seed, controls=controls, greedy=False,
+        model.to(device),
+        load_objective(config, tokenizer),
+        read_all(e.data, tokenizer, limit=e.documents),
+        frozen=base.to(device),
+        thoughts=e.thoughts,
+        seed=job.seed,
+        controls=controls,
+        greedy=False,
         pad_id=tokenizer.pad_token_id or 0,
-    )  # fmt: skip
+    )
     values = found.values | {"no_think_loss": found.losses, "tokens": found.tokens}
     return {name: v.tolist() for name, v in values.items()} | {"rows": found.rows}
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
-    """Every number of every method with its 95% interval and each seed's own, differences between methods, and what it cost."""
+    """Every number of every method with its 95% interval and each seed's own, differences between methods,
+    and what it cost.
+    """
     out: dict[str, Any] = {}
     folder = Path(experiment.output_dir)
-    read = {name: [json.loads((folder / f"{name}-{s}" / "evaluation.json").read_text()) for s in experiment.seeds]
-            for name in (BASE, *experiment.methods)}  # fmt: skip
+    read = {
+        name: [json.loads((folder / f"{name}-{s}" / "evaluation.json").read_text()) for s in experiment.seeds]
+        for name in (BASE, *experiment.methods)
+    }
     for name, parts in read.items():
         common = [p["common"] for p in parts]
         row: dict[str, Any] = {n: _interval(common, n) for n in COLUMNS if n in common[0]}
@@ -214,25 +272,44 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         if name != BASE:
             own, before = ([p["own"][name] for p in read[n]] for n in (name, BASE))
             given = experiment.methods[name].own
-            number = given or next((n for n in ("asked", "reward", "gain_frozen") if n in own[0]), "no_think_loss")
+            number = given or next(
+                (n for n in ("asked", "reward", "gain_frozen") if n in own[0]), "no_think_loss"
+            )
             if number not in own[0]:
-                raise ConfigError(f"method {name}: own '{number}' is none of its numbers: {', '.join(own[0])}")
-            row["own"] = {"number": number, "before": _interval(before, number), "after": _interval(own, number),
-                          "change": _interval(own, number, before), "by_seed": _by_seed(own, number)}  # fmt: skip
+                raise ConfigError(
+                    f"method {name}: own '{number}' is none of its numbers: {', '.join(own[0])}"
+                )
+            row["own"] = {
+                "number": number,
+                "before": _interval(before, number),
+                "after": _interval(own, number),
+                "change": _interval(own, number, before),
+                "by_seed": _by_seed(own, number),
+            }
             spent = [last_row(folder / f"{name}-{s}") for s in experiment.seeds]
             runs = [json.loads((folder / f"{name}-{s}" / "run.json").read_text()) for s in experiment.seeds]
-            row["spent"] = {n: float(np.mean([r[f"num_{n}"] for r in spent])) for n in ("input_tokens", "tokens", "flops")}
+            row["spent"] = {
+                n: float(np.mean([r[f"num_{n}"] for r in spent])) for n in ("input_tokens", "tokens", "flops")
+            }
             row["steps"], row["stopped"] = [r["step"] for r in spent], [r["stopped"] for r in runs]
         out[name] = row
     documents = len(read[BASE][0]["common"]["tokens"])
     sources = len(set(read[BASE][0]["common"]["rows"]))
-    results = {"folder": str(folder), "seeds": list(experiment.seeds), "documents": documents, "source_rows": sources,
-               "methods": out, "differences": _differences(read)}  # fmt: skip
+    results = {
+        "folder": str(folder),
+        "seeds": list(experiment.seeds),
+        "documents": documents,
+        "source_rows": sources,
+        "methods": out,
+        "differences": _differences(read),
+    }
     return finite(results)
 
 
 def _differences(read: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
-    """{"a - b": {number: [mean, low, high]}} of every two methods, the base among them, on the same rows and seeds."""
+    """{"a - b": {number: [mean, low, high]}} of every two methods, the base among them, on the same rows
+    and seeds.
+    """
     names, out = list(read), {}
     for k, second in enumerate(names):
         for first in names[k + 1 :]:
@@ -242,9 +319,11 @@ def _differences(read: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, l
     return out
 
 
-def _interval(parts: Sequence[dict[str, list[Any]]], name: str,
-              less: Sequence[dict[str, list[Any]]] | None = None) -> list[float]:  # fmt: skip
-    """[mean, low, high] over source rows and seeds, of a number or of its differences from `less` at the same positions.
+def _interval(
+    parts: Sequence[dict[str, list[Any]]], name: str, less: Sequence[dict[str, list[Any]]] | None = None
+) -> list[float]:
+    """[mean, low, high] over source rows and seeds, of a number or of its differences from `less` at the same
+    positions.
 
     NaN (not applicable) counts nowhere.
     """
@@ -266,7 +345,9 @@ def _weights(parts: Sequence[dict[str, list[Any]]], name: str) -> np.ndarray | N
 
 
 def _write_csv(path: Path, results: dict[str, Any]) -> None:
-    """A line for each method (or difference of two) and number: method, number, mean, low, high, and each seed's mean."""
+    """A line for each method (or difference of two) and number: method, number, mean, low, high, and each
+    seed's mean.
+    """
     work = path.with_name(f".{path.name}.tmp")
     with writing(path), work.open("w", newline="") as f:
         out = csv.writer(f)
@@ -274,7 +355,9 @@ def _write_csv(path: Path, results: dict[str, Any]) -> None:
         for name, row in results["methods"].items():
             numbers = {n: [*row[n], *row["by_seed"][n]] for n in COLUMNS if n in row}
             if "own" in row:
-                numbers |= {f"own {row['own']['number']}, {when}": row["own"][when] for when in ("before", "after")}
+                numbers |= {
+                    f"own {row['own']['number']}, {when}": row["own"][when] for when in ("before", "after")
+                }
                 numbers |= {n: [v, "", ""] for n, v in row["spent"].items()}
             out.writerows((name, number, *values) for number, values in numbers.items())
         for pair, found in results["differences"].items():
@@ -286,9 +369,17 @@ def table(results: dict[str, Any]) -> Any:
     """The results as a rich table."""
     from rich.table import Table
 
-    shown = Table("", "its own number", "base", "after", *COLUMNS.values(), "tokens", "TFLOP",
-                  title=f"{results['documents']} held-out documents of {results['source_rows']} rows, seeds {results['seeds']}; "
-                        "95% intervals over rows and seeds")  # fmt: skip
+    shown = Table(
+        "",
+        "its own number",
+        "base",
+        "after",
+        *COLUMNS.values(),
+        "tokens",
+        "TFLOP",
+        title=f"{results['documents']} held-out documents of {results['source_rows']} rows, "
+        f"seeds {results['seeds']}; 95% intervals over rows and seeds",
+    )
     for name, row in results["methods"].items():
         own, spent = row.get("own"), row.get("spent")
         mine = (own["number"], cell(own["before"]), cell(own["after"])) if own else ("", "", "")
@@ -302,7 +393,9 @@ def differences(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
     first = next(name for name in results["methods"] if name != BASE)
-    shown = Table("paired differences", *COLUMNS.values(), title="at the same rows, with the same seeds; 95% intervals")
+    shown = Table(
+        "paired differences", *COLUMNS.values(), title="at the same rows, with the same seeds; 95% intervals"
+    )
     for pair, row in results["differences"].items():
         if pair.endswith((f" - {BASE}", f" - {first}")):
             shown.add_row(pair, *(cell(row.get(n)) for n in COLUMNS))
@@ -318,7 +411,8 @@ def cell(values: Sequence[float | None] | None) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Accuracy with and without a thought, and the gain, of every method, and its difference from the first, with intervals.
+    """Accuracy with and without a thought, and the gain, of every method, and its difference from the first,
+    with intervals.
 
     Seeds are the pale points.
     """
@@ -328,21 +422,33 @@ def plot(results: dict[str, Any], path: Path) -> None:
     names = list(results["methods"])[::-1]
     figure = Figure(figsize=(14, 0.34 * len(names) + 1.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    panels = [[("think_sampled", "o", 0.12), ("direct", "s", -0.12)], [("gain_frozen", "o", 0.12), ("shuffled", "s", -0.12)]]
+    panels = [
+        [("think_sampled", "o", 0.12), ("direct", "s", -0.12)],
+        [("gain_frozen", "o", 0.12), ("shuffled", "s", -0.12)],
+    ]
     for axis, panel in zip(axes, panels, strict=False):
         for number, mark, shift in panel:
-            rows = {i + shift: results["methods"][n] for i, n in enumerate(names) if number in results["methods"][n]}
+            rows = {
+                i + shift: results["methods"][n]
+                for i, n in enumerate(names)
+                if number in results["methods"][n]
+            }
             line = _bars(axis, {at: row[number] for at, row in rows.items()}, mark, COLUMNS[number])
             for at, row in rows.items():
                 seeds = row["by_seed"][number]
                 axis.plot(seeds, [at] * len(seeds), "|", color=line, alpha=0.5, markersize=5)
         axis.grid(axis="x", alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set(yticks=range(len(names)), yticklabels=names, xlabel="share of held-out positions", xlim=(0, 1))
+    axes[0].set(
+        yticks=range(len(names)), yticklabels=names, xlabel="share of held-out positions", xlim=(0, 1)
+    )
     axes[1].set(xlabel="nats against the frozen base")
     first = next(name for name in results["methods"] if name != BASE)
     for number, mark, shift in panels[0]:
-        pairs = {i + shift: results["differences"].get(f"{n} - {first}", {}).get(number) for i, n in enumerate(names)}
+        pairs = {
+            i + shift: results["differences"].get(f"{n} - {first}", {}).get(number)
+            for i, n in enumerate(names)
+        }
         _bars(axes[2], {at: row for at, row in pairs.items() if row}, mark, COLUMNS[number])
     axes[2].axvline(0, color="black", linewidth=0.6)
     axes[2].grid(axis="x", alpha=0.3)

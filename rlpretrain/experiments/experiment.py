@@ -1,4 +1,6 @@
-"""What `rlpretrain compare` reads: several configurations, the seeds, the budgets they share, and how they are judged."""
+"""What `rlpretrain compare` reads: several configurations, the seeds, the budgets they share, and how they
+are judged.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,15 @@ class Method:
     set: Fields = field(default_factory=dict)
     """Fields laid over it."""
     match: Literal["tokens", "flops"] | None = None
-    """Train until as many tokens of documents, or floating-point operations, are spent as by `like` with the same seed."""
+    """Train until as many tokens of documents, or floating-point operations, are spent as by `like` with
+    the same seed.
+    """
     like: str | None = None
     """The method whose budget it gets."""
     own: str | None = None
-    """Its own number on held-out documents (`rlpretrain eval` has their meanings); by default what it is rewarded with."""
+    """Its own number on held-out documents (`rlpretrain eval` has their meanings); by default what it is
+    rewarded with.
+    """
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -45,7 +51,9 @@ class Judged:
 
     data: Annotated[DataConfig, headed("path")]
     """Held-out documents."""
-    objective: Annotated[dict[str, Any], headed("name"), LATER] = field(default_factory=lambda: {"name": "rlp"})
+    objective: Annotated[dict[str, Any], headed("name"), LATER] = field(
+        default_factory=lambda: {"name": "rlp"}
+    )
     """Where to think and what to predict, for all."""
     documents: Count = 64
     """How many documents."""
@@ -70,7 +78,9 @@ class Experiment:
     jobs: Count = 1
     """Trainings at a time, each a process of its own; with `ray`, the cluster decides."""
     ray: str | None = None
-    """Ray cluster (local, auto, or an address) that runs them; its machines and this one must reach `output_dir`, model, data."""
+    """Ray cluster (local, auto, or an address) that runs them; its machines and this one must reach
+    `output_dir`, model, data.
+    """
     resources: dict[str, float] = field(default_factory=lambda: {"num_cpus": 1.0})
     """What a training takes of the cluster: num_cpus, num_gpus."""
     output_dir: PathText = "runs/compare"
@@ -111,8 +121,10 @@ class Job:
         return config
 
 
-def load(path: str | Path) -> Experiment:
-    """A checked experiment; every configuration in it is built once, so that mistakes show before any training."""
+def load_experiment(path: str | Path) -> Experiment:
+    """A checked experiment; every configuration in it is built once, so that mistakes show before any
+    training.
+    """
     file = Path(path).expanduser()
     try:
         experiment = parse(Experiment, read_mapping(file))
@@ -128,19 +140,27 @@ def load(path: str | Path) -> Experiment:
     bases: dict[str, Any] = {}
     for name, method in experiment.methods.items():
         if name == BASE or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-            raise ConfigError(f"method '{name}': its name must be of letters, digits, '.', '_' and '-', and not '{BASE}'")
+            raise ConfigError(
+                f"method '{name}': its name must be of letters, digits, '.', '_' and '-', and not '{BASE}'"
+            )
         if bool(method.match) != bool(method.like):
             raise ConfigError(f"method {name}: match and like go together (match: flops, like: rlp)")
         if method.like and (method.like not in experiment.methods or experiment.methods[method.like].match):
-            raise ConfigError(f"method {name}: like '{method.like}' must be another method, without a budget to match")
+            raise ConfigError(
+                f"method {name}: like '{method.like}' must be another method, without a budget to match"
+            )
         config = Job(experiment=experiment, name=name, seed=experiment.seeds[0], where=file.parent).config()
         if method.match and config.optim.schedule != "constant":
-            raise ConfigError(f"method {name}: its length follows from the budget, so optim.schedule must be constant")
+            raise ConfigError(
+                f"method {name}: its length follows from the budget, so optim.schedule must be constant"
+            )
         bases[name] = to_dict(config.model) | {"quantization": "none"}  # the same weights, rounded or not
     first, *others = bases
     for name in others:
         if different := changes(bases[first], bases[name], "model"):
-            raise ConfigError(f"methods {first} and {name} must begin with the same base: {'; '.join(different)}")
+            raise ConfigError(
+                f"methods {first} and {name} must begin with the same base: {'; '.join(different)}"
+            )
     return experiment
 
 
@@ -160,3 +180,6 @@ def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
                 old = None
         out[key] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
+
+
+load = load_experiment  # the name it had before

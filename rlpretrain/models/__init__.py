@@ -1,6 +1,8 @@
-"""What the library knows of a Hugging Face model: loading, saving, adapters, lengths, randomness, kernels, operations."""
+"""What the library knows of a Hugging Face model: loading, saving, adapters, lengths, randomness, kernels,
+operations.
+"""
 
-from rlpretrain.models.loading import count, load, load_model, load_tokenizer, reason
+from rlpretrain.models.loading import count, load, load_model, load_tokenizer, load_with_tokenizer, reason
 from rlpretrain.models.saving import model_card, push, save_model, save_start, try_saving
 
 __all__ = [
@@ -8,6 +10,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "load_with_tokenizer",
     "model_card",
     "push",
     "reason",

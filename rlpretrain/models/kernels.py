@@ -23,7 +23,9 @@ _LEFT_OUT = {"sdpa": {"softcap": "the soft cap on its attention scores", "s_aux"
 
 @contextmanager
 def attending_by(model: nn.Module, implementation: str | None) -> Iterator[None]:
-    """While it lasts, `model` attends by another implementation of transformers' interface; None leaves it its own."""
+    """While it lasts, `model` attends by another implementation of transformers' interface; None leaves it
+    its own.
+    """
     before = attention_of(model)
     if implementation is None or implementation == before:
         yield
@@ -36,10 +38,11 @@ def attending_by(model: nn.Module, implementation: str | None) -> Iterator[None]
 
 
 def settle(model: nn.Module, asked: str | None = None) -> str | None:
-    """Let a model attend by a kernel that computes its attention: eager, where the one that it has drops a part of it.
+    """Let a model attend by a kernel that computes its attention: eager, where the one that it has drops a
+    part of it.
 
-    transformers gives Gemma 2 `sdpa`, for instance, which knows no soft cap. Returns what was dropped, or None. `asked` is the
-    kernel that the user named: ConfigError if that is the one.
+    transformers gives Gemma 2 `sdpa`, for instance, which knows no soft cap. Returns what was dropped, or
+    None. `asked` is the kernel that the user named: ConfigError if that is the one.
     """
     before = attention_of(model).removeprefix(PREFIX)
     known = _LEFT_OUT.get(before, {})
@@ -48,8 +51,9 @@ def settle(model: nn.Module, asked: str | None = None) -> str | None:
     dropped = ", ".join(text for name, text in known.items() if name in _arguments(model))
     if dropped and asked == before:
         raise ConfigError(
-            f"model.attn_implementation {asked}: {type(model).__name__} would lose {dropped}, which that kernel does not "
-            "compute: use eager (or leave it out), or on a GPU one that does (flash_attention_2, flex_attention)"
+            f"model.attn_implementation {asked}: {type(model).__name__} would lose {dropped}, which that "
+            "kernel does not compute: use eager (or leave it out), or on a GPU one that does "
+            "(flash_attention_2, flex_attention)"
         )
     if dropped:
         model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -71,22 +75,28 @@ def _arguments(model: nn.Module) -> set[str]:
     AttentionInterface.register("listen", listen)
     AttentionMaskInterface.register("listen", ALL_MASK_ATTENTION_FUNCTIONS[before])
     with attending_by(model, "listen"), torch.no_grad():
-        forward_of(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device))
+        forward_of(model)(
+            input_ids=torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+        )
     return found
 
 
 @torch.no_grad()
 def check_kernel(model: nn.Module) -> float:
-    """Mean difference (nats) between a model's log-probs by its attention kernel and by `eager`, which defines the model.
+    """Mean difference (nats) between a model's log-probs by its attention kernel and by `eager`, which
+    defines the model.
 
-    Raises ConfigError above 1e-3 (.1 in half precision). 0 for models that do not take kernels from transformers' interface.
+    Raises ConfigError above 1e-3 (.1 in half precision). 0 for models that do not take kernels from
+    transformers' interface.
     """
     if not getattr(model, "_supports_attention_backend", False):
         return 0.0
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     limit = limit_of(model)
     size = min(48, limit.tokens) if limit else 48
-    ids = torch.randint(weight.shape[0], (1, size), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    ids = torch.randint(weight.shape[0], (1, size), generator=torch.Generator().manual_seed(0)).to(
+        weight.device
+    )
     ask = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with in_mode(model, training=False):
         own = _next_logps(model, ask)
@@ -96,8 +106,8 @@ def check_kernel(model: nn.Module) -> float:
     if not apart <= (0.1 if half else 1e-3):
         kernel = attention_of(model).removeprefix(PREFIX)
         raise ConfigError(
-            f"{type(model).__name__}: the attention kernel {kernel} computes another model than eager, by {apart:.2e} nats "
-            "a token: set model.attn_implementation to eager"
+            f"{type(model).__name__}: the attention kernel {kernel} computes another model than eager, by "
+            f"{apart:.2e} nats a token: set model.attn_implementation to eager"
         )
     return apart
 

@@ -1,6 +1,7 @@
 """Nothing in a forward may be random: thoughts are scored with the probabilities they were sampled with.
 
-Dropout and its kin are on in training mode only, which gradient checkpointing and other people's trainers need.
+Dropout and its kin are on in training mode only, which gradient checkpointing and other people's trainers
+need.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ RATE = re.compile(r"drop|jitter|noise")
 def checkpoint_layers(model: Any) -> None:
     """Recompute activations in backward, with every layer in evaluation mode while it computes.
 
-    transformers recomputes only layers that are in training mode, in which their dropout, layer dropping and router noise are
-    on, whatever each of them calls these. So the mode is only shown to it: inside, a layer runs as in sampling.
+    transformers recomputes only layers that are in training mode, in which their dropout, layer dropping and
+    router noise are on, whatever each of them calls these. So the mode is only shown to it: inside, a layer
+    runs as in sampling.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.eval()
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    layers = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+    ]
     for layer in layers:
         layer.training = True
         layer._gradient_checkpointing_func = partial(_evaluated, layer, layer._gradient_checkpointing_func)
@@ -41,7 +45,9 @@ def checkpoint_layers(model: Any) -> None:
         switch_off(model)
 
 
-def _evaluated(layer: nn.Module, recomputed: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+def _evaluated(
+    layer: nn.Module, recomputed: Callable[..., Any], forward: Callable[..., Any], *args: Any
+) -> Any:
     """A layer's forward, to be recomputed, in evaluation mode each time."""
 
     def inside(*given: Any) -> Any:
@@ -57,10 +63,10 @@ def _evaluated(layer: nn.Module, recomputed: Callable[..., Any], forward: Callab
 def switch_off(model: nn.Module, ask: bool = True) -> list[str]:
     """Set the rates of dropout, layer dropping and router noise in a model to 0; returns those that were not.
 
-    For models that somebody else puts into training mode. The rates are in dropout layers and in plain attributes for
-    `functional.dropout`, attention kernels and routers; the configuration keeps its values. What changes the model in evaluation
-    mode too (PhiMoE's routing threshold is its jitter) keeps its value; without `ask`, which compares two forwards, all router
-    noise does.
+    For models that somebody else puts into training mode. The rates are in dropout layers and in plain
+    attributes for `functional.dropout`, attention kernels and routers; the configuration keeps its values.
+    What changes the model in evaluation mode too (PhiMoE's routing threshold is its jitter) keeps its value;
+    without `ask`, which compares two forwards, all router noise does.
     """
     found: dict[str, float] = {}
     for module in model.modules():
@@ -96,10 +102,10 @@ def check_deterministic(model: nn.Module) -> None:
         return
     rates = [f"{name} {value:g}" for name, value in _rates(model).items()]
     raise ConfigError(
-        f"{type(model).__name__} draws random numbers in its forward that cannot be switched off from outside: thoughts "
-        "would be scored with other probabilities than they were sampled with. Set what is random to 0 in its config.json "
-        f"(it has {', '.join(rates) or 'no field that says so'}), or train it in evaluation mode (rlpretrain's own trainer "
-        "without gradient_checkpointing)"
+        f"{type(model).__name__} draws random numbers in its forward that cannot be switched off from "
+        "outside: thoughts would be scored with other probabilities than they were sampled with. Set what is "
+        f"random to 0 in its config.json (it has {', '.join(rates) or 'no field that says so'}), or train it "
+        "in evaluation mode (rlpretrain's own trainer without gradient_checkpointing)"
     )
 
 

@@ -31,8 +31,8 @@ tags: [rlpretrain, {objective}]
 {thinking}
 The settings of the run are in `run.json` of its output folder.
 """
-THINKING = """The model may think before it continues a text: open a thought with `{open}` at the end of the context,
-sample until `{close}`, then go on. To use or show only the text, strip the thoughts:
+THINKING = """The model may think before it continues a text: open a thought with `{open}` at the end of the
+context, sample until `{close}`, then continue the text. To use or show only the text, remove the thoughts:
 
 ```python
 from rlpretrain.prompts import Delimiters, strip_thoughts
@@ -42,9 +42,11 @@ text = strip_thoughts(generated, Delimiters("{open}", "{close}"))
 
 
 def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
-    """Write the policy's weights and the tokenizer to `path` (aside, then renamed). All ranks call it, the first one writes.
+    """Write the policy's weights and the tokenizer to `path` (aside, then renamed). All ranks call it, the
+    first one writes.
 
-    With LoRA the weights are merged; the adapter alone goes to `adapter` beside it, as PEFT's `from_pretrained` reads it.
+    With LoRA the weights are merged; the adapter alone goes to `adapter` beside it, as PEFT's
+    `from_pretrained` reads it.
     """
     lora = has_lora(policy.model)
     adapter = {name: tensor.to("cpu", copy=True) for name, tensor in policy.adapter()} if lora else {}
@@ -91,9 +93,11 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
 
 
 def try_saving(model: Any, tokenizer: Any, config: ModelConfig) -> None:
-    """Write everything but the weights, as at the end of a run, and delete it: ConfigError for what cannot be saved.
+    """Write everything but the weights, as at the end of a run, and delete it: ConfigError for what cannot be
+    saved.
 
-    transformers refuses to save some configurations that it loads, for instance one that sets `temperature` without `do_sample`.
+    transformers refuses to save some configurations that it loads, for instance one that sets `temperature`
+    without `do_sample`.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,12 +107,16 @@ def try_saving(model: Any, tokenizer: Any, config: ModelConfig) -> None:
             tokenizer.save_pretrained(folder)
     except Exception as error:
         why = " ".join(str(error).split())
-        raise ConfigError(f"the model could not be saved at the end, transformers refuses the configuration or the tokenizer of "
-                          f"'{config.path}': {why}") from None  # fmt: skip
+        raise ConfigError(
+            f"the model could not be saved at the end, transformers refuses the configuration or the "
+            f"tokenizer of '{config.path}': {why}"
+        ) from None
 
 
 def _tied_once(model: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Names of one tied weight with one tensor, which is stored once: what was gathered or merged came as a copy for each."""
+    """Names of one tied weight with one tensor, which is stored once: what was gathered or merged came as
+    a copy for each.
+    """
     first: dict[int, str] = {}
     for full, parameter in model.named_parameters(remove_duplicate=False):
         name = plain_name(model, full)
@@ -122,10 +130,17 @@ def model_card(path: Path, *, base: str, objective: str, steps: int, delimiters:
     """README.md of a saved model: where it comes from, and how to strip the delimiters at inference."""
     thinking = THINKING.format(open=delimiters.open, close=delimiters.close) if delimiters else ""
     local = Path(base).exists()
-    (path / "README.md").write_text(CARD.format(
-        objective=objective, name=path.parent.name, steps=steps, version=__version__, thinking=thinking,
-        base="" if local else f"base_model: {base}\n", origin="A local base checkpoint" if local else f"`{base}`",
-    ))  # fmt: skip
+    (path / "README.md").write_text(
+        CARD.format(
+            objective=objective,
+            name=path.parent.name,
+            steps=steps,
+            version=__version__,
+            thinking=thinking,
+            base="" if local else f"base_model: {base}\n",
+            origin="A local base checkpoint" if local else f"`{base}`",
+        )
+    )
 
 
 def push(path: Path, hub_id: str) -> None:

@@ -1,4 +1,6 @@
-"""One objective, one file. An objective is found by the name of its module here, or by `package.module:Class`."""
+"""One objective, one file. An objective is found by the name of its module here, or by
+`package.module:Class`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,17 @@ from rlpretrain.objectives.base import NEEDS, Config, Objective, Setting
 from rlpretrain.prompts import Delimiters
 from rollout.types import SamplingParams
 
-__all__ = ["Config", "Objective", "Setting", "available", "config_of", "delimiters", "find", "load", "parse_section"]
+__all__ = [
+    "Config",
+    "Objective",
+    "Setting",
+    "available",
+    "config_of",
+    "delimiters",
+    "find",
+    "load_objective",
+    "parse_section",
+]
 
 
 def available() -> list[str]:
@@ -24,12 +36,18 @@ def available() -> list[str]:
 
 
 def find(name: str) -> type[Objective]:
-    """The class behind a module name or a `package.module:Class` path; ConfigError with the nearest name otherwise."""
+    """The class behind a module name or a `package.module:Class` path; ConfigError with the nearest name
+    otherwise.
+    """
     module, _, attribute = name.partition(":")
     if not attribute:
         if name not in available():
             near = difflib.get_close_matches(name, available(), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(available())}, or package.module:Class"
+            hint = (
+                f"did you mean '{near[0]}'?"
+                if near
+                else f"there are {', '.join(available())}, or package.module:Class"
+            )
             raise ConfigError(f"unknown objective '{name}': {hint}")
         module, attribute = f"{__name__}.{name}", "OBJECTIVE"
     try:
@@ -60,20 +78,29 @@ def delimiters(section: Mapping[str, Any]) -> Delimiters | None:
     return Delimiters(config.open, config.close) if owner.has_positions else None
 
 
-def load(run: PretrainConfig, tokenizer: Any) -> Objective:
+def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
     """The objective of a run, ready to use."""
     owner, config = parse_section(run.objective)
     objective = owner(config, tokenizer)
     if unknown := sorted(set(objective.needs) - set(NEEDS)):
-        raise ConfigError(f"objective {owner.__name__}: needs has {', '.join(map(repr, unknown))}, which no run can give; "
-                          f"there are {', '.join(NEEDS)}")
+        raise ConfigError(
+            f"objective {owner.__name__}: needs has {', '.join(map(repr, unknown))}, which no run can give; "
+            f"there are {', '.join(NEEDS)}"
+        )
     s = run.sampling
     if objective.has_positions and s.thoughts < 2:
-        raise ConfigError(f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position")
+        raise ConfigError(
+            f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position"
+        )
     if "ntp_data" in objective.needs and run.ntp_data is None:
-        raise ConfigError(f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data")
+        raise ConfigError(
+            f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data"
+        )
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
     reduction = objective.token_reduction if run.loss.reduction == "auto" else run.loss.reduction
     objective.setting = Setting(params, s.thoughts, run.loss.reader_coef, reduction)
     return objective
+
+
+load = load_objective  # the name it had before

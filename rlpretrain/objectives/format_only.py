@@ -1,8 +1,9 @@
-"""A control: a thought is rewarded for its form alone, a close tag after at least so many tokens, whatever it says.
+"""A control: a thought is rewarded for its form alone, a close tag after at least so many tokens, whatever it
+says.
 
-Part of what a reward teaches a base model is to close its thoughts; this measures that part by itself. Everything else is as in
-RLP, and the gain is logged as ever. Use `sampling.cut: force_close`, or thoughts that did not close count nowhere and all others
-earn the same.
+Part of what a reward teaches a base model is to close its thoughts; this measures that part by itself.
+Everything else is as in RLP, and the gain is logged as ever. Use `sampling.cut: force_close`, or thoughts
+that did not close count nowhere and all others earn the same.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ class FormatOnly(base.Objective):
 
     Config = Config
 
-    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+    async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """1 for thoughts that have the form, 0 for the others."""
-        return [replace(g, rewards=tuple(float(t.finish_reason is FinishReason.CLOSE and len(t.token_ids) >= self.config.least)
-                                         for t in g.thoughts)) for g in groups]  # fmt: skip
+        return [
+            replace(
+                g,
+                rewards=tuple(
+                    float(t.finish_reason is FinishReason.CLOSE and len(t.token_ids) >= self.config.least)
+                    for t in g.thoughts
+                ),
+            )
+            for g in groups
+        ]
 
 
 OBJECTIVE = FormatOnly

@@ -2,28 +2,31 @@
 
 With p the probability of the target after context and thought, p_k that of its k-th token, and T its length:
 
-    log_prob         sum of log p_k             RLP's reward without its baseline (arXiv 2602.03979 compares the family)
-    mean_log_prob    its mean over tokens
-    prob             p                          VeriFree, arXiv 2505.21493
-    mean_prob        mean of p_k
-    debiased_prob    mean p_k less that without a thought, clipped to [0, 1]: RLPR, arXiv 2506.18254
-    jepo             log mean p over `samples` thoughts, with leave-one-out control variates: arXiv 2503.19618
-    perplexity_gain  100 (1 - PPL with / PPL without the thought), or its steps: VR-CLI, arXiv 2503.22828
+- `log_prob`: the sum of log p_k, RLP's reward without its baseline (arXiv 2602.03979 compares the family).
+- `mean_log_prob`: the mean of log p_k.
+- `prob`: p. VeriFree, arXiv 2505.21493.
+- `mean_prob`: the mean of p_k.
+- `debiased_prob`: the mean of p_k minus that without a thought, clipped to [0, 1]. RLPR, arXiv 2506.18254.
+- `jepo`: log mean p over `samples` thoughts, with leave-one-out control variates. arXiv 2503.19618.
+- `perplexity_gain`: 100 (1 - PPL with / PPL without the thought), or its steps. VR-CLI, arXiv 2503.22828.
 
-The gradient of an expected likelihood has two terms: the policy gradient of the thoughts, and the derivative of the likelihood
-itself, which trains the reader to say the target after this thought. `direct` is the weight of the second; VeriFree and JEPO have
-it (1), RLP has not (0). It comes on top of `loss.reader_coef`, which weighs log p whatever the reward is.
+The gradient of an expected likelihood has two terms: the policy gradient of the thoughts, and the derivative
+of the likelihood itself, which trains the reader to say the target after this thought. `direct` is the weight
+of the second; VeriFree and JEPO have it (1), RLP has not (0). It comes on top of `loss.reader_coef`, which
+weighs log p whatever the reward is.
 
-The first term is a sum over a thought's tokens. With `direct: 1` that is what `loss.reduction: auto` takes: on-policy and with
-`reader_coef: 0`, the two terms together have the gradient of the expected score as their mean. With another `direct` it takes
-RLP's mean, which divides the first term by the thought's length and the second by nothing: the gradient of no expectation.
+The first term is a sum over a thought's tokens. With `direct: 1` that is what `loss.reduction: auto` takes:
+on-policy and with `reader_coef: 0`, the two terms together have the gradient of the expected score as their
+mean. With another `direct` it takes RLP's mean, which divides the first term by the thought's length and the
+second by nothing: the gradient of no expectation.
 
-Ours: leave-one-out advantages throughout (RLPR divides by the deviation), the score of the live model (VR-CLI has a frozen one),
-`samples` below G.
+Ours: leave-one-out advantages throughout (RLPR divides by the deviation), the score of the live model (VR-CLI
+has a frozen one), `samples` below G.
 
-Pitfalls: `prob` is 0 on long targets; a mean of probabilities is ruled by easy tokens; where answers cannot be verified all of
-them shrink thoughts to a few tokens once `direct` does the work (arXiv 2602.03979); a clipped gain teaches nothing
-where no thought helps yet. For prompts with answers set `data.answer_column` and `positions: answer`.
+Pitfalls: `prob` is 0 on long targets; a mean of probabilities is ruled by easy tokens; where answers cannot
+be verified all of them shrink thoughts to a few tokens once `direct` does the work (arXiv 2602.03979); a
+clipped gain teaches nothing where no thought helps yet. For prompts with answers set `data.answer_column` and
+`positions: answer`.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ from rollout.types import Group
 class Config(base.Config):
     """The likelihood family's own fields."""
 
-    score: Literal["log_prob", "mean_log_prob", "prob", "mean_prob", "debiased_prob", "jepo", "perplexity_gain"] = "log_prob"
+    score: Literal[
+        "log_prob", "mean_log_prob", "prob", "mean_prob", "debiased_prob", "jepo", "perplexity_gain"
+    ] = "log_prob"
     """What a thought earns; see the objective's documentation."""
     direct: Amount = 0.0
     """Weight of the derivative of the score by the target's own log-probs; 0 trains thoughts only."""
@@ -72,7 +77,9 @@ class Likelihood(base.Objective):
     def __init__(self, config: Any, tokenizer: Any):
         super().__init__(config, tokenizer)
         if config.direct and config.score == "perplexity_gain":
-            raise ConfigError("objective.direct: perplexity_gain has no direct term (its scorer is frozen); set it to 0")
+            raise ConfigError(
+                "objective.direct: perplexity_gain has no direct term (its scorer is frozen); set it to 0"
+            )
         if config.direct == 1:
             self.token_reduction = "sum"
         if config.direct and config.score == "jepo":
@@ -80,7 +87,12 @@ class Likelihood(base.Objective):
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """The score [B, G]; for jepo the log-probability, which its advantages are made of."""
-        logps, plain, mask, name = scores.target_logps, scores.baseline_logps, scores.target_mask, self.config.score
+        logps, plain, mask, name = (
+            scores.target_logps,
+            scores.baseline_logps,
+            scores.target_mask,
+            self.config.score,
+        )
         if name in ("log_prob", "mean_log_prob", "jepo"):
             return target_logp(logps, mask, mean=name == "mean_log_prob")
         if name in ("prob", "mean_prob"):
@@ -91,18 +103,28 @@ class Likelihood(base.Objective):
 
     def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
         """Leave-one-out, or what a thought adds to JEPO's bound."""
-        return multi_sample_bound(reward, self.config.samples)[0] if self.config.score == "jepo" else leave_one_out(reward)
+        return (
+            multi_sample_bound(reward, self.config.samples)[0]
+            if self.config.score == "jepo"
+            else leave_one_out(reward)
+        )
 
     def target_weights(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """`reader_coef`, and `direct` times the derivative of the score by each log-prob."""
         weights = super().target_weights(groups, scores)
-        return weights + self.config.direct * self._slope(scores.detached()).to(weights.dtype) if self.config.direct else weights
+        return (
+            weights + self.config.direct * self._slope(scores.detached()).to(weights.dtype)
+            if self.config.direct
+            else weights
+        )
 
     def _slope(self, scores: Scores) -> Tensor:
         """d score / d log p_k [B, G, T]; JEPO's is the thought's share in its bound."""
         if self.config.score == "jepo":
             logps = self.reward((), scores).masked_fill(~scores.counted, torch.nan)
-            return multi_sample_bound(logps, self.config.samples)[1].unsqueeze(-1).expand_as(scores.target_logps)
+            return (
+                multi_sample_bound(logps, self.config.samples)[1].unsqueeze(-1).expand_as(scores.target_logps)
+            )
         with torch.enable_grad():
             leaf = scores.target_logps.double().requires_grad_()
             value = self.reward((), replace(scores, target_logps=leaf))

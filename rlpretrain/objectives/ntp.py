@@ -1,4 +1,6 @@
-"""NTP: plain next-token prediction, an objective without positions. The control of every experiment, in the same loop."""
+"""NTP: plain next-token prediction, an objective without positions. The control of every experiment, in
+the same loop.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from rollout.types import Position
 
 @dataclass(kw_only=True)
 class Config:
-    """NTP has no fields; its loss is the mean over all predicted tokens of the step, whatever `loss.ntp_coef` says."""
+    """NTP has no fields; its loss is the mean over all predicted tokens of the step, whatever
+    `loss.ntp_coef` says.
+    """
 
 
 class NTP(base.Objective):

@@ -1,21 +1,24 @@
 r"""PretrainZero: one model proposes what to hide in a paragraph, and finds it again (arXiv 2512.03442).
 
-Two roles, one set of weights. The generator reads a paragraph, thinks, and names a span in `\mask{}`; for each span the predictor
-reads the paragraph with the span replaced by `[mask]`, thinks, and names it in `\boxed{}`.
+Two roles, one set of weights. The generator reads a paragraph, thinks, and names a span in `\mask{}`; for
+each span the predictor reads the paragraph with the span replaced by `[mask]`, thinks, and names it in
+`\boxed{}`.
 
-    predictor   1 if the prediction is the span, else 0
-    generator   1 - the predictors' accuracy, but 0 where none of them finds it: noise is no task; 0 for a span that will not do
+    predictor   1 if the prediction is the span, else 0 generator   1 - the predictors' accuracy, but 0 where
+    none of them finds it: noise is no task; 0 for a span that will not do
 
-A span must stand in the paragraph verbatim, as whole words, at most `max_occurrences` times (the first is hidden), be no longer
-than `max_span_tokens`, and hold no delimiter. A span that several thoughts name is predicted once, and all of them earn the
-same. Of the predictors' groups, those that are all right or all wrong are left out.
+A span must stand in the paragraph verbatim, as whole words, at most `max_occurrences` times (the first is
+hidden), be no longer than `max_span_tokens`, and hold no delimiter. A span that several thoughts name is
+predicted once, and all of them earn the same. Of the predictors' groups, those that are all right or all
+wrong are left out.
 
-Ours: leave-one-out advantages (the paper divides by the deviation), the wording of both prompts, the limit in tokens, which
-occurrence is hidden. The paper keeps spans that occur fewer than 8 times.
+Ours: leave-one-out advantages (the paper divides by the deviation), the wording of both prompts, the limit in
+tokens, which occurrence is hidden. The paper keeps spans that occur fewer than 8 times.
 
-Pitfalls: a base model that never saw the task names no spans: begin with one that can (the paper gave SmolLM3 100 steps on
-random masks). Accuracy within a group is the generator's signal, so few thoughts make it coarse. A step costs a round of
-predictors for every distinct span: `positions_per_step` paragraphs become up to (thoughts + 1) times as many groups.
+Pitfalls: a base model that never saw the task names no spans: begin with one that can (the paper gave SmolLM3
+100 steps on random masks). Accuracy within a group is the generator's signal, so few thoughts make it coarse.
+A step costs a round of predictors for every distinct span: `positions_per_step` paragraphs become up to
+(thoughts + 1) times as many groups.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ from rollout.types import Group, Position, Prompt, Thought
 
 MASK = "[mask]"
 GENERATOR = (
-    "Read the paragraph and set a small task in it: choose a short piece of its words that a careful reader could work out "
-    "from the rest, neither obvious nor a guess, and that stands there only once. Think between {open} and {close}, then copy "
+    "Read the paragraph and set a small task in it: choose a short piece of its words that a careful reader "
+    "could work out from the rest, neither obvious nor a guess, and that stands there only once. Think "
+    "between {open} and {close}, then copy "
     "it, word for word, into \\mask{}.\n\n### Paragraph\n{context}\n\n"
 )
 PREDICTOR = (
-    "In the paragraph below some words were replaced by [mask]. Work out which: think between {open} and {close}, then "
+    "In the paragraph below some words were replaced by [mask]. Work out which: think between {open} and "
+    "{close}, then "
     "write exactly these words in \\boxed{}.\n\n### Paragraph\n{context}\n\n"
 )
 
@@ -101,19 +106,25 @@ class PretrainZero(base.Objective):
         """The generator's."""
         return self.template(replace(position, context_ids=self._ids(self.text(position))))
 
-    async def rollout(self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+    async def rollout(
+        self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]
+    ) -> list[Group]:
         """A generator's group for each paragraph, and a predictor's for each distinct span of it."""
         c = self.config
-        makers = await self.think(engine, positions, [self.prompt(p) for p in positions], seeds, role="generator")
-        makers = await self.say(engine, makers, c.closing)
+        makers = await self.sample_thoughts(
+            engine, positions, [self.prompt(p) for p in positions], seeds, role="generator"
+        )
+        makers = await self.sample_answers(engine, makers, c.closing)
         texts = [self.text(g.position) for g in makers]
         spans = [[self.span(t, text) for t in g.thoughts] for g, text in zip(makers, texts, strict=True)]
         tasks = [(b, span) for b, found in enumerate(spans) for span in dict.fromkeys(s for s in found if s)]
         places = [replace(makers[b].position, context_ids=self.hidden(texts[b], span)) for b, span in tasks]
         prompts = [self.predictor(p) for p in places]
-        again = [base.other_seed(seeds[b], 2 + k) for k, (b, _) in enumerate(tasks)]
-        finders = await self.think(engine, places, prompts, again, role="predictor") if tasks else []
-        finders = await self.say(engine, finders, c.closing)
+        again = [base.derive_seed(seeds[b], 2 + k) for k, (b, _) in enumerate(tasks)]
+        finders = (
+            await self.sample_thoughts(engine, places, prompts, again, role="predictor") if tasks else []
+        )
+        finders = await self.sample_answers(engine, finders, c.closing)
         accuracy: dict[tuple[int, str], float] = {}
         for k, ((b, span), group) in enumerate(zip(tasks, finders, strict=True)):
             hits = tuple(float(self.prediction(t) == span) for t in group.thoughts)
@@ -126,14 +137,20 @@ class PretrainZero(base.Objective):
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """Groups whose thoughts do not all earn the same."""
-        return [g for g in groups if base.worth_telling_apart(g)]
+        return [g for g in groups if base.rewards_differ(g)]
 
     def span(self, thought: Thought, text: str) -> str | None:
         """The span that a generator's thought names, if it will do."""
-        found = (last_between(self.said(thought), self.config.naming, self.config.closing) or "").strip()
+        found = (
+            last_between(self.answer_text(thought), self.config.naming, self.config.closing) or ""
+        ).strip()
         tags = self.template.delimiters
         marks = (tags.open, tags.close, self.config.mask, self.config.naming, self.config.opening)
-        if not found or any(mark in found for mark in marks) or len(self._ids(found, False)) > self.config.max_span_tokens:
+        if (
+            not found
+            or any(mark in found for mark in marks)
+            or len(self._ids(found, False)) > self.config.max_span_tokens
+        ):
             return None
         return found if 0 < len(list(whole_words(found, text))) <= self.config.max_occurrences else None
 
@@ -144,7 +161,7 @@ class PretrainZero(base.Objective):
 
     def prediction(self, thought: Thought) -> str | None:
         """What a predictor's thought names; None where it names nothing."""
-        found = last_between(self.said(thought), self.config.opening, self.config.closing)
+        found = last_between(self.answer_text(thought), self.config.opening, self.config.closing)
         return None if found is None else found.strip()
 
     def text(self, position: Position) -> str:

@@ -1,8 +1,8 @@
 """A control: thoughts are rewarded at random, so whatever improves is not owed to the reward.
 
-Everything else is as in RLP: positions, thoughts, update, next-token loss, reader term. A base model may still change under
-random rewards (clipping and length weights have a direction of their own), which is what this is there to show. The gain is
-logged as ever.
+Everything else is as in RLP: positions, thoughts, update, next-token loss, reader term. A base model may
+still change under random rewards (clipping and length weights have a direction of their own), which is what
+this is there to show. The gain is logged as ever.
 """
 
 from __future__ import annotations
@@ -31,10 +31,18 @@ class RandomReward(base.Objective):
 
     Config = Config
 
-    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+    async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """Rewards that depend on the thoughts' seeds alone."""
-        return [replace(g, rewards=tuple(float(np.random.default_rng((t.seed, 1, i)).random() < self.config.probability)
-                                         for i, t in enumerate(g.thoughts))) for g in groups]  # fmt: skip
+        return [
+            replace(
+                g,
+                rewards=tuple(
+                    float(np.random.default_rng((t.seed, 1, i)).random() < self.config.probability)
+                    for i, t in enumerate(g.thoughts)
+                ),
+            )
+            for g in groups
+        ]
 
 
 OBJECTIVE = RandomReward

@@ -1,20 +1,23 @@
 """RLP: reinforcement as a pretraining objective (arXiv 2510.01265).
 
-Before the next token x_t of ordinary text the model samples a thought c. The thought earns the information gain
+Before the next token x_t of ordinary text the model samples a thought c. The thought earns the information
+gain
 
     r(c) = log p(x_t | x_<t, c) - log p(x_t | x_<t)
 
-in nats, where the second term is the baseline's (the paper: a slow moving average of the model). Advantages are
-leave-one-out within the G thoughts of a position (eq. 7), and only the log-probs of thought tokens are trained: the reward
-is a constant. Since the baseline is the same for all G thoughts it cancels in the advantage exactly; it matters for `clip`,
-for what is logged, and for objectives that compare positions.
+in nats, where the second term is the baseline's (the paper: a slow moving average of the model). Advantages
+are leave-one-out within the G thoughts of a position (eq. 7), and only the log-probs of thought tokens are
+trained: the reward is a constant. Since the baseline is the same for all G thoughts it cancels in the
+advantage exactly; it matters for `clip`, for what is logged, and for objectives that compare positions.
 
 Ours, not the paper's: targets of several tokens (`target_length`) with a discounted horizon, the reader term
-(`loss.reader_coef`) and the interleaved next-token loss (`loss.ntp_coef`); `recipe: paper` switches the last two off.
+(`loss.reader_coef`) and the interleaved next-token loss (`loss.ntp_coef`); `recipe: paper` switches the last
+two off.
 
-Pitfalls: short thought limits damage the model (thoughts cut off are masked, see `sampling.cut`); a template alone can
-change log p, so `no_think` names what the arm without a thought sees; the gain against the current model flatters itself
-when the no-think channel degrades, so the gain against the frozen model is logged beside it.
+Pitfalls: short thought limits damage the model (thoughts cut off are masked, see `sampling.cut`); a template
+alone can change log p, so `no_think` names what the arm without a thought sees; the gain against the current
+model flatters itself when the no-think channel degrades, so the gain against the frozen model is logged
+beside it.
 """
 
 from __future__ import annotations
@@ -52,9 +55,13 @@ class RLP(base.Objective):
         """The information gain [B, G] in nats."""
         c = self.config
         return information_gain(
-            scores.target_logps, scores.baseline_logps, scores.target_mask,
-            discount=c.discount, reduction=c.reduction, clip=c.clip,
-        )  # fmt: skip
+            scores.target_logps,
+            scores.baseline_logps,
+            scores.target_mask,
+            discount=c.discount,
+            reduction=c.reduction,
+            clip=c.clip,
+        )
 
 
 OBJECTIVE = RLP

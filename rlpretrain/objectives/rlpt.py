@@ -1,22 +1,26 @@
 """RLPT: next-segment reasoning (arXiv 2509.19249). Think, then the next sentence.
 
-A document is cut into sentences. The model predicts one of them either from what stands before it (ASR, autoregressive segment
-reasoning) or from what stands before and the sentence after it (MSR, middle segment reasoning), in the ratio 1 : `msr_weight`.
+A document is cut into sentences. The model predicts one of them either from what stands before it (ASR,
+autoregressive segment reasoning) or from what stands before and the sentence after it (MSR, middle segment
+reasoning), in the ratio 1 : `msr_weight`.
 
-    information_gain   how much likelier the thought made the segment's own tokens, in nats (our default: no second model)
-    match              the model writes the segment between two delimiters; 1 if its words begin what really follows, else 0
-    judge              the same, but a judge model says whether it is a semantic prefix (the paper's reward)
+- `information_gain`: how much likelier the thought made the segment's own tokens, in nats (our default, since
+  it needs no second model).
+- `match`: the model writes the segment between two delimiters; 1 if the text begins with its words, else 0.
+- `judge`: the same, but a judge model says whether it is a semantic prefix (the paper's reward).
 
-The judge is any OpenAI-compatible server, or the policy itself (`rlpretrain/judge.py`). The reference is `window` tokens of what
-follows, since a prediction may cover more than a sentence; in MSR the segment alone. A prediction of fewer than `min_words` words
-earns nothing, however right: else one safe word would do. Nor does, with a judge, a piece of the context copied out, nor what the
-judge also accepts for the text of another position of the batch: it fits everywhere.
+The judge is any OpenAI-compatible server, or the policy itself (`rlpretrain/judge.py`). The reference is
+`window` tokens of what follows, since a prediction may cover more than a sentence; in MSR the segment alone.
+A prediction of fewer than `min_words` words earns nothing, however right: else one safe word would do. Nor
+does, with a judge, a piece of the context copied out, nor what the judge also accepts for the text of another
+position of the batch: it fits everywhere.
 
-Ours where the paper is silent: the ratio of the tasks, the shortest segment, the window, the fewest words, the mean over a
-segment's tokens, and segments of a fixed number of tokens (`segments: tokens`, with which one token and no MSR is RLP).
+Ours where the paper is silent: the ratio of the tasks, the shortest segment, the window, the fewest words,
+the mean over a segment's tokens, and segments of a fixed number of tokens (`segments: tokens`, with which one
+token and no MSR is RLP).
 
-Pitfalls: in MSR the arm without a thought must see the following sentence too, or the gain is that sentence's; it does. A base
-that never saw the delimiters writes none, and `match` then teaches nothing.
+Pitfalls: in MSR the arm without a thought must see the following sentence too, or the gain is that
+sentence's; it does. A base that never saw the delimiters writes none, and `match` then teaches nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ from rollout.types import Group, Position, Prompt, Thought
 
 MASK = "<MASK>"
 MSR = (
-    "A sentence is missing from the text below, where it says <MASK>; what comes after it is there. Think between {open} and "
+    "A sentence is missing from the text below, where it says <MASK>; what comes after it is there. Think "
+    "between {open} and "
     "{close} about what must have been said, then say it.\n\n### Context\n{context}\n\n"
 )
 """Says what the paper's prompt for the middle segment says, in our words."""
@@ -59,8 +64,9 @@ class Config(base.Config):
     min_segment_tokens: Count = 4
     """Shorter segments are no targets."""
     msr_weight: Amount = 0.5
-    """Weight of the middle-segment task beside 1 for the next segment; 0 leaves it out. The paper's lambda, whose value it does
-    not give."""
+    """Weight of the middle-segment task beside 1 for the next segment; 0 leaves it out. The paper's lambda,
+    whose value it does not give.
+    """
     msr_template: str = MSR
     """The prompt of the middle segment: a text with {context}."""
     mask: str = MASK
@@ -82,7 +88,9 @@ class Config(base.Config):
     min_words: Count = 3
     """Fewest words of a written prediction that can earn anything."""
     judge_url: str | None = None
-    """OpenAI-compatible server of the judge, without /v1; none, and no `judge_function`: the policy judges itself."""
+    """OpenAI-compatible server of the judge, without /v1; none, and no `judge_function`: the policy judges
+    itself.
+    """
     judge_function: str | None = None
     """Or a judge of your own: package.module:function, an async function from prompts to replies."""
     judge_model: str = "judge"
@@ -103,7 +111,9 @@ class RLPT(base.Objective):
     def __init__(self, config: Any, tokenizer: Any):
         super().__init__(config, tokenizer)
         if config.segments == "tokens" and config.msr_weight:
-            raise ConfigError("objective.segments tokens has no middle segments: set objective.msr_weight to 0")
+            raise ConfigError(
+                "objective.segments tokens has no middle segments: set objective.msr_weight to 0"
+            )
         self.middle = ThoughtPrompt(tokenizer, self.template.delimiters, config.msr_template)
         self.mask = tuple(tokenizer(config.mask, add_special_tokens=False)["input_ids"])
         self.judge: Judge | None = None
@@ -111,8 +121,13 @@ class RLPT(base.Objective):
         if config.reward == "judge" and config.judge_function:
             self.judge = Judge(by_path(config.judge_function), config.judge_failure, self.counts)
         elif config.reward == "judge" and config.judge_url:
-            self.judge = Judge(endpoint(config.judge_url, config.judge_model, key=config.judge_key,
-                                        timeout=config.judge_timeout), config.judge_failure, self.counts)  # fmt: skip
+            self.judge = Judge(
+                endpoint(
+                    config.judge_url, config.judge_model, key=config.judge_key, timeout=config.judge_timeout
+                ),
+                config.judge_failure,
+                self.counts,
+            )
         if config.reward != "information_gain":
             self.needs, self.answer_tokens = self.needs - {"target"}, config.max_prediction_tokens
 
@@ -139,8 +154,11 @@ class RLPT(base.Objective):
         if c.segments == "tokens":
             return super().positions(document, rng, trunk)
         found = self.segments(ids)
-        inner = [k for k in range(1, len(found) - 1) if found[k][1] - found[k][0] >= c.min_segment_tokens
-                 and found[k][0] >= c.min_context]  # fmt: skip
+        inner = [
+            k
+            for k in range(1, len(found) - 1)
+            if found[k][1] - found[k][0] >= c.min_segment_tokens and found[k][0] >= c.min_context
+        ]
         if len(inner) > c.positions_per_document:
             inner = sorted(int(k) for k in rng.choice(inner, size=c.positions_per_document, replace=False))
         out = []
@@ -150,7 +168,9 @@ class RLPT(base.Objective):
             end = min(stop, start + c.target_length)
             if c.reward != "information_gain":
                 end = stop if both else min(len(ids), start + c.window)
-            out.append(Position(document.id, start, ids[:start], ids[start:end], ids[stop:after] if both else ()))
+            out.append(
+                Position(document.id, start, ids[:start], ids[start:end], ids[stop:after] if both else ())
+            )
         return out
 
     def segments(self, ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -158,7 +178,9 @@ class RLPT(base.Objective):
         from sentencex import get_sentence_boundaries
 
         special = set(self.tokenizer.all_special_ids)
-        size = next((k for k in range(len(ids), 0, -1) if ids[k - 1] not in special), 0)  # without the end of text
+        size = next(
+            (k for k in range(len(ids), 0, -1) if ids[k - 1] not in special), 0
+        )  # without the end of text
         text, starts = self.picker.text(ids[:size])
         found = get_sentence_boundaries(self.config.language, text)
         places = [bisect_left(starts, f["start_index"]) for f in found if f["text"].strip()] + [size]
@@ -170,12 +192,16 @@ class RLPT(base.Objective):
 
     def no_think(self, position: Position) -> tuple[int, ...] | None:
         """The same without a thought: the gain must not be that of the suffix."""
-        return self.middle.no_think(self._masked(position), "template") if position.suffix_ids else super().no_think(position)
+        return (
+            self.middle.no_think(self._masked(position), "template")
+            if position.suffix_ids
+            else super().no_think(position)
+        )
 
     def _masked(self, position: Position) -> Position:
         return replace(position, context_ids=(*position.context_ids, *self.mask, *position.suffix_ids))
 
-    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+    async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """For `match` and `judge`: whether what was written after the thoughts is right."""
         if self.config.reward == "information_gain":
             return groups
@@ -186,17 +212,36 @@ class RLPT(base.Objective):
         return [replace(g, rewards=tuple(r)) for g, r in zip(groups, rewards, strict=True)]
 
     async def judged(self, engine: Engine, groups: Sequence[Group]) -> list[list[float]]:
-        """The judge's verdicts on what was written; 0 for what says too little, copies the context, or fits elsewhere too."""
-        judge = self.judge or Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure, self.counts)  # it changes
-        written = {(b, g): self.written(t) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)}
-        contexts, references = ([self._text(ids(g.position)) for g in groups] for ids in (_around, lambda p: p.target_ids))
-        asked = [(b, g) for (b, g), text in written.items() if worth_judging(text, contexts[b], self.config.min_words)]
-        verdicts = dict(zip(asked, await judge([(written[b, g], references[b]) for b, g in asked]), strict=True))
-        others = {b: next((o for o in range(len(groups)) if references[o] != references[b]), None) for b in range(len(groups))}
+        """The judge's verdicts on what was written; 0 for what says too little, copies the context, or
+        fits elsewhere too.
+        """
+        judge = self.judge or Judge(
+            engine_judge(engine, self.tokenizer), self.config.judge_failure, self.counts
+        )  # it changes
+        written = {
+            (b, g): self.written(t) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)
+        }
+        contexts, references = (
+            [self._text(ids(g.position)) for g in groups] for ids in (_around, lambda p: p.target_ids)
+        )
+        asked = [
+            (b, g)
+            for (b, g), text in written.items()
+            if worth_judging(text, contexts[b], self.config.min_words)
+        ]
+        verdicts = dict(
+            zip(asked, await judge([(written[b, g], references[b]) for b, g in asked]), strict=True)
+        )
+        others = {
+            b: next((o for o in range(len(groups)) if references[o] != references[b]), None)
+            for b in range(len(groups))
+        }
         again = [(b, g) for (b, g), verdict in verdicts.items() if verdict == 1 and others[b] is not None]
         elsewhere = await judge([(written[b, g], references[others[b]]) for b, g in again])
         verdicts |= {place: 0.0 for place, verdict in zip(again, elsewhere, strict=True) if verdict == 1}
-        return [[verdicts.get((b, g), 0.0) for g in range(len(group.thoughts))] for b, group in enumerate(groups)]
+        return [
+            [verdicts.get((b, g), 0.0) for g in range(len(group.thoughts))] for b, group in enumerate(groups)
+        ]
 
     def notes(self) -> dict[str, float]:
         """What was asked of the judge since the last step, and the share that could not be judged."""
@@ -204,12 +249,17 @@ class RLPT(base.Objective):
             return {}
         seen = dict(self.counts)
         self.counts.update(dict.fromkeys(seen, 0))
-        return {"objective/judge_asked": seen["asked"], "objective/judge_cached": seen["cached"],
-                "objective/judge_failed_frac": seen["failed"] / max(seen["asked"], 1)}  # fmt: skip
+        return {
+            "objective/judge_asked": seen["asked"],
+            "objective/judge_cached": seen["cached"],
+            "objective/judge_failed_frac": seen["failed"] / max(seen["asked"], 1),
+        }
 
     def written(self, thought: Thought) -> str:
         """What stands between the last pair of delimiters after a thought; empty where there is none."""
-        return (last_between(self.said(thought), self.config.opening, self.config.closing) or "").strip()
+        return (
+            last_between(self.answer_text(thought), self.config.opening, self.config.closing) or ""
+        ).strip()
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.reader.text([i for i in ids if i not in self.picker.special]).strip()
@@ -224,8 +274,9 @@ class RLPT(base.Objective):
         c = self.config
         if c.reward != "information_gain":
             return super().reward(groups, scores)
-        return information_gain(scores.target_logps, scores.baseline_logps, scores.target_mask, reduction=c.reduction,
-                                clip=c.clip)  # fmt: skip
+        return information_gain(
+            scores.target_logps, scores.baseline_logps, scores.target_mask, reduction=c.reduction, clip=c.clip
+        )
 
 
 def _around(position: Position) -> tuple[int, ...]:

@@ -1,16 +1,18 @@
 """RMT: RPT with a budget for the thought and a curriculum from easy to hard places (arXiv 2509.24375).
 
-The instruction names a budget of B tokens that shrinks as the run goes on, B = max(least, floor(B0 * decay ** (t / T))), and a
-thought earns a share for coming near it:
+The instruction names a budget of B tokens that shrinks as the run goes on, B = max(least, floor(B0 * decay **
+(t / T))), and a thought earns a share for coming near it:
 
     reward = (1 - w) match + w max(0, 1 - |length - B| / B)
 
-Places to think are easy, middling or hard by the entropy of the next token. Until `curriculum_from` of the run all are easy, from
-`curriculum_to` on all are hard; in between the share moves evenly from easy over middling to hard. The next-token loss leaves out
-the tokens that were thought about; the paper weighs it by .1: set `loss.ntp_coef`.
+Places to think are easy, middling or hard by the entropy of the next token. Until `curriculum_from` of the
+run all are easy, from `curriculum_to` on all are hard; in between the share moves evenly from easy over
+middling to hard. The next-token loss leaves out the tokens that were thought about; the paper weighs it by
+.1: set `loss.ntp_coef`.
 
-Ours where the paper is silent: w, the instruction's words, three bands with RPT's bounds, the length of the thought without its
-prediction. Pitfall: early on, with a base that hits nothing, the length is all there is to earn; keep w small.
+Ours where the paper is silent: w, the instruction's words, three bands with RPT's bounds, the length of the
+thought without its prediction. Pitfall: early on, with a base that hits nothing, the length is all there is
+to earn; keep w small.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class RMT(rpt.RPT):
 
     def __init__(self, config: Any, tokenizer: Any):
         if not config.min_entropy <= config.bands[0] <= config.bands[1]:
-            raise ConfigError(f"objective.bands {list(config.bands)} must rise from min_entropy ({config.min_entropy})")
+            raise ConfigError(
+                f"objective.bands {list(config.bands)} must rise from min_entropy ({config.min_entropy})"
+            )
         if config.curriculum_from > config.curriculum_to:
             raise ConfigError("objective.curriculum_from comes after curriculum_to")
         super().__init__(config, tokenizer)
@@ -83,7 +87,9 @@ class RMT(rpt.RPT):
         if not c.curriculum_to:
             return found
         width = max(c.curriculum_to - c.curriculum_from, 1e-9)
-        place = 2 * min(1.0, max(0.0, (self.progress - c.curriculum_from) / width))  # 0 easy, 1 middling, 2 hard
+        place = 2 * min(
+            1.0, max(0.0, (self.progress - c.curriculum_from) / width)
+        )  # 0 easy, 1 middling, 2 hard
         band = math.floor(place) + int(rng.random() < place % 1)
         low, high = (c.min_entropy, *c.bands, math.inf)[band : band + 2]
         return found.masked_fill(~((found >= low) & (found < high)), torch.nan)
@@ -96,13 +102,21 @@ class RMT(rpt.RPT):
             self.templates[budget] = ThoughtPrompt(self.tokenizer, self.template.delimiters, text)
         return self.templates[budget](position)
 
-    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+    async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """RPT's, with what the thoughts' lengths earn."""
         budget, w = self.budget, self.config.length_weight
-        groups = await super().rewarded(engine, groups)
-        return [replace(g, rewards=tuple((1 - w) * hit + w * max(0.0, 1 - abs(_length(t) - budget) / budget)
-                                         for t, hit in zip(g.thoughts, g.rewards or (), strict=True)),
-                        extra={"budget": budget}) for g in groups]  # fmt: skip
+        groups = await super().add_rewards(engine, groups)
+        return [
+            replace(
+                g,
+                rewards=tuple(
+                    (1 - w) * hit + w * max(0.0, 1 - abs(_length(t) - budget) / budget)
+                    for t, hit in zip(g.thoughts, g.rewards or (), strict=True)
+                ),
+                extra={"budget": budget},
+            )
+            for g in groups
+        ]
 
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
         """Weights [M]: 0 where a token was thought about, whatever micro-batch the thoughts are in."""

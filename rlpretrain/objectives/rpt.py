@@ -1,23 +1,27 @@
 r"""RPT: reinforcement pre-training (arXiv 2506.08007), next-token reasoning.
 
-The model thinks, closes its thought, and says the next token or tokens in `\boxed{}`. The reward looks at nothing but bytes:
+The model thinks, closes its thought, and says the next token or tokens in `\boxed{}`. The reward looks at
+nothing but bytes:
 
-    prefix             1 if the prediction is an exact prefix of what follows and ends where one of its tokens ends, else 0
-    first_token        1 if the prediction begins with the next token
-    dense              1 as under prefix, else the probability of the next token after all that was said
-    conditional_dense  the same, but only where no thought of the group is right
+- `prefix`: 1 if the prediction is an exact prefix of what follows and ends where one of its tokens ends,
+  else 0.
+- `first_token`: 1 if the prediction begins with the next token.
+- `dense`: 1 as under `prefix`, else the probability of the next token after thought and prediction.
+- `conditional_dense`: the same, but only where no thought of the group is right.
 
-Thought and prediction are one sampled sequence and trained alike (`answer_span` marks the prediction): first up to the close
-tag, then up to the end of the box. Nothing is injected between the two.
+Thought and prediction are one sampled sequence and trained alike (`answer_span` marks the prediction): first
+up to the close tag, then up to the end of the box. Nothing is injected between the two.
 
-Ours where the paper is silent: `first_token` on bytes; the dense variants' probability and condition; the entropy threshold of
-the positions; groups that are all right or all wrong are dropped from the start (`dynamic_sampling`; the paper from step 500 on).
+Ours where the paper is silent: `first_token` on bytes; the dense variants' probability and condition; the
+entropy threshold of the positions; groups that are all right or all wrong are dropped from the start
+(`dynamic_sampling`; the paper from step 500 on).
 
-Pitfalls: the reward is sparse, and a base model that never saw a box earns nothing: look at the hits of the base first. Tokens
-carry their leading space, so ` the` is not `the` (`strip` forgives white space, for tokenizers that cannot write it in a box). A
-closing bracket ends the prediction. Under `dense` it can pay to write no box at all, since the next token is then likely enough:
-where hits were rare it did (docs/objectives.md). Entropy-filtered positions on noisy text are mostly unpredictable: all groups
-are then wrong.
+Pitfalls: the reward is sparse, and a base model that never saw a box earns nothing: look at the hits of the
+base first. Tokens carry their leading space, so ` the` is not `the` (`strip` forgives white space, for
+tokenizers that cannot write it in a box). A closing bracket ends the prediction. Under `dense` it can pay to
+write no box at all, since the next token is then likely enough: where hits were rare it did
+(docs/objectives.md). Entropy-filtered positions on noisy text are mostly unpredictable: all groups are then
+wrong.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ from rollout.engine import Engine
 from rollout.types import Group, Position, Thought
 
 TEMPLATE = (
-    "Here is the beginning of a text. Work out which token comes next: think between {open} and {close}, look at a few "
-    "candidates, and then write the one you settle on in \\boxed{}, exactly as the text has it, with its leading space if it "
+    "Here is the beginning of a text. Work out which token comes next: think between {open} and {close}, "
+    "look at a few candidates, and then write the one you settle on in \\boxed{}, exactly as the text has "
+    "it, with its leading space if it "
     "has one and without \\text{}.\n\n### Context\n{context}\n\n"
 )
 """Says what the paper's prompt says, in our words."""
@@ -67,10 +72,13 @@ class Config(base.Config):
     dynamic_sampling: bool = True
     """Leave out groups that are all right or all wrong."""
     proxy: str | None = None
-    """Model (hub id or folder, same tokenizer) whose entropies choose positions; without one `min_entropy` asks the policy."""
+    """Model (hub id or folder, same tokenizer) whose entropies choose positions; without one `min_entropy`
+    asks the policy.
+    """
     min_entropy: Amount = 0.0
-    """Nats that the next token's entropy must have at a position: over the 16 likeliest tokens of `proxy`, or over all of the
-    policy's. The paper splits at .5, 1 and 1.5."""
+    """Nats that the next token's entropy must have at a position: over the 16 likeliest tokens of `proxy`, or
+    over all of the policy's. The paper splits at .5, 1 and 1.5.
+    """
 
 
 class RPT(base.Objective):
@@ -101,11 +109,13 @@ class RPT(base.Objective):
         """The entropies of places that may be thought about, NaN elsewhere."""
         return entropies.masked_fill(entropies < self.config.min_entropy, torch.nan)
 
-    async def rewarded(self, engine: Engine, groups: list[Group]) -> list[Group]:
+    async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """Groups with their matches."""
         truths = [self.truth(g.position) for g in groups]
-        return [replace(g, rewards=tuple(float(self.right(t, *truth)) for t in g.thoughts))
-                for g, truth in zip(groups, truths, strict=True)]  # fmt: skip
+        return [
+            replace(g, rewards=tuple(float(self.right(t, *truth)) for t in g.thoughts))
+            for g, truth in zip(groups, truths, strict=True)
+        ]
 
     def right(self, thought: Thought, truth: bytes, ends: Sequence[int]) -> bool:
         """Whether a thought's prediction is."""
@@ -140,14 +150,16 @@ class RPT(base.Objective):
         clean = [head for head in heads if not _unfinished(head)]
         if not self.config.strip:
             return whole, [len(head) for head in clean if head]
-        lead = len(whole) - len(_stripped(whole + b".")) + 1  # spaces at its end are those before another word
+        lead = (
+            len(whole) - len(_stripped(whole + b".")) + 1
+        )  # spaces at its end are those before another word
         return whole[lead:], [len(kept) for head in clean if (kept := _stripped(head))]
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that teach something."""
         if not self.config.dynamic_sampling or "target" in self.needs:
             return list(groups)
-        return [g for g in groups if base.worth_telling_apart(g)]
+        return [g for g in groups if base.rewards_differ(g)]
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """The matches [B, G]; dense variants put the next token's probability in place of a 0."""
@@ -166,7 +178,9 @@ def _unfinished(data: bytes) -> bool:
     for size in range(1, min(3, len(data)) + 1):
         lead = data[-size]
         if lead & 0b1100_0000 != 0b1000_0000:  # the byte that begins a character says how many it has
-            return lead >= 0b1100_0000 and size < (2 if lead < 0b1110_0000 else 3 if lead < 0b1111_0000 else 4)
+            return lead >= 0b1100_0000 and size < (
+                2 if lead < 0b1110_0000 else 3 if lead < 0b1111_0000 else 4
+            )
     return False
 
 

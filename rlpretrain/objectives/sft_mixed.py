@@ -1,9 +1,9 @@
 """A control, and a strong one: next-token prediction on documents mixed with given reasoning traces.
 
-Plain supervised training on such a mixture beat next-token and next-segment reasoning after RLVR at a fraction of the compute
-(arXiv 2608.23256); who claims a gain for thinking before predicting has to beat it. `data` holds the documents, `ntp_data` the
-traces; those that are prompts with answers (`ntp_data.answer_column`) are trained on their answers only, while the mean is still
-over all tokens.
+Plain supervised training on such a mixture beat next-token and next-segment reasoning after RLVR at a
+fraction of the compute (arXiv 2608.23256); who claims a gain for thinking before predicting has to beat it.
+`data` holds the documents, `ntp_data` the traces; those that are prompts with answers
+(`ntp_data.answer_column`) are trained on their answers only, while the mean is still over all tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The HTML page of a report: what its parts look like, and what may not get into it.
 
-Everything in a thought is hostile until it is escaped: it was sampled by a model from text that anybody may have written. The
-page loads nothing and runs no script but its own search.
+Everything in a thought is hostile until it is escaped: it was sampled by a model from text that anybody may
+have written. The page loads nothing and runs no script but its own search.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ CURVES: Mapping[str, Sequence[str]] = {
     "thought length (tokens)": ("completions/mean_length", "completions/max_length"),
     "how thoughts end (share)": ("thought/closed_frac", "completions/clipped_ratio", "thought/eos_frac"),
     "loss without a thought (nats per token)": ("ntp/loss", "eval/no_think_loss"),
-    "ratios": ("sampling/raw_mean", "sampling/raw_ess", "sampling/truncated_fraction", "clip_ratio/region_mean"),
+    "ratios": (
+        "sampling/raw_mean",
+        "sampling/raw_ess",
+        "sampling/truncated_fraction",
+        "clip_ratio/region_mean",
+    ),
     "seconds per step": ("step_time", "perf/rollout_s", "perf/train_s", "perf/sync_s"),
 }
 
@@ -51,22 +56,31 @@ class Page:
 
 
 def shade(gain: float, scale: float) -> str:
-    """A colour for a gain: blue above 0, orange below, nothing at 0 (told apart by all kinds of colour blindness)."""
+    """A colour for a gain: blue above 0, orange below, nothing at 0 (told apart by all kinds of colour
+    blindness).
+    """
     share = min(1.0, abs(gain) / scale) * 0.75
     return f"rgba({'38,119,217' if gain > 0 else '230,115,0'},{share:.2f})"
 
 
 def warnings_of(rows: Sequence[Mapping[str, float]], found: Sequence[Place]) -> list[str]:
-    """What is wrong with a run, in words: what the console said while it went on, then what the shown thoughts are worth."""
+    """What is wrong with a run, in words: what the console said while it went on, then what the shown
+    thoughts are worth.
+    """
     out = [f"Step {finding.step}: {finding.text}" for finding in Health().replay(rows)]
     gains = [g for p in found for g in [row.gain for row in p.rows] if g is not None]
     empty = [p.controls["empty"] for p in found if "empty" in p.controls]
     if gains and np.mean(gains) < -0.05:
         beside = f", an empty one {np.mean(empty):.2f}" if empty else ""
-        out.append(f"Thoughts cost: these gain {np.mean(gains):.2f} nats on average{beside}: the model predicts better without.")
+        out.append(
+            f"Thoughts cost: these gain {np.mean(gains):.2f} nats on average{beside}: the model predicts "
+            "better without."
+        )
     if gains and empty and np.mean(gains) > 0.05 and np.mean(empty) > 0.8 * np.mean(gains):
-        out.append(f"Delimiter only: an empty thought gains {np.mean(empty):.2f} nats, a real one {np.mean(gains):.2f}: what is "
-                   "thought adds little.")  # fmt: skip
+        out.append(
+            f"Delimiter only: an empty thought gains {np.mean(empty):.2f} nats, a real one "
+            f"{np.mean(gains):.2f}: what is thought adds little."
+        )
     return out
 
 
@@ -77,10 +91,15 @@ def curves(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, str]]:
 
     out = []
     colours = ("#2677d9", "#e67300", "#7a7a7a", "#9b59b6")
-    grey = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#888")
+    grey = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#888"
+    )
     style = {**grey, "svg.fonttype": "none", "svg.hashsalt": "rlpretrain", "font.size": 8}
     for title, names in CURVES.items():
-        lines = {n: [(r["step"], r[n]) for r in rows if n in r and "step" in r and np.isfinite(r[n])] for n in names}
+        lines = {
+            n: [(r["step"], r[n]) for r in rows if n in r and "step" in r and np.isfinite(r[n])]
+            for n in names
+        }
         lines = {n: points for n, points in lines.items() if points}
         if not lines:
             continue
@@ -103,8 +122,13 @@ def curves(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, str]]:
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     found = [place for _, there in page.documents for place in there]
     gains = [abs(g) for place in found for row in place.rows for g in row.gains if np.isfinite(g)]
     scale = float(np.quantile(gains, 0.95)) if gains else 1.0
@@ -113,19 +137,32 @@ def render(page: Page) -> str:
     except ImportError:
         panels = []
         page.missing.append('curves: pip install "rlpretrain[plot]"')
-    settings = yaml.safe_dump(page.record.get("config"), sort_keys=False, allow_unicode=True) if page.record.get("config") else ""
+    settings = (
+        yaml.safe_dump(page.record.get("config"), sort_keys=False, allow_unicode=True)
+        if page.record.get("config")
+        else ""
+    )
     documents = []
     if page.documents:
         reader = TokenReader(page.tokenizer)
         documents = [_document(d, there, reader, max(scale, 1e-6)) for d, there in page.documents]
     return environment.get_template("report.html.jinja").render(
-        page=page, documents=documents,
-        panels=panels, warnings=warnings_of(page.rows, found), scale=scale, controls=CONTROLS, version=__version__,
-        last=page.rows[-1] if page.rows else {}, meanings=METRICS, settings=settings,
-    )  # fmt: skip
+        page=page,
+        documents=documents,
+        panels=panels,
+        warnings=warnings_of(page.rows, found),
+        scale=scale,
+        controls=CONTROLS,
+        version=__version__,
+        last=page.rows[-1] if page.rows else {},
+        meanings=METRICS,
+        settings=settings,
+    )
 
 
-def _document(document: Document, there: Sequence[Place], reader: TokenReader, scale: float) -> dict[str, Any]:
+def _document(
+    document: Document, there: Sequence[Place], reader: TokenReader, scale: float
+) -> dict[str, Any]:
     """A document for the template: pieces of text, each target token one of its own, and its positions."""
     tokens = reader(document.token_ids)
     marks: dict[int, tuple[float | None, int]] = {}
@@ -141,10 +178,16 @@ def _document(document: Document, there: Sequence[Place], reader: TokenReader, s
         gain, k = marks[marked]
         pieces.append({"text": shown("".join(token.text for token in tokens[at:marked]), 20_000)})
         text, label = shown(tokens[marked].inline), shown(tokens[marked].spelled)
-        pieces.append({"text": text, "label": label, "gain": gain, "place": k, "colour": shade(gain or 0.0, scale)})
+        pieces.append(
+            {"text": text, "label": label, "gain": gain, "place": k, "colour": shade(gain or 0.0, scale)}
+        )
         at = marked + 1
     pieces.append({"text": shown("".join(token.text for token in tokens[at:]), 20_000)})
-    return {"id": shown(document.id, 80), "pieces": pieces, "places": [_place(place, reader, scale) for place in there]}
+    return {
+        "id": shown(document.id, 80),
+        "pieces": pieces,
+        "places": [_place(place, reader, scale) for place in there],
+    }
 
 
 def _place(place: Place, reader: TokenReader, scale: float) -> dict[str, Any]:
@@ -154,12 +197,25 @@ def _place(place: Place, reader: TokenReader, scale: float) -> dict[str, Any]:
     rows = []
     for row in place.rows:
         thought, gains = row.thought, zip(target, row.gains, strict=False)
-        rows.append({
-            "text": shown(reader.text(thought.token_ids, after=group.prompt.token_ids)), "length": len(thought.token_ids),
-            "finish": str(thought.finish_reason), "reward": row.reward, "advantage": row.advantage, "gain": row.gain,
-            "tokens": [{"text": shown(text, 40), "gain": gain, "colour": shade(gain, scale)} for text, gain in gains],
-        })  # fmt: skip
+        rows.append(
+            {
+                "text": shown(reader.text(thought.token_ids, after=group.prompt.token_ids)),
+                "length": len(thought.token_ids),
+                "finish": str(thought.finish_reason),
+                "reward": row.reward,
+                "advantage": row.advantage,
+                "gain": row.gain,
+                "tokens": [
+                    {"text": shown(text, 40), "gain": gain, "colour": shade(gain, scale)}
+                    for text, gain in gains
+                ],
+            }
+        )
     return {
-        "index": position.index, "role": group.role, "gain": float(np.mean(scored)) if scored else None,
-        "target": shown("".join(target), 400), "controls": place.controls, "rows": rows,
-    }  # fmt: skip
+        "index": position.index,
+        "role": group.role,
+        "gain": float(np.mean(scored)) if scored else None,
+        "target": shown("".join(target), 400),
+        "controls": place.controls,
+        "rows": rows,
+    }

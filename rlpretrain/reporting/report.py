@@ -1,7 +1,8 @@
-"""A run as one HTML page that stands alone: curves, warnings in words, and the thoughts with what each is worth, token by token.
+"""A run as one HTML page that stands alone: curves, warnings in words, and the thoughts with what each is
+worth, token by token.
 
-`report` is for a run, finished or not; `inspect` makes the same heat map for any checkpoint and text. The page itself is
-rlpretrain/reporting/html.py.
+`report` is for a run, finished or not; `inspect` makes the same heat map for any checkpoint and text. The
+page itself is rlpretrain/reporting/html.py.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
 from rlpretrain.files import check_file, writing
-from rlpretrain.objectives import Objective, delimiters, parse_section
-from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.ranks import join
 from rlpretrain.reporting.html import Page, render
 from rlpretrain.reporting.token_gains import Place, places, rewards_now
@@ -40,12 +40,19 @@ LARGEST = 3_000_000
 """Bytes that a page may have; with more, fewer documents are shown."""
 
 
-def report(folder: str | Path, out: str | Path | None = None, *, step: int | None = None, documents: int = 12,
-           model: str | None = None) -> Path:  # fmt: skip
+def report(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    step: int | None = None,
+    documents: int = 12,
+    model: str | None = None,
+) -> Path:
     """Write the report of a run folder (to `folder`/report.html by default) and return where it is.
 
-    Thoughts are those of `step` (the last one kept) where the run kept its rollouts, else they are sampled now from the trained
-    model; gains are the trained model's, or `model`'s, against the run's base. ConfigError if there is nothing of a run there.
+    Thoughts are those of `step` (the last one kept) where the run kept its rollouts, else they are sampled
+    now from the trained model; gains are the trained model's, or `model`'s, against the run's base.
+    ConfigError if there is nothing of a run there.
     """
     folder = Path(folder)
     page = read(folder)
@@ -57,17 +64,40 @@ def report(folder: str | Path, out: str | Path | None = None, *, step: int | Non
     return _write(page, Path(out) if out else folder / "report.html")
 
 
-def inspect(model: str, text: str, out: str | Path, *, objective: Mapping[str, Any] | None = None, documents: int = 12,
-            thoughts: int = 4, max_thought_tokens: int = 128, max_length: int = 512, seed: int = 0) -> Path:  # fmt: skip
+def inspect(
+    model: str,
+    text: str,
+    out: str | Path,
+    *,
+    objective: Mapping[str, Any] | None = None,
+    documents: int = 12,
+    thoughts: int = 4,
+    max_thought_tokens: int = 128,
+    max_length: int = 512,
+    seed: int = 0,
+) -> Path:
     """The same heat map for any checkpoint and text, without a run: where would thinking help this model?"""
     check_file(out, "--out")
-    section = {"name": "rlp", "positions": "every_k", "every": 16, "positions_per_document": 8} | dict(objective or {})
-    config = build({
-        "model": model, "data": {"path": text, "max_length": max_length}, "objective": section, "seed": seed,
-        "sampling": {"thoughts": max(2, thoughts), "max_thought_tokens": max_thought_tokens,
-                     "cut": "force_close"},
-    })  # fmt: skip
-    page = Page(f"{Path(model).name}: where thinking helps", about=f"{thoughts} thoughts at each position, sampled now")
+    section = {"name": "rlp", "positions": "every_k", "every": 16, "positions_per_document": 8} | dict(
+        objective or {}
+    )
+    config = build(
+        {
+            "model": model,
+            "data": {"path": text, "max_length": max_length},
+            "objective": section,
+            "seed": seed,
+            "sampling": {
+                "thoughts": max(2, thoughts),
+                "max_thought_tokens": max_thought_tokens,
+                "cut": "force_close",
+            },
+        }
+    )
+    page = Page(
+        f"{Path(model).name}: where thinking helps",
+        about=f"{thoughts} thoughts at each position, sampled now",
+    )
     live, tokenizer, added = _load(config, model)
     if added:
         page.missing.append(f"the model has never seen {' and '.join(added)}: their embeddings are untrained")
@@ -84,14 +114,19 @@ def read(folder: Path) -> Page:
     try:
         page.record = json.loads(record.read_text())
         if page.record.get("status") != "done":
-            page.missing.append(f"the end: the run's status is {page.record.get('status')!r}, at step {page.record.get('step')}")
+            page.missing.append(
+                f"the end: the run's status is {page.record.get('status')!r}, at step "
+                f"{page.record.get('step')}"
+            )
     except (OSError, ValueError) as error:
         page.missing.append(f"run.json (settings and versions): {error}")
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     for line in lines:
         try:
             row = json.loads(line)
-            page.rows.append({k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)})
+            page.rows.append(
+                {k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+            )
         except (ValueError, AttributeError):
             page.missing.append(f"a line of metrics.jsonl that is not whole, behind step {len(page.rows)}")
     if not page.rows:
@@ -114,30 +149,58 @@ def _thoughts(page: Page, folder: Path, step: int | None, documents: int, model:
         live, tokenizer, _ = _load(config, str(trained))
         reference = _load(config, config.model.path)[0]
     except ConfigError as error:
-        page.missing.append(f"{'the base, so gains are against the model itself' if live else 'the model, so no gains'}: {error}")
+        page.missing.append(
+            f"{'the base, so gains are against the model itself' if live else 'the model, so no gains'}: "
+            f"{error}"
+        )
         tokenizer = tokenizer or models.load_tokenizer(config.model)
     store = Store(folder / "rollouts")
     if not store.steps():
         if live is None:
-            raise ConfigError("the run kept no rollouts (save_rollouts: true), and there is no model to sample some from")
-        page.about = ("The run kept no rollouts (save_rollouts: true keeps them): these thoughts were sampled now, from the "
-                      "trained model.")  # fmt: skip
+            raise ConfigError(
+                "the run kept no rollouts (save_rollouts: true), and there is no model to sample some from"
+            )
+        page.about = (
+            "The run kept no rollouts (save_rollouts: true keeps them): these thoughts were sampled now, "
+            "from the trained model."
+        )
         _fresh(page, config, live, reference, tokenizer, documents)
         return
     step = store.steps()[-1] if step is None else step
     groups, known, _ = store.read(step)
-    page.about = f"The thoughts of step {step}, as they were sampled; gains are those of the model as it is now."
+    page.about = (
+        f"The thoughts of step {step}, as they were sampled; gains are those of the model as it is now."
+    )
     kept = {document.id: document for document in known}
     ids = list(dict.fromkeys(g.position.document_id for g in groups))[:documents]
     objective = load_objective(config, tokenizer)
-    _fill(page, [g for g in groups if g.position.document_id in ids], kept, objective, live, reference, tokenizer, config)
+    _fill(
+        page,
+        [g for g in groups if g.position.document_id in ids],
+        kept,
+        objective,
+        live,
+        reference,
+        tokenizer,
+        config,
+    )
 
 
-def _fresh(page: Page, config: PretrainConfig, live: nn.Module, reference: nn.Module | None, tokenizer: Any,
-           documents: int) -> None:  # fmt: skip
+def _fresh(
+    page: Page,
+    config: PretrainConfig,
+    live: nn.Module,
+    reference: nn.Module | None,
+    tokenizer: Any,
+    documents: int,
+) -> None:
     """Thoughts sampled now, at the objective's places in the first documents of the data."""
     objective = load_objective(config, tokenizer)
-    found = read_all(replace(config.data, path=config.eval.data or config.data.path, streaming=False), tokenizer, limit=documents)
+    found = read_all(
+        replace(config.data, path=config.eval.data or config.data.path, streaming=False),
+        tokenizer,
+        limit=documents,
+    )
     chosen, seeds, rng = [], [], np.random.default_rng(config.seed)
     for document in found:
         entropies = None
@@ -153,8 +216,16 @@ def _fresh(page: Page, config: PretrainConfig, live: nn.Module, reference: nn.Mo
     _fill(page, groups, {d.id: d for d in found}, objective, live, reference, tokenizer, config)
 
 
-def _fill(page: Page, groups: Sequence[Group], known: Mapping[str, Document], objective: Objective, live: nn.Module | None,
-          reference: nn.Module | None, tokenizer: Any, config: PretrainConfig) -> None:  # fmt: skip
+def _fill(
+    page: Page,
+    groups: Sequence[Group],
+    known: Mapping[str, Document],
+    objective: Objective,
+    live: nn.Module | None,
+    reference: nn.Module | None,
+    tokenizer: Any,
+    config: PretrainConfig,
+) -> None:
     arms, pad_id = no_think_contexts(objective, groups), tokenizer.pad_token_id or 0
     rewarded: dict[str, list[float]] = {}
     unknown = [g for g in groups if g.rewards is None]
@@ -162,10 +233,14 @@ def _fill(page: Page, groups: Sequence[Group], known: Mapping[str, Document], ob
         against = (page.record.get("config") or {}).get("baseline", {}).get("name", "self")
         first = reference if reference is not None and against in ("frozen", "ema") else None
         baseline = Frozen(first) if first is not None else NoBaseline() if against == "none" else Baseline()
-        layout = Layout(16384, config.sampling.cut, config.sampling.cut_penalty, pad_id=pad_id, no_think_ids=arms)
+        layout = Layout(
+            16384, config.sampling.cut, config.sampling.cut_penalty, pad_id=pad_id, no_think_ids=arms
+        )
         there = [known[i] for i in dict.fromkeys(g.position.document_id for g in unknown) if i in known]
         rewarded = rewards_now(objective, live, baseline, unknown, there, layout)
-    found = places(groups, known, model=live, reference=reference, no_think=arms, rewarded=rewarded, pad_id=pad_id)
+    found = places(
+        groups, known, model=live, reference=reference, no_think=arms, rewarded=rewarded, pad_id=pad_id
+    )
     page.tokenizer = tokenizer
     by_document: dict[str, list[Place]] = {}
     for place in found:
@@ -180,7 +255,7 @@ def _load(config: PretrainConfig, path: str) -> tuple[nn.Module, Any, list[str]]
     start = replace(config.model, path=path, from_scratch=False)
     if path != config.model.path:
         start = replace(start, quantization="none")  # a trained model was saved merged
-    model, tokenizer, added = models.load(start, delimiters(config.objective), config.seed)
+    model, tokenizer, added = models.load_with_tokenizer(start, delimiters(config.objective), config.seed)
     return model.to(join(config.device).device), tokenizer, added
 
 
@@ -196,7 +271,9 @@ def _write(page: Page, out: Path) -> Path:
     while len(html.encode()) > LARGEST and page.documents:
         kept = len(page.documents) // 2
         page.missing = [m for m in page.missing if not m.startswith("documents")]
-        page.missing.append(f"documents: only {kept} are shown, so that the page stays below {LARGEST // 10**6} MB")
+        page.missing.append(
+            f"documents: only {kept} are shown, so that the page stays below {LARGEST // 10**6} MB"
+        )
         page.documents = page.documents[:kept]
         html = render(page)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
-"""What thinking is worth, token by token: gains of target tokens after every thought, and after thoughts that should not help.
+"""What thinking is worth, token by token: gains of target tokens after every thought, and after thoughts that
+should not help.
 
-What the report and `rlpretrain inspect` show. Numbers are log p(token | context, thought) - log p(token | context) in nats, the
-first under the model shown, the second under a reference (the initial model where there is one).
+What the report and `rlpretrain inspect` show. Numbers are log p(token | context, thought) - log p(token |
+context) in nats, the first under the model shown, the second under a reference (the initial model where there
+is one).
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Batch, Document
 from rollout.types import Group, Thought
 
-CONTROLS = {"empty": "an empty thought", "shuffled": "its own tokens in random order", "other": "a thought for another document"}
+CONTROLS = {
+    "empty": "an empty thought",
+    "shuffled": "its own tokens in random order",
+    "other": "a thought for another document",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +62,38 @@ class Place:
         return tuple(float(x) for x in np.mean(scored, axis=0)) if scored else ()
 
 
-def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model: nn.Module | None = None,
-           reference: nn.Module | None = None, no_think: Mapping[str, tuple[int, ...]] | None = None,
-           rewarded: Mapping[str, Sequence[float]] | None = None, pad_id: int = 0, seed: int = 0,
-           token_budget: int = 16384) -> list[Place]:  # fmt: skip
+def places(
+    groups: Sequence[Group],
+    documents: Mapping[str, Document],
+    *,
+    model: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    no_think: Mapping[str, tuple[int, ...]] | None = None,
+    rewarded: Mapping[str, Sequence[float]] | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+    token_budget: int = 16384,
+) -> list[Place]:
     """The groups as places. Without a `model` only what is stored on them is shown: rewards, no gains.
 
-    Rewards are those stored, else those of `rewarded` (group id → one for each thought, NaN where it does not count), else gains.
+    Rewards are those stored, else those of `rewarded` (group id → one for each thought, NaN where it does not
+    count), else gains.
     """
     gains: dict[str, np.ndarray] = {}
     controls: dict[str, dict[str, float]] = {g.id: {} for g in groups}
     wanted = [g for g in groups if g.position.target_ids]
     if model is not None and wanted:
         layout = Layout(token_budget, cut="force_close", pad_id=pad_id, no_think_ids=dict(no_think or {}))
-        known = [documents[i] for i in dict.fromkeys(g.position.document_id for g in wanted) if i in documents]
-        base = token_logps(reference or model, [replace(g, thoughts=g.thoughts[:1]) for g in wanted], known, layout)[1]
+        known = [
+            documents[i] for i in dict.fromkeys(g.position.document_id for g in wanted) if i in documents
+        ]
+        base = token_logps(
+            reference or model, [replace(g, thoughts=g.thoughts[:1]) for g in wanted], known, layout
+        )[1]
         gains = {i: after - base[i] for i, after in token_logps(model, wanted, known, layout)[0].items()}
-        kinds = [kind for kind in CONTROLS if kind != "other" or len({g.position.document_id for g in wanted}) > 1]
+        kinds = [
+            kind for kind in CONTROLS if kind != "other" or len({g.position.document_id for g in wanted}) > 1
+        ]
         for kind in kinds:
             for i, after in token_logps(model, contrast(wanted, kind, seed), known, layout)[0].items():
                 controls[i][kind] = float((after - base[i]).sum(-1).mean())
@@ -86,7 +107,12 @@ def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model:
         if len(rewards) > 1:
             advantages = leave_one_out(torch.tensor([list(rewards)], dtype=torch.float64))[0].tolist()
         rows = [
-            Row(t, () if found is None else tuple(found[k].tolist()), None if r != r else r, None if r != r or a != a else a)
+            Row(
+                t,
+                () if found is None else tuple(found[k].tolist()),
+                None if r != r else r,
+                None if r != r or a != a else a,
+            )
             for k, (t, r, a) in enumerate(zip(group.thoughts, rewards, advantages, strict=True))
         ]
         rows.sort(key=lambda row: -(row.advantage if row.advantage is not None else -np.inf))
@@ -94,18 +120,28 @@ def places(groups: Sequence[Group], documents: Mapping[str, Document], *, model:
     return out
 
 
-def rewards_now(objective: Any, model: nn.Module, baseline: Baseline, groups: Sequence[Group], documents: Sequence[Document],
-                layout: Layout) -> dict[str, list[float]]:  # fmt: skip
-    """{group id: what its thoughts earn under the model as it is, NaN where one does not count}, for rewards that are made of
-    log-probabilities of the target."""
+def rewards_now(
+    objective: Any,
+    model: nn.Module,
+    baseline: Baseline,
+    groups: Sequence[Group],
+    documents: Sequence[Document],
+    layout: Layout,
+) -> dict[str, list[float]]:
+    """{group id: what its thoughts earn under the model as it is, NaN where one does not count}, for rewards
+    that are made of log-probabilities of the target.
+    """
     micros = micro_batches(Batch(tuple(groups), tuple(documents)), layout)
     device = next(model.parameters()).device
-    found = score_batch(score_function(Scorer(model)), micros, device, reference=baseline, objective=objective).groups
+    found = score_batch(
+        score_function(Scorer(model)), micros, device, reference=baseline, objective=objective
+    ).groups
     return {id_: scores.rewards.tolist() for id_, scores in found.items()}
 
 
-def token_logps(model: nn.Module, groups: Sequence[Group], documents: Sequence[Document],
-                layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # fmt: skip
+def token_logps(
+    model: nn.Module, groups: Sequence[Group], documents: Sequence[Document], layout: Layout
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """({group id: log-probs [G, T] after each thought}, {group id: log-probs [T] without one})."""
     batch = Batch(tuple(replace(g, rewards=None) for g in groups), tuple(documents))
     device = next(model.parameters()).device

@@ -1,4 +1,6 @@
-"""Documents → positions → groups: what a step trains on, drawn so that ranks, resume and replay see the same thing."""
+"""Documents → positions → groups: what a step trains on, drawn so that ranks, resume and replay see the
+same thing.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ PATIENCE = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to think: a position of a document that was drawn, the seed of its thoughts, and the draw's number.
+    """Where to think: a position of a document that was drawn, the seed of its thoughts, and the draw's
+    number.
 
     Several positions of one draw share the number; a document that is drawn again has another.
     """
@@ -55,13 +58,25 @@ class Ahead:
 class BatchSource:
     """Draws the batches of one rank.
 
-    Everything random about the i-th document of the global order (its positions, the seeds of its thoughts) depends on
-    (seed, i) alone, so one rank and several, and a resumed run, think at the same places.
+    Everything random about the i-th document of the global order (its positions, the seeds of its thoughts)
+    depends on (seed, i) alone, so one rank and several, and a resumed run, think at the same places.
     """
 
-    def __init__(self, objective: Objective, stream: DocumentStream, engine: Engine | None, policy: Any, *, seed: int, rank: int,
-                 size: int, ntp_stream: DocumentStream | None = None, token_budget: int = 16384, in_flight: int = 4,
-                 steps: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        objective: Objective,
+        stream: DocumentStream,
+        engine: Engine | None,
+        policy: Any,
+        *,
+        seed: int,
+        rank: int,
+        size: int,
+        ntp_stream: DocumentStream | None = None,
+        token_budget: int = 16384,
+        in_flight: int = 4,
+        steps: int = 1,
+    ):
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
         self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
         self.token_budget, self.steps = token_budget, steps
@@ -78,8 +93,8 @@ class BatchSource:
     def take(self, n: int, ahead: int = 0) -> Batch:
         """`n` groups of this rank with their documents; for an objective without positions, `n` documents.
 
-        `ahead`: how many coming batches of `n` to have sampled meanwhile. Positions are drawn here, in the trainer's thread,
-        since they may need the policy.
+        `ahead`: how many coming batches of `n` to have sampled meanwhile. Positions are drawn here, in the
+        trainer's thread, since they may need the policy.
         """
         if not self.objective.has_positions:
             objective = self.objective.at(self.taken / self.steps)
@@ -105,15 +120,22 @@ class BatchSource:
         return Batch(tuple(groups), tuple(documents), batch.progress)
 
     def _others(self, n: int) -> list[Document]:
-        """The next `n` documents of `ntp_data`, by ids of their own: rows of both streams are numbered from 0."""
+        """The next `n` documents of `ntp_data`, by ids of their own: rows of both streams are numbered
+        from 0.
+        """
         found = self.ntp_stream.take(n) if self.ntp_stream is not None else []
         return [replace(d, id=f"ntp {d.id}") for d in found]
 
-    def _pieces(self, places: Sequence[Place], objective: Objective, engine: Metered, ahead: int) -> list[Rollout]:
+    def _pieces(
+        self, places: Sequence[Place], objective: Objective, engine: Metered, ahead: int
+    ) -> list[Rollout]:
         """The rollouts of a batch: one call of the engine, or several if weights may change between them."""
         size = math.ceil(len(places) / self.queue.in_flight) if ahead else len(places)
         parts = [places[i : i + size] for i in range(0, len(places), size)]
-        return [partial(objective.rollout, engine, [p.position for p in part], [p.seed for p in part]) for part in parts]
+        return [
+            partial(objective.rollout, engine, [p.position for p in part], [p.seed for p in part])
+            for part in parts
+        ]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,12 +182,18 @@ class BatchSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact cursor."""
-        waiting = [place for batch in self._ahead for place in batch.places]  # a resumed run samples them anew
+        waiting = [
+            place for batch in self._ahead for place in batch.places
+        ]  # a resumed run samples them anew
         spare = [_place_to_row(place) for place in waiting + self._spare]
         return {
-            "stream": self.stream.state_dict(), "taken": self.taken, "drawn": self.drawn, "without": self.without, "spare": spare,
+            "stream": self.stream.state_dict(),
+            "taken": self.taken,
+            "drawn": self.drawn,
+            "without": self.without,
+            "spare": spare,
             "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a cursor that `state_dict` gave."""
@@ -184,8 +212,15 @@ def _place_to_row(place: Place) -> dict[str, Any]:
     document, position = place.document, place.position
     start = document.token_ids[: position.index]
     context = None if position.context_ids == start else position.context_ids
-    return {"document": document_to_row(document), "index": position.index, "context_ids": context,
-            "target_ids": position.target_ids, "suffix_ids": position.suffix_ids, "seed": place.seed, "draw": place.draw}
+    return {
+        "document": document_to_row(document),
+        "index": position.index,
+        "context_ids": context,
+        "target_ids": position.target_ids,
+        "suffix_ids": position.suffix_ids,
+        "seed": place.seed,
+        "draw": place.draw,
+    }
 
 
 def _place_from_row(row: Any) -> Place:
@@ -198,7 +233,9 @@ def _place_from_row(row: Any) -> Place:
         document, index, seed = document_from_row(row["document"]), row["index"], row["seed"]
         context, target, suffix = row["context_ids"], row["target_ids"], row["suffix_ids"]
         context, draw = document.token_ids[:index] if context is None else context, row.get("draw")
-    return Place(document, Position(document.id, index, tuple(context), tuple(target), tuple(suffix)), seed, draw)
+    return Place(
+        document, Position(document.id, index, tuple(context), tuple(target), tuple(suffix)), seed, draw
+    )
 
 
 def rollouts_in(folder: str) -> Path:
@@ -208,7 +245,9 @@ def rollouts_in(folder: str) -> Path:
 
 
 class ReplaySource:
-    """The batches of a store, step by step; in place of a BatchSource. It samples nothing, and `reads` says so."""
+    """The batches of a store, step by step; in place of a BatchSource. It samples nothing, and `reads`
+    says so.
+    """
 
     epoch, without = 0, 0
 
@@ -233,8 +272,10 @@ class ReplaySource:
         """Go back to a cursor that `state_dict` gave."""
         known = state.get("tokenizer_ids")  # None in an older checkpoint
         if None not in (known, self.tokenizer) and known != self.tokenizer:
-            raise ConfigError("the tokenizer is another one than when this replay was checkpointed: its ids mean other "
-                              "texts; set model.path or model.tokenizer back")
+            raise ConfigError(
+                "the tokenizer is another one than when this replay was checkpointed: its ids mean other "
+                "texts; set model.path or model.tokenizer back"
+            )
         self.done = state["done"]
 
     @contextmanager
@@ -252,7 +293,9 @@ class ReplaySource:
             raise ConfigError(f"replay: {error}") from error
 
 
-def roll_out(objective: Objective, engine: Any, positions: Sequence[Position], seeds: Sequence[int]) -> list[Group]:
+def roll_out(
+    objective: Objective, engine: Any, positions: Sequence[Position], seeds: Sequence[int]
+) -> list[Group]:
     """The objective's groups; ConfigError for what the engine refuses to sample."""
     try:
         return asyncio.run(objective.rollout(engine, positions, seeds))

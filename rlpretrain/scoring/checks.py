@@ -1,4 +1,6 @@
-"""What is checked before a model is trained: its trees, its head, its kernel, and that nothing in it is random."""
+"""What is checked before a model is trained: its trees, its head, its kernel, and that nothing in it is
+random.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,16 @@ from rlpretrain.types import Batch, MicroBatch, Totals
 
 
 @torch.no_grad()
-def check_tree(policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, ranks: Ranks, half: bool = False) -> float:
-    """Largest difference (nats) over all ranks between the log-probs that a policy gives of a tree and of the same rows padded.
+def check_tree(
+    policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, ranks: Ranks, half: bool = False
+) -> float:
+    """Largest difference (nats) over all ranks between the log-probs that a policy gives of a tree and of the
+    same rows padded.
 
-    All ranks call it. Raises ValueError above 1e-3 (.3 with `half` precision): the model lets tokens meet elsewhere than in
-    attention, or attends by rules that the tree does not know. Or it is the padded rows that are wrong, since their kernel leaves
-    a part of the attention out: they are scored once more by `eager` to tell.
+    All ranks call it. Raises ValueError above 1e-3 (.3 with `half` precision): the model lets tokens meet
+    elsewhere than in attention, or attends by rules that the tree does not know. Or it is the padded rows
+    that are wrong, since their kernel leaves a part of the attention out: they are scored once more by
+    `eager` to tell.
     """
     padded = micro_batches(Batch(micro.groups, micro.documents), replace(layout, tree=False), ranks, totals)
     most = 0.3 if half else 1e-3
@@ -41,12 +47,13 @@ def check_tree(policy: Any, micro: MicroBatch, layout: Layout, totals: Totals, r
     off = ranks.max([_apart(theirs, reference)])[0]
     if not off <= most:
         raise ValueError(
-            f"{said}, and by attention {kernel} other ones than by eager on the same padded rows (up to {off:.2e}): "
-            f"{kernel} leaves out a part of the model, in sampling too. Set model.attn_implementation: eager"
+            f"{said}, and by attention {kernel} other ones than by eager on the same padded rows (up to "
+            f"{off:.2e}): {kernel} leaves out a part of the model, in sampling too. Set "
+            "model.attn_implementation: eager"
         )
     raise ValueError(
-        f"{said}: it lets tokens meet by rules that tree attention does not know. Its padded rows are those of eager "
-        "attention: train it with packing: padded"
+        f"{said}: it lets tokens meet by rules that tree attention does not know. Its padded rows are those "
+        "of eager attention: train it with packing: padded"
     )
 
 
@@ -55,16 +62,21 @@ def _apart(ours: BatchScores, theirs: BatchScores) -> float:
     pairs: list[tuple[Tensor, Tensor]] = []
     for id_, other in theirs.groups.items():
         own = ours.groups[id_]
-        pairs += [(getattr(own, name), getattr(other, name)) for name in ("thought_logps", "target_logps", "baseline_logps")]
+        pairs += [
+            (getattr(own, name), getattr(other, name))
+            for name in ("thought_logps", "target_logps", "baseline_logps")
+        ]
     pairs += [(ours.documents[id_].logps, other.logps) for id_, other in theirs.documents.items()]
     apart = [float((a.float() - b.float()).abs().max()) for a, b in pairs if b.numel()]
     return max((math.inf if math.isnan(a) else a for a in apart), default=0.0)
 
 
 def check_model(model: nn.Module) -> None:
-    """What is asked of every model before it is trained or evaluated: ConfigError or ValueError that says what is wrong.
+    """What is asked of every model before it is trained or evaluated: ConfigError or ValueError that says
+    what is wrong.
 
-    Its forward is not random, its attention kernel computes its attention, and our log-probs are those of its own logits.
+    Its forward is not random, its attention kernel computes its attention, and our log-probs are those of its
+    own logits.
     """
     check_deterministic(model)
     check_kernel(model)
@@ -75,8 +87,8 @@ def check_model(model: nn.Module) -> None:
 def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
     """Largest difference between our log-probabilities and those of the model's own logits, on a few tokens.
 
-    Raises ValueError above `tolerance` (scaled for half precision and autocast): the model does something to its logits that
-    `compat` does not know, and every score would be wrong.
+    Raises ValueError above `tolerance` (scaled for half precision and autocast): the model does something to
+    its logits that `compat` does not know, and every score would be wrong.
     """
     weight = model.get_output_embeddings().weight
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
@@ -90,7 +102,8 @@ def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
     half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
     if not worst <= tolerance * (300 if half else 1):
         raise ValueError(
-            f"{type(model).__name__}: log-probabilities from hidden states differ from its own logits by {worst:.3g} nats; "
-            "it transforms its logits in a way that rlpretrain.compat.head_of does not know"
+            f"{type(model).__name__}: log-probabilities from hidden states differ from its own logits by "
+            f"{worst:.3g} nats; it transforms its logits in a way that rlpretrain.compat.head_of does not "
+            "know"
         )
     return worst

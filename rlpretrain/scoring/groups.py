@@ -1,7 +1,8 @@
-"""Groups in, numbers by group out: the one place that packs groups, scores them, and takes the scores apart again.
+"""Groups in, numbers by group out: the one place that packs groups, scores them, and takes the scores apart
+again.
 
-The training loop takes its micro-batches from here and keeps their graphs. Evaluation, entropies, report and TRL want numbers.
-Legend: see rlpretrain/types.py.
+The training loop takes its micro-batches from here and keeps their graphs. Evaluation, entropies, report and
+TRL want numbers. Legend: see rlpretrain/types.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class GroupScores:
     """What a model says of one group, without gradient and on the CPU. Log-probabilities are in nats."""
 
     group: Group
-    thought_logps: Tensor  # [G, L] at the sampling temperature; 0 behind a thought's end, and where it is not counted
+    thought_logps: (
+        Tensor  # [G, L] at the sampling temperature; 0 behind a thought's end, and where it is not counted
+    )
     target_logps: Tensor  # [G, T] of each target token after the thought
     baseline_logps: Tensor  # [T] without a thought, by the reference where there is one
     joint_target: Tensor  # [G] float64, of the whole target after each thought
@@ -56,7 +59,9 @@ class BatchScores:
     documents: dict[str, DocumentScores]
 
 
-def micro_batches(batch: Batch, layout: Layout, ranks: Ranks | None = None, totals: Totals | None = None) -> list[MicroBatch]:
+def micro_batches(
+    batch: Batch, layout: Layout, ranks: Ranks | None = None, totals: Totals | None = None
+) -> list[MicroBatch]:
     """The micro-batches of a batch, by default with its own denominators.
 
     With `ranks` there are as many on every rank, the last of them idle; then all ranks call it together.
@@ -79,7 +84,8 @@ def score_batch(
 ) -> BatchScores:
     """The scores of every group and document of the micro-batches, the parts of a split group joined.
 
-    `reference` replaces the no-think log-probs, as a baseline does. With an `objective` its rewards are there too.
+    `reference` replaces the no-think log-probs, as a baseline does. With an `objective` its rewards are there
+    too.
     """
     found = BatchScores({}, {})
     for micro in micros:
@@ -99,7 +105,9 @@ def score_batch(
 def token_entropies(
     score: ScoreFunction, documents: Sequence[Document], token_budget: int, device: torch.device
 ) -> list[Tensor]:
-    """Per document, the entropy (nats) of a model's prediction of each token, 0 for the first. `score` gives entropies."""
+    """Per document, the entropy (nats) of a model's prediction of each token, 0 for the first. `score`
+    gives entropies.
+    """
     found = score_batch(score, micro_batches(Batch((), documents), Layout(token_budget)), device).documents
     out = []
     for document in documents:
@@ -111,13 +119,17 @@ def token_entropies(
 
 
 def compute_rewards(objective: Objective, micro: MicroBatch, scores: Scores) -> Tensor:
-    """Rewards [B, G], less what the cut-off policy takes; NaN where a thought does not count or its reward does not apply."""
+    """Rewards [B, G], less what the cut-off policy takes; NaN where a thought does not count or its reward
+    does not apply.
+    """
     reward = objective.reward(micro.groups, scores.detached()) - micro.penalty
     return reward.masked_fill(~micro.counted, math.nan)
 
 
 def rows_by_group(micros: Sequence[MicroBatch], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """{group id: its rows [G, ...]} of values [B, G, ...] for each micro-batch; the parts of a split group are joined."""
+    """{group id: its rows [G, ...]} of values [B, G, ...] for each micro-batch; the parts of a split group
+    are joined.
+    """
     found: dict[str, Tensor] = {}
     for micro, value in zip(micros, values, strict=True):
         for group, rows in zip(micro.groups, value, strict=True):
@@ -137,12 +149,16 @@ def whole_groups(micros: Sequence[MicroBatch]) -> dict[str, Group]:
 
 
 def no_think_contexts(objective: Objective, groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
-    """{group id: the context of its arm without a thought}, where that is not the document itself (`Layout.no_think_ids`)."""
+    """{group id: the context of its arm without a thought}, where that is not the document itself
+    (`Layout.no_think_ids`).
+    """
     contexts = {group.id: objective.no_think(group.position) for group in groups}
     return {id_: context for id_, context in contexts.items() if context is not None}
 
 
-def _groups_of(micro: MicroBatch, own: Scores, scores: Scores, rewards: Tensor | None) -> Iterator[GroupScores]:
+def _groups_of(
+    micro: MicroBatch, own: Scores, scores: Scores, rewards: Tensor | None
+) -> Iterator[GroupScores]:
     """The groups, or parts of groups, of one micro-batch."""
     mask = micro.target_mask
     joint_target = (scores.target_logps * mask[:, None]).sum(-1).double()
@@ -155,7 +171,14 @@ def _groups_of(micro: MicroBatch, own: Scores, scores: Scores, rewards: Tensor |
         own_hits = (~mask | scores.baseline_hits).all(-1)
     if rewards is None:
         rewards = torch.full_like(joint_target, math.nan)
-    tables = [scores.thought_logps, scores.target_logps, scores.baseline_logps, joint_target, joint_baseline, joint_own]
+    tables = [
+        scores.thought_logps,
+        scores.target_logps,
+        scores.baseline_logps,
+        joint_target,
+        joint_baseline,
+        joint_own,
+    ]
     thoughts, targets, baselines, joint_target, joint_baseline, joint_own = (t.cpu() for t in tables)
     hits, own_hits, rewards = hits.cpu(), own_hits.cpu(), rewards.double().cpu()
     for b, group in enumerate(micro.groups):
@@ -180,7 +203,9 @@ def _documents_of(micro: MicroBatch, scores: Scores) -> Iterator[DocumentScores]
     """The documents of one micro-batch whose next-token loss is taken there."""
     sizes = [len(document.token_ids) - 1 for document in micro.documents]
     logps = scores.trunk_logps.cpu().split(sizes)
-    entropies = [None] * len(sizes) if scores.trunk_entropies is None else scores.trunk_entropies.cpu().split(sizes)
+    entropies = (
+        [None] * len(sizes) if scores.trunk_entropies is None else scores.trunk_entropies.cpu().split(sizes)
+    )
     for document, own, entropy in zip(micro.documents, logps, entropies, strict=True):
         yield DocumentScores(document, own, entropy)
 
@@ -189,11 +214,14 @@ def _join(first: GroupScores, second: GroupScores) -> GroupScores:
     """Two parts of one group, in the order of their thoughts."""
     longest = max(first.thought_logps.shape[1], second.thought_logps.shape[1])
     widened = [
-        torch.nn.functional.pad(part.thought_logps, (0, longest - part.thought_logps.shape[1])) for part in (first, second)
+        torch.nn.functional.pad(part.thought_logps, (0, longest - part.thought_logps.shape[1]))
+        for part in (first, second)
     ]
     by_thought: Mapping[str, Tensor] = {
         field.name: torch.cat([getattr(first, field.name), getattr(second, field.name)])
         for field in fields(GroupScores)
         if field.name not in ("group", "thought_logps", "baseline_logps")
     }
-    return replace(first, group=joined(first.group, second.group), thought_logps=torch.cat(widened), **by_thought)
+    return replace(
+        first, group=joined(first.group, second.group), thought_logps=torch.cat(widened), **by_thought
+    )

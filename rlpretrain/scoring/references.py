@@ -1,7 +1,9 @@
-"""What log p(target | context) is measured against: nothing, the current model, the initial model, or its moving average.
+"""What log p(target | context) is measured against: nothing, the current model, the initial model, or its
+moving average.
 
-A baseline that is the same for all thoughts of a position cancels in RLP's leave-one-out advantage, so all four train the
-same weights under plain RLP. It matters where gains are clipped or compared across positions, and in what is logged.
+A baseline that is the same for all thoughts of a position cancels in RLP's leave-one-out advantage, so all
+four train the same weights under plain RLP. It matters where gains are clipped or compared across positions,
+and in what is logged.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 
 from rlpretrain.config import PretrainConfig
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.scorer import Beside
+from rlpretrain.scoring.scorer import NoGradScorer
 from rlpretrain.types import MicroBatch, Scores
 
 
 class Baseline:
-    """Fills in `Scores.baseline_logps`. This one is "self": the policy's own no-think log-probs, from the same forward."""
+    """Fills in `Scores.baseline_logps`. This one is "self": the policy's own no-think log-probs, from the
+    same forward.
+    """
 
     def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
         return scores
@@ -45,16 +49,20 @@ class NoBaseline(Baseline):
 
 
 class Frozen(Baseline):
-    """A model that never changes, usually the initial one: a copy, or a trained model with its adapters off (`bare`).
+    """A model that never changes, usually the initial one: a copy, or a trained model with its adapters off
+    (`adapters_off`).
 
-    Of documents that come again, in whole rows (`Layout.whole_arms`), up to `keep` log-probs stay: a rank reads each once.
+    Of documents that come again, in whole rows (`Layout.whole_arms`), up to `keep` log-probs stay: a rank
+    reads each once.
     """
 
-    def __init__(self, model: nn.Module, *, bare: bool = False, keep: int = 0, ranks: Ranks | None = None):
+    def __init__(
+        self, model: nn.Module, *, adapters_off: bool = False, keep: int = 0, ranks: Ranks | None = None
+    ):
         self.model, self.keep, self.ranks = model, keep, ranks or Ranks()
-        if not bare:
+        if not adapters_off:
             model.requires_grad_(False).eval()
-        self.scorer = Beside(model, bare)
+        self.scorer = NoGradScorer(model, adapters_off)
         self.known: OrderedDict[bytes, Tensor] = OrderedDict()
         self.kept = 0
 
@@ -63,7 +71,9 @@ class Frozen(Baseline):
 
     @torch.no_grad()
     def logps(self, micro: MicroBatch) -> Tensor:
-        """log p(target | context) [B, T] under this model, without a thought. Under ZeRO-3 all ranks call it together."""
+        """log p(target | context) [B, T] under this model, without a thought. Under ZeRO-3 all ranks call
+        it together.
+        """
         device = next(self.model.parameters()).device
         arm, seen = micro.arm, micro.arm.rows >= 0
         out = torch.zeros(seen.shape, device=device)
@@ -83,7 +93,11 @@ class Frozen(Baseline):
         for name, logps in here.items():
             self._remember(name, logps)
         width = arm.input_ids.shape[1]
-        values = torch.stack([here[names[i // width]][i % width] for i in arm.rows[seen].tolist()]) if seen.any() else found[:0]
+        values = (
+            torch.stack([here[names[i // width]][i % width] for i in arm.rows[seen].tolist()])
+            if seen.any()
+            else found[:0]
+        )
         return out.masked_scatter(seen.to(device), values.to(device))
 
     def _read(self, ids: Tensor, mask: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
@@ -94,7 +108,9 @@ class Frozen(Baseline):
         if not wanted:  # others have something to read, and need this rank's part of the weights
             ids, rows, labels = torch.zeros(1, 2, dtype=torch.int64), rows.new_zeros(1), rows.new_zeros(1)
             mask = torch.ones_like(ids)
-        logps, _ = self.scorer(*(t.to(device) for t in (ids, mask)), None, *(t.to(device) for t in (rows, labels)))
+        logps, _ = self.scorer(
+            *(t.to(device) for t in (ids, mask)), None, *(t.to(device) for t in (rows, labels))
+        )
         return logps if wanted else logps[:0]
 
     def _remember(self, name: bytes, logps: Tensor) -> None:
@@ -110,7 +126,8 @@ class Frozen(Baseline):
 class Ema(Frozen):
     """phi <- decay * phi + (1 - decay) * theta after each optimizer step (arXiv 2510.01265, algorithm 1).
 
-    Kept in float32, where increments of 1 - decay do not vanish, and whole on every rank, whatever the ZeRO stage.
+    Kept in float32, where increments of 1 - decay do not vanish, and whole on every rank, whatever the ZeRO
+    stage.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -136,18 +153,27 @@ class Ema(Frozen):
             p.copy_(state[name])
 
 
-def make_references(config: PretrainConfig, initial: nn.Module, wanted: bool, again: bool,
-                    ranks: Ranks) -> tuple[Frozen | None, Baseline]:  # fmt: skip
-    """(the frozen initial model if it is `wanted` for what is logged, the baseline that `baseline.name` names).
+def make_references(
+    config: PretrainConfig, initial: nn.Module, wanted: bool, again: bool, ranks: Ranks
+) -> tuple[Frozen | None, Baseline]:
+    """(the frozen initial model if it is `wanted` for what is logged, the baseline that `baseline.name`
+    names).
 
-    Called before the model gets adapters: with them it is its own frozen model, else that is one copy for both purposes.
-    `again`: documents will come more than once, so their log-probs are worth keeping.
+    Called before the model gets adapters: with them it is its own frozen model, else that is one copy for
+    both purposes. `again`: documents will come more than once, so their log-probs are worth keeping.
     """
-    b, bare, frozen = config.baseline, config.policy.lora is not None, None
+    b, adapters_off, frozen = config.baseline, config.policy.lora is not None, None
     if wanted or b.name == "frozen":
-        raw = config.objective.get("no_think", "raw") == "raw"  # then an arm is the document itself, wherever the position is
+        raw = (
+            config.objective.get("no_think", "raw") == "raw"
+        )  # then an arm is the document itself, wherever the position is
         keep = b.cache_tokens if again and raw and b.name == "frozen" else 0
-        frozen = Frozen(initial if bare else copy.deepcopy(initial), bare=bare, keep=keep, ranks=ranks)
+        frozen = Frozen(
+            initial if adapters_off else copy.deepcopy(initial),
+            adapters_off=adapters_off,
+            keep=keep,
+            ranks=ranks,
+        )
     if frozen and b.name == "frozen":
         return frozen, frozen
     named = {"none": NoBaseline, "self": Baseline, "ema": lambda: Ema(copy.deepcopy(initial), b.decay)}

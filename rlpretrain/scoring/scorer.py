@@ -1,7 +1,7 @@
 """MicroBatch → log-probabilities of thoughts, targets and trunk, in one forward.
 
-Only the rows that count reach the LM head, in chunks (`rewards.token_logps`); nothing of size tokens × vocabulary is held.
-Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
+Only the rows that count reach the LM head, in chunks (`rewards.token_logps`); nothing of size tokens ×
+vocabulary is held. Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -36,21 +36,38 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.limit, self.reads = model, limit_of(model), Reads()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, rows: Tensor, labels: Tensor,
-                temperature: Tensor | float = 1.0, want: str = "logps",
-                tree: Tree | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds entropies or argmaxes [K]."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        rows: Tensor,
+        labels: Tensor,
+        temperature: Tensor | float = 1.0,
+        want: str = "logps",
+        tree: Tree | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds
+        entropies or argmaxes [K].
+        """
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
-            raise ValueError(f"a row of {longest} tokens is to be scored, but {self.limit.reason}: shorten documents or thoughts")
-        self.reads.add_forward(*read_by(input_ids, attention_mask, position_ids, tree), torch.is_grad_enabled())
+            raise ValueError(
+                f"a row of {longest} tokens is to be scored, but {self.limit.reason}: shorten documents or "
+                "thoughts"
+            )
+        self.reads.add_forward(
+            *read_by(input_ids, attention_mask, position_ids, tree), torch.is_grad_enabled()
+        )
         extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
         return self.read(hidden, labels, temperature, want)
 
-    def read(self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str) -> tuple[Tensor, Tensor | None]:
+    def read(
+        self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str
+    ) -> tuple[Tensor, Tensor | None]:
         """What the head says of `labels` [K] given the states [K, H]."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
@@ -61,20 +78,23 @@ class Scorer(nn.Module):
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, **extra: Any) -> Tensor:
         """Final hidden states [R, S, H]."""
-        out = backbone_of(self.model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+        out = backbone_of(self.model)(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
+        )
         return out.last_hidden_state
 
 
-class Beside(Scorer):
-    """A scorer of a model that is being trained by somebody else: without gradient, and with its adapters off if `bare`.
+class NoGradScorer(Scorer):
+    """A scorer of a model that is being trained by somebody else: without gradient, and with its adapters off
+    if `adapters_off`.
 
-    Where ZeRO-3 has sharded the model its layers are gathered by their own hooks, the head here: all ranks must call it equally
-    often (`sharded`).
+    Where ZeRO-3 has sharded the model its layers are gathered by their own hooks, the head here: all ranks
+    must call it equally often (`sharded`).
     """
 
-    def __init__(self, model: nn.Module, bare: bool = False):
+    def __init__(self, model: nn.Module, adapters_off: bool = False):
         super().__init__(model)
-        self.bare = bare
+        self.adapters_off = adapters_off
 
     @property
     def sharded(self) -> bool:
@@ -84,10 +104,12 @@ class Beside(Scorer):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As Scorer's."""
-        with adapters.off(self.model) if self.bare else nullcontext():
+        with adapters.off(self.model) if self.adapters_off else nullcontext():
             return super().forward(*args, **kwargs)
 
-    def read(self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str) -> tuple[Tensor, Tensor | None]:
+    def read(
+        self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str
+    ) -> tuple[Tensor, Tensor | None]:
         """With the whole head."""
         with gathered(self.model.get_output_embeddings().parameters()):  # type: ignore[operator]
             return super().read(hidden, labels, temperature, want)
@@ -101,12 +123,19 @@ def top_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chunk
 
 
 def score(
-    scorer: nn.Module, micro: MicroBatch, temperature: float = 1.0, *, entropies: bool = False, hits: bool = False
+    scorer: nn.Module,
+    micro: MicroBatch,
+    temperature: float = 1.0,
+    *,
+    entropies: bool = False,
+    hits: bool = False,
 ) -> Scores:
-    """Scores of a micro-batch; with `entropies` those of the trunk, or with `hits` where a target token is the likeliest.
+    """Scores of a micro-batch; with `entropies` those of the trunk, or with `hits` where a target token is
+    the likeliest.
 
-    `scorer` is a Scorer or what wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`, everything else at 1.
-    Entries outside the masks are 0. Raises ValueError for entropies and hits at once: they are read off different rows.
+    `scorer` is a Scorer or what wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`,
+    everything else at 1. Entries outside the masks are 0. Raises ValueError for entropies and hits at once:
+    they are read off different rows.
     """
     if entropies and hits:
         raise ValueError("score gives entropies or hits, not both at once")
@@ -122,7 +151,9 @@ def score(
     heat = torch.ones(len(rows), device=rows.device)
     heat[: int(micro.thought_mask.sum())] = temperature or 1.0
     want = "entropies" if entropies else "top" if hits else "logps"
-    logps, more = scorer(micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want, micro.tree)
+    logps, more = scorer(
+        micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want, micro.tree
+    )
 
     sizes = [int(m.sum()) for _, _, m in parts]
     thoughts, targets, baselines, trunk = (

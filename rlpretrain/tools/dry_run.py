@@ -1,8 +1,9 @@
-"""`rlpretrain train CONFIG --dry-run`: check a configuration, count its model, estimate memory, print the schedule.
+"""`rlpretrain train CONFIG --dry-run`: check a configuration, count its model, estimate memory, print the
+schedule.
 
-Without weights, and offline but for the servers that the settings name, which are asked whether they take a connection: the model
-is built on the meta device from its config.json, which may lie beside the recipe.
-For a run of several processes: WORLD_SIZE=8 rlpretrain train CONFIG --dry-run.
+Without weights, and offline but for the servers that the settings name, which are asked whether they take a
+connection: the model is built on the meta device from its config.json, which may lie beside the recipe. For a
+run of several processes: WORLD_SIZE=8 rlpretrain train CONFIG --dry-run.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from rlpretrain.data.sources import _files, open_rows, quiet
 from rlpretrain.data.tokenization import Cutter
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.models.loading import load_tokenizer, only_config
-from rlpretrain.objectives import Objective, parse_section
-from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import Objective, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.tools import readiness
 from rlpretrain.tools.memory import GIB, Sizes, count_parameters, memory, peak
@@ -40,9 +40,11 @@ SAMPLE = 20_000
 
 
 def dry_run(config: PretrainConfig, beside: Path) -> int:
-    """Print everything about a run of `config`, whose file lies in the folder `beside`; 0 if nothing speaks against it.
+    """Print everything about a run of `config`, whose file lies in the folder `beside`; 0 if nothing speaks
+    against it.
 
-    Raises ConfigError for whatever a run would refuse and that can be found out without weights and without the network.
+    Raises ConfigError for whatever a run would refuse and that can be found out without weights and without
+    the network.
     """
     notes: list[str] = []
     objective = make_objective(config, notes)
@@ -53,15 +55,24 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     if config.ntp_data:
         count_rows(config.ntp_data, notes)
     if config.eval.data:
-        count_rows(replace(config.data, path=config.eval.data, name=None, split="train", streaming=False), notes)
+        count_rows(
+            replace(config.data, path=config.eval.data, name=None, split="train", streaming=False), notes
+        )
     if (Path(config.output_dir) / "run.json").exists():
         notes.append(f"{config.output_dir} holds another run: resume it, or choose another output_dir")
     memories = memory(config, shape, sizes)
     rows = [(m.name, f"{m.bytes / GIB:.2f}", m.when, m.formula) for m in memories]
-    rows.append(("peak", f"{peak(memories) / GIB:.2f}", "", "always, and the larger of training and sampling"))
+    rows.append(
+        ("peak", f"{peak(memories) / GIB:.2f}", "", "always, and the larger of training and sampling")
+    )
     settings = resolved(config, objective, sizes)
-    show("Settings that are not defaults, and what auto means here", ("field", "value"), list(settings.items()))
-    title = f"{type(shape).__name__} of {where}: P = {sizes.parameters:,} parameters. Memory of a rank of {sizes.ranks}, at most"
+    show(
+        "Settings that are not defaults, and what auto means here", ("field", "value"), list(settings.items())
+    )
+    title = (
+        f"{type(shape).__name__} of {where}: P = {sizes.parameters:,} parameters. Memory of a rank of "
+        f"{sizes.ranks}, at most"
+    )
     show(title, ("part", "GiB", "when", "formula"), rows)
     plan = timetable(config, objective, sizes, documents)
     show("Schedule", ("", ""), list(plan.items()))
@@ -84,17 +95,22 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None
 def model_shape(model: ModelConfig, beside: Path) -> tuple[Any, str]:
     """(the model's Hugging Face configuration, where it was found); ConfigError where there is none.
 
-    It is taken from the folder `model.path`, else from `model.config_beside` (relative to `beside`), else from the hub.
+    It is taken from the folder `model.path`, else from `model.config_beside` (relative to `beside`), else
+    from the hub.
     """
     where, revision = model.path, model.revision
     if only_config(where) and not model.from_scratch:
-        raise ConfigError(f"'{where}' has a configuration but no weights: model.from_scratch: true would initialise them")
+        raise ConfigError(
+            f"'{where}' has a configuration but no weights: model.from_scratch: true would initialise them"
+        )
     if model.config_beside and not Path(model.path).is_dir():
         where, revision = str(beside / model.config_beside), None
         if not Path(where, "config.json").is_file():
             raise ConfigError(f"model.config_beside: there is no {Path(where, 'config.json')}")
     try:
-        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=model.trust_remote_code), where
+        return AutoConfig.from_pretrained(
+            where, revision=revision, trust_remote_code=model.trust_remote_code
+        ), where
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "offline, model.config_beside may name a folder beside the recipe that holds its config.json"
@@ -102,13 +118,17 @@ def model_shape(model: ModelConfig, beside: Path) -> tuple[Any, str]:
 
 
 def make_objective(config: PretrainConfig, notes: list[str]) -> Objective:
-    """The objective as a run builds it. A tokenizer that is in no folder here is stood in for by one that knows all bytes."""
+    """The objective as a run builds it. A tokenizer that is in no folder here is stood in for by one that
+    knows all bytes.
+    """
     owner, section = parse_section(config.objective)
     at_hand = Path(config.model.tokenizer or config.model.path).is_dir()
     if at_hand:
         tokenizer = load_tokenizer(config.model)
     else:
-        notes.append("the tokenizer is in no folder here: the words of a template are counted in bytes, an upper bound")
+        notes.append(
+            "the tokenizer is in no folder here: the words of a template are counted in bytes, an upper bound"
+        )
         tokenizer = _stand_in()
     if owner.has_positions:
         notes += missing_tags(tokenizer, Delimiters(section.open, section.close)) if at_hand else []
@@ -120,7 +140,9 @@ def _stand_in() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
@@ -136,7 +158,11 @@ def make_sizes(
     if backend == "deepspeed" and not compat.has_deepspeed():
         notes.append(f"DeepSpeed is not installed here: {compat.INSTALL['deepspeed']}")
     dtype = getattr(torch, config.model.dtype)
-    stage = ds_settings(policy, config.optim, dtype)["zero_optimization"]["stage"] if backend == "deepspeed" else 0
+    stage = (
+        ds_settings(policy, config.optim, dtype)["zero_optimization"]["stage"]
+        if backend == "deepspeed"
+        else 0
+    )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     longest = config.data.max_length if longest is None else longest
     window = objective.window(longest)
@@ -145,31 +171,45 @@ def make_sizes(
         shared, each = _group_tokens(config, objective, window, longest)
         group, piece = shared + config.sampling.thoughts * each, shared + each
         if group > config.token_budget:
-            notes.append(f"a group at its longest has {group:,} tokens, more than token_budget: there its thoughts are "
-                         "spread over micro-batches, and the step scores everything once more")  # fmt: skip
+            notes.append(
+                f"a group at its longest has {group:,} tokens, more than token_budget: there its thoughts "
+                "are spread over micro-batches, and the step scores everything once more"
+            )
     check_rows(objective, longest, limit_of(shape))
     if objective.has_positions and config.engine.name in ("vllm_server", "ray"):
         notes.append(f"engine {config.engine.name}: what it needs on its own devices is not in this table")
     if objective.has_positions and config.engine.name == "vllm_local" and config.engine.kv_cache_gib is None:
-        notes.append(f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the device, "
-                     "its weights included")  # fmt: skip
+        notes.append(
+            f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the "
+            "device, its weights included"
+        )
     micro = min(max(config.token_budget, row, piece), step)
     parameters, trained, linear = count_parameters(shape, config.model.trust_remote_code, policy.lora)
-    return Sizes(parameters, trained, linear, ranks, backend, stage, device, window.prompt, row, micro, longest)
+    return Sizes(
+        parameters, trained, linear, ranks, backend, stage, device, window.prompt, row, micro, longest
+    )
 
 
-def _group_tokens(config: PretrainConfig, objective: Objective, window: Window, longest: int) -> tuple[int, int]:
+def _group_tokens(
+    config: PretrainConfig, objective: Objective, window: Window, longest: int
+) -> tuple[int, int]:
     """(tokens that the thoughts of a group share, document included; tokens of each thought), at most."""
     target = objective.config.target_length
-    arm = objective.config.no_think != "raw" or config.ntp_data is not None  # a row of its own without a thought
+    arm = (
+        objective.config.no_think != "raw" or config.ntp_data is not None
+    )  # a row of its own without a thought
     if config.packing == "padded":
         return (1 + arm) * window.row, window.row
     added = window.prompt if objective.template.head else objective.added_tokens
     return longest + added + arm * (window.prompt + target), window.row - window.prompt + 1
 
 
-def _step_tokens(config: PretrainConfig, objective: Objective, window: Window, longest: int, ranks: int) -> int:
-    """Tokens that a step of one rank puts through the model, at most: what bounds a micro-batch beside token_budget."""
+def _step_tokens(
+    config: PretrainConfig, objective: Objective, window: Window, longest: int, ranks: int
+) -> int:
+    """Tokens that a step of one rank puts through the model, at most: what bounds a micro-batch beside
+    token_budget.
+    """
     positions = config.positions_per_step // ranks
     if not objective.has_positions:
         return positions * longest
@@ -178,12 +218,18 @@ def _step_tokens(config: PretrainConfig, objective: Objective, window: Window, l
 
 
 def measure_documents(config: PretrainConfig, objective: Objective, notes: list[str]) -> int | None:
-    """Tokens of the longest document, where data and tokenizer are here; None where only `data.max_length` bounds it.
+    """Tokens of the longest document, where data and tokenizer are here; None where only `data.max_length`
+    bounds it.
 
     Of more than SAMPLE rows only the first are read; then longer ones may follow, and a note says so.
     """
     data, at_hand = config.data, Path(config.model.tokenizer or config.model.path).is_dir()
-    if not at_hand or data.streaming or config.replay or not (Path(data.path).expanduser().exists() or _files(data)):
+    if (
+        not at_hand
+        or data.streaming
+        or config.replay
+        or not (Path(data.path).expanduser().exists() or _files(data))
+    ):
         return None
     with quiet():
         rows = open_rows(data)
@@ -192,23 +238,31 @@ def measure_documents(config: PretrainConfig, objective: Objective, notes: list[
         pieces = cutter.pieces({name: part[name] for name in cutter.columns}, range(len(part)))
     longest = max((len(piece[0]) for row in pieces for piece in row), default=0)
     if len(part) < len(rows):
-        notes.append(f"the longest of the first {SAMPLE:,} documents has {longest:,} tokens; data.max_length, "
-                     f"{data.max_length:,}, is what bounds the rest, and the estimates")  # fmt: skip
+        notes.append(
+            f"the longest of the first {SAMPLE:,} documents has {longest:,} tokens; data.max_length, "
+            f"{data.max_length:,}, is what bounds the rest, and the estimates"
+        )
         return None
     return longest
 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:
-    """Rows of local files; None for a stream, and for what is not here. ConfigError for files that cannot be read."""
+    """Rows of local files; None for a stream, and for what is not here. ConfigError for files that cannot
+    be read.
+    """
     if "://" in data.path or not (Path(data.path).expanduser().exists() or _files(data)):
-        notes.append(f"'{data.path}' was not looked for: it is no file or folder here, so it must be on the hub")
+        notes.append(
+            f"'{data.path}' was not looked for: it is no file or folder here, so it must be on the hub"
+        )
         return None
     with quiet():
         rows = open_rows(data)
     return None if data.streaming else len(rows)
 
 
-def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, documents: int | None) -> dict[str, str]:
+def timetable(
+    config: PretrainConfig, objective: Objective, sizes: Sizes, documents: int | None
+) -> dict[str, str]:
     """Steps, positions, thoughts, tokens, learning rates and documents, in words."""
     n, s, thinks = config.positions_per_step, config.sampling, objective.has_positions
     each = objective.config.positions_per_document if thinks else 1
@@ -221,7 +275,10 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
     def whole(per_step: int) -> str:
         return f"{per_step:,} a step" + (f", {per_step * steps:,} in all" if steps else "")
 
-    out = {"steps": f"{steps:,}" if steps else f"unknown offline: {config.epochs:g} epochs", "positions": whole(n)}
+    out = {
+        "steps": f"{steps:,}" if steps else f"unknown offline: {config.epochs:g} epochs",
+        "positions": whole(n),
+    }
     out["document tokens, at most"] = whole(needed * config.data.max_length)
     if thinks:
         out["thoughts"] = whole(n * s.thoughts)
@@ -239,13 +296,17 @@ def timetable(config: PretrainConfig, objective: Objective, sizes: Sizes, docume
     if documents is None:
         return out | {"rows there are": "unknown offline"}
     epochs = f": {needed * steps / documents:.3g} epochs" if steps else ""
-    return out | {"rows there are": f"{documents:,}{epochs}" + "; long ones are split" * (config.data.long == "split")}
+    return out | {
+        "rows there are": f"{documents:,}{epochs}" + "; long ones are split" * (config.data.long == "split")
+    }
 
 
 def expected_time(config: PretrainConfig, objective: Objective, sizes: Sizes, steps: int | None) -> str:
     """How long a step takes, and all of them, by the measured speed of this machine."""
     speed = readiness.measure_speed(sizes.device, getattr(torch, config.model.dtype))
-    thoughts = config.positions_per_step // sizes.ranks * config.sampling.thoughts if objective.has_positions else 0
+    thoughts = (
+        config.positions_per_step // sizes.ranks * config.sampling.thoughts if objective.has_positions else 0
+    )
     trained = _step_tokens(config, objective, objective.window(sizes.longest), sizes.longest, sizes.ranks)
     sampled = thoughts * config.sampling.max_thought_tokens
     seconds = readiness.time_of_step(config, sizes, speed, trained, thoughts, sampled)
@@ -258,13 +319,23 @@ def resolved(config: PretrainConfig, objective: Objective, sizes: Sizes) -> dict
     plain = to_dict(build({"model": config.model.path, "data": config.data.path}))
     usual = _flat(plain | {"objective": asdict(type(objective).Config())})
     given = _flat(to_dict(config) | {"objective": asdict(objective.config)})
-    out = {"model.path": config.model.path, "data.path": config.data.path, "objective.name": config.objective.get("name", "rlp")}
+    out = {
+        "model.path": config.model.path,
+        "data.path": config.data.path,
+        "objective.name": config.objective.get("name", "rlp"),
+    }
     out |= {k: v for k, v in given.items() if v is not None and usual.get(k) != v}
-    autos = {"policy.backend": (config.policy.backend, sizes.backend), "device": (config.device, sizes.device)}
+    autos = {
+        "policy.backend": (config.policy.backend, sizes.backend),
+        "device": (config.device, sizes.device),
+    }
     return out | {k: f"auto: {found}" for k, (asked, found) in autos.items() if asked == "auto"}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values under dotted names."""
-    parts = ({f"{k}.{n}": x for n, x in _flat(v).items()} if isinstance(v, Mapping) else {k: v} for k, v in values.items())
+    parts = (
+        {f"{k}.{n}": x for n, x in _flat(v).items()} if isinstance(v, Mapping) else {k: v}
+        for k, v in values.items()
+    )
     return {n: x for part in parts for n, x in part.items()}

@@ -1,7 +1,8 @@
-"""How much memory a rank of a run needs: an estimate from the settings and the model's shape, each part with its formula.
+"""How much memory a rank of a run needs: an estimate from the settings and the model's shape, each part with
+its formula.
 
-An upper bound on what tensors need; the allocator's slack, the CUDA context, collective buffers and what a DeepSpeed file
-offloads are not in it.
+An upper bound on what tensors need; the allocator's slack, the CUDA context, collective buffers and what a
+DeepSpeed file offloads are not in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the estimate depends on, beside the settings: the backend is torch or deepspeed, `stage` its ZeRO stage."""
+    """What the estimate depends on, beside the settings: the backend is torch or deepspeed, `stage` its
+    ZeRO stage.
+    """
 
     parameters: int
     trained: int
@@ -54,9 +57,11 @@ class Sizes:
     """Tokens of the longest document."""
 
 
-def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None) -> tuple[int, int, int]:
-    """Parameters of the model that transformers builds from a configuration, tied ones once; those that are trained, and those of
-    linear layers.
+def count_parameters(
+    shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None
+) -> tuple[int, int, int]:
+    """Parameters of the model that transformers builds from a configuration, tied ones once; those that are
+    trained, and those of linear layers.
 
     Nothing is allocated. `lora` puts its adapters beside the model: they are in both numbers.
     """
@@ -64,9 +69,13 @@ def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConf
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ConfigError(f"{type(shape).__name__} is no causal language model that transformers builds: {error}") from error
+        raise ConfigError(
+            f"{type(shape).__name__} is no causal language model that transformers builds: {error}"
+        ) from error
     head = built.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in built.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    linear = sum(
+        m.weight.numel() for m in built.modules() if isinstance(m, torch.nn.Linear) and m is not head
+    )
     if lora:
         with torch.device("meta"):
             add_lora(built, lora)
@@ -75,25 +84,32 @@ def count_parameters(shape: Any, trust_remote_code: bool = False, lora: LoraConf
 
 
 def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
-    """The parts of one rank's memory, each with its formula: P parameters, b bytes each, W ranks, h hidden, V vocabulary.
+    """The parts of one rank's memory, each with its formula: P parameters, b bytes each, W ranks, h hidden, V
+    vocabulary.
 
-    Under LoRA, T are those of the adapters, in P too. Engines on servers or Ray actors have memory of their own.
+    Under LoRA, T are those of the adapters, in P too. Engines on servers or Ray actors have memory of their
+    own.
 
-    `shape` is the model's Hugging Face configuration. Activations are what autograd keeps for a decoder with a gated MLP,
-    norms on queries and keys, and fused attention; per token and layer b (4 ff + 4 q) + (2 b + 4) 2 h + (b + 4)(q + kv)
-    bytes, with the MLP's width ff and those of queries and keys, q and kv. Plainer layers need less.
+    `shape` is the model's Hugging Face configuration. Activations are what autograd keeps for a decoder with
+    a gated MLP, norms on queries and keys, and fused attention; per token and layer b (4 ff + 4 q) + (2 b +
+    4) 2 h + (b + 4)(q + kv) bytes, with the MLP's width ff and those of queries and keys, q and kv. Plainer
+    layers need less.
     """
     p, t, w, stage = sizes.parameters, sizes.trained, sizes.ranks, sizes.stage
     what = "P" if t == p else "T"
     b = getattr(torch, config.model.dtype).itemsize
-    over = ["" if stage < k else " / W" for k in range(4)]  # what ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights
+    over = [
+        "" if stage < k else " / W" for k in range(4)
+    ]  # what ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights
     share = [w if text else 1 for text in over]
     gradient = 4 if b == 2 and sizes.backend == "torch" else b
     weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
     if (bits := {"4bit": 4, "8bit": 8}.get(config.model.quantization)) and sizes.linear:
         size = bits / 8 + 4 / 64  # a float32 scale for each 64 of them
         rest = p - sizes.linear
-        weights = Item("weights", size * sizes.linear + b * rest, f"{size:g} of P in linear layers, {b} of the rest")
+        weights = Item(
+            "weights", size * sizes.linear + b * rest, f"{size:g} of P in linear layers, {b} of the rest"
+        )
     items = [
         weights,
         Item("gradients", gradient * t / share[2], f"{gradient} {what}{over[2]}"),
@@ -114,7 +130,13 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
             why = "for baseline frozen, ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"
             items.append(Item("initial model", b * p, f"{b} P, whole on every rank, {why}"))
     if thinks and config.baseline.name == "frozen" and sizes.device == "cpu":
-        items.append(Item("log-probs of frozen", 4 * config.baseline.cache_tokens, "4 bytes for each of baseline.cache_tokens"))
+        items.append(
+            Item(
+                "log-probs of frozen",
+                4 * config.baseline.cache_tokens,
+                "4 bytes for each of baseline.cache_tokens",
+            )
+        )
 
     text = shape.get_text_config()
     h, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -123,31 +145,57 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     q, kv = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
     ff = getattr(text, "intermediate_size", None) or 4 * h
     layer = b * (4 * ff + 4 * q) + (2 * b + 4) * 2 * h + (b + 4) * (q + kv)
-    if config.policy.lora and config.policy.lora.use_dora:  # what a linear layer gives, with and without its adapter
+    if (
+        config.policy.lora and config.policy.lora.use_dora
+    ):  # what a linear layer gives, with and without its adapter
         layer += 2 * b * (2 * ff + 2 * h + q + 2 * kv)
     each, how = layers * layer, f"{layers} layers x {layer:,} bytes"
     if config.model.gradient_checkpointing:
-        each, how = layers * h * b + layer, f"({layers} layers x {b} h + {layer:,} bytes of the layer at work)"
+        each, how = (
+            layers * h * b + layer,
+            f"({layers} layers x {b} h + {layer:,} bytes of the layer at work)",
+        )
     items.append(Item("activations", sizes.micro * each, f"{sizes.micro:,} tokens x {how}", "training"))
     tiles = 2 * (1024 if sizes.device == "cpu" else 8192) * 2048 * 4
-    items.append(Item("head and its loss", tiles + vocabulary * h * b, f"two fp32 tiles, gradient {b} V h", "training"))
+    items.append(
+        Item("head and its loss", tiles + vocabulary * h * b, f"two fp32 tiles, gradient {b} V h", "training")
+    )
     if thinks and config.engine.name == "vllm_local" and config.engine.kv_cache_gib:
         when = "sampling" if config.engine.sleep else "always"
         items.append(Item("keys and values", config.engine.kv_cache_gib * GIB, "engine.kv_cache_gib", when))
     elif thinks and config.engine.name == "hf":
         rows = min(config.engine.batch_size, config.positions_per_step // w * config.sampling.thoughts)
         tokens = int(1.5 * (sizes.prompt + config.sampling.max_thought_tokens))
-        items.append(Item("keys and values", rows * tokens * layers * 2 * kv * b,
-                          f"{rows} rows x {tokens:,} tokens (half as many again: room to grow) x {layers * 2 * kv * b:,} bytes",
-                          "sampling"))  # fmt: skip
-        items.append(Item("logits of sampling", 2 * rows * vocabulary * 4, f"two fp32 copies of {rows} rows x V", "sampling"))
+        items.append(
+            Item(
+                "keys and values",
+                rows * tokens * layers * 2 * kv * b,
+                f"{rows} rows x {tokens:,} tokens (half as many again: room to grow) x "
+                f"{layers * 2 * kv * b:,} bytes",
+                "sampling",
+            )
+        )
+        items.append(
+            Item(
+                "logits of sampling",
+                2 * rows * vocabulary * 4,
+                f"two fp32 copies of {rows} rows x V",
+                "sampling",
+            )
+        )
     return items
 
 
 def engine_weights(engine: EngineConfig, dtype: str, p: int, stage: int) -> list[Item]:
     """The engine's own copy of the weights, where it has one in the trainer's process."""
-    why = {"hf": "the policy's are sharded" if stage == 3 else "they sample while the policy's change" if engine.max_staleness
-           else "", "vllm_local": "vLLM's"}.get(engine.name)  # fmt: skip
+    why = {
+        "hf": "the policy's are sharded"
+        if stage == 3
+        else "they sample while the policy's change"
+        if engine.max_staleness
+        else "",
+        "vllm_local": "vLLM's",
+    }.get(engine.name)
     if not why:
         return []
     b = getattr(torch, (engine.name == "vllm_local" and engine.dtype) or dtype).itemsize
@@ -156,5 +204,7 @@ def engine_weights(engine: EngineConfig, dtype: str, p: int, stage: int) -> list
 
 def peak(items: list[Item]) -> float:
     """Bytes: what is always there, and the larger of training and sampling."""
-    total = {when: sum(i.bytes for i in items if i.when == when) for when in ("always", "training", "sampling")}
+    total = {
+        when: sum(i.bytes for i in items if i.when == when) for when in ("always", "training", "sampling")
+    }
     return total["always"] + max(total["training"], total["sampling"])

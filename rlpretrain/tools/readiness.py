@@ -1,4 +1,5 @@
-"""What a run needs of the machine it is planned on: libraries, memory, disk, servers, time. Each function gives notes.
+"""What a run needs of the machine it is planned on: libraries, memory, disk, servers, time. Each function
+gives notes.
 
 They are notes and no errors, since a run may be planned on one machine for another.
 """
@@ -43,8 +44,11 @@ def missing_libraries(config: PretrainConfig, thinks: bool) -> list[str]:
     if config.model.quantization != "none":
         wanted["bitsandbytes"] = ("model.quantization", INSTALL["qlora"])
     wanted |= {name: (f"report_to {name}", f"pip install {name}") for name in config.report_to}
-    return [f"{what} needs {name}, which is not installed here: {line}" for name, (what, line) in wanted.items()
-            if importlib.util.find_spec(name) is None]  # fmt: skip
+    return [
+        f"{what} needs {name}, which is not installed here: {line}"
+        for name, (what, line) in wanted.items()
+        if importlib.util.find_spec(name) is None
+    ]
 
 
 def missing_tags(tokenizer: Any, tags: Delimiters | None) -> list[str]:
@@ -55,14 +59,22 @@ def missing_tags(tokenizer: Any, tags: Delimiters | None) -> list[str]:
     absent = [tag for tag in (tags.open, tags.close) if tag not in known]
     if not absent:
         return []
-    return [f"the tokenizer lacks {' and '.join(absent)}: they are added, and the model has never seen them. Servers must be "
-            "started on a checkpoint that has them"]  # fmt: skip
+    return [
+        f"the tokenizer lacks {' and '.join(absent)}: they are added, and the model has never seen them. "
+        "Servers must be started on a checkpoint that has them"
+    ]
 
 
 def memory_here(device: str) -> float | None:
-    """Bytes that are free on the device of a run; of a GPU all that it has. None if there is no such device here."""
+    """Bytes that are free on the device of a run; of a GPU all that it has. None if there is no such
+    device here.
+    """
     if device.startswith("cuda"):
-        return float(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else None
+        return (
+            float(torch.cuda.get_device_properties(device).total_memory)
+            if torch.cuda.is_available()
+            else None
+        )
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -80,13 +92,19 @@ def memory_note(needed: float, sizes: Sizes) -> list[str]:
     if here is None or needed * ranks <= here:
         return []
     who = f"{ranks} ranks need" if ranks > 1 else "the run needs"
-    said = f"{who} up to {needed * ranks / GIB:.1f} GiB, and {sizes.device} has {here / GIB:.1f} GiB free here"
-    return [f"{said}: lower token_budget, data.max_length or engine.batch_size, set model.gradient_checkpointing, or train "
-            "adapters (policy.lora)"]  # fmt: skip
+    said = (
+        f"{who} up to {needed * ranks / GIB:.1f} GiB, and {sizes.device} has {here / GIB:.1f} GiB free here"
+    )
+    return [
+        f"{said}: lower token_budget, data.max_length or engine.batch_size, set "
+        "model.gradient_checkpointing, or train adapters (policy.lora)"
+    ]
 
 
 def disk_needed(config: PretrainConfig, sizes: Sizes) -> float:
-    """Bytes of a run's folder at most: the model, the checkpoints that are kept, and one more while it is written."""
+    """Bytes of a run's folder at most: the model, the checkpoints that are kept, and one more while it is
+    written.
+    """
     b = getattr(torch, config.model.dtype).itemsize
     model = b * sizes.parameters
     checkpoint = model + 8 * sizes.trained + (4 * sizes.trained if b == 2 else 0)
@@ -104,8 +122,10 @@ def disk_note(config: PretrainConfig, sizes: Sizes) -> list[str]:
     free, needed = shutil.disk_usage(there).free, disk_needed(config, sizes)
     if needed <= free:
         return []
-    return [f"checkpoints and model need up to {needed / GIB:.1f} GiB, and {there} has {free / GIB:.1f} GiB free: lower "
-            "checkpoint.keep, or choose another output_dir"]  # fmt: skip
+    return [
+        f"checkpoints and model need up to {needed / GIB:.1f} GiB, and {there} has {free / GIB:.1f} GiB "
+        "free: lower checkpoint.keep, or choose another output_dir"
+    ]
 
 
 def silent_servers(config: PretrainConfig, section: Any, thinks: bool) -> list[str]:
@@ -114,7 +134,9 @@ def silent_servers(config: PretrainConfig, section: Any, thinks: bool) -> list[s
     if thinks and engine.name == "vllm_server":
         asked += [("engine.urls", url) for url in engine.urls]
     if thinks and engine.name == "ray" and engine.address and ":" in engine.address:
-        asked.append(("engine.address", engine.address if "//" in engine.address else f"ray://{engine.address}"))
+        asked.append(
+            ("engine.address", engine.address if "//" in engine.address else f"ray://{engine.address}")
+        )
     if url := getattr(section, "judge_url", None):
         asked.append(("objective.judge_url", url))
     return [f"{field} {url} cannot be reached: {why}" for field, url in asked if (why := _refused(url))]
@@ -165,11 +187,14 @@ def measure_speed(device: str, dtype: torch.dtype) -> Speed:
     return Speed(flops, many.numel() * many.element_size() / seconds(lambda: many @ v, 3))
 
 
-def time_of_step(config: PretrainConfig, sizes: Sizes, speed: Speed, trained: int, thoughts: int, sampled: int) -> float:
-    """Seconds of a step of one rank, roughly: 6 operations a parameter and trained token, 2 for a sampled or read one.
+def time_of_step(
+    config: PretrainConfig, sizes: Sizes, speed: Speed, trained: int, thoughts: int, sampled: int
+) -> float:
+    """Seconds of a step of one rank, roughly: 6 operations a parameter and trained token, 2 for a sampled or
+    read one.
 
-    Sampling reads all weights for every token of a batch of thoughts, which bounds it from below. Matrices as large as those of
-    the measurement are rare in a model: half of the measured speed is assumed.
+    Sampling reads all weights for every token of a batch of thoughts, which bounds it from below. Matrices as
+    large as those of the measurement are rare in a model: half of the measured speed is assumed.
     """
     rate, p = speed.flops / 2, sizes.parameters
     train = (8 if config.model.gradient_checkpointing else 6) * p * trained * config.loss.inner_epochs / rate
@@ -177,7 +202,13 @@ def time_of_step(config: PretrainConfig, sizes: Sizes, speed: Speed, trained: in
         return train
     batches = -(-thoughts // config.engine.batch_size)
     prompts = 2 * p * sizes.prompt * -(-thoughts // config.sampling.thoughts) / rate
-    read = batches * (sampled // max(thoughts, 1)) * p * getattr(torch, config.model.dtype).itemsize / speed.bandwidth
+    read = (
+        batches
+        * (sampled // max(thoughts, 1))
+        * p
+        * getattr(torch, config.model.dtype).itemsize
+        / speed.bandwidth
+    )
     return train + prompts + max(2 * p * sampled / rate, read)
 
 
@@ -192,6 +223,8 @@ def in_words(seconds: float) -> str:
 def notes(config: PretrainConfig, section: Any, sizes: Sizes, needed: float, thinks: bool) -> Sequence[str]:
     """All of them, in the order in which they are to be put right."""
     return [
-        *missing_libraries(config, thinks), *memory_note(needed, sizes), *disk_note(config, sizes),
+        *missing_libraries(config, thinks),
+        *memory_note(needed, sizes),
+        *disk_note(config, sizes),
         *silent_servers(config, section, thinks),
-    ]  # fmt: skip
+    ]

@@ -28,21 +28,30 @@ def serve(args: Namespace) -> int:
         from rollout.service import create_app
         from rollout.wire import Limits
     except ImportError as error:
-        raise ImportError(f"rlpretrain serve needs fastapi, uvicorn and prometheus_client: {INSTALL} ({error})") from error
+        raise ImportError(
+            f"rlpretrain serve needs fastapi, uvicorn and prometheus_client: {INSTALL} ({error})"
+        ) from error
     token = _token(args.token_file, args.host)
     folder = Path(args.weights_dir) if args.weights_dir else None
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--weights-dir {folder}: there is no such folder")
     try:
-        limits = Limits(body_bytes=int(args.max_body_mib * 2**20), n=args.max_n, requests=args.max_requests,
-                        request_s=args.request_timeout)  # fmt: skip
+        limits = Limits(
+            body_bytes=int(args.max_body_mib * 2**20),
+            n=args.max_n,
+            requests=args.max_requests,
+            request_s=args.request_timeout,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     door = _bound(args.host, args.port)  # before a model is loaded
     app = create_app(served(args), limits=limits, weights_dir=folder, token=token)
     who = "with a bearer token" if token else "without a token: whoever reaches this address may sample"
-    print(f"{args.name or args.model} ({args.engine}) on http://{args.host}:{args.port}, {who}; weights from "
-          f"{folder or 'nowhere (--weights-dir)'}; Ctrl-C ends it", flush=True)  # fmt: skip
+    print(
+        f"{args.name or args.model} ({args.engine}) on http://{args.host}:{args.port}, {who}; weights from "
+        f"{folder or 'nowhere (--weights-dir)'}; Ctrl-C ends it",
+        flush=True,
+    )
     settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     uvicorn.Server(settings).run(sockets=[door])
     return 0
@@ -63,20 +72,34 @@ def served(args: Namespace) -> Any:
     from rollout.service import Served
     from rollout.weights import parameters_of
 
-    where = {"path": args.model, "revision": args.revision, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    where = {
+        "path": args.model,
+        "revision": args.revision,
+        "dtype": args.dtype,
+        "trust_remote_code": args.trust_remote_code,
+    }
     config = ModelConfig(**where)
     try:
-        parameters = parameters_of(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        parameters = parameters_of(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal language model in '{args.model}': {models.reason(args.model, error)}") from error
+        raise ConfigError(
+            f"no causal language model in '{args.model}': {models.reason(args.model, error)}"
+        ) from error
     try:
         tokenizer = models.load_tokenizer(config)
     except ConfigError as error:
         print(f"no text and no stop strings here: {error}", flush=True)
         tokenizer = None
     eos = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    facts = {"name": args.name or args.model, "tokenizer": tokenizer, "eos_ids": eos, "version": __version__,
-             "parameters": parameters}  # fmt: skip
+    facts = {
+        "name": args.name or args.model,
+        "tokenizer": tokenizer,
+        "eos_ids": eos,
+        "version": __version__,
+        "parameters": parameters,
+    }
     if args.engine == "hf":
         from rollout.batched import BatchedEngine
         from rollout.hf import HFEngine
@@ -85,15 +108,23 @@ def served(args: Namespace) -> Any:
         text = model.config.get_text_config()
         limit = limit_of(model)
         longest = min(args.max_model_len or 1 << 30, limit.tokens if limit else 1 << 30)
-        engine = BatchedEngine(HFEngine(model, tokenizer=tokenizer, shares_weights=False, batch_size=args.batch_size))
+        engine = BatchedEngine(
+            HFEngine(model, tokenizer=tokenizer, shares_weights=False, batch_size=args.batch_size)
+        )
         return Served(engine, max_model_len=longest, vocabulary=text.vocab_size, **facts)
     from rollout.vllm_local import VLLMEngine
 
     vllm = VLLMEngine(
-        args.model, tokenizer=args.model if tokenizer is not None else None, dtype=args.dtype, max_model_len=args.max_model_len,
-        max_num_seqs=args.batch_size, kv_cache_gib=args.kv_cache_gib or None, gpu_memory_utilization=args.gpu_memory_utilization,
-        revision=args.revision, trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+        args.model,
+        tokenizer=args.model if tokenizer is not None else None,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.batch_size,
+        kv_cache_gib=args.kv_cache_gib or None,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
     return Served(vllm, max_model_len=vllm.max_model_len, vocabulary=vllm.vocabulary, **facts)
 
 
@@ -105,8 +136,10 @@ def _token(path: str | None, host: str) -> str | None:
         loopback = False
     if path is None:
         if not loopback:
-            raise ConfigError(f"--host {host} can be reached from elsewhere: give --token-file FILE, a bearer token to ask for "
-                              "(head -c 32 /dev/urandom | base64 > FILE)")  # fmt: skip
+            raise ConfigError(
+                f"--host {host} can be reached from elsewhere: give --token-file FILE, a bearer token to ask "
+                "for (head -c 32 /dev/urandom | base64 > FILE)"
+            )
         return None
     try:
         token = Path(path).read_text().strip()

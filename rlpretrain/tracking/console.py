@@ -1,4 +1,6 @@
-"""What a person sees while a run goes on: a progress bar with the time left, and now and then the thoughts of one position."""
+"""What a person sees while a run goes on: a progress bar with the time left, and now and then the thoughts
+of one position.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,15 @@ from rlpretrain.config import PretrainConfig
 from rlpretrain.data.token_text import TokenReader
 from rollout.types import Group
 
-SHOWN = {"loss": "loss", "ig/mean": "gain", "ig/frozen": "frozen", "ntp/loss": "ntp", "thought/closed_frac": "closed",
-         "completions/mean_length": "length", "grad_norm": "norm"}  # fmt: skip
+SHOWN = {
+    "loss": "loss",
+    "ig/mean": "gain",
+    "ig/frozen": "frozen",
+    "ntp/loss": "ntp",
+    "thought/closed_frac": "closed",
+    "completions/mean_length": "length",
+    "grad_norm": "norm",
+}
 LONGEST = 2_000
 """Characters of a thought or context that are shown."""
 
@@ -35,7 +44,9 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
         )
         self.progress = Progress(*columns, console=self.rich, disable=self.quiet or not self.rich.is_terminal)
-        self.task = self.progress.add_task(str(config.objective.get("name", "rlp")), total=total, completed=done, numbers="")
+        self.task = self.progress.add_task(
+            str(config.objective.get("name", "rlp")), total=total, completed=done, numbers=""
+        )
         self.tables = max(1, total // 5)
         self.progress.start()
 
@@ -78,9 +89,14 @@ def thought_table(group: Group, tokenizer: Any, limit: int = 4) -> Table:
 
 
 def shown(text: str, longest: int = LONGEST) -> str:
-    """Text as it can be shown: cut in the middle, and what would be invisible or turn the line around made visible."""
+    """Text as it can be shown: cut in the middle, and what would be invisible or turn the line around made
+    visible.
+    """
     if len(text) > longest:
-        text = f"{text[: longest * 3 // 4]} … {len(text) - longest} characters left out … {text[-longest // 4 :]}"
+        text = (
+            f"{text[: longest * 3 // 4]} … {len(text) - longest} characters left out … "
+            f"{text[-longest // 4 :]}"
+        )
     return "".join(map(_visible, text))
 
 

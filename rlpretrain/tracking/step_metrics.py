@@ -31,7 +31,9 @@ class StepMetrics:
         self.rewards: dict[tuple[str, int], float] = {}  # of each thought, by its group and place there
 
     def total(self, name: str, value: Any) -> None:
-        """Add to a number that is summed, not averaged (the loss, whose terms are divided by global counts already)."""
+        """Add to a number that is summed, not averaged (the loss, whose terms are divided by global counts
+        already).
+        """
         self.totals[name] += float(value)
 
     def add(self, name: str, values: Any, weight: float | None = None) -> None:
@@ -46,9 +48,13 @@ class StepMetrics:
         self.sums[name][1] += n
 
     @torch.no_grad()
-    def observe(self, micro: MicroBatch, scores: Scores, reward: torch.Tensor, self_logps: torch.Tensor) -> None:
+    def observe(
+        self, micro: MicroBatch, scores: Scores, reward: torch.Tensor, self_logps: torch.Tensor
+    ) -> None:
         """What one micro-batch shows; `self_logps` [B, T] are the current model's without a thought."""
-        self.add("batch/padding_frac", 1 - float(micro.attention_mask.float().mean()), micro.attention_mask.numel())
+        self.add(
+            "batch/padding_frac", 1 - float(micro.attention_mask.float().mean()), micro.attention_mask.numel()
+        )
         self.add("batch/packing_ratio", micro.row_tokens / micro.input_ids.numel(), micro.input_ids.numel())
         if scores.trunk_logps.numel():
             self.add("ntp/loss", -scores.trunk_logps.detach())
@@ -59,7 +65,10 @@ class StepMetrics:
             self._gains(scores, self_logps)
         self.add("reward", reward[counted])
         spread = torch.stack(
-            [r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan) for r, c in zip(reward, counted, strict=True)]
+            [
+                r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan)
+                for r, c in zip(reward, counted, strict=True)
+            ]
         )
         self.add("reward_std", spread)
         self.add("frac_reward_zero_std", (spread[torch.isfinite(spread)] == 0).float())
@@ -69,7 +78,9 @@ class StepMetrics:
             self._thoughts(group)
 
     def observe_dropped(self, group: Group, counted: Sequence[bool], rewards: Sequence[float]) -> None:
-        """A group that is left out of training: it counts in what is said of thoughts and their rewards all the same."""
+        """A group that is left out of training: it counts in what is said of thoughts and their rewards
+        all the same.
+        """
         self._thoughts(group)
         self.add("thought/uncounted_frac", 1.0 - torch.tensor(counted, dtype=torch.float64))
         known = torch.tensor([r for r in rewards if math.isfinite(r)], dtype=torch.float64)
@@ -98,7 +109,10 @@ class StepMetrics:
         self.add("ig/mean", gain)
         self.add("ig/square", gain**2)
         self.add("ig/positive_frac", (gain > 0).float())
-        self.add("ig/per_token", (target - base[:, None])[counted] / mask.sum(-1, keepdim=True).expand_as(counted)[counted])
+        self.add(
+            "ig/per_token",
+            (target - base[:, None])[counted] / mask.sum(-1, keepdim=True).expand_as(counted)[counted],
+        )
         self.add("ig/self", (target - own[:, None])[counted])
         self.add("reader/loss", -target[counted])
         self.add("baseline/logp", base)

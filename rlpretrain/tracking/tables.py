@@ -7,7 +7,9 @@ from typing import Any
 
 
 def show(table: Any) -> None:
-    """Print a table, `[words]` as they stand; a narrow terminal folds them, a pipe gets it as wide as it is."""
+    """Print a table, `[words]` as they stand; a narrow terminal folds them, a pipe gets it as wide as it
+    is.
+    """
     from rich.console import Console
 
     for column in table.columns:

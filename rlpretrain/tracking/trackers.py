@@ -18,10 +18,19 @@ from rollout.types import Group
 
 
 class Trackers:
-    """metrics.jsonl always; TensorBoard, wandb and trackio when asked for and installed. Only the first rank writes."""
+    """metrics.jsonl always; TensorBoard, wandb and trackio when asked for and installed. Only the first
+    rank writes.
+    """
 
-    def __init__(self, folder: Path, report_to: tuple[str, ...], config: dict[str, Any], run_name: str, keep_until: int = 0,
-                 every: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        report_to: tuple[str, ...],
+        config: dict[str, Any],
+        run_name: str,
+        keep_until: int = 0,
+        every: int = 1,
+    ):
         self.file = folder / "metrics.jsonl"
         if self.file.exists():  # a resumed run: what came after its checkpoint will come again
             kept = [line for line in self.file.read_text().splitlines() if _step(line) <= keep_until]
@@ -36,8 +45,12 @@ class Trackers:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ImportError('report_to names tensorboard: pip install "rlpretrain[tensorboard]"') from error
-            board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1 if keep_until else None)
+                raise ImportError(
+                    'report_to names tensorboard: pip install "rlpretrain[tensorboard]"'
+                ) from error
+            board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=keep_until + 1 if keep_until else None
+            )
             self.sinks.append(partial(_to_board, board))
             self.closers.append(board.close)
         for name in ("wandb", "trackio"):
@@ -45,14 +58,23 @@ class Trackers:
                 try:
                     module = importlib.import_module(name)  # the two share one interface
                 except ImportError as error:
-                    raise ImportError(f"report_to names {name}, which is not installed: pip install {name}") from error
+                    raise ImportError(
+                        f"report_to names {name}, which is not installed: pip install {name}"
+                    ) from error
                 module.init(project="rlpretrain", name=run_name, config=config)
                 self.sinks.append(partial(_to_tracker, module))
                 self.closers.append(module.finish)
 
-    def write(self, step: int, row: dict[str, float], groups: Sequence[Group] = (), tokenizer: Any = None,
-              rewards: Mapping[tuple[str, int], float] | None = None) -> None:  # fmt: skip
-        """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some positions too.
+    def write(
+        self,
+        step: int,
+        row: dict[str, float],
+        groups: Sequence[Group] = (),
+        tokenizer: Any = None,
+        rewards: Mapping[tuple[str, int], float] | None = None,
+    ) -> None:
+        """One line of metrics.jsonl, and the same to every tracker; now and then the thoughts of some
+        positions too.
 
         What is not a finite number is null in the file, and left out for trackers, which would draw it.
         """
@@ -91,10 +113,17 @@ def _to_tracker(module: Any, row: dict[str, float], step: int, thoughts: list[tu
 COLUMNS = ("position", "context", "target", "thought", "tokens", "ended by", "reward")
 
 
-def thought_rows(groups: Sequence[Group], tokenizer: Any, rewards: Mapping[tuple[str, int], float] | None = None,
-                 positions: int = 4, thoughts: int = 4) -> list[tuple[Any, ...]]:  # fmt: skip
-    """Some thoughts of a step as rows of `COLUMNS`, control characters made visible. The reward is that of `rewards`, by group
-    and place in it, or the one stored on the group; None where there is none, and where the thought counts nowhere."""
+def thought_rows(
+    groups: Sequence[Group],
+    tokenizer: Any,
+    rewards: Mapping[tuple[str, int], float] | None = None,
+    positions: int = 4,
+    thoughts: int = 4,
+) -> list[tuple[Any, ...]]:
+    """Some thoughts of a step as rows of `COLUMNS`, control characters made visible. The reward is that of
+    `rewards`, by group and place in it, or the one stored on the group; None where there is none, and where
+    the thought counts nowhere.
+    """
     known, reader = rewards or {}, TokenReader(tokenizer)
     out: list[tuple[Any, ...]] = []
     for group in groups[:positions]:
@@ -111,10 +140,16 @@ def thought_rows(groups: Sequence[Group], tokenizer: Any, rewards: Mapping[tuple
 
 
 def markdown(rows: Sequence[tuple[Any, ...]]) -> str:
-    """A table for TensorBoard, which renders markdown: every cell is code, so that nothing in a thought is."""
+    """A table for TensorBoard, which renders markdown: every cell is code, so that nothing in a thought
+    is.
+    """
 
     def cell(value: Any) -> str:
-        return "" if value is None else "`" + str(value).replace("`", "'").replace("|", "¦").replace("\n", " ⏎ ") + "`"
+        return (
+            ""
+            if value is None
+            else "`" + str(value).replace("`", "'").replace("|", "¦").replace("\n", " ⏎ ") + "`"
+        )
 
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(map(cell, row)) for row in rows)])

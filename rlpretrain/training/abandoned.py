@@ -1,4 +1,6 @@
-"""Going on from a checkpoint: what the run wrote after it is moved to a folder of its own, so that two branches never mix."""
+"""Going on from a checkpoint: what the run wrote after it is moved to a folder of its own, so that two
+branches never mix.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,19 @@ STEP_FILE = re.compile(r"step-(\d+)-rank-\d+\..+")
 
 
 def set_aside(folder: Path, step: int, resumed_from: Path | None) -> str | None:
-    """Move everything that the run in `folder` wrote after `step` to `folder`/abandoned-<time>; what that was, in a line.
+    """Move everything that the run in `folder` wrote after `step` to `folder`/abandoned-<time>; what that
+    was, in a line.
 
-    Checkpoints come after the point of resumption if their step does, or if they were written later. One process calls it,
-    before the first step. None if there is nothing to move.
+    Checkpoints come after the point of resumption if their step does, or if they were written later. One
+    process calls it, before the first step. None if there is nothing to move.
     """
     checkpoints = [path for path in checkpoint.by_age(folder) if _is_later(path, step, resumed_from)]
     files = [file for name in ("rollouts", "nonfinite") for file in _later_files(folder / name, step)]
-    models = [folder / name for name in ("model", "adapter") if (folder / name).is_dir() and _last_step(folder) > step]
+    models = [
+        folder / name
+        for name in ("model", "adapter")
+        if (folder / name).is_dir() and _last_step(folder) > step
+    ]
     log = folder / "metrics.jsonl"
     kept, later = _split_log(log, step)
     if not (checkpoints or files or models or later):
@@ -40,7 +47,10 @@ def set_aside(folder: Path, step: int, resumed_from: Path | None) -> str | None:
     if (folder / "run.json").is_file():
         shutil.copyfile(folder / "run.json", aside / "run.json")
     parts = [", ".join(path.name for path in [*checkpoints, *models])]
-    parts += [f"{len(later)} lines of metrics.jsonl" if later else "", f"{len(files)} files of steps" if files else ""]
+    parts += [
+        f"{len(later)} lines of metrics.jsonl" if later else "",
+        f"{len(files)} files of steps" if files else "",
+    ]
     return f"what came after step {step} is set aside in {aside}: {', '.join(filter(None, parts))}"
 
 

@@ -1,4 +1,5 @@
-"""What thoughts earn and what follows for them: rewards and advantages, of a micro-batch or of a whole step at once.
+"""What thoughts earn and what follows for them: rewards and advantages, of a micro-batch or of a whole step
+at once.
 
 Legend: B positions, G thoughts, L thought tokens.
 """
@@ -28,7 +29,9 @@ class Advantages:
 
     rewards: Tensor  # [B, G], NaN where a thought does not count
     advantages: Tensor  # [B, G] float32, 0 where a thought does not count
-    old_logps: Tensor | None = None  # [B, G, L] that the ratio is taken against; None: those of the forward that trains
+    old_logps: Tensor | None = (
+        None  # [B, G, L] that the ratio is taken against; None: those of the forward that trains
+    )
 
 
 def compute_advantages(objective: Objective, micro: MicroBatch, scores: Scores) -> Advantages:
@@ -41,7 +44,8 @@ def compute_advantages(objective: Objective, micro: MicroBatch, scores: Scores) 
 def compute_step_advantages(run: Run, micros: Sequence[MicroBatch]) -> list[Advantages]:
     """Rewards, advantages and old log-probs of a whole step, before any update.
 
-    For several inner epochs, for objectives that compare groups, and where a group is split over micro-batches.
+    For several inner epochs, for objectives that compare groups, and where a group is split over
+    micro-batches.
     """
     scored = [run.baseline(run.policy.score(micro), micro) for micro in micros]
     rewards = []
@@ -60,17 +64,22 @@ def compute_step_advantages(run: Run, micros: Sequence[MicroBatch]) -> list[Adva
 
 
 def mark_broken(rewards: Tensor, micro: MicroBatch, scores: Scores) -> Tensor:
-    """Rewards with inf for a NaN that comes of broken log-probs: the step is to be skipped, not quietly made smaller."""
+    """Rewards with inf for a NaN that comes of broken log-probs: the step is to be skipped, not quietly
+    made smaller.
+    """
     logps = (scores.thought_logps, scores.target_logps, scores.baseline_logps[:, None])
     fine = [torch.isfinite(x).all(-1) for x in logps]
     broken = rewards.isnan() & micro.counted & ~(fine[0] & fine[1] & fine[2])
     return rewards.masked_fill(broken, math.inf)
 
 
-def leave_out_unrewarded(run: Run, micros: Sequence[MicroBatch], rewards: Sequence[Tensor]) -> list[MicroBatch]:
+def leave_out_unrewarded(
+    run: Run, micros: Sequence[MicroBatch], rewards: Sequence[Tensor]
+) -> list[MicroBatch]:
     """The micro-batches of a step without the thoughts whose reward [B, G] is NaN; all ranks call it.
 
-    What `reward()` says of a thought is known only after scoring; `count` has left out those with a stored NaN.
+    What `reward()` says of a thought is known only after scoring; `count` has left out those with a stored
+    NaN.
     """
     out = []
     for micro, reward in zip(micros, rewards, strict=True):

@@ -16,8 +16,7 @@ from rlpretrain.data.stream import DocumentStream
 from rlpretrain.data.tokenization import fingerprint
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.models import adapters, lengths
-from rlpretrain.objectives import Objective, delimiters, parse_section
-from rlpretrain.objectives import load as load_objective
+from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
 from rlpretrain.rollouts.batches import BatchSource, ReplaySource, rollouts_in
@@ -77,8 +76,8 @@ class Parts:
 def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     """Check the configuration, load the model and construct everything that the steps of a run need.
 
-    Raises ConfigError for settings that cannot work together, for data or models that cannot be used, and for a folder that
-    holds another run.
+    Raises ConfigError for settings that cannot work together, for data or models that cannot be used, and for
+    a folder that holds another run.
     """
     ranks, folder = join(config.device), Path(config.output_dir)
     owner, _ = parse_section(config.objective)
@@ -88,7 +87,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     if config.threads:
         torch.set_num_threads(config.threads)
     tags = delimiters(config.objective)
-    model, tokenizer, added = models.load(config.model, tags, config.seed)
+    model, tokenizer, added = models.load_with_tokenizer(config.model, tags, config.seed)
     check_model(model.to(ranks.device))
     if ranks.first:
         models.try_saving(model, tokenizer, config.model)
@@ -113,14 +112,33 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     lora = config.policy.lora
     if lora:
         adapters.add_lora(model, lora, tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
-    policy = make_policy(model, config.policy, config.optim, total_steps, ranks, config.sampling.temperature,
-                         config.loss.inner_epochs)  # fmt: skip
-    engine = Recorded(replayed.facts) if replayed else _engine(config, model, tokenizer, objective, policy, ranks, start)
+    policy = make_policy(
+        model,
+        config.policy,
+        config.optim,
+        total_steps,
+        ranks,
+        config.sampling.temperature,
+        config.loss.inner_epochs,
+    )
+    engine = (
+        Recorded(replayed.facts)
+        if replayed
+        else _engine(config, model, tokenizer, objective, policy, ranks, start)
+    )
     source = replayed or BatchSource(
-        objective, stream, engine, policy, seed=config.seed, rank=ranks.rank, size=ranks.size,
+        objective,
+        stream,
+        engine,
+        policy,
+        seed=config.seed,
+        rank=ranks.rank,
+        size=ranks.size,
         ntp_stream=others,
-        token_budget=config.token_budget, in_flight=config.engine.in_flight, steps=total_steps,
-    )  # fmt: skip
+        token_budget=config.token_budget,
+        in_flight=config.engine.in_flight,
+        steps=total_steps,
+    )
     probed = not isinstance(engine, HFEngine | Recorded)
     padded_because = attention.install(model) if config.packing == "tree" else None
     return Parts(
@@ -143,7 +161,9 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         probe=SyncProbe(config, engine, policy, table_size(tokenizer)) if probed else None,
         source=source,
         store=Store(folder / "rollouts", ranks.rank) if config.save_rollouts else None,
-        layout=_layout(config, objective, tokenizer, frozen, tree=config.packing == "tree" and padded_because is None),
+        layout=_layout(
+            config, objective, tokenizer, frozen, tree=config.packing == "tree" and padded_because is None
+        ),
         padded_because=padded_because,
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
         parameters=models.count(policy.model),
@@ -151,9 +171,13 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
 
 
 def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
-    """Refuse what can be known to fail without a model, in a run and in a dry run: ConfigError that names the setting."""
+    """Refuse what can be known to fail without a model, in a run and in a dry run: ConfigError that names
+    the setting.
+    """
     if config.positions_per_step % ranks:
-        raise ConfigError(f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks")
+        raise ConfigError(
+            f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks"
+        )
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
@@ -163,8 +187,9 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     make_losses(config.loss.terms)
 
 
-def count_steps(config: PretrainConfig, objective: Objective, stream: DocumentStream | None,
-                replayed: ReplaySource | None) -> int:  # fmt: skip
+def count_steps(
+    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, replayed: ReplaySource | None
+) -> int:
     """How many steps a run of this configuration has."""
     if stream is None or replayed:
         return replayed.planned
@@ -181,22 +206,35 @@ def _positions_of_each(objective: Objective) -> int:
     return getattr(objective.config, "positions_per_document", 1)
 
 
-def _come_again(config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int) -> bool:
+def _come_again(
+    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int
+) -> bool:
     """Whether documents will be drawn more than once."""
     if stream is None or config.data.streaming:
         return False
     return steps * config.positions_per_step / _positions_of_each(objective) > len(stream)
 
 
-def _engine(config: PretrainConfig, model: nn.Module, tokenizer: Any, objective: Objective, policy: Any, ranks: Ranks,
-            start: Path | None) -> Any:  # fmt: skip
+def _engine(
+    config: PretrainConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    objective: Objective,
+    policy: Any,
+    ranks: Ranks,
+    start: Path | None,
+) -> Any:
     """The engine; where the hf engine cannot read the trainer's weights (ZeRO 3) it has a copy of its own."""
     if config.engine.name == "hf" and not policy.shares_weights:
-        model = models.load(config.model, delimiters(config.objective), config.seed)[0].to(ranks.device)
+        model = models.load_with_tokenizer(config.model, delimiters(config.objective), config.seed)[0].to(
+            ranks.device
+        )
     return make_engine(config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start)
 
 
-def _layout(config: PretrainConfig, objective: Objective, tokenizer: Any, frozen: Frozen | None, tree: bool) -> Layout:
+def _layout(
+    config: PretrainConfig, objective: Objective, tokenizer: Any, frozen: Frozen | None, tree: bool
+) -> Layout:
     """How micro-batches are laid out."""
     sampling = config.sampling
     return Layout(

@@ -1,4 +1,6 @@
-"""Checkpoints that resume bit-identically: written aside and renamed, checked before they are read, rotated."""
+"""Checkpoints that resume bit-identically: written aside and renamed, checked before they are read,
+rotated.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,49 @@ from rlpretrain.ranks import Ranks
 from rollout.folders import MARK, begin_folder, finish_folder
 
 MACHINE = (
-    "output_dir", "console", "log_every", "report_to", "push_to_hub", "threads", "device", "save_rollouts",
-    "engine.urls", "engine.token_file", "engine.weights_dir", "engine.transfer", "engine.master_address",
-    "engine.concurrency", "engine.request_timeout", "engine.deadline", "engine.num_engines", "engine.resources",
-    "engine.strategy", "engine.address", "engine.kv_cache_gib", "engine.gpu_memory_utilization", "engine.sleep",
-    "engine.probe_tolerance", "baseline.cache_tokens",
-)  # fmt: skip
+    "output_dir",
+    "console",
+    "log_every",
+    "report_to",
+    "push_to_hub",
+    "threads",
+    "device",
+    "save_rollouts",
+    "engine.urls",
+    "engine.token_file",
+    "engine.weights_dir",
+    "engine.transfer",
+    "engine.master_address",
+    "engine.concurrency",
+    "engine.request_timeout",
+    "engine.deadline",
+    "engine.num_engines",
+    "engine.resources",
+    "engine.strategy",
+    "engine.address",
+    "engine.kv_cache_gib",
+    "engine.gpu_memory_utilization",
+    "engine.sleep",
+    "engine.probe_tolerance",
+    "baseline.cache_tokens",
+)
 """Settings that say where a run runs and what it tells, and decide none of its numbers: machines move."""
 FREE_TO_CHANGE = (*MACHINE, "max_steps", "epochs", "checkpoint", "eval", "stop")
 """Settings that may differ between a checkpoint and the run that resumes from it."""
 
 
 def save(
-    folder: Path, step: int, ranks: Ranks, parts: Mapping[str, Any], state: dict[str, Any], rank_state: dict[str, Any]
+    folder: Path,
+    step: int,
+    ranks: Ranks,
+    parts: Mapping[str, Any],
+    state: dict[str, Any],
+    rank_state: dict[str, Any],
 ) -> Path:
     """Write `folder`/checkpoint-<step> whole or not at all.
 
-    `parts` are objects with `save(path)`; `state` is the same on all ranks, `rank_state` is each rank's own. The list of
-    files with their sizes goes into state.json, last; then the folder gets its name.
+    `parts` are objects with `save(path)`; `state` is the same on all ranks, `rank_state` is each rank's own.
+    The list of files with their sizes goes into state.json, last; then the folder gets its name.
     """
     final, work = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     try:
@@ -49,7 +76,9 @@ def save(
             torch.save(rank_state, work / f"rank-{ranks.rank}.pt")
             ranks.barrier()
             if ranks.first:
-                files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+                files = {
+                    str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()
+                }
                 facts = {"step": step, "ranks": ranks.size, "written": time.time(), "files": files}
                 (work / "state.json").write_text(dumps(state | facts, indent=1))
                 if is_ours(final):
@@ -66,7 +95,9 @@ def save(
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint that `save` wrote; other trainers call theirs checkpoint-<step> too."""
+    """Whether a folder is a checkpoint that `save` wrote; other trainers call theirs checkpoint-<step>
+    too.
+    """
     try:
         state = json.loads((path / "state.json").read_text())
         return isinstance(state["files"], dict) and "step" in state
@@ -90,8 +121,9 @@ def written(path: Path) -> float:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder, the one written last at the end: numbers begin again where a run goes on from an
-    older one."""
+    """The checkpoints in a run folder, the one written last at the end: numbers begin again where a run goes
+    on from an older one.
+    """
     paths = [folder / f"checkpoint-{step}" for step in steps(folder)]
     return sorted(paths, key=written)
 
@@ -117,7 +149,8 @@ def broken(path: Path) -> str | None:
 
 
 def open_folder(folder: Path, resume: str | bool | None, ranks: Ranks) -> Path | None:
-    """Make the folder of a run; the checkpoint to go on from, if `resume` (a path, or True or auto for the newest) finds one.
+    """Make the folder of a run; the checkpoint to go on from, if `resume` (a path, or True or auto for the
+    newest) finds one.
 
     Raises ConfigError for a folder that holds another run or cannot be made.
     """
@@ -133,11 +166,14 @@ def open_folder(folder: Path, resume: str | bool | None, ranks: Ranks) -> Path |
             raise ConfigError(f"cannot resume from {found}: {why}")
         if there and found.resolve().parent != folder.resolve():
             raise ConfigError(
-                f"cannot resume from {found}: output_dir {folder} holds another run, and the two would mix. Choose a new "
-                "output_dir to branch off there, or go on with a checkpoint of this folder (--resume auto)"
+                f"cannot resume from {found}: output_dir {folder} holds another run, and the two would mix. "
+                "Choose a new output_dir to branch off there, or go on with a checkpoint of this folder "
+                "(--resume auto)"
             )
     elif there:
-        raise ConfigError(f"{folder} holds another run: resume it (--resume auto) or choose another output_dir")
+        raise ConfigError(
+            f"{folder} holds another run: resume it (--resume auto) or choose another output_dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,29 +201,39 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def read(path: Path, ranks: Ranks, backend: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, this rank's state) of a checkpoint; ConfigError if it is broken or belongs to another kind of run."""
+def read(
+    path: Path, ranks: Ranks, backend: str, config: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, this rank's state) of a checkpoint; ConfigError if it is broken or belongs to another kind
+    of run.
+    """
     why = broken(path)
     if why:
         raise ConfigError(f"cannot resume from {path}: {why}")
     state = json.loads((path / "state.json").read_text())
     if state["ranks"] != ranks.size:
-        raise ConfigError(f"cannot resume from {path}: it was written by {state['ranks']} ranks, this run has {ranks.size}")
+        raise ConfigError(
+            f"cannot resume from {path}: it was written by {state['ranks']} ranks, this run has {ranks.size}"
+        )
     if state["backend"] != backend:
         raise ConfigError(
-            f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set policy.backend"
+            f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set "
+            "policy.backend"
         )
     check_same(state["config"], config, path)
     return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
 
 
 def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> None:
-    """Raise ConfigError unless a run of `config` may go on with what one of the settings `before` left at `where`."""
+    """Raise ConfigError unless a run of `config` may go on with what one of the settings `before` left at
+    `where`.
+    """
     now = json.loads(json.dumps(config))
     changed = changes(*(without(c, FREE_TO_CHANGE) for c in (filled(before, now), now)))
     if changed:
         raise ConfigError(
-            f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or set the configuration back"
+            f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or set the "
+            "configuration back"
         )
 
 
@@ -201,7 +247,9 @@ def without(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
 
 
 def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an older version, with those of `now` that it did not know as they are by default: what it did."""
+    """The settings of an older version, with those of `now` that it did not know as they are by default:
+    what it did.
+    """
     usual = json.loads(json.dumps(to_dict(build({"model": "", "data": ""}))))
     if (config.get("policy") or {}).get("lora"):
         usual["policy"]["lora"] = {"use_dora": False, "new_tokens": False}
@@ -216,7 +264,9 @@ def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the `keep` checkpoints that were written last and the best one; never one that is not ours."""
+    """Delete all but the `keep` checkpoints that were written last and the best one; never one that is not
+    ours.
+    """
     for path in [p for p in by_age(folder) if is_ours(p)][:-keep]:
         if path.name != f"checkpoint-{best}":
             shutil.rmtree(path)
@@ -227,5 +277,7 @@ def changes(old: Any, new: Any, name: str = "") -> list[str]:
     sides = [side if side is not None else {} for side in (old, new)]
     if old != new and all(isinstance(side, dict) for side in sides):
         keys = sorted({*sides[0], *sides[1]})
-        return [x for k in keys for x in changes(sides[0].get(k), sides[1].get(k), f"{name}.{k}" if name else k)]
+        return [
+            x for k in keys for x in changes(sides[0].get(k), sides[1].get(k), f"{name}.{k}" if name else k)
+        ]
     return [] if old == new else [f"{name} was {old!r}, is {new!r}"]

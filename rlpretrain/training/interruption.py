@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: the step under way is finished, a checkpoint is written, and the run says how to go on."""
+"""Ctrl-C and SIGTERM: the step under way is finished, a checkpoint is written, and the run says how to go
+on.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 TOGETHER = 2.0
-"""Seconds within which several signals count as one: a terminal signals every process, and a launcher its own once more."""
+"""Seconds within which several signals count as one: a terminal signals every process, and a launcher its
+own once more.
+"""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -22,7 +26,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM while its `with` block runs; a second Ctrl-C raises KeyboardInterrupt there and then.
+    """Notes the first SIGINT or SIGTERM while its `with` block runs; a second Ctrl-C raises KeyboardInterrupt
+    there and then.
 
     Outside the main thread Python takes no signal handlers, and this does nothing.
     """
@@ -40,7 +45,9 @@ class Signals:
                 self.before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.before = {}
@@ -50,7 +57,10 @@ class Signals:
             self.number, self.came = number, time.monotonic()
             if not self.quiet:
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-                text = f"\n{signal.Signals(number).name}: finishing the step under way, then a checkpoint{again}\n"
+                text = (
+                    f"\n{signal.Signals(number).name}: finishing the step under way, then a "
+                    f"checkpoint{again}\n"
+                )
                 os.write(2, text.encode())  # print is not safe inside a handler
         elif number == signal.SIGINT and time.monotonic() - self.came > TOGETHER:
             raise KeyboardInterrupt

@@ -1,4 +1,6 @@
-"""The loop: take a batch, score it, reward the thoughts, update the policy. Everything else is called from here."""
+"""The loop: take a batch, score it, reward the thoughts, update the policy. Everything else is called from
+here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,12 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
-from rlpretrain.training.advantages import Advantages, compute_advantages, compute_step_advantages, leave_out_unrewarded
+from rlpretrain.training.advantages import (
+    Advantages,
+    compute_advantages,
+    compute_step_advantages,
+    leave_out_unrewarded,
+)
 from rlpretrain.training.losses import LossInputs, add_up
 from rlpretrain.training.problems import Problem
 from rlpretrain.types import MicroBatch
@@ -24,7 +31,9 @@ def train(run: Run) -> None:
         if run.needs_step_advantages():
             micros, known = score_first(run, micros)
         for _ in range(run.config.loss.inner_epochs):
-            if not add_gradients(run, micros, known):  # a thought that the denominators count has no reward after all
+            if not add_gradients(
+                run, micros, known
+            ):  # a thought that the denominators count has no reward after all
                 run.policy.discard()
                 run.metrics = metrics
                 micros, known = score_first(run, micros)
@@ -35,13 +44,17 @@ def train(run: Run) -> None:
 
 
 def score_first(run: Run, micros: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Advantages]]:
-    """Score a whole step before it is trained: its micro-batches, less the thoughts without a reward, and all advantages."""
+    """Score a whole step before it is trained: its micro-batches, less the thoughts without a reward, and
+    all advantages.
+    """
     known = compute_step_advantages(run, micros)
     return leave_out_unrewarded(run, micros, [k.rewards for k in known]), known
 
 
 def add_gradients(run: Run, micros: Sequence[MicroBatch], known: Sequence[Advantages] | None) -> bool:
-    """Add up the step's gradient. False, and what there is must be dropped, where a thought that is counted has no reward."""
+    """Add up the step's gradient. False, and what there is must be dropped, where a thought that is
+    counted has no reward.
+    """
     counts = run.count_losses(micros)  # global denominators, one all-reduce
     for i, micro in enumerate(micros):
         micro = micro.to(run.ranks.device)

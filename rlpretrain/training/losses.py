@@ -1,8 +1,9 @@
-"""The terms of the loss, each a sum over one micro-batch and with its own count of what the loop divides it by.
+"""The terms of the loss, each a sum over one micro-batch and with its own count of what the loop divides it
+by.
 
-A term is one of `TERMS`, or a user's own subclass of `Loss` by its path `package.module:Class`. `loss.terms` names the terms of a
-run; by default they are those of the objective (`Objective.losses`).
-Legend: B positions, G thoughts, L thought tokens, T target tokens, M trunk tokens.
+A term is one of `TERMS`, or a user's own subclass of `Loss` by its path `package.module:Class`. `loss.terms`
+names the terms of a run; by default they are those of the objective (`Objective.losses`). Legend: B
+positions, G thoughts, L thought tokens, T target tokens, M trunk tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from rlpretrain.types import MicroBatch, Scores
 
 
 def clipped_surrogate(
-    scores: Scores, micro: MicroBatch, advantage: Float[Tensor, "B G"], config: LossConfig,
+    scores: Scores,
+    micro: MicroBatch,
+    advantage: Float[Tensor, "B G"],
+    config: LossConfig,
     old_logps: Float[Tensor, "B G L"] | None = None,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Minus the clipped policy-gradient objective of RLP (arXiv 2510.01265, eq. 8; PPO's, arXiv 1707.06347), and diagnostics.
+) -> tuple[Tensor, dict[str, float]]:
+    """Minus the clipped policy-gradient objective of RLP (arXiv 2510.01265, eq. 8; PPO's, arXiv 1707.06347),
+    and diagnostics.
 
-    Each thought token weighs `micro.token_weights` (1/|c| for RLP, 1 for a policy gradient: `loss.reduction`). The ratio is
-    taken against `old_logps` (this very forward when None: ratio exactly 1), and what another engine or an older policy
-    sampled enters with the truncated weight exp(old - behaviour). Only log-probs of sampled thought tokens carry gradient.
+    Each thought token weighs `micro.token_weights` (1/|c| for RLP, 1 for a policy gradient:
+    `loss.reduction`). The ratio is taken against `old_logps` (this very forward when None: ratio exactly 1),
+    and what another engine or an older policy sampled enters with the truncated weight exp(old - behaviour).
+    Only log-probs of sampled thought tokens carry gradient.
     """
     new = scores.thought_logps
     old = new.detach() if old_logps is None else old_logps
@@ -51,7 +57,9 @@ def clipped_surrogate(
 
 
 def target_loss(scores: Scores, weights: Float[Tensor, "B G T"]) -> Tensor:
-    """Sum of weights × −log p(target | context, thought): the direct term (reader, VeriFree, JEPO), absent from RLP's paper."""
+    """Sum of weights × −log p(target | context, thought): the direct term (reader, VeriFree, JEPO), absent
+    from RLP's paper.
+    """
     counted = scores.target_mask[:, None, :] & scores.counted[:, :, None]
     return -(weights * scores.target_logps * counted).sum()
 
@@ -74,17 +82,23 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A sum over the micro-batch, with its graph, and numbers for the log. `metrics` that end in "loss" are divided with it."""
+    """A sum over the micro-batch, with its graph, and numbers for the log. `metrics` that end in "loss"
+    are divided with it.
+    """
 
     loss: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Loss:
-    """One term of the loss. A subclass says what it sums over a micro-batch, and what that sum is divided by."""
+    """One term of the loss. A subclass says what it sums over a micro-batch, and what that sum is divided
+    by.
+    """
 
     def count(self, micro: MicroBatch) -> float:
-        """This micro-batch's part of the denominator, which is added up over the whole step and all ranks: its thoughts."""
+        """This micro-batch's part of the denominator, which is added up over the whole step and all ranks:
+        its thoughts.
+        """
         return float(micro.counted.sum())
 
     def __call__(self, inputs: LossInputs) -> LossOutput | None:
@@ -99,12 +113,16 @@ class Surrogate(Loss):
         known = inputs.thoughts
         if known is None:
             return None
-        loss, info = clipped_surrogate(inputs.scores, inputs.micro, known.advantages, inputs.config, known.old_logps)
+        loss, info = clipped_surrogate(
+            inputs.scores, inputs.micro, known.advantages, inputs.config, known.old_logps
+        )
         return LossOutput(inputs.config.policy_coef * loss, {"policy_loss": float(loss.detach()), **info})
 
 
 class Direct(Loss):
-    """−log p(target | context, thought) by the weights of the objective: the reader term, VeriFree's and JEPO's."""
+    """−log p(target | context, thought) by the weights of the objective: the reader term, VeriFree's and
+    JEPO's.
+    """
 
     def __call__(self, inputs: LossInputs) -> LossOutput | None:
         if inputs.thoughts is None:
@@ -114,7 +132,9 @@ class Direct(Loss):
 
 
 class NextToken(Loss):
-    """The next-token loss on the documents, by the weights of the objective, times `loss.ntp_coef` (1 without thoughts)."""
+    """The next-token loss on the documents, by the weights of the objective, times `loss.ntp_coef` (1
+    without thoughts).
+    """
 
     def count(self, micro: MicroBatch) -> float:
         """Its predicted tokens."""
@@ -145,5 +165,7 @@ def add_up(terms: Sequence[Loss], counts: Sequence[float], inputs: LossInputs) -
 
 
 def make_losses(names: Sequence[str]) -> list[Loss]:
-    """The terms of a run, by name; ConfigError for one that is neither in `TERMS` nor a class that can be imported."""
+    """The terms of a run, by name; ConfigError for one that is neither in `TERMS` nor a class that can be
+    imported.
+    """
     return [(TERMS[name] if name in TERMS else find(name, "loss.terms", TERMS))() for name in names]

@@ -39,9 +39,10 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "linea
 def make_schedule(config: OptimConfig, total_steps: int, inner_epochs: int = 1) -> Callable[[int], float]:
     """optimizer step → factor on the peak learning rate: linear warm-up, then what `optim.schedule` names.
 
-    `warmup_steps` and `total_steps` are steps of the run, each of `inner_epochs` optimizer steps. The factor depends on the
-    optimizer step alone, so a run that is resumed with another length follows the schedule of that length.
-    Raises ConfigError for a schedule that is neither in `SCHEDULES` nor a function that can be imported.
+    `warmup_steps` and `total_steps` are steps of the run, each of `inner_epochs` optimizer steps. The factor
+    depends on the optimizer step alone, so a run that is resumed with another length follows the schedule of
+    that length. Raises ConfigError for a schedule that is neither in `SCHEDULES` nor a function that can be
+    imported.
     """
     warm, total = config.warmup_steps * inner_epochs, total_steps * inner_epochs
     shape = SCHEDULES.get(config.schedule) or find(config.schedule, "optim.schedule", SCHEDULES)
@@ -59,8 +60,11 @@ def find_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer] 
     return None if config.name == "adamw" else find(config.name, "optim.name", ["adamw"])
 
 
-def make_optimizer(groups: Sequence[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    """What `optim.name` names: AdamW, or `package.module:factory`, a function of (parameter groups, settings).
+def make_optimizer(
+    groups: Sequence[dict[str, Any]], config: OptimConfig, fused: bool
+) -> torch.optim.Optimizer:
+    """What `optim.name` names: AdamW, or `package.module:factory`, a function of (parameter groups,
+    settings).
 
     The learning rate of every group is set before every step; weight decay is in the groups.
     """

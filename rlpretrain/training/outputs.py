@@ -21,8 +21,8 @@ def check(config: PretrainConfig) -> None:
         for name, out in written.items():
             if path.resolve().is_relative_to(out):
                 raise ConfigError(
-                    f"{field} is {path}, and a run with output_dir {folder} writes its own '{name}' there: choose another "
-                    "output_dir"
+                    f"{field} is {path}, and a run with output_dir {folder} writes its own '{name}' there: "
+                    "choose another output_dir"
                 )
     if holds_run(folder):  # it is asked for by --resume, or refused elsewhere
         return
@@ -30,7 +30,8 @@ def check(config: PretrainConfig) -> None:
         path = folder / name
         if name in written and path.exists() and not (path / MARK).is_file():
             raise ConfigError(
-                f"{path} is there already and no run wrote it, but this one would write its own: choose another output_dir"
+                f"{path} is there already and no run wrote it, but this one would write its own: choose "
+                "another output_dir"
             )
 
 

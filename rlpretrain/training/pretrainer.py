@@ -18,20 +18,23 @@ class Pretrainer:
     """Continue the pretraining of a base checkpoint with a reinforcement-style objective.
 
     >>> from rlpretrain import Pretrainer, PretrainConfig
-    >>> config = PretrainConfig(model="base", data="docs.jsonl", objective="rlp", output_dir="runs/rlp")  # doctest: +SKIP
-    >>> Pretrainer(config).train()                                                                    # doctest: +SKIP
+    >>> settings = {"model": "base", "data": "docs.jsonl", "objective": "rlp", "output_dir": "runs/rlp"}
+    >>> config = PretrainConfig(**settings)  # doctest: +SKIP
+    >>> Pretrainer(config).train()  # doctest: +SKIP
     """
 
     def __init__(self, config: PretrainConfig):
         self.config = config
 
     def train(self, resume: str | bool | None = None) -> dict[str, Any]:
-        """Run to the end and save the model under `output_dir`/model; returns the last metrics, with what ended the run.
+        """Run to the end and save the model under `output_dir`/model; returns the last metrics, with what
+        ended the run.
 
-        `resume`: "auto" or True goes on from the newest usable checkpoint (or starts), a path from that checkpoint. Without
-        it an `output_dir` that holds another run is refused. Raises ConfigError for settings that cannot work, Diverged
-        after `stop.nonfinite` skipped steps in a row, CannotWrite where the disk is full, Interrupted (a KeyboardInterrupt)
-        once Ctrl-C or SIGTERM ended the run behind a whole step and its checkpoint.
+        `resume`: "auto" or True goes on from the newest usable checkpoint (or starts), a path from that
+        checkpoint. Without it an `output_dir` that holds another run is refused. Raises ConfigError for
+        settings that cannot work, Diverged after `stop.nonfinite` skipped steps in a row, CannotWrite where
+        the disk is full, Interrupted (a KeyboardInterrupt) once Ctrl-C or SIGTERM ended the run behind a
+        whole step and its checkpoint.
         """
         run = Run(self.config, resume)
         try:
@@ -48,7 +51,9 @@ class Pretrainer:
             run.close()
 
     def rollout(self) -> dict[str, Any]:
-        """Only sample: every step's groups under the starting weights, kept under `output_dir`/rollouts; for `replay`."""
+        """Only sample: every step's groups under the starting weights, kept under `output_dir`/rollouts;
+        for `replay`.
+        """
         run = Run(replace(self.config, save_rollouts=True), None)
         groups = 0
         try:
@@ -59,8 +64,10 @@ class Pretrainer:
                     run.stopped = run_stop.interrupted(run)
             if run.stopped and run.step < run.total_steps:
                 run.write_run_json("interrupted")
-                raise Interrupted(f"{run.stopped}; {run.step} of {run.total_steps} steps are in {run.folder / 'rollouts'}",
-                                  run.signals.number or signal.SIGTERM)  # fmt: skip
+                raise Interrupted(
+                    f"{run.stopped}; {run.step} of {run.total_steps} steps are in {run.folder / 'rollouts'}",
+                    run.signals.number or signal.SIGTERM,
+                )
             run.write_run_json("done")
         except Interrupted:
             raise

@@ -9,4 +9,7 @@ class Problem(Enum):
     """Why the gradient of a micro-batch is not taken."""
 
     NOT_FINITE = "log-probs or the loss are NaN or inf: the step is skipped"
-    NO_REWARD = "a thought that the denominators count has no reward after all: the step is scored first, then trained"
+    NO_REWARD = (
+        "a thought that the denominators count has no reward after all: the step is scored first, then "
+        "trained"
+    )

@@ -14,7 +14,9 @@ from rollout.types import Group
 
 @dataclass(slots=True)
 class Spent:
-    """What a run has spent so far, over all ranks: tokens of documents, tokens that models read, operations."""
+    """What a run has spent so far, over all ranks: tokens of documents, tokens that models read,
+    operations.
+    """
 
     input_tokens: int = 0
     tokens: int = 0
@@ -49,13 +51,23 @@ def write_json(path: Path, record: Any) -> None:
             raise
 
 
-def keep_batch(folder: Path, step: int, rank: int, reason: str | None, groups: Sequence[Group],
-               documents: Sequence[Document]) -> None:  # fmt: skip
+def keep_batch(
+    folder: Path,
+    step: int,
+    rank: int,
+    reason: str | None,
+    groups: Sequence[Group],
+    documents: Sequence[Document],
+) -> None:
     """Keep the batch of a step with NaN or inf under `folder`/nonfinite."""
     with writing(folder / "nonfinite"):
         (folder / "nonfinite").mkdir(parents=True, exist_ok=True)
-    kept = {"step": step, "reason": reason, "groups": [asdict(g) for g in groups],
-            "documents": [asdict(d) for d in {d.id: d for d in documents}.values()]}  # fmt: skip
+    kept = {
+        "step": step,
+        "reason": reason,
+        "groups": [asdict(g) for g in groups],
+        "documents": [asdict(d) for d in {d.id: d for d in documents}.values()],
+    }
     write_json(folder / "nonfinite" / f"step-{step}-rank-{rank}.json", kept)
 
 
@@ -65,5 +77,7 @@ def nothing_learnt(stopped: str | None, skipped: int, steps: int, folder: Path) 
         return stopped
     if not skipped or skipped < steps:
         return None
-    return (f"nonfinite: all {steps} steps were skipped, so no model is saved: its weights would be those of the beginning; the "
-            f"batches are in {folder / 'nonfinite'}")  # fmt: skip
+    return (
+        f"nonfinite: all {steps} steps were skipped, so no model is saved: its weights would be those of the "
+        f"beginning; the batches are in {folder / 'nonfinite'}"
+    )

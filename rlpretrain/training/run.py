@@ -99,14 +99,23 @@ class Run(Parts):
         if self.resumed_from is not None:
             run_state.restore(self, self.resumed_from)
         moved = run_state.set_aside(self, resume)
-        self.engine.sync(self.handed_over, self.step)  # a resumed run's; and servers may hold those of another run
+        self.engine.sync(
+            self.handed_over, self.step
+        )  # a resumed run's; and servers may hold those of another run
         if self.probe:
             self.probe(self.step)
         self.console = Console(config, self.total_steps, self.step, self.ranks.first)
         for line in run_output.opening(self, resume):
             self.console.say(line)
         self.console.say(moved)
-        log = (self.folder, config.report_to, to_dict(config), self.folder.name, self.step, max(1, self.total_steps // 5))
+        log = (
+            self.folder,
+            config.report_to,
+            to_dict(config),
+            self.folder.name,
+            self.step,
+            max(1, self.total_steps // 5),
+        )
         self.trackers = Trackers(*log) if self.ranks.first else None
         self.health = Health()
         if self.ranks.first:
@@ -150,23 +159,31 @@ class Run(Parts):
         """Micro-batches, as many on every rank and of much the same cost."""
         batch = balanced(batch, self.layout, self.ranks)
         arms = no_think_contexts(self.objective, batch.groups)
-        fresh = self.engine.shares_weights and all(g.policy_version == self.engine.version for g in batch.groups)
+        fresh = self.engine.shares_weights and all(
+            g.policy_version == self.engine.version for g in batch.groups
+        )
         layout = replace(self.layout, no_think_ids=arms)
         micros = [replace(m, on_policy=fresh) for m in micro_batches(batch, layout, self.ranks, totals)]
         split_here = any(offset for micro in micros for offset in micro.offsets)
         self.has_split_groups = bool(self.ranks.max([float(split_here)])[0])
         if self.has_split_groups and "group" in self.objective.needs:
-            raise ConfigError("a group is larger than token_budget, and this objective's loss needs all of its thoughts at once: "
-                              f"raise token_budget ({self.config.token_budget})")  # fmt: skip
+            raise ConfigError(
+                "a group is larger than token_budget, and this objective's loss needs all of its thoughts at "
+                f"once: raise token_budget ({self.config.token_budget})"
+            )
         self.metrics.add("batch/micro_batches", len(micros))
         if self._measures_frozen() and layout.target:
             gains = gains_of_empty_thoughts(self.policy.score, self.frozen, batch, layout, self.ranks)
             self.metrics.add("ig/empty", gains)
         if layout.tree and "tree_difference" not in self.facts:
             spent = replace(self.policy.scorer.reads)
-            self.facts["tree_difference"] = check_tree(self.policy, micros[0], layout, totals, self.ranks, self.half)
+            self.facts["tree_difference"] = check_tree(
+                self.policy, micros[0], layout, totals, self.ranks, self.half
+            )
             self.policy.scorer.reads = spent  # once a process: a resumed run would have spent more
-            self.console.say(f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats")
+            self.console.say(
+                f"packed trees and padded rows: the same to {self.facts['tree_difference']:.1e} nats"
+            )
         return micros
 
     def count_losses(self, micros: Sequence[MicroBatch]) -> list[float]:
@@ -184,25 +201,33 @@ class Run(Parts):
             (self.metrics.total if name.endswith("loss") else self.metrics.add)(name, float(value))
 
     def find_problem(self, inputs: LossInputs, output: LossOutput, live: bool) -> Problem | None:
-        """What is wrong with a micro-batch on any rank; one all-reduce. A batch that is not finite is kept in a file.
+        """What is wrong with a micro-batch on any rank; one all-reduce. A batch that is not finite is kept in
+        a file.
 
-        `live`: the rewards are of the forward that trains, so one of NaN was not known when thoughts were counted.
+        `live`: the rewards are of the forward that trains, so one of NaN was not known when thoughts were
+        counted.
         """
         scores, micro = inputs.scores, inputs.micro
         logps = (scores.thought_logps, scores.target_logps, scores.baseline_logps, scores.trunk_logps)
         fine = [all(bool(torch.isfinite(t).all()) for t in logps), bool(torch.isfinite(output.loss))]
         unrewarded = live and has_uncounted(micro, inputs.thoughts)
-        bad_logps, bad_loss, no_reward = self.ranks.max([float(not fine[0]), float(not fine[1]), float(unrewarded)])
+        bad_logps, bad_loss, no_reward = self.ranks.max(
+            [float(not fine[0]), float(not fine[1]), float(unrewarded)]
+        )
         if bad_logps or bad_loss:
             self.bad = "log-probs" if bad_logps else "loss"
             if not all(fine):
-                records.keep_batch(self.folder, self.step + 1, self.ranks.rank, self.bad, micro.groups, micro.documents)
+                records.keep_batch(
+                    self.folder, self.step + 1, self.ranks.rank, self.bad, micro.groups, micro.documents
+                )
         if self.bad is not None:
             return Problem.NOT_FINITE
         return Problem.NO_REWARD if no_reward else None
 
     def observe(self, inputs: LossInputs, output: LossOutput, own: torch.Tensor) -> None:
-        """Gather what the log will show of a micro-batch; `own` [B, T] are the policy's log-probs without a thought."""
+        """Gather what the log will show of a micro-batch; `own` [B, T] are the policy's log-probs without
+        a thought.
+        """
         scores, micro, epochs = inputs.scores, inputs.micro, self.config.loss.inner_epochs
         self.note(loss=output.loss.detach() / epochs)  # the mean over inner epochs
         self.note(**{n: v / epochs if n.endswith("loss") else v for n, v in output.metrics.items()})
@@ -245,9 +270,13 @@ class Run(Parts):
         if self.bad:
             self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
             self.metrics = StepMetrics()  # half a step's numbers would mislead
-            self.console.say(f"step {step} skipped: NaN or inf in {self.bad} ({self.skipped_in_row} in a row)")
+            self.console.say(
+                f"step {step} skipped: NaN or inf in {self.bad} ({self.skipped_in_row} in a row)"
+            )
             if self.bad == "gradients":
-                records.keep_batch(self.folder, step, self.ranks.rank, self.bad, batch.groups, batch.documents)
+                records.keep_batch(
+                    self.folder, step, self.ranks.rank, self.bad, batch.groups, batch.documents
+                )
         else:
             self.skipped_in_row = 0
         self._account(batch)
@@ -261,7 +290,9 @@ class Run(Parts):
         if step < self.total_steps and self.stopped is None:
             self.stopped = run_stop.interrupted(self)
         if self.trackers:
-            mine = [g for g in batch.groups if (g.id, 0) in self.metrics.rewards]  # the rest went to other ranks
+            mine = [
+                g for g in batch.groups if (g.id, 0) in self.metrics.rewards
+            ]  # the rest went to other ranks
             self.trackers.write(step, row, mine, self.tokenizer, self.metrics.rewards)
         self.console.step(step, row, batch.groups, self.tokenizer)
         for finding in self.health.observe(step, row):
@@ -328,7 +359,9 @@ class Run(Parts):
         if broken or not math.isfinite(score):  # no measurement: neither a best nor one without progress
             said = f"{broken:.0%} of the positions have log-probs of NaN or inf" if broken else "no number"
             self.console.say(f"step {self.step}: the evaluation decides nothing ({said})")
-        elif self.best["gain"] is None or not self.best["gain"] >= score:  # an older run may have kept NaN as its best
+        elif (
+            self.best["gain"] is None or not self.best["gain"] >= score
+        ):  # an older run may have kept NaN as its best
             self.best = {"step": self.step, "gain": score, "stale": 0}
             if self.config.checkpoint.every and self.step % self.config.checkpoint.every:
                 run_state.save(self)

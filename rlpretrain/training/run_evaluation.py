@@ -1,4 +1,6 @@
-"""Evaluation inside a run: the model with the policy's present weights, on the held-out documents of all ranks."""
+"""Evaluation inside a run: the model with the policy's present weights, on the held-out documents of all
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import nn
 from rlpretrain import models
 from rlpretrain.evaluation.evaluate import Evaluation, evaluate
 from rlpretrain.models import adapters
-from rlpretrain.scoring.scorer import Beside
+from rlpretrain.scoring.scorer import NoGradScorer
 from rlpretrain.training.builder import Parts
 from rollout.hf import HFEngine
 from rollout.weights import copy_weights
@@ -29,9 +31,17 @@ class RunEvaluation:
         mine = self.parts.held_out[ranks.rank :: ranks.size]
         model, frozen = self.model(), self.parts.frozen and self.parts.frozen.model
         if self.parts.frozen and config.policy.lora:
-            frozen = Beside(model, bare=True)
-        here = evaluate(model, self.parts.objective, mine, frozen=frozen, thoughts=config.eval.thoughts,
-                        seed=config.seed, token_budget=config.token_budget, pad_id=self.parts.layout.pad_id)  # fmt: skip
+            frozen = NoGradScorer(model, adapters_off=True)
+        here = evaluate(
+            model,
+            self.parts.objective,
+            mine,
+            frozen=frozen,
+            thoughts=config.eval.thoughts,
+            seed=config.seed,
+            token_budget=config.token_budget,
+            pad_id=self.parts.layout.pad_id,
+        )
         joined = Evaluation.join(ranks.gather(here))
         return {f"eval/{k}": v for k, v in joined.summary().items() if not k.endswith("_ci")}
 
@@ -44,7 +54,9 @@ class RunEvaluation:
         if policy.shares_weights:
             return policy.model
         if self.whole is None:
-            self.whole = models.load(config.model, self.parts.delimiters, config.seed)[0].to(self.parts.ranks.device)
+            self.whole = models.load_with_tokenizer(config.model, self.parts.delimiters, config.seed)[0].to(
+                self.parts.ranks.device
+            )
             if lora:
                 adapters.add_lora(self.whole, lora, adapters.new_tokens(policy.model))
         if lora:

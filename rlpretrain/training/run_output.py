@@ -53,7 +53,11 @@ def logged_rows(folder: Path) -> list[dict[str, Any]]:
 def keep_rollouts(run: Any, batch: Batch) -> None:
     """Store a batch before its step, with `save_rollouts`."""
     if run.store:
-        facts = {"engine": run.engine.health(), "shares_weights": run.engine.shares_weights, **compat.versions()}
+        facts = {
+            "engine": run.engine.health(),
+            "shares_weights": run.engine.shares_weights,
+            **compat.versions(),
+        }
         with writing(run.store.folder):
             run.store.write(run.step + 1, batch.groups, batch.documents, facts)
 
@@ -88,7 +92,9 @@ def record(run: Any, status: str) -> dict[str, Any]:
         "engine": run.engine.health(),
         "versions": compat.versions(),
         "best": run.best,
-        "warnings": [{"step": found.step, "rule": found.rule, "text": found.text} for found in run.health.findings],
+        "warnings": [
+            {"step": found.step, "rule": found.rule, "text": found.text} for found in run.health.findings
+        ],
         **run.facts,
     }
 
@@ -110,12 +116,17 @@ def interruption(run: Any) -> Interrupted:
     """Mark run.json; what to raise, which says how to go on."""
     run.write_run_json("interrupted")
     name = run.stopped.removeprefix("interrupted: ")
-    text = f"{name} after step {run.step} of {run.total_steps}: checkpoint-{run.step} is written, go on with --resume auto"
+    text = (
+        f"{name} after step {run.step} of {run.total_steps}: checkpoint-{run.step} is written, go on with "
+        "--resume auto"
+    )
     return Interrupted(text, signal.Signals[name])
 
 
 def end(run: Any) -> dict[str, Any]:
-    """Save the final model, say so in run.json and on the console, upload it if asked to; what the run returns."""
+    """Save the final model, say so in run.json and on the console, upload it if asked to; what the run
+    returns.
+    """
     best = run.folder / f"checkpoint-{run.best['step']}"
     back = best if run.stopped and run.stopped.startswith("collapse") and best.is_dir() else None
     if back:

@@ -15,10 +15,15 @@ from rlpretrain.training import abandoned, checkpoint, records, run_stop
 
 
 def resolved(run: Any) -> dict[str, Any]:
-    """The configuration with the objective's defaults and its reduction. `run` is rlpretrain.training.run.Run, here and below."""
+    """The configuration with the objective's defaults and its reduction. `run` is
+    rlpretrain.training.run.Run, here and below.
+    """
     objective = {"name": run.config.objective.get("name", "rlp"), **asdict(run.objective.config)}
     out = to_dict(run.config)
-    return out | {"objective": objective, "loss": out["loss"] | {"reduction": run.objective.setting.reduction}}
+    return out | {
+        "objective": objective,
+        "loss": out["loss"] | {"reduction": run.objective.setting.reduction},
+    }
 
 
 def save(run: Any) -> None:
@@ -56,8 +61,9 @@ def restore(run: Any, path: Path) -> None:
 
 
 def set_aside(run: Any, resume: str | bool | None) -> str | None:
-    """Before the first step of a run that goes on, or that begins again where there is no checkpoint: what came later is moved
-    away, so that branches never mix; what was moved, in a line. All ranks call it."""
+    """Before the first step of a run that goes on, or that begins again where there is no checkpoint: what
+    came later is moved away, so that branches never mix; what was moved, in a line. All ranks call it.
+    """
     said = None
     if resume and run.resumed_from is None and (run.folder / "run.json").is_file():
         checkpoint.check_same(_config_of(run.folder), resolved(run), run.folder)

@@ -1,4 +1,6 @@
-"""What ends a run before its last step: each rule gives its reason in words, or None. `run` is rlpretrain.training.run.Run."""
+"""What ends a run before its last step: each rule gives its reason in words, or None. `run` is
+rlpretrain.training.run.Run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def collapsed(run: Any, row: Mapping[str, float]) -> str | None:
     """The monitor of `stop.collapse` fires on a step's row."""
     if not run.config.stop.collapse or "ntp/loss" not in row or not run.objective.has_positions:
         return None
-    # ig/frozen is the honest gain but known only now and then; where ig/self flatters, the no-think loss rises
+    # ig/frozen is the honest gain but known only now and then; where ig/self flatters, the no-think loss
+    # rises
     why = run.monitor.observe(
         gain=row.get("ig/self", math.nan),
         no_think_loss=row["ntp/loss"],

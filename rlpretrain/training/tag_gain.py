@@ -1,6 +1,8 @@
-"""What the tags of a thought are worth by themselves: the gain of a thought without content, measured while a run goes on.
+"""What the tags of a thought are worth by themselves: the gain of a thought without content, measured while a
+run goes on.
 
-A gain that an empty thought has as well says nothing about thinking: the model has learnt what comes after the close tag.
+A gain that an empty thought has as well says nothing about thinking: the model has learnt what comes after
+the close tag.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from rlpretrain.scoring.references import Frozen
 from rlpretrain.types import Batch
 
 
-def gains_of_empty_thoughts(score: ScoreFunction, frozen: Frozen, batch: Batch, layout: Layout, ranks: Ranks) -> Tensor:
-    """log p(target | context, empty thought) − log p(target | context) [P] in nats, the second under the frozen model.
+def gains_of_empty_thoughts(
+    score: ScoreFunction, frozen: Frozen, batch: Batch, layout: Layout, ranks: Ranks
+) -> Tensor:
+    """log p(target | context, empty thought) − log p(target | context) [P] in nats, the second under the
+    frozen model.
 
     P are the positions of this rank whose prompts have a close tag. All ranks call it together.
     """

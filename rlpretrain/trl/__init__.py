@@ -1,7 +1,8 @@
-"""Objectives in TRL's trainers: reward functions, a trainer, rollouts. TRL is imported with the first name that needs it.
+"""Objectives in TRL's trainers: reward functions, a trainer, rollouts. TRL is imported with the first name
+that needs it.
 
-`RLPTrainer` and `RLPConfig` (trainer.py) are loaded when they are asked for. So is `NAME_reward`, the reward of the objective
-NAME, which TRL's command line takes by its path.
+`RLPTrainer` and `RLPConfig` (trainer.py) are loaded when they are asked for. So is `NAME_reward`, the reward
+of the objective NAME, which TRL's command line takes by its path.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ NAMED = {"information_gain": {"name": "rlp"}, "rlpr": {"name": "likelihood", "sc
 
 def __getattr__(name: str) -> Any:
     if (short := name.removesuffix("_reward")) != name and (short in NAMED or short in available()):
-        reward = ObjectiveReward(**NAMED.get(short, {"name": short}))  # a new one each time: it will be one trainer's
+        reward = ObjectiveReward(
+            **NAMED.get(short, {"name": short})
+        )  # a new one each time: it will be one trainer's
         reward.__name__ = short if short in NAMED else reward.__name__
         return reward
     if name not in ("RLPConfig", "RLPTrainer"):

@@ -1,13 +1,14 @@
-"""Rollouts for TRL's asynchronous trainer: one of our engines samples on a thread, the live model scores between steps.
+"""Rollouts for TRL's asynchronous trainer: one of our engines samples on a thread, the live model scores
+between steps.
 
-    reward = InformationGainReward(tokenizer=tokenizer)
-    data = reward.dataset("docs.jsonl")
-    rollouts = AsyncRollouts(reward, VLLMEngine(path), data, args)
-    AsyncGRPOTrainer(path, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[reward.callback],
+    reward = InformationGainReward(tokenizer=tokenizer) data = reward.dataset("docs.jsonl") rollouts =
+    AsyncRollouts(reward, VLLMEngine(path), data, args) AsyncGRPOTrainer(path, args=args, train_dataset=data,
+    processing_class=tokenizer, callbacks=[reward.callback],
                      rollout_worker=rollouts, weight_transfer=rollouts).train()
 
-A gain needs the policy, and weights that an optimizer is changing are nobody's. So thoughts are sampled meanwhile, and a group
-is scored when the trainer comes for it: in the trainer's own thread, between two steps.
+A gain needs the policy, and weights that an optimizer is changing are nobody's. So thoughts are sampled
+meanwhile, and a group is scored when the trainer comes for it: in the trainer's own thread, between two
+steps.
 """
 
 from __future__ import annotations
@@ -43,23 +44,35 @@ PATIENCE = 1000
 class AsyncRollouts:
     """Both `rollout_worker` and `weight_transfer` of TRL's AsyncGRPOTrainer, whose arguments `args` are.
 
-    `dataset` is what `reward.dataset` makes, of any length; it is gone through in its order, again and again. `args` say how
-    thoughts are drawn, how many for a position, how stale they may be, and how many are sampled ahead (`max_inflight_tasks`).
-    `attention` is what the model scores with: that of the trainer reads its own packed rows only. In several processes each makes
-    one, and the first one's is used: the others need no engine.
+    `dataset` is what `reward.dataset` makes, of any length; it is gone through in its order, again and again.
+    `args` say how thoughts are drawn, how many for a position, how stale they may be, and how many are
+    sampled ahead (`max_inflight_tasks`). `attention` is what the model scores with: that of the trainer reads
+    its own packed rows only. In several processes each makes one, and the first one's is used: the others
+    need no engine.
 
-    Versions are the trainer's: 1 is that of the first weights. A thought is sampled under one; new weights wait for what is being
-    sampled, at most `heartbeat_stale_after_s`. A failure of the engine is raised where the trainer next asks for a sample.
+    Versions are the trainer's: 1 is that of the first weights. A thought is sampled under one; new weights
+    wait for what is being sampled, at most `heartbeat_stale_after_s`. A failure of the engine is raised where
+    the trainer next asks for a sample.
 
     Raises ConfigError for settings that cannot work, ImportError without TRL.
     """
 
-    def __init__(self, reward: ObjectiveReward, engine: Engine | None, dataset: Any, args: Any, *, seed: int = 0,
-                 attention: str = "sdpa"):  # fmt: skip
+    def __init__(
+        self,
+        reward: ObjectiveReward,
+        engine: Engine | None,
+        dataset: Any,
+        args: Any,
+        *,
+        seed: int = 0,
+        attention: str = "sdpa",
+    ):
         try:
             from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
         except ImportError as error:
-            raise ImportError(f"AsyncRollouts needs TRL with its asynchronous trainer: {INSTALL['trl']}") from error
+            raise ImportError(
+                f"AsyncRollouts needs TRL with its asynchronous trainer: {INSTALL['trl']}"
+            ) from error
         _check(reward, engine, dataset, args)
         reward.attention = attention
         reward.longest.append(longest_row(dataset))
@@ -80,15 +93,21 @@ class AsyncRollouts:
     def start(self) -> None:
         """Begin to sample."""
         if self.reward.model is None:
-            raise RuntimeError("AsyncRollouts has no model to score with: pass callbacks=[reward.callback] to the trainer")
+            raise RuntimeError(
+                "AsyncRollouts has no model to score with: pass callbacks=[reward.callback] to the trainer"
+            )
         a, eos = self.args, self.reward.tokenizer.eos_token_id
-        params = SamplingParams(a.max_completion_length, a.temperature, a.top_p, max(a.top_k, 0), () if eos is None else (eos,))
+        params = SamplingParams(
+            a.max_completion_length, a.temperature, a.top_p, max(a.top_k, 0), () if eos is None else (eos,)
+        )
         objective, longest = self.reward.objective, max(self.reward.longest)
         objective.setting = Setting(params, a.num_generations, 0.0)
         check_rows(objective, longest, limit_of(plain(self.reward.model)), NAMES)
         check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
         self.ahead = max(1, a.max_inflight_tasks // a.num_generations)
-        alone = isinstance(self.engine, HFEngine)  # computes in its caller's thread: more at a time would only delay a pause
+        alone = isinstance(
+            self.engine, HFEngine
+        )  # computes in its caller's thread: more at a time would only delay a pause
         self.queue = RolloutQueue(1 if alone else self.ahead, a.heartbeat_stale_after_s)
         self._ask()
 
@@ -103,8 +122,10 @@ class AsyncRollouts:
         """Which version the trainer takes its weights for."""
         self.version = model_version
         if self.engine.version != model_version:
-            raise RuntimeError(f"the trainer's weights are version {model_version}, the engine's {self.engine.version}: pass the "
-                               "same AsyncRollouts as weight_transfer")  # fmt: skip
+            raise RuntimeError(
+                f"the trainer's weights are version {model_version}, the engine's {self.engine.version}: "
+                "pass the same AsyncRollouts as weight_transfer"
+            )
 
     def check_health(self, stale_after_s: float) -> None:
         """Raises RuntimeError if the engine failed, or nothing was sampled for `stale_after_s` seconds."""
@@ -115,8 +136,10 @@ class AsyncRollouts:
                 asked.group()
         age = time.time() - max([self.since, *(asked.finished for asked in self.waiting)])
         if age > stale_after_s:
-            raise RuntimeError(f"no thoughts came for {age:.0f} s (heartbeat_stale_after_s is {stale_after_s:.0f}): "
-                               f"{type(self.engine).__name__} hangs, or is too slow for that")  # fmt: skip
+            raise RuntimeError(
+                f"no thoughts came for {age:.0f} s (heartbeat_stale_after_s is {stale_after_s:.0f}): "
+                f"{type(self.engine).__name__} hangs, or is too slow for that"
+            )
 
     # weight_transfer
 
@@ -130,8 +153,10 @@ class AsyncRollouts:
         try:
             self.queue.pause()
         except TimeoutError as error:
-            raise RuntimeError(f"{error}: {type(self.engine).__name__} hangs, or heartbeat_stale_after_s is too short for "
-                               "thoughts as long as these") from error  # fmt: skip
+            raise RuntimeError(
+                f"{error}: {type(self.engine).__name__} hangs, or heartbeat_stale_after_s is too short for "
+                "thoughts as long as these"
+            ) from error
 
     def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
         """Hand the engine the weights of the next version, adapters merged in."""
@@ -149,7 +174,9 @@ class AsyncRollouts:
     # groups
 
     def draw(self, timeout: float | None) -> list[Any]:
-        """The samples of the next group: none if it is too stale or teaches nothing, queue.Empty if it is not there yet."""
+        """The samples of the next group: none if it is too stale or teaches nothing, queue.Empty if it is
+        not there yet.
+        """
         if self.queue is None:
             self.check_health(0.0)
         asked = self.waiting[0]
@@ -185,25 +212,33 @@ class AsyncRollouts:
             self.metrics_queue.put({"sample/dropped_uncounted_total": float(len(rewards))})
             self.barren += 1
             if self.barren >= PATIENCE:
-                raise RuntimeError(f"{self.barren} groups in a row had fewer than two thoughts that count: raise "
-                                   "max_completion_length, or let unclosed ones count (cut='force_close')")  # fmt: skip
+                raise RuntimeError(
+                    f"{self.barren} groups in a row had fewer than two thoughts that count: raise "
+                    "max_completion_length, or let unclosed ones count (cut='force_close')"
+                )
             return []
         self.barren = 0
-        advantages = self.reward.objective.advantage(torch.from_numpy(found["reward"])[None], [group])[0].tolist()
+        advantages = self.reward.objective.advantage(torch.from_numpy(found["reward"])[None], [group])[
+            0
+        ].tolist()
         decode, prompt = self.reward.tokenizer.decode, list(group.prompt.token_ids)
         said, spread = [{"role": "user", "content": decode(prompt)}], float(np.std(counted))
         return [
             self.sample(
-                prompt=said, completion=[{"role": "assistant", "content": decode(list(thought.token_ids))}],
+                prompt=said,
+                completion=[{"role": "assistant", "content": decode(list(thought.token_ids))}],
                 input_ids=np.array([*prompt, *thought.token_ids], dtype=np.int64),
                 completion_mask=np.array([0] * len(prompt) + [1] * len(thought.token_ids), dtype=np.int64),
                 old_log_probs=np.array([0.0] * len(prompt) + list(thought.behaviour_logps), dtype=np.float32),
-                advantage=advantage, model_version=group.policy_version, group_id=asked.number,
+                advantage=advantage,
+                model_version=group.policy_version,
+                group_id=asked.number,
                 metrics={"reward": reward, "reward_std": spread, f"rewards/{self.reward.__name__}": reward},
                 enqueued_at=asked.finished,
             )
-            for thought, reward, advantage in zip(group.thoughts, rewards, advantages, strict=True) if reward is not None
-        ]  # fmt: skip
+            for thought, reward, advantage in zip(group.thoughts, rewards, advantages, strict=True)
+            if reward is not None
+        ]
 
 
 class _Asked:
@@ -256,7 +291,10 @@ def _positions(dataset: Any) -> Iterator[Position]:
         row = None
         for row in dataset:
             if missing := [name for name in COLUMNS if name not in row]:
-                raise ConfigError(f"AsyncRollouts: the dataset lacks {', '.join(missing)}: make it by reward.dataset(documents)")
+                raise ConfigError(
+                    f"AsyncRollouts: the dataset lacks {', '.join(missing)}: make it by "
+                    "reward.dataset(documents)"
+                )
             yield position_of(row)
         if row is None:
             raise ConfigError("AsyncRollouts: the dataset is empty")
@@ -266,15 +304,33 @@ def _check(reward: ObjectiveReward, engine: Engine | None, dataset: Any, args: A
     known = getattr(dataset, "column_names", None)
     for wrong, why in (
         (reward.late, "give the reward a tokenizer: InformationGainReward(tokenizer=tokenizer)"),
-        (known is not None and not set(COLUMNS) <= set(known), "the dataset is not one that reward.dataset(documents) makes"),
-        (reward.added, f"the tokenizer lacked {' and '.join(reward.added)}, and so does the checkpoint that the trainer loads: "
-                       "call ensure_delimiters(tokenizer, model), save both, and start from that folder"),
-        (engine is not None and engine.shares_weights, "the engine must have weights of its own, since it samples while those of "
-                                                       "the trainer change: HFEngine(model, shares_weights=False)"),
-        (args.token_budget is None, "set token_budget: at least the longest prompt and thought, or 0 for micro-batches of "
-                                    "per_device_train_batch_size thoughts. TRL would ask a vLLM server of its own for it"),
-        (args.num_generations < 2, "num_generations must be at least 2: a lone thought has nothing to be compared with"),
-        (args.min_p or args.repetition_penalty != 1.0, "our engines know neither min_p nor repetition_penalty"),
-    ):  # fmt: skip
+        (
+            known is not None and not set(COLUMNS) <= set(known),
+            "the dataset is not one that reward.dataset(documents) makes",
+        ),
+        (
+            reward.added,
+            f"the tokenizer lacked {' and '.join(reward.added)}, and so does the checkpoint that the trainer "
+            "loads: call ensure_delimiters(tokenizer, model), save both, and start from that folder",
+        ),
+        (
+            engine is not None and engine.shares_weights,
+            "the engine must have weights of its own, since it samples while those of "
+            "the trainer change: HFEngine(model, shares_weights=False)",
+        ),
+        (
+            args.token_budget is None,
+            "set token_budget: at least the longest prompt and thought, or 0 for micro-batches of "
+            "per_device_train_batch_size thoughts. TRL would ask a vLLM server of its own for it",
+        ),
+        (
+            args.num_generations < 2,
+            "num_generations must be at least 2: a lone thought has nothing to be compared with",
+        ),
+        (
+            args.min_p or args.repetition_penalty != 1.0,
+            "our engines know neither min_p nor repetition_penalty",
+        ),
+    ):
         if wrong:
             raise ConfigError(f"AsyncRollouts: {why}")

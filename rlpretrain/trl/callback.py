@@ -34,8 +34,8 @@ EMA = "ema.safetensors"
 class LiveModel(TrainerCallback):
     """Hands the trained model to its reward when training begins, and moves the EMA after every step.
 
-    Before the trainer starts its vLLM, that is told where a thought ends, where to find tags that were added, and how to live on
-    a CPU.
+    Before the trainer starts its vLLM, that is told where a thought ends, where to find tags that were added,
+    and how to live on a CPU.
     """
 
     def __init__(self, reward: Any):
@@ -47,8 +47,10 @@ class LiveModel(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The trainer stands, its vLLM not yet."""
         if self.reward.late:
-            raise ConfigError("a reward without model and tokenizer is for TRL's command line, which knows no callbacks: here "
-                              "give it both")  # fmt: skip
+            raise ConfigError(
+                "a reward without model and tokenizer is for TRL's command line, which knows no callbacks: "
+                "here give it both"
+            )
         reward, inner, adapters = self.reward, plain(model), adapters_of(model)
         if reward.baseline in ("frozen", "ema") and adapters is None and not sharded(model):
             reward.initial = {name: p.detach().to("cpu", copy=True) for name, p in inner.named_parameters()}
@@ -56,13 +58,19 @@ class LiveModel(TrainerCallback):
         if vllm and not reward.objective.answer_tokens:
             args.generation_kwargs = {"stop_token_ids": [reward.close_id], **(args.generation_kwargs or {})}
         if vllm and reward.added and not colocated:
-            raise ConfigError(f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server has them not: "
-                              "save model and tokenizer, start the server and the training from there")  # fmt: skip
+            raise ConfigError(
+                f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server has "
+                "them not: save model and tokenizer, start the server and the training from there"
+            )
         referred = bool(getattr(args, "beta", 0)) and adapters is None
         if reward.added and (vllm or referred) and sharded(inner):
-            raise ConfigError(f"{' and '.join(reward.added)} were added to the model just now, and it is sharded already: save "
-                              "model and tokenizer, start the training from there")  # fmt: skip
-        if self.init_kwargs is not None:  # after TRL has said that it ignores them, before it loads a reference
+            raise ConfigError(
+                f"{' and '.join(reward.added)} were added to the model just now, and it is sharded already: "
+                "save model and tokenizer, start the training from there"
+            )
+        if (
+            self.init_kwargs is not None
+        ):  # after TRL has said that it ignores them, before it loads a reference
             args.model_init_kwargs = self.init_kwargs
         if reward.added and (vllm or referred):
             start, ranks = Path(args.output_dir) / "start", ranks_of(torch.device("cpu"))
@@ -71,36 +79,54 @@ class LiveModel(TrainerCallback):
             ranks.barrier()
             inner.name_or_path = str(start)  # what TRL's vLLM loads
             if referred:
-                self.named, inner.config._name_or_path = inner.config._name_or_path, str(start)  # what its KL is measured to
+                self.named, inner.config._name_or_path = (
+                    inner.config._name_or_path,
+                    str(start),
+                )  # what its KL is measured to
         if vllm and colocated:
             trl_vllm_on_cpu()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None,
-                       **_: Any) -> None:  # fmt: skip
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **_: Any
+    ) -> None:
         """The model as the trainer has it, adapters included."""
         reward, inner = self.reward, plain(model)
         if self.named is not None:
             inner.config._name_or_path, self.named = self.named, None
-        lacks = max(reward.close_id, reward.objective.template.open_id) >= inner.config.get_text_config().vocab_size
+        lacks = (
+            max(reward.close_id, reward.objective.template.open_id)
+            >= inner.config.get_text_config().vocab_size
+        )
         stops = reward.objective.answer_tokens or reward.attention or getattr(args, "use_vllm", False)
         if lacks or not (stops or reward.close_id in ends_of(inner)):
-            what = "has no rows for the tags of a thought" if lacks else "does not end a generation at the close tag"
-            raise ConfigError(f"the trained model is not the one that the reward was given, it {what}: give the "
-                              "trainer and the reward the same model and tokenizer")  # fmt: skip
+            what = (
+                "has no rows for the tags of a thought"
+                if lacks
+                else "does not end a generation at the close tag"
+            )
+            raise ConfigError(
+                f"the trained model is not the one that the reward was given, it {what}: give the "
+                "trainer and the reward the same model and tokenizer"
+            )
         data = getattr(train_dataloader, "dataset", None)
         check_lengths(reward.objective, limit_of(inner), [*reward.longest, longest_row(data)], args)
         reward.watch(model)
         reward.initial = {}
         if state.global_step and isinstance(reward.reference, Ema):
             given = args.resume_from_checkpoint
-            folder = Path(given if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state))
+            folder = Path(
+                given if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state)
+            )
             average = _average(folder, state)
             if average is not None:
                 reward.reference.load_state_dict(average)
             else:
-                warnings.warn(f"{folder} has no {EMA} of this run: the moving average begins again, at the weights the run began "
-                              "with. If the checkpoint is elsewhere, name it in the arguments too (resume_from_checkpoint)",
-                              stacklevel=2)  # fmt: skip
+                warnings.warn(
+                    f"{folder} has no {EMA} of this run: the moving average begins again, at the weights the "
+                    "run began with. If the checkpoint is elsewhere, name it in the arguments too "
+                    "(resume_from_checkpoint)",
+                    stacklevel=2,
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The moving average goes into the checkpoint."""
@@ -112,8 +138,12 @@ class LiveModel(TrainerCallback):
             work.chmod(usual_mode(folder))
             work.replace(folder / EMA)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """A warning, once, of each thing that keeps the training from learning: the rules of rlpretrain/tracking/health.py."""
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        """A warning, once, of each thing that keeps the training from learning: the rules of
+        rlpretrain/tracking/health.py.
+        """
         row = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         for finding in self.health.observe(state.global_step, row):
             if state.is_world_process_zero:
@@ -155,8 +185,12 @@ def _has_adapters(model: Any) -> bool:
 
 
 def _log(state: Any) -> str:
-    """What tells a run's checkpoint from another's of the same step: transformers does not say which one it resumed."""
-    return blake2b(json.dumps(state.log_history, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    """What tells a run's checkpoint from another's of the same step: transformers does not say which one
+    it resumed.
+    """
+    return blake2b(
+        json.dumps(state.log_history, sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()
 
 
 def _average(folder: Path, state: Any) -> dict[str, torch.Tensor] | None:

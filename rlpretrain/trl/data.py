@@ -1,4 +1,6 @@
-"""What TRL trains from: documents as a dataset of prompts, and for its command line a checkpoint that is ready for thoughts."""
+"""What TRL trains from: documents as a dataset of prompts, and for its command line a checkpoint that is
+ready for thoughts.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,32 @@ SECTION = "objective"
 """Column of prepared prompts: the objective section they were made with, as JSON, the same in every row."""
 
 
-def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp", column: str = "text", max_length: int = LONGEST,
-                      epochs: int = 1, seed: int = 0, whole: bool = False, keep: Sequence[str] = (),
-                      by_ids: bool = False, **settings: Any) -> Any:  # fmt: skip
+def to_prompt_dataset(
+    documents: Any,
+    tokenizer: Any,
+    *,
+    objective: Any = "rlp",
+    column: str = "text",
+    max_length: int = LONGEST,
+    epochs: int = 1,
+    seed: int = 0,
+    whole: bool = False,
+    keep: Sequence[str] = (),
+    by_ids: bool = False,
+    **settings: Any,
+) -> Any:
     """Documents → a `datasets.Dataset` of prompts for TRL, a row for each position.
 
-    `documents` is a path or hub id (as `data.path`), a `datasets.Dataset` or `IterableDataset` (stays one) with `column`, or
-    a sequence of texts. With `epochs` above 1 every document gives new positions each time; `whole` adds the documents, for a
-    next-token loss, and `keep` further columns of a dataset.
+    `documents` is a path or hub id (as `data.path`), a `datasets.Dataset` or `IterableDataset` (stays one)
+    with `column`, or a sequence of texts. With `epochs` above 1 every document gives new positions each time;
+    `whole` adds the documents, for a next-token loss, and `keep` further columns of a dataset.
 
-    TRL takes prompts as text and tokenises them again; positions where that gives other ids than the document's are left out,
-    and how many is said in a warning (of a stream at its end). `RLPTrainer`, `Rollouts` and `AsyncRollouts` take the ids: with
-    `by_ids`, for these alone, no position is left out.
+    TRL takes prompts as text and tokenises them again; positions where that gives other ids than the
+    document's are left out, and how many is said in a warning (of a stream at its end). `RLPTrainer`,
+    `Rollouts` and `AsyncRollouts` take the ids: with `by_ids`, for these alone, no position is left out.
 
-    Raises ConfigError where no position is left, or nearly none, and for positions that need the live model (`entropy`).
+    Raises ConfigError where no position is left, or nearly none, and for positions that need the live model
+    (`entropy`).
     """
     import datasets
 
@@ -52,11 +66,15 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
         ensure_delimiters(tokenizer, None, Delimiters(config.open, config.close))
         objective = owner(config, tokenizer)
     elif settings:
-        raise ConfigError(f"unknown settings: {', '.join(sorted(settings))}; known here: column, max_length, epochs, seed, "
-                          "whole, keep, by_ids")  # fmt: skip
+        raise ConfigError(
+            f"unknown settings: {', '.join(sorted(settings))}; known here: column, max_length, epochs, seed, "
+            "whole, keep, by_ids"
+        )
     if "entropy" in objective.needs:
-        raise ConfigError("positions of high entropy need the live model, which a dataset made beforehand has not: take others, "
-                          "or a proxy model where the objective has one")  # fmt: skip
+        raise ConfigError(
+            "positions of high entropy need the live model, which a dataset made beforehand has not: take "
+            "others, or a proxy model where the objective has one"
+        )
     streamed = isinstance(documents, datasets.IterableDataset)
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -69,8 +87,17 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
                         write.check(JUDGED)
                     if text is None:
                         continue
-                    values = (text, p.document_id, p.index, list(p.context_ids), list(p.target_ids), list(p.suffix_ids))
-                    row = {name: (document.meta or {})[name] for name in keep} | dict(zip(COLUMNS, values, strict=True))
+                    values = (
+                        text,
+                        p.document_id,
+                        p.index,
+                        list(p.context_ids),
+                        list(p.target_ids),
+                        list(p.suffix_ids),
+                    )
+                    row = {name: (document.meta or {})[name] for name in keep} | dict(
+                        zip(COLUMNS, values, strict=True)
+                    )
                     yield row | ({"document_token_ids": document.token_ids} if whole else {})
                 i += 1
         write.check()
@@ -85,12 +112,18 @@ def to_prompt_dataset(documents: Any, tokenizer: Any, *, objective: Any = "rlp",
     return datasets.Dataset.from_list(found)
 
 
-def _documents(given: Any, tokenizer: Any, column: str, max_length: int, keep: Sequence[str]) -> Iterable[Document]:
+def _documents(
+    given: Any, tokenizer: Any, column: str, max_length: int, keep: Sequence[str]
+) -> Iterable[Document]:
     if isinstance(given, Mapping):
-        raise ConfigError(f"several datasets ({', '.join(map(str, given))}) where one is expected: give one of them")
+        raise ConfigError(
+            f"several datasets ({', '.join(map(str, given))}) where one is expected: give one of them"
+        )
     if isinstance(given, str):
         if keep:
-            raise ConfigError("columns are kept of a dataset; of a path load it first: datasets.load_dataset(...)")
+            raise ConfigError(
+                "columns are kept of a dataset; of a path load it first: datasets.load_dataset(...)"
+            )
         return read_all(DataConfig(path=given, column=column, max_length=max_length), tokenizer)
     known = getattr(given, "column_names", None)
     if known and column not in known:
@@ -99,14 +132,18 @@ def _documents(given: Any, tokenizer: Any, column: str, max_length: int, keep: S
         raise ConfigError("columns are kept of a dataset that names its columns, not of texts")
     if missing := [name for name in keep if name not in known]:
         raise ConfigError(f"keep: the dataset has no column {', '.join(missing)}: it has {', '.join(known)}")
-    cutter = Cutter(DataConfig(path="texts", column=column, max_length=max_length, meta_columns=tuple(keep)), tokenizer, 2)
+    cutter = Cutter(
+        DataConfig(path="texts", column=column, max_length=max_length, meta_columns=tuple(keep)), tokenizer, 2
+    )
 
     def cut() -> Iterator[Document]:
         for i, row in enumerate(given):
             (pieces,) = cutter.pieces({column: [row if isinstance(row, str) else row[column]]}, [i])
             for k, (ids, answer_at) in enumerate(pieces):
                 if len(ids) > 1:
-                    yield cutter.document(i, k if len(pieces) > 1 else -1, ids, answer_at, row if keep else {})
+                    yield cutter.document(
+                        i, k if len(pieces) > 1 else -1, ids, answer_at, row if keep else {}
+                    )
 
     return cut()
 
@@ -124,13 +161,21 @@ def ends_of(model: Any) -> list[int]:
     return [known] if isinstance(known, int) else list(known or [])
 
 
-def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], documents: Mapping[str, str], *, seed: int = 0,
-            **settings: Any) -> dict[str, Any]:  # fmt: skip
-    """Write what TRL's scripts take from disk: `out/model`, which knows the tags of a thought and ends generations with it, and
-    `out/prompts`, a parquet file for each split of `documents` (split → path or hub id).
+def prepare(
+    config: ModelConfig,
+    out: str | Path,
+    section: Mapping[str, Any],
+    documents: Mapping[str, str],
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write what TRL's scripts take from disk: `out/model`, which knows the tags of a thought and ends
+    generations with it, and `out/prompts`, a parquet file for each split of `documents` (split → path or hub
+    id).
 
-    `settings` are those of `to_prompt_dataset`. Returns the number of prompts of each split, and `added`, the tags that are new
-    to the model. Raises ConfigError where `out` holds one of the two already.
+    `settings` are those of `to_prompt_dataset`. Returns the number of prompts of each split, and `added`, the
+    tags that are new to the model. Raises ConfigError where `out` holds one of the two already.
     """
     out, section = Path(out), {"name": "rlp", **section}
     if there := next((out / n for n in ("model", "prompts") if (out / n).exists()), None):
@@ -138,12 +183,14 @@ def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], do
     check_writable(out, "--out")
     if (tags := delimiters(section)) is None:
         raise ConfigError(f"objective {section['name']} has no thoughts to prepare for")
-    model, tokenizer, added = models.load(config, tags, seed)
+    model, tokenizer, added = models.load_with_tokenizer(config, tags, seed)
     models.try_saving(model, tokenizer, config)
     owner, parsed = parse_section(section)
     objective = owner(parsed, tokenizer)
-    prompts = {split: to_prompt_dataset(path, tokenizer, objective=objective, seed=seed, **settings)
-               for split, path in documents.items()}  # fmt: skip
+    prompts = {
+        split: to_prompt_dataset(path, tokenizer, objective=objective, seed=seed, **settings)
+        for split, path in documents.items()
+    }
     if not objective.answer_tokens:
         end_with_thought(model, objective.template.close_id)
     work = out / ".prompts.tmp"
@@ -157,8 +204,9 @@ def prepare(config: ModelConfig, out: str | Path, section: Mapping[str, Any], do
 
 
 def fields_of_prompts(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What the objective `name` takes over from the section that prompts were prepared with: all if it is its own, else what
-    every objective has (template, tags, ...)."""
+    """What the objective `name` takes over from the section that prompts were prepared with: all if it is its
+    own, else what every objective has (template, tags, ...).
+    """
     section = json.loads(columns[SECTION][0]) if SECTION in columns else {}
     if section.pop("name", name) == name:
         return section
@@ -171,19 +219,30 @@ def check_tags(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
     tags = delimiters(section) or Delimiters()
     for tag in (tags.open, tags.close):
         if known.get(tag, rows) >= rows:
-            raise ConfigError(f"the checkpoint does not know {tag}, and here it can no longer be taught: {_remedy(section)}")
+            raise ConfigError(
+                f"the checkpoint does not know {tag}, and here it can no longer be taught: {_remedy(section)}"
+            )
 
 
 def check_end(model: Any, objective: Any, section: Mapping[str, Any]) -> None:
-    """Raises ConfigError where generations do not end as the objective wants: at the close tag, or after a prediction."""
+    """Raises ConfigError where generations do not end as the objective wants: at the close tag, or after a
+    prediction.
+    """
     tag, ends = objective.config.close, objective.template.close_id in ends_of(model)
     if ends and objective.answer_tokens:
-        raise ConfigError(f"{tag} ends a generation of this checkpoint, and the objective wants a prediction after it: "
-                          f"{_remedy(section)}")  # fmt: skip
+        raise ConfigError(
+            f"{tag} ends a generation of this checkpoint, and the objective wants a prediction after it: "
+            f"{_remedy(section)}"
+        )
     if not ends and not objective.answer_tokens:
-        raise ConfigError(f"{tag} does not end a generation of this checkpoint (generation_config.json, eos_token_id): "
-                          f"{_remedy(section)}")  # fmt: skip
+        raise ConfigError(
+            f"{tag} does not end a generation of this checkpoint (generation_config.json, eos_token_id): "
+            f"{_remedy(section)}"
+        )
 
 
 def _remedy(section: Mapping[str, Any]) -> str:
-    return f"make a checkpoint by `rlpretrain prepare MODEL --out DIR --data FILE --objective '{json.dumps(dict(section))}'`"
+    return (
+        f"make a checkpoint by `rlpretrain prepare MODEL --out DIR --data FILE --objective "
+        f"'{json.dumps(dict(section))}'`"
+    )

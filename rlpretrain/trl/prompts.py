@@ -1,7 +1,9 @@
-"""Prompts as TRL's trainers take them: as texts that are tokenised again, or beside that by the ids they were made of.
+"""Prompts as TRL's trainers take them: as texts that are tokenised again, or beside that by the ids they were
+made of.
 
-GRPOTrainer calls `processing_class(text=prompts)`. So a prompt of ours is a text that gives its ids there, the beginning of text
-that the tokenizer adds included; some prompts have no such text. `RLPTrainer`, `Rollouts` and `AsyncRollouts` take ids.
+GRPOTrainer calls `processing_class(text=prompts)`. So a prompt of ours is a text that gives its ids there,
+the beginning of text that the tokenizer adds included; some prompts have no such text. `RLPTrainer`,
+`Rollouts` and `AsyncRollouts` take ids.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ JUDGED = 100
 
 def position_of(row: Mapping[str, Any]) -> Position:
     """The position that a row of a prompt dataset stands for."""
-    context, target, suffix = (tuple(row.get(name) or ()) for name in ("context_ids", "target_ids", "suffix_ids"))
+    context, target, suffix = (
+        tuple(row.get(name) or ()) for name in ("context_ids", "target_ids", "suffix_ids")
+    )
     return Position(str(row["document_id"]), int(row["position"]), context, target, suffix)
 
 
 class PromptWriter:
     """Finds the text of a prompt, and counts the prompts that have none.
 
-    With `by_ids` every prompt has a text, and it is a name: where it would be tokenised to other ids, the position stands behind
-    it, so that two prompts never share one.
+    With `by_ids` every prompt has a text, and it is a name: where it would be tokenised to other ids, the
+    position stands behind it, so that two prompts never share one.
     """
 
     def __init__(self, tokenizer: Any, by_ids: bool):
@@ -67,8 +71,11 @@ class PromptWriter:
         """Raise ConfigError if, of at least `least` positions, nearly all are left out."""
         total = self.given + self.left_out
         if self.left_out and total >= least and self.given < FEWEST * total:
-            raise ConfigError(f"{self.warning}. TRL's own trainers take prompts as text; RLPTrainer, Rollouts and AsyncRollouts "
-                              "take ids and leave none out: use one of them, and make the dataset with by_ids=True")  # fmt: skip
+            raise ConfigError(
+                f"{self.warning}. TRL's own trainers take prompts as text; RLPTrainer, Rollouts and "
+                "AsyncRollouts take ids and leave none out: use one of them, and make the dataset with "
+                "by_ids=True"
+            )
 
     def _exact(self, ids: list[int]) -> str | None:
         """A text that the tokenizer reads as `ids`."""
@@ -98,15 +105,21 @@ def check_prompts(processing_class: Any, prompts: Sequence[str], expected: Seque
     found = processing_class(text=list(unique))["input_ids"]
     for (text, ids), read in zip(unique.items(), found, strict=True):
         if list(read) != list(ids):
-            raise ConfigError(f"the trainer tokenises the prompt …{text[-60:]!r} to other ids than those of its document: give "
-                              "the trainer the tokenizer and the reward the settings that the dataset was made with, and make it "
-                              "without by_ids for any trainer but RLPTrainer, Rollouts and AsyncRollouts")  # fmt: skip
+            raise ConfigError(
+                f"the trainer tokenises the prompt …{text[-60:]!r} to other ids than those of its document: "
+                "give the trainer the tokenizer and the reward the settings that the dataset was made with, "
+                "and make it without by_ids for any trainer but RLPTrainer, Rollouts and AsyncRollouts"
+            )
 
 
 def longest_row(dataset: Any) -> int:
-    """The most tokens of context and target in a prompt dataset; 0 for a stream, and for one that is not ours."""
+    """The most tokens of context and target in a prompt dataset; 0 for a stream, and for one that is not
+    ours.
+    """
     columns = ("context_ids", "target_ids")
-    if not hasattr(dataset, "__len__") or not set(columns) <= set(getattr(dataset, "column_names", None) or ()):
+    if not hasattr(dataset, "__len__") or not set(columns) <= set(
+        getattr(dataset, "column_names", None) or ()
+    ):
         return 0
     import pyarrow.compute as pc
 
@@ -118,7 +131,9 @@ def longest_row(dataset: Any) -> int:
 
 
 def check_documents(dataset: Any, limit: Limit | None, max_length: int) -> None:
-    """Raise ConfigError if a document that comes with the prompts, for the next-token loss, is longer than the model takes."""
+    """Raise ConfigError if a document that comes with the prompts, for the next-token loss, is longer than
+    the model takes.
+    """
     name = "document_token_ids"
     if limit is None:
         return
@@ -129,13 +144,16 @@ def check_documents(dataset: Any, limit: Limit | None, max_length: int) -> None:
         batches = dataset.select_columns([name]).with_format("arrow").iter(4096)
         longest = max((pc.max(pc.list_value_length(batch[name])).as_py() for batch in batches), default=0)
     if longest > limit.tokens:
-        raise ConfigError(f"{limit.reason}, but a document of {NAMES.documents} has up to {longest} tokens, all of which the "
-                          f"next-token loss reads: set {NAMES.max_length} to at most {limit.tokens}")  # fmt: skip
+        raise ConfigError(
+            f"{limit.reason}, but a document of {NAMES.documents} has up to {longest} tokens, all of which "
+            f"the next-token loss reads: set {NAMES.max_length} to at most {limit.tokens}"
+        )
 
 
 def check_lengths(objective: Any, limit: Limit | None, longest: Iterable[int], args: Any) -> None:
-    """Raise ConfigError if a row of `longest` tokens of context and target, with a thought as long as the trainer's arguments
-    `args` let it become, is longer than the model takes, or than TRL's vLLM does."""
+    """Raise ConfigError if a row of `longest` tokens of context and target, with a thought as long as the
+    trainer's arguments `args` let it become, is longer than the model takes, or than TRL's vLLM does.
+    """
     size, completion = max(longest, default=0), args.max_completion_length
     if not size or completion is None:
         return
@@ -144,5 +162,7 @@ def check_lengths(objective: Any, limit: Limit | None, longest: Iterable[int], a
     most = getattr(args, "vllm_max_model_length", None) if getattr(args, "use_vllm", False) else None
     need = objective.window(size, thought).sampled
     if most is not None and need > most:
-        raise ConfigError(f"vllm_max_model_length is {most}, but prompts and completions reach {need} tokens: raise it, or lower "
-                          f"{NAMES.max_length} or {NAMES.max_thought_tokens}")  # fmt: skip
+        raise ConfigError(
+            f"vllm_max_model_length is {most}, but prompts and completions reach {need} tokens: raise it, or "
+            f"lower {NAMES.max_length} or {NAMES.max_thought_tokens}"
+        )

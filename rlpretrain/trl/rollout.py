@@ -1,10 +1,11 @@
-"""A `rollout_func` for TRL's trainers: one of our engines samples, the live model scores, the reward arrives as a field.
+"""A `rollout_func` for TRL's trainers: one of our engines samples, the live model scores, the reward arrives
+as a field.
 
-    rollouts = Rollouts(reward, VLLMEngine(...), dataset)
-    GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], rollout_func=rollouts, train_dataset=dataset, ...)
+    rollouts = Rollouts(reward, VLLMEngine(...), dataset) GRPOTrainer(model, reward_funcs=[reward],
+    callbacks=[reward.callback], rollout_func=rollouts, train_dataset=dataset, ...)
 
-Before it samples, the engine is given the trainer's weights, if an optimizer step was made since. TRL marks its own interface as
-experimental.
+Before it samples, the engine is given the trainer's weights, if an optimizer step was made since. TRL marks
+its own interface as experimental.
 """
 
 from __future__ import annotations
@@ -33,15 +34,18 @@ NO_MODEL = "Rollouts has no model yet: pass callbacks=[reward.callback] to the t
 
 
 class Rollouts:
-    """Samples with `engine` at the rows of `dataset` (made by `reward.dataset`), as the trainer's arguments say.
+    """Samples with `engine` at the rows of `dataset` (made by `reward.dataset`), as the trainer's arguments
+    say.
 
     Raises ConfigError for a dataset that is a stream or lacks columns, and for a prompt that is not in it.
     """
 
     def __init__(self, reward: ObjectiveReward, engine: Engine, dataset: Any, seed: int = 0):
         if not hasattr(dataset, "__len__") or not set(COLUMNS) <= set(dataset.column_names):
-            raise ConfigError("Rollouts needs the dataset that reward.dataset(documents) makes, and not as a stream: TRL hands "
-                              "over prompts alone, their positions are looked up")  # fmt: skip
+            raise ConfigError(
+                "Rollouts needs the dataset that reward.dataset(documents) makes, and not as a stream: TRL "
+                "hands over prompts alone, their positions are looked up"
+            )
         self.reward, self.engine, self.seed, self.calls = reward, engine, seed, 0
         self.places: dict[str, Position] = {}
         for row in dataset.select_columns(list(COLUMNS)):
@@ -58,7 +62,9 @@ class Rollouts:
             self.engine.sync(self.weights, step)
             self.synced = step
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        params = SamplingParams(args.max_completion_length, args.temperature, args.top_p, max(args.top_k, 0), eos)
+        params = SamplingParams(
+            args.max_completion_length, args.temperature, args.top_p, max(args.top_k, 0), eos
+        )
         if not self.calls:
             self._check_lengths(params)
         rng = np.random.default_rng((self.seed, self.calls, trainer.accelerator.process_index))
@@ -93,7 +99,9 @@ class Rollouts:
         check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The trained model's weights under the names of its checkpoint, adapters merged in, shards gathered."""
+        """The trained model's weights under the names of its checkpoint, adapters merged in, shards
+        gathered.
+        """
         if self.reward.model is None:
             raise RuntimeError(NO_MODEL)
         for piece in pieces(plain(self.reward.model)):

@@ -1,7 +1,9 @@
-"""RLP as a trainer of TRL's: plain text in, thoughts rewarded by their information gain, next-token loss interleaved.
+"""RLP as a trainer of TRL's: plain text in, thoughts rewarded by their information gain, next-token loss
+interleaved.
 
-What differs from GRPO with `InformationGainReward` (rlpretrain/trl/reward.py): the dataset may hold plain text, advantages are
-leave-one-out (RLP eq. 7), and the next-token loss on the documents is added. Import it as `rlpretrain.trl.RLPTrainer`.
+What differs from GRPO with `InformationGainReward` (rlpretrain/trl/reward.py): the dataset may hold plain
+text, advantages are leave-one-out (RLP eq. 7), and the next-token loss on the documents is added. Import it
+as `rlpretrain.trl.RLPTrainer`.
 """
 
 from __future__ import annotations
@@ -29,31 +31,60 @@ from rlpretrain.trl.reward import COLUMNS, ObjectiveReward
 class RLPConfig(GRPOConfig):
     """GRPOConfig with the defaults of RLP (arXiv 2510.01265), and where to think.
 
-    `num_generations` is the number of thoughts for a position, `max_completion_length` their longest, close tag included.
+    `num_generations` is the number of thoughts for a position, `max_completion_length` their longest, close
+    tag included.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The paper's."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Thoughts in a micro-batch: those of one position."})
-    num_generations: int | None = field(default=16, metadata={"help": "Thoughts for each position (the paper's 16)."})
-    max_completion_length: int | None = field(default=2048, metadata={"help": "Longest thought in tokens (the paper's 2048)."})
-    loss_type: str = field(default="grpo", metadata={"help": "Mean over a thought's tokens, then over thoughts, as RLP's."})
-    scale_rewards: str = field(default="none", metadata={"help": "none: leave-one-out advantages, as RLP's; else TRL's own."})
-    epsilon: float = field(default=0.2, metadata={"help": "Ratio clipped below at 1 - epsilon. The paper gives no value."})
-    epsilon_high: float | None = field(default=0.28, metadata={"help": "Ratio clipped above at 1 + epsilon_high, likewise."})
-    objective: str = field(default="rlp", metadata={"help": "An objective of rlpretrain, by name or package.module:Class."})
-    positions: str = field(default="random", metadata={"help": "Where to think: random, every_k, before, after, sentence, ..."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Thoughts in a micro-batch: those of one position."}
+    )
+    num_generations: int | None = field(
+        default=16, metadata={"help": "Thoughts for each position (the paper's 16)."}
+    )
+    max_completion_length: int | None = field(
+        default=2048, metadata={"help": "Longest thought in tokens (the paper's 2048)."}
+    )
+    loss_type: str = field(
+        default="grpo", metadata={"help": "Mean over a thought's tokens, then over thoughts, as RLP's."}
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "none: leave-one-out advantages, as RLP's; else TRL's own."}
+    )
+    epsilon: float = field(
+        default=0.2, metadata={"help": "Ratio clipped below at 1 - epsilon. The paper gives no value."}
+    )
+    epsilon_high: float | None = field(
+        default=0.28, metadata={"help": "Ratio clipped above at 1 + epsilon_high, likewise."}
+    )
+    objective: str = field(
+        default="rlp", metadata={"help": "An objective of rlpretrain, by name or package.module:Class."}
+    )
+    positions: str = field(
+        default="random", metadata={"help": "Where to think: random, every_k, before, after, sentence, ..."}
+    )
     positions_per_document: int = field(default=1, metadata={"help": "Positions drawn in each document."})
     target_length: int = field(default=1, metadata={"help": "Tokens predicted after the thought."})
-    marker: str | None = field(default=None, metadata={"help": "Text that positions before and after look for."})
-    objective_fields: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of the objective."})
-    baseline: str = field(default="self", metadata={"help": "What the gain is measured against: self, frozen, ema, none."})
+    marker: str | None = field(
+        default=None, metadata={"help": "Text that positions before and after look for."}
+    )
+    objective_fields: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Other fields of the objective."}
+    )
+    baseline: str = field(
+        default="self", metadata={"help": "What the gain is measured against: self, frozen, ema, none."}
+    )
     ema_decay: float = field(default=0.999, metadata={"help": "Of the baseline ema, per optimizer step."})
-    ntp_coef: float = field(default=0.3, metadata={"help": "Weight of the next-token loss on the documents; 0 in the paper."})
+    ntp_coef: float = field(
+        default=0.3, metadata={"help": "Weight of the next-token loss on the documents; 0 in the paper."}
+    )
     cut: str = field(default="penalise", metadata={"help": "Unclosed thoughts: mask, force_close, penalise."})
     cut_penalty: float = field(default=1.0, metadata={"help": "Nats that cut penalise takes."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column with the text."})
     max_length: int = field(default=2048, metadata={"help": "Longest document in tokens."})
-    epochs_of_positions: int = field(default=1, metadata={"help": "How often each document is given new positions."})
+    epochs_of_positions: int = field(
+        default=1, metadata={"help": "How often each document is given new positions."}
+    )
 
     # fields that transformers reads from the command line as JSON
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "objective_fields"]
@@ -62,9 +93,9 @@ class RLPConfig(GRPOConfig):
 class RLPTrainer(GRPOTrainer):
     """TRL's GRPOTrainer for reinforcement as a pretraining objective.
 
-    `train_dataset` has a column of text (`dataset_text_field`), or is what `ObjectiveReward.dataset` makes. `reward_funcs`, if
-    any, are further rewards beside the objective's, with `args.reward_weights` as TRL has it. Raises ConfigError for settings
-    that cannot work.
+    `train_dataset` has a column of text (`dataset_text_field`), or is what `ObjectiveReward.dataset` makes.
+    `reward_funcs`, if any, are further rewards beside the objective's, with `args.reward_weights` as TRL has
+    it. Raises ConfigError for settings that cannot work.
     """
 
     leaves_out_uncounted = True  # thoughts without the objective's reward get none
@@ -83,9 +114,17 @@ class RLPTrainer(GRPOTrainer):
             }"""),  # noqa: E501
     }
 
-    def __init__(self, model: Any, args: RLPConfig | None = None, train_dataset: Any = None, eval_dataset: Any = None,
-                 processing_class: Any = None, reward_funcs: Any = None, callbacks: Sequence[Any] | None = None,
-                 **others: Any):  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        args: RLPConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_funcs: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        **others: Any,
+    ):
         args = args if args is not None else RLPConfig("RLP")
         if not isinstance(args, RLPConfig):
             raise ConfigError(f"RLPTrainer takes an RLPConfig, not a {type(args).__name__}")
@@ -104,22 +143,39 @@ class RLPTrainer(GRPOTrainer):
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, **source)
         if train_dataset is None:
             raise ConfigError("RLPTrainer needs a train_dataset")
-        own = {n: getattr(args, n) for n in ("positions", "positions_per_document", "target_length", "marker")}
+        own = {
+            n: getattr(args, n) for n in ("positions", "positions_per_document", "target_length", "marker")
+        }
         if twice := sorted(own.keys() & (args.objective_fields or {})):
             raise ConfigError(f"objective_fields: {', '.join(twice)}: set it as a field of RLPConfig itself")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.reward = ObjectiveReward(
-            model, tokenizer, args.objective, baseline=args.baseline, ema_decay=args.ema_decay, cut=args.cut,
-            cut_penalty=args.cut_penalty, **own, **(args.objective_fields or {}),
-        )  # fmt: skip
+            model,
+            tokenizer,
+            args.objective,
+            baseline=args.baseline,
+            ema_decay=args.ema_decay,
+            cut=args.cut,
+            cut_penalty=args.cut_penalty,
+            **own,
+            **(args.objective_fields or {}),
+        )
         self.reward.callback.init_kwargs = given
         self.known_rewards: Tensor | None = None
         self.rows: list[dict[str, Any]] = []  # that are being sampled for
         self.limit = limit_of(model)
         if args.ntp_coef and type(self.reward.objective).ntp_weights is not Objective.ntp_weights:
-            raise ConfigError(f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer does "
-                              "not: set ntp_coef 0, or use rlpretrain's own trainer")  # fmt: skip
-        extra = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
+            raise ConfigError(
+                f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer "
+                "does not: set ntp_coef 0, or use rlpretrain's own trainer"
+            )
+        extra = (
+            reward_funcs
+            if isinstance(reward_funcs, list)
+            else [reward_funcs]
+            if reward_funcs is not None
+            else []
+        )
         further = bool(extra)  # then their columns stay
         held: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):  # a DatasetDict too
@@ -127,20 +183,37 @@ class RLPTrainer(GRPOTrainer):
         elif eval_dataset is not None:
             held = self._prompts(eval_dataset, args, further)
         super().__init__(
-            model=model, reward_funcs=[self.reward, *extra], args=args, train_dataset=self._prompts(train_dataset, args, further),
-            eval_dataset=held, processing_class=processing_class, callbacks=[self.reward.callback, *(callbacks or [])], **others,
-        )  # fmt: skip
+            model=model,
+            reward_funcs=[self.reward, *extra],
+            args=args,
+            train_dataset=self._prompts(train_dataset, args, further),
+            eval_dataset=held,
+            processing_class=processing_class,
+            callbacks=[self.reward.callback, *(callbacks or [])],
+            **others,
+        )
 
     def _prompts(self, dataset: Any, args: RLPConfig, further: bool) -> Any:
         columns = getattr(dataset, "column_names", None) or []
         if set(COLUMNS) <= set(columns):
             if args.ntp_coef and "document_token_ids" not in columns:
-                raise ConfigError("ntp_coef needs the documents: make the dataset by reward.dataset(..., whole=True), or set 0")
+                raise ConfigError(
+                    "ntp_coef needs the documents: make the dataset by reward.dataset(..., whole=True), or "
+                    "set 0"
+                )
             self.reward.longest.append(longest_row(dataset))
             return self._fitting(dataset, args)
         keep = [c for c in columns if c not in (args.dataset_text_field, *COLUMNS)] if further else []
-        data = self.reward.dataset(dataset, column=args.dataset_text_field, max_length=args.max_length, seed=args.seed,
-                                   epochs=args.epochs_of_positions, whole=True, keep=keep, by_ids=True)  # fmt: skip
+        data = self.reward.dataset(
+            dataset,
+            column=args.dataset_text_field,
+            max_length=args.max_length,
+            seed=args.seed,
+            epochs=args.epochs_of_positions,
+            whole=True,
+            keep=keep,
+            by_ids=True,
+        )
         return self._fitting(data, args)
 
     def _fitting(self, data: Any, args: RLPConfig) -> Any:
@@ -150,7 +223,9 @@ class RLPTrainer(GRPOTrainer):
             check_documents(data, self.limit, args.max_length)
         return data
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
         """TRL's; a thought that the objective does not count earns nothing from further rewards either."""
         found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.known_rewards = found.masked_fill(found[:, :1].isnan(), torch.nan)
@@ -159,7 +234,9 @@ class RLPTrainer(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """The ids of the documents, which their text may not give again."""
         if len(prompts) != len(self.rows):
-            raise RuntimeError(f"{len(prompts)} prompts for {len(self.rows)} rows: this TRL samples in another order")
+            raise RuntimeError(
+                f"{len(prompts)} prompts for {len(self.rows)} rows: this TRL samples in another order"
+            )
         if missing := [name for name in COLUMNS[1:5] if name not in self.rows[0]]:
             raise ConfigError(f"the rows lack {', '.join(missing)}: leave remove_unused_columns at false")
         return [list(self.reward.objective.prompt(position_of(row)).token_ids) for row in self.rows], None, {}
@@ -179,9 +256,15 @@ class RLPTrainer(GRPOTrainer):
             for _ in range(min(len(logged), len(advantages))):
                 logged.pop()
             logged.extend(advantages.tolist())
-            if self.loss_type in ("grpo", "sapo"):  # their mean is over all thoughts, RLP's over those that count
+            if self.loss_type in (
+                "grpo",
+                "sapo",
+            ):  # their mean is over all thoughts, RLP's over those that count
                 advantages = advantages * len(uncounted) / (~uncounted).sum().clamp(min=1)
-            mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+            mine = slice(
+                self.accelerator.process_index * len(inputs),
+                (self.accelerator.process_index + 1) * len(inputs),
+            )
             out["advantages"] = advantages[mine]
         if self.args.ntp_coef:
             out["documents"] = [tuple(row["document_token_ids"]) for row in inputs]
@@ -198,14 +281,22 @@ class RLPTrainer(GRPOTrainer):
         share = inputs["num_document_tokens"] / self.accelerator.num_processes
         if training:  # of one optimizer step
             share = share * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        times = Counter(inputs["documents"])  # the thoughts of a position come with a document each: it is read once
+        times = Counter(
+            inputs["documents"]
+        )  # the thoughts of a position come with a document each: it is read once
         ntp = self._next_token_loss(model, list(times), list(times.values())) / share
         self._metrics["train" if training else "eval"]["ntp/loss"].append(
-            self.accelerator.gather(ntp.detach() * (self.current_gradient_accumulation_steps if training else 1)).mean().item()
+            self.accelerator.gather(
+                ntp.detach() * (self.current_gradient_accumulation_steps if training else 1)
+            )
+            .mean()
+            .item()
         )
         return loss + self.args.ntp_coef * ntp
 
-    def _next_token_loss(self, model: Any, documents: Sequence[Sequence[int]], times: Sequence[int]) -> Tensor:
+    def _next_token_loss(
+        self, model: Any, documents: Sequence[Sequence[int]], times: Sequence[int]
+    ) -> Tensor:
         """Sum of -log p over all predicted tokens, each document as often as `times` says."""
         device = self.accelerator.device
         ids = pad_sequence([torch.tensor(d) for d in documents], batch_first=True).to(device)
@@ -215,5 +306,7 @@ class RLPTrainer(GRPOTrainer):
         labels[:, 0] = -100
         with self.accelerator.autocast():
             logits = model(input_ids=ids, attention_mask=mask.long()).logits
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
+        )
         return (losses.sum(1) * torch.tensor(times, device=device)).sum()

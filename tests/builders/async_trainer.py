@@ -17,27 +17,58 @@ from rollout.hf import HFEngine
 from tests.builders.trl import AFTER, Kept
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, *,
-                     softmax_scale: float, causal: bool, window_size: tuple[int, int]) -> Tensor:  # fmt: skip
-    """What FlashAttention's varlen kernel computes: a causal mask that ends with the keys. q [N, H, D], k and v [M, K, D]."""
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What FlashAttention's varlen kernel computes: a causal mask that ends with the keys. q [N, H, D], k
+    and v [M, K, D].
+    """
     assert causal and window_size == (-1, -1)
     out = []
     for a, b, c, d in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
         mine, keys, values = q[a:b], *(x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(int((d - c) - (b - a)))
-        weights = (torch.einsum("nhd,mhd->hnm", mine, keys) * softmax_scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        weights = (
+            (torch.einsum("nhd,mhd->hnm", mine, keys) * softmax_scale)
+            .masked_fill(~seen, -torch.inf)
+            .softmax(-1)
+        )
         out.append(torch.einsum("hnm,mhd->nhd", weights, values))
     return torch.cat(out)
 
 
 def settings(folder: Path, **changes: Any) -> Any:
     """Micro-batches of two groups of four thoughts, a step each."""
-    return async_grpo.AsyncGRPOConfig(**{
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 3,
-        "max_completion_length": 6, "learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "token_budget": 0, "max_grad_norm": 0.0,
-        "heartbeat_stale_after_s": 60.0,
-    } | changes)  # fmt: skip
+    return async_grpo.AsyncGRPOConfig(
+        **{
+            "output_dir": str(folder / "out"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_steps": 3,
+            "max_completion_length": 6,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "token_budget": 0,
+            "max_grad_norm": 0.0,
+            "heartbeat_stale_after_s": 60.0,
+        }
+        | changes
+    )
 
 
 class Busy(HFEngine):
@@ -58,8 +89,16 @@ class Busy(HFEngine):
         super().sync(*given)
 
 
-def made(corpus: Path, args: Any, *, engine: Any = None, path: Path | None = None, peft_config: Any = None, callbacks: Any = (),
-         **fields: Any) -> tuple[Any, AsyncRollouts, Kept, list[tuple[Any, int]]]:  # fmt: skip
+def made(
+    corpus: Path,
+    args: Any,
+    *,
+    engine: Any = None,
+    path: Path | None = None,
+    peft_config: Any = None,
+    callbacks: Any = (),
+    **fields: Any,
+) -> tuple[Any, AsyncRollouts, Kept, list[tuple[Any, int]]]:
     """(trainer, rollouts, what was scored, (sample, the trainer's version when it was drawn))."""
     path = path or corpus / "base"
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -69,9 +108,16 @@ def made(corpus: Path, args: Any, *, engine: Any = None, path: Path | None = Non
     if engine is None:
         engine = Busy(own, tokenizer=tokenizer, shares_weights=False)
     rollouts = AsyncRollouts(reward, engine or None, data, args)
-    trainer = async_grpo.AsyncGRPOTrainer(str(path), args=args, train_dataset=data, processing_class=tokenizer,
-                                          callbacks=[reward.callback, *callbacks], peft_config=peft_config,
-                                          rollout_worker=rollouts, weight_transfer=rollouts)  # fmt: skip
+    trainer = async_grpo.AsyncGRPOTrainer(
+        str(path),
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[reward.callback, *callbacks],
+        peft_config=peft_config,
+        rollout_worker=rollouts,
+        weight_transfer=rollouts,
+    )
     drawn, get = [], rollouts.rollout_buffer.get
 
     def spy(**given: Any) -> Any:
@@ -90,13 +136,20 @@ def made(corpus: Path, args: Any, *, engine: Any = None, path: Path | None = Non
 
 @torch.no_grad()
 def sampled_from(kept: Any, live: Any) -> float:
-    """How far (nats) behaviour log-probs are from what transformers makes of the trainer's weights of the version they name."""
+    """How far (nats) behaviour log-probs are from what transformers makes of the trainer's weights of the
+    version they name.
+    """
     worst = 0.0
     for (group,), *_ in kept.calls:
         live.load_state_dict(kept.versions[group.policy_version], strict=False)
         for t in group.thoughts:
             ids = torch.tensor([[*group.prompt.token_ids, *t.token_ids]])
-            logps = live(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(t.token_ids) :, 0]
+            logps = (
+                live(input_ids=ids)
+                .logits[0, :-1]
+                .log_softmax(-1)
+                .gather(1, ids[0, 1:, None])[-len(t.token_ids) :, 0]
+            )
             worst = max(worst, float((logps - torch.tensor(t.behaviour_logps)).abs().max()))
     return worst
 

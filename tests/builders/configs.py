@@ -18,10 +18,18 @@ def written(values: dict[str, Any], tmp_path: Path) -> str:
 def tiny_values(corpus: Path, output_dir: Path) -> dict[str, Any]:
     """A complete small RLP configuration as plain values."""
     return {
-        "model": str(corpus / "base"), "data": {"path": str(corpus / "train.jsonl"), "max_length": 64},
+        "model": str(corpus / "base"),
+        "data": {"path": str(corpus / "train.jsonl"), "max_length": 64},
         "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
-        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"}, "positions_per_step": 4,
-        "optim": {"lr": 1e-2, "warmup_steps": 2}, "policy": {"backend": "torch"}, "max_steps": 3,
-        "checkpoint": {"every": 0}, "stop": {"collapse": False}, "baseline": {"name": "self", "frozen_every": 0},
-        "console": False, "output_dir": str(output_dir), "device": "cpu",
-    }  # fmt: skip
+        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"},
+        "positions_per_step": 4,
+        "optim": {"lr": 1e-2, "warmup_steps": 2},
+        "policy": {"backend": "torch"},
+        "max_steps": 3,
+        "checkpoint": {"every": 0},
+        "stop": {"collapse": False},
+        "baseline": {"name": "self", "frozen_every": 0},
+        "console": False,
+        "output_dir": str(output_dir),
+        "device": "cpu",
+    }

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from rlpretrain.corpora import dial
 
 PROBLEMS = st.builds(
-    dial.Problem, st.integers(0, len(dial.NAMES) - 1), st.integers(0, 9),
+    dial.Problem,
+    st.integers(0, len(dial.NAMES) - 1),
+    st.integers(0, 9),
     st.lists(st.sampled_from(sorted(dial.OPERATIONS)), min_size=1, max_size=8).map(tuple),
-)  # fmt: skip
+)
 SIGN = {"up": lambda d, k: d + k, "down": lambda d, k: d - k, "times": lambda d, k: d * k}
 
 

@@ -19,9 +19,14 @@ def poison(run: Run, where: str, at) -> None:
         return run.step + 1 in at
 
     if where == "log-probs":
+
         def bad_score(micro, *args, **kwargs):
             scores = score(micro, *args, **kwargs)
-            return dataclasses.replace(scores, thought_logps=scores.thought_logps * math.nan) if hit() else scores
+            return (
+                dataclasses.replace(scores, thought_logps=scores.thought_logps * math.nan)
+                if hit()
+                else scores
+            )
 
         run.policy.score = bad_score
     elif where == "baseline":
@@ -38,6 +43,7 @@ def poison(run: Run, where: str, at) -> None:
     elif where == "loss":
         run.objective.target_weights = lambda *a: weights_of(*a) * (math.nan if hit() else 1.0)
     else:
+
         def bad_step():
             if hit():
                 next(run.policy.model.parameters()).grad[0, 0] = math.inf

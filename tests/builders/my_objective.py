@@ -16,13 +16,18 @@ class Config(base.Config):
 
 
 class LengthObjective(base.Objective):
-    """Rewards need no live log-probs here, so they are stored on the groups; groups without variance are dropped."""
+    """Rewards need no live log-probs here, so they are stored on the groups; groups without variance are
+    dropped.
+    """
 
     Config = Config
     needs = frozenset()
 
-    async def rewarded(self, engine, groups):
-        return [replace(g, rewards=tuple(-abs(len(t.token_ids) - self.config.wanted) for t in g.thoughts)) for g in groups]
+    async def add_rewards(self, engine, groups):
+        return [
+            replace(g, rewards=tuple(-abs(len(t.token_ids) - self.config.wanted) for t in g.thoughts))
+            for g in groups
+        ]
 
     def select(self, groups):
         return [g for g in groups if len(set(g.rewards)) > 1]

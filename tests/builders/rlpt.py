@@ -14,7 +14,10 @@ from rlpretrain.types import Document
 from rollout.types import FinishReason, Position, SamplingParams, Thought
 from tests.builders.tiny import bpe_tokenizer
 
-TEXT = "Dr. Smith has six cats. He went home at noon! Was it late? No, 3.5 hours were left.\n\nThe cats slept. 漢字を読む。 End."
+TEXT = (
+    "Dr. Smith has six cats. He went home at noon! Was it late? No, 3.5 hours were left.\n\nThe cats "
+    "slept. 漢字を読む。 End."
+)
 BPE = bpe_tokenizer([TEXT, "<think> <MASK>"], 380)
 BPE.add_tokens(["<|startofprediction|>", "<|endofprediction|>"])
 ensure_delimiters(BPE)

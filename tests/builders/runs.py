@@ -50,16 +50,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], within: float =
     return a.keys() == b.keys() and all(float((a[n] - b[n]).abs().max()) <= within for n in a)
 
 
-def one_step(values: dict[str, Any], prepare: Callable[[Run], None] = lambda run: None,
-             **changes: Any) -> tuple[Run, dict[str, torch.Tensor]]:  # fmt: skip
-    """A run after one step, and the gradient that step applied (before clipping); `prepare` is given it before."""
+def one_step(
+    values: dict[str, Any], prepare: Callable[[Run], None] = lambda run: None, **changes: Any
+) -> tuple[Run, dict[str, torch.Tensor]]:
+    """A run after one step, and the gradient that step applied (before clipping); `prepare` is given it
+    before.
+    """
     run = Run(build(merged(values, **({"max_steps": 1, "optim__clip_grad_norm": 0.0} | changes))), None)
     prepare(run)
     gradient: dict[str, torch.Tensor] = {}
     step = run.policy.step
 
     def spy() -> Any:
-        gradient.update({n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None})
+        gradient.update(
+            {n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None}
+        )
         return step()
 
     run.policy.step = spy
@@ -69,7 +74,9 @@ def one_step(values: dict[str, Any], prepare: Callable[[Run], None] = lambda run
 
 
 def alone() -> dict[str, str]:
-    """This process's environment without what a launcher, or a test with DeepSpeed or vLLM before this one, has left in it."""
+    """This process's environment without what a launcher, or a test with DeepSpeed or vLLM before this
+    one, has left in it.
+    """
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in launched}
 
@@ -78,8 +85,16 @@ def launch(runs: list[dict], folder: Path, ranks: int = 2) -> None:
     """Train each of `runs` with this many gloo ranks."""
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "-m", "tests.scripts.two_ranks", str(jobs)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "tests.scripts.two_ranks",
+        str(jobs),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -29,13 +29,42 @@ class VLLMServer:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> VLLMServer:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--host", "127.0.0.1",
-                   "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs",
-                   "32", "--kv-cache-memory-bytes", str(64 << 20), "--block-size", "32", "--logprobs-mode", "processed_logprobs",
-                   "--generation-config", "vllm", "--no-enable-chunked-prefill"]  # fmt: skip
-        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(self.model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "512",
+            "--max-num-seqs",
+            "32",
+            "--kv-cache-memory-bytes",
+            str(64 << 20),
+            "--block-size",
+            "32",
+            "--logprobs-mode",
+            "processed_logprobs",
+            "--generation-config",
+            "vllm",
+            "--no-enable-chunked-prefill",
+        ]
+        environment = os.environ | {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         return self
 
     def ready(self, timeout: float = 180.0) -> VLLMServer:
@@ -58,7 +87,9 @@ class VLLMServer:
 
 
 class Proxy:
-    """Passes TCP on to `target`; `mode` pass | refuse | reset (mid-answer) | hang (says nothing) | slow, for /v1/completions."""
+    """Passes TCP on to `target`; `mode` pass | refuse | reset (mid-answer) | hang (says nothing) | slow,
+    for /v1/completions.
+    """
 
     def __init__(self, target: int, port: int | None = None):
         self.target, self.mode, self.hit = target, "pass", 0

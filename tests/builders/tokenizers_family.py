@@ -1,8 +1,10 @@
-"""Small real tokenizers, one of each family that base checkpoints come with. No file, no network; built once a process.
+"""Small real tokenizers, one of each family that base checkpoints come with. No file, no network; built once
+a process.
 
-A family is a name in `FAMILIES`; `make(name)` gives a tokenizer of one's own, which a test may add tokens to. All have the
-special tokens `<pad>` and `</s>` (the end of text), those in `WITH_BOS` put `<s>` before every text, those in `WITH_EOS` put
-`</s>` behind it. Those in `LOSSLESS` decode to the text they were given (without special tokens), but for leading spaces.
+A family is a name in `FAMILIES`; `make(name)` gives a tokenizer of one's own, which a test may add tokens to.
+All have the special tokens `<pad>` and `</s>` (the end of text), those in `WITH_BOS` put `<s>` before every
+text, those in `WITH_EOS` put `</s>` behind it. Those in `LOSSLESS` decode to the text they were given
+(without special tokens), but for leading spaces.
 """
 
 from __future__ import annotations
@@ -29,8 +31,12 @@ LINES = [
 
 
 def _bpe_trainer(size: int) -> trainers.BpeTrainer:
-    return trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False,
-                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    return trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
 
 
 @cache
@@ -48,14 +54,32 @@ def _sentencepiece() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Pieces and merges of a real sentencepiece model (BPE, byte fallback)."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 4), model_writer=written, model_type="bpe", vocab_size=400, byte_fallback=True,
-        hard_vocab_limit=False, character_coverage=0.98, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece=UNK,
-        bos_piece=BOS, eos_piece=EOS, pad_piece=PAD, split_digits=True, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(LINES * 4),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=0.98,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        unk_piece=UNK,
+        bos_piece=BOS,
+        eos_piece=EOS,
+        pad_piece=PAD,
+        split_digits=True,
+        minloglevel=2,
+    )
     model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     vocabulary = {model.id_to_piece(i): i for i in range(len(model))}
-    pairs = [(vocabulary[piece], piece[:cut], piece[cut:]) for piece in vocabulary for cut in range(1, len(piece))
-             if piece[:cut] in vocabulary and piece[cut:] in vocabulary]  # fmt: skip
+    pairs = [
+        (vocabulary[piece], piece[:cut], piece[cut:])
+        for piece in vocabulary
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
     return vocabulary, [(left, right) for _, left, right in sorted(pairs)]
 
 
@@ -67,7 +91,9 @@ def _llama() -> PreTrainedTokenizerFast:
 
 def _fallback_bpe(normalizer: normalizers.Normalizer, strip: bool) -> Tokenizer:
     vocabulary, merges = _sentencepiece()
-    tokenizer = Tokenizer(models.BPE(dict(vocabulary), list(merges), unk_token=UNK, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(dict(vocabulary), list(merges), unk_token=UNK, fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizer
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if strip else []))
@@ -75,7 +101,9 @@ def _fallback_bpe(normalizer: normalizers.Normalizer, strip: bool) -> Tokenizer:
 
 
 def _legacy_llama() -> Tokenizer:
-    """Llama 2's own tokenizer.json: the dummy prefix comes from a normalizer, before each piece between special tokens."""
+    """Llama 2's own tokenizer.json: the dummy prefix comes from a normalizer, before each piece between
+    special tokens.
+    """
     prefix = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return _fallback_bpe(prefix, strip=True)
 
@@ -87,11 +115,15 @@ def _gemma() -> Tokenizer:
 
 @cache
 def _metaspace() -> Tokenizer:
-    """T5 and its like: unigram pieces, a ▁ before every word, the first too; what it does not know is unknown."""
+    """T5 and its like: unigram pieces, a ▁ before every word, the first too; what it does not know is
+    unknown.
+    """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIAL, unk_token=UNK, show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=SPECIAL, unk_token=UNK, show_progress=False
+    )
     tokenizer.train_from_iterator(LINES, trainer)
     return tokenizer
 
@@ -118,7 +150,9 @@ def _with(tokenizer: Tokenizer, before: str = "", after: str = "") -> PreTrained
         byte_level = isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
         steps = [processors.ByteLevel(trim_offsets=False), template] if byte_level else [template]
         tokenizer.post_processor = processors.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK
+    )
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -134,7 +168,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "wordpiece": lambda: _with(_wordpiece()),
     "wordpiece_cls": lambda: _with(_wordpiece(), BOS, EOS),
 }
-WITH_BOS = frozenset({"byte_bpe_bos", "sentencepiece", "sentencepiece_legacy", "sentencepiece_bos_eos", "gemma", "wordpiece_cls"})
+WITH_BOS = frozenset(
+    {
+        "byte_bpe_bos",
+        "sentencepiece",
+        "sentencepiece_legacy",
+        "sentencepiece_bos_eos",
+        "gemma",
+        "wordpiece_cls",
+    }
+)
 WITH_EOS = frozenset({"byte_bpe_eos", "sentencepiece_bos_eos", "metaspace_eos", "wordpiece_cls"})
 BYTES = frozenset(name for name in FAMILIES if name.startswith(("byte_bpe", "sentencepiece", "gemma")))
 """Those that can write any text: their vocabulary holds all bytes."""

@@ -21,11 +21,14 @@ from rollout.store import Store
 from rollout.types import FinishReason, Group
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rlpretrain.training.run", "rlpretrain.cli"])  # trainers start with everything imported
+PROCESSES.set_forkserver_preload(
+    ["rlpretrain.training.run", "rlpretrain.cli"]
+)  # trainers start with everything imported
 
 
 class Trainer:
-    """`rlpretrain train` in a process, and a watch over it: `longest` seconds between two steps, whatever came between them.
+    """`rlpretrain train` in a process, and a watch over it: `longest` seconds between two steps, whatever
+    came between them.
 
     A process that makes no progress for `patience` seconds is killed.
     """
@@ -43,7 +46,9 @@ class Trainer:
     def start(self, *words: str) -> None:
         """Start it, or start it again."""
         words = ("train", str(self.folder / "config.yaml"), *words)
-        self.process = PROCESSES.Process(target=command_line, args=(words, self.folder / "log.txt"), daemon=True)
+        self.process = PROCESSES.Process(
+            target=command_line, args=(words, self.folder / "log.txt"), daemon=True
+        )
         self.process.start()
 
     def step(self) -> int:
@@ -59,7 +64,9 @@ class Trainer:
         return self.process.is_alive()
 
     def kill(self) -> None:
-        """SIGKILL: the trainer has no last word. `done_again` counts the steps that a resumed run will repeat."""
+        """SIGKILL: the trainer has no last word. `done_again` counts the steps that a resumed run will
+        repeat.
+        """
         self.process.kill()
         self.process.join()
         self.done_again += self.step() - max(checkpoint.steps(self.folder), default=0)
@@ -71,9 +78,15 @@ class Trainer:
         self.watcher.join()
         file = self.folder / "run.json"
         record = json.loads(file.read_text()) if file.exists() else {"status": "no run.json"}
-        good = self.process.exitcode == 0 and record["status"] == "done" and record["step"] == record["total_steps"]
+        good = (
+            self.process.exitcode == 0
+            and record["status"] == "done"
+            and record["step"] == record["total_steps"]
+        )
         if not good:
-            print(f"{self.folder.name} failed: {(self.folder / 'log.txt').read_text()[-3000:]}", file=sys.stderr)
+            print(
+                f"{self.folder.name} failed: {(self.folder / 'log.txt').read_text()[-3000:]}", file=sys.stderr
+            )
         return good
 
     def _watch(self) -> None:
@@ -114,10 +127,12 @@ def trained(folder: Path) -> Iterator[tuple[int, Group]]:
 
 
 def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counter[str]:
-    """What became of the groups of a run that should have trained on those of the first `steps` of `reference`, a calm run.
+    """What became of the groups of a run that should have trained on those of the first `steps` of
+    `reference`, a calm run.
 
-    `same` has the reference's thoughts, token for token: where nothing is sampled ahead, seeds and weights decide them.
-    `updates`: steps that the schedule of the optimizer counted. `left_over`: kept steps that were never logged.
+    `same` has the reference's thoughts, token for token: where nothing is sampled ahead, seeds and weights
+    decide them. `updates`: steps that the schedule of the optimizer counted. `left_over`: kept steps that
+    were never logged.
     """
     wanted = {group.id: (step, group) for step, group in trained(reference) if step <= steps}
     found, times, aborted = Counter(expected=len(wanted)), Counter(), set()
@@ -133,15 +148,20 @@ def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counte
             found["same" if same else "other_thoughts"] += 1
     newest, _ = checkpoint.latest(folder)
     found.update(
-        once=sum(times[i] == 1 for i in wanted), twice=sum(n > 1 for n in times.values()), aborted=len(aborted),
+        once=sum(times[i] == 1 for i in wanted),
+        twice=sum(n > 1 for n in times.values()),
+        aborted=len(aborted),
         lost=sum(not times[i] and i not in aborted for i in wanted),
         left_over=len(Store(folder / "rollouts").steps()) - len(rows(folder)),
         updates=torch.load(newest / "policy.pt", weights_only=True)["steps"] if newest else 0,
-    )  # fmt: skip
+    )
     return found
 
 
 def apart(folder: Path, reference: Path, step: int) -> float:
     """The largest difference of the weights in two runs' checkpoints of a step."""
-    a, b = (torch.load(f / f"checkpoint-{step}" / "policy.pt", weights_only=True)["model"] for f in (folder, reference))
+    a, b = (
+        torch.load(f / f"checkpoint-{step}" / "policy.pt", weights_only=True)["model"]
+        for f in (folder, reference)
+    )
     return max(float((a[name] - b[name]).abs().max()) for name in a)

@@ -17,9 +17,14 @@ from tests.builders.batches import CLOSE, OPEN, VOCABULARY
 from tests.builders.tiny import tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "gpt2": {}, "gpt_neox": {}, "mistral": {"sliding_window": 7},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "mistral": {"sliding_window": 7},
     "gemma2": {"sliding_window": 7, "attn_logit_softcapping": 0.5, "attn_implementation": "eager"},
-}  # fmt: skip
+}
 
 
 def model_of(name: str, **changes: Any) -> Any:
@@ -36,11 +41,18 @@ def templated(rng: random.Random, groups: int, thoughts: int) -> Batch:
     text = tuple(rng.randrange(3, 60) for _ in range(40))
     made = []
     for i in range(groups):
-        context = (*head, *text[: rng.randint(1, 30)], *(rng.randrange(3, 60) for _ in range(rng.randint(0, 4))))
+        context = (
+            *head,
+            *text[: rng.randint(1, 30)],
+            *(rng.randrange(3, 60) for _ in range(rng.randint(0, 4))),
+        )
         target = tuple(rng.randrange(3, 60) for _ in range(rng.randint(1, 5)))
         said = [tuple(rng.randrange(3, 60) for _ in range(rng.randint(0, 9))) for _ in range(thoughts)]
         thought = tuple(Thought(s, (-1.0,) * len(s), FinishReason.LENGTH, 0, g) for g, s in enumerate(said))
-        position, prompt = Position("none", len(context), context, target), Prompt((*context, OPEN), (CLOSE,), (CLOSE,))
+        position, prompt = (
+            Position("none", len(context), context, target),
+            Prompt((*context, OPEN), (CLOSE,), (CLOSE,)),
+        )
         made.append(Group(f"t{i}", position, prompt, thought, 0))
     return Batch(tuple(made), ())
 
@@ -50,7 +62,9 @@ def laid(batch: Batch, tree: bool, budget: int = 10**6) -> list[MicroBatch]:
 
 
 def numbers(model: Any, micros: list[MicroBatch]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(log-probs by group and kind, gradients) of a loss in which everything counts, each with a weight of its own."""
+    """(log-probs by group and kind, gradients) of a loss in which everything counts, each with a weight of
+    its own.
+    """
     found, loss, trunk = {}, torch.zeros(()), []
     for micro in micros:
         scores = score(Scorer(model), micro, temperature=0.8)

@@ -18,12 +18,28 @@ AFTER = {"positions": "after", "marker": "shows"}
 
 
 def settings(folder: Path, kind: Any = trl.GRPOConfig, **changes: Any) -> Any:
-    return kind(**{
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2,
-        "max_completion_length": 6, "learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none",
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
-        "scale_rewards": "none", "loss_type": "grpo", "beta": 0.0, "lr_scheduler_type": "constant",
-    } | changes)  # fmt: skip
+    return kind(
+        **{
+            "output_dir": str(folder / "out"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_steps": 2,
+            "max_completion_length": 6,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "scale_rewards": "none",
+            "loss_type": "grpo",
+            "beta": 0.0,
+            "lr_scheduler_type": "constant",
+        }
+        | changes
+    )
 
 
 class Kept(TrainerCallback):

@@ -9,5 +9,4 @@ from tests.builders.tokenizers_family import LINES
 trl = pytest.importorskip("trl")
 
 
-
 LONG = [f"{a} {b}" for a in LINES for b in LINES]

@@ -16,12 +16,20 @@ pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=t
 from rollout.vllm_local import VLLMEngine  # noqa: E402
 
 VOCABULARY = 40
-SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-                         "initializer_range": 0.3, "max_position_embeddings": 512}  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 512,
+}
 
 
 def weights_of(model, drop: tuple[str, ...] = ()):
-    return lambda: [(n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False) if n not in drop]
+    return lambda: [
+        (n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False) if n not in drop
+    ]
 
 
 def move(model, size: float = 0.05) -> None:
@@ -35,8 +43,9 @@ def worst(model, prompts: list[Prompt], groups: list[list[Thought]]) -> float:
     """The largest difference between an engine's log-probs and the model's."""
     return max(
         float((logps_of(model, prompt.token_ids, t.token_ids) - torch.tensor(t.behaviour_logps)).abs().max())
-        for prompt, group in zip(prompts, groups, strict=True) for t in group
-    )  # fmt: skip
+        for prompt, group in zip(prompts, groups, strict=True)
+        for t in group
+    )
 
 
 def ask(probe: Probe, model, engine: VLLMEngine, version: int) -> float:

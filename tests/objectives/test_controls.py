@@ -22,8 +22,13 @@ def test_random_rewards_depend_on_nothing_but_the_seed(values):
     groups = []
     for limit in (6, 9):  # other thoughts at the same places
         objective = {"name": "random_reward", "probability": 0.3, **HERE}
-        changes = {"objective": objective, "sampling__max_thought_tokens": limit, "sampling__thoughts": 16,
-                   "positions_per_step": 32, "output_dir": f"{values['output_dir']}-{limit}"}  # fmt: skip
+        changes = {
+            "objective": objective,
+            "sampling__max_thought_tokens": limit,
+            "sampling__thoughts": 16,
+            "positions_per_step": 32,
+            "output_dir": f"{values['output_dir']}-{limit}",
+        }
         run = Run(build(merged(values, **changes)), None)
         groups.append(run.next_batch().groups)
         run.close()
@@ -59,11 +64,20 @@ def test_a_form_is_learnt_and_gains_are_logged(values):
 def traces(folder) -> dict:
     rows = [{"question": f"ann has {i}", "answer": "<think> 3 </think> shows 7 ."} for i in range(10)]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"path": str(folder / "traces.jsonl"), "column": "question", "answer_column": "answer", "answer_join": " bob"}
+    return {
+        "path": str(folder / "traces.jsonl"),
+        "column": "question",
+        "answer_column": "answer",
+        "answer_join": " bob",
+    }
 
 
 def test_documents_and_traces_are_mixed(values, tmp_path):
-    changes = {"objective": {"name": "sft_mixed", "share": 0.25}, "ntp_data": traces(tmp_path), "positions_per_step": 8}
+    changes = {
+        "objective": {"name": "sft_mixed", "share": 0.25},
+        "ntp_data": traces(tmp_path),
+        "positions_per_step": 8,
+    }
     run = Run(build(merged(values, **changes)), None)
     batch = run.next_batch()
     given = [d for d in batch.documents if d.id.startswith("ntp ")]
@@ -74,8 +88,12 @@ def test_documents_and_traces_are_mixed(values, tmp_path):
     for document, mine in zip(micro.documents, weights, strict=True):
         prompt = 4 if document in given else 0  # ann has i bob
         assert mine.tolist() == [float(k >= prompt) for k in range(1, len(document.token_ids))]
-    labels = dict(zip([d.id for d in micro.documents], micro.trunk_labels.split([len(w) for w in weights]), strict=True))
-    assert all(tuple(labels[d.id].tolist()) == d.token_ids[1:] for d in micro.documents)  # the order that the weights assume
+    labels = dict(
+        zip([d.id for d in micro.documents], micro.trunk_labels.split([len(w) for w in weights]), strict=True)
+    )
+    assert all(
+        tuple(labels[d.id].tolist()) == d.token_ids[1:] for d in micro.documents
+    )  # the order that the weights assume
     train(run)
     run.close()
     assert run.step == 3 and torch.isfinite(torch.tensor(run.last["loss"]))

@@ -26,14 +26,20 @@ HERE = {"positions": "after", "marker": "shows", "target_length": 2}
 def close(ours, theirs) -> None:
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
-        torch.testing.assert_close(ours[name], grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("score", ["log_prob", "jepo"])
 def test_log_prob_and_jepo_with_one_sample_train_like_rlp(values, tmp_path, score):
     _, rlp = one_step(values, objective={"name": "rlp", **HERE})
     extra = {"samples": 1} if score == "jepo" else {}
-    _, ours = one_step(values, objective={"name": "likelihood", "score": score, **HERE, **extra}, output_dir=str(tmp_path / "b"))
+    _, ours = one_step(
+        values,
+        objective={"name": "likelihood", "score": score, **HERE, **extra},
+        output_dir=str(tmp_path / "b"),
+    )
     close(ours, rlp)
 
 
@@ -42,22 +48,36 @@ def test_jepos_direct_term_with_one_sample_is_that_of_log_prob(values, tmp_path)
     jepo = {"name": "likelihood", "score": "jepo", "samples": 1, "direct": 0.7, **HERE}
     _, two = one_step(values, objective=jepo, output_dir=str(tmp_path / "b"))
     close(two, one)
-    _, reader = one_step(values, objective={"name": "rlp", **HERE}, loss__reader_coef=0.8, output_dir=str(tmp_path / "c"))
+    _, reader = one_step(
+        values, objective={"name": "rlp", **HERE}, loss__reader_coef=0.8, output_dir=str(tmp_path / "c")
+    )
     close(one, reader)  # .7 on top of the default .1
 
 
 @pytest.mark.parametrize("score", [s for s in SCORES if s != "perplexity_gain"])
 def test_the_direct_term_is_the_derivative_of_the_score(values, score):
-    """target_loss has minus the derivative of the mean score by every log-prob of the targets, by finite differences."""
-    run = Run(build(merged(values, objective={"name": "likelihood", "score": score, "direct": 1.0, **HERE},
-                           loss__reader_coef=0.0)), None)  # fmt: skip
+    """target_loss has minus the derivative of the mean score by every log-prob of the targets, by finite
+    differences.
+    """
+    run = Run(
+        build(
+            merged(
+                values,
+                objective={"name": "likelihood", "score": score, "direct": 1.0, **HERE},
+                loss__reader_coef=0.0,
+            )
+        ),
+        None,
+    )
     batch = run.next_batch()
     (micro,) = run.pack(batch, run.count(batch))
     scores = run.policy.score(micro).detached()
     run.close()
 
     def value(logps: torch.Tensor) -> torch.Tensor:
-        reward = run.objective.reward(micro.groups, replace(scores, target_logps=logps)).masked_fill(~micro.counted, torch.nan)
+        reward = run.objective.reward(micro.groups, replace(scores, target_logps=logps)).masked_fill(
+            ~micro.counted, torch.nan
+        )
         if score != "jepo":
             return reward.nansum()
         kept = [r[~r.isnan()] for r in reward]
@@ -99,20 +119,38 @@ def test_a_group_that_jepo_cannot_see_whole_is_refused(values):
 
 
 def test_bad_settings_are_refused(values):
-    for section, said in (({"score": "prop"}, "objective.score"), ({"direct": -1.0}, "objective.direct"),
-                          ({"samples": 0}, "objective.samples")):  # fmt: skip
+    for section, said in (
+        ({"score": "prop"}, "objective.score"),
+        ({"direct": -1.0}, "objective.direct"),
+        ({"samples": 0}, "objective.samples"),
+    ):
         with pytest.raises(ConfigError, match=said):
             parse_section({"name": "likelihood", **section})
     with pytest.raises(ConfigError, match="no direct term"):
-        Run(build(merged(values, objective={"name": "likelihood", "score": "perplexity_gain", "direct": 1.0, **HERE})), None)
+        Run(
+            build(
+                merged(
+                    values,
+                    objective={"name": "likelihood", "score": "perplexity_gain", "direct": 1.0, **HERE},
+                )
+            ),
+            None,
+        )
 
 
 # prompts with answers
 
 
 def questions(folder: Path) -> str:
-    rows = [{"question": f"what is w{i}", "answer": " ".join(f"w{i}" for _ in range(i % 3 + 1))} for i in range(24)]
-    rows += [{"question": "blank", "answer": " "}, {"question": " ", "answer": "w1"}, {"question": "w " * 60, "answer": "w1"}]
+    rows = [
+        {"question": f"what is w{i}", "answer": " ".join(f"w{i}" for _ in range(i % 3 + 1))}
+        for i in range(24)
+    ]
+    rows += [
+        {"question": "blank", "answer": " "},
+        {"question": " ", "answer": "w1"},
+        {"question": "w " * 60, "answer": "w1"},
+    ]
     (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / "qa.jsonl")
 
@@ -120,8 +158,16 @@ def questions(folder: Path) -> str:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_document_of_a_prompt_and_its_answer(tmp_path, streaming):
     tokenizer = word_tokenizer(["what", "is", "so", "w", *(f"w{i}" for i in range(24))])
-    data = DataConfig(path=questions(tmp_path), column="question", answer_column="answer", answer_join=" so", max_length=20,
-                      shuffle=False, streaming=streaming, meta_columns=("answer",))  # fmt: skip
+    data = DataConfig(
+        path=questions(tmp_path),
+        column="question",
+        answer_column="answer",
+        answer_join=" so",
+        max_length=20,
+        shuffle=False,
+        streaming=streaming,
+        meta_columns=("answer",),
+    )
     stream = DocumentStream(data, tokenizer)
     documents = stream.take(24)
     assert stream.dropped == 3 and stream.take(1)[0].id == "0"
@@ -138,8 +184,13 @@ def test_thoughts_between_prompts_and_answers(values, tmp_path):
     texts = [json.loads(line)["text"] for line in Path(values["data"]["path"]).read_text().splitlines()]
     rows = [dict(zip(("question", "answer"), text.rsplit(" shows ", 1), strict=True)) for text in texts]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"path": str(tmp_path / "qa.jsonl"), "column": "question", "answer_column": "answer", "answer_join": " shows",
-            "max_length": 64}  # fmt: skip
+    data = {
+        "path": str(tmp_path / "qa.jsonl"),
+        "column": "question",
+        "answer_column": "answer",
+        "answer_join": " shows",
+        "max_length": 64,
+    }
     objective = {"name": "likelihood", "positions": "answer", "target_length": 8, "score": "mean_log_prob"}
     run = Run(build(merged(values, data=data, objective=objective)), None)
     batch = run.next_batch()
@@ -147,7 +198,9 @@ def test_thoughts_between_prompts_and_answers(values, tmp_path):
     for group, document in zip(batch.groups, batch.documents, strict=True):
         assert tokenizer.decode(group.position.context_ids).endswith(" shows")
         assert group.position.target_ids == document.token_ids[group.position.index :][:8]
-        assert group.position.target_ids[-1] == tokenizer.eos_token_id  # an answer ends where its document does
+        assert (
+            group.position.target_ids[-1] == tokenizer.eos_token_id
+        )  # an answer ends where its document does
     train(run)
     run.close()
 

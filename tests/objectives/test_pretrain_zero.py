@@ -41,24 +41,44 @@ def said(text: str) -> Thought:
     return Thought(tokens, (-1.0,) * len(tokens), FinishReason.CLOSE, 0, 0, (len(head), len(tokens)))
 
 
-@pytest.mark.parametrize(("named", "span"), [
-    ("\\mask{sat}", "sat"), ("\\mask{ sat on }", "sat on"), ("\\mask{the cat}", "the cat"), ("\\mask{cat.}", "cat."),
-    ("\\mask{at on}", None),  # begins within a word
-    ("\\mask{catalog}", None), ("\\mask{dog}", None), ("\\mask{cat mat}", None),  # not there, not in one piece
-    ("\\mask{}", None), ("\\mask{ }", None), ("\\mask{sat", None), ("sat", None), ("\\boxed{sat}", None),
-    ("\\mask{dog} \\mask{mat}", "mat"), ("\\mask{mat} \\mask{dog}", None),  # the last one counts
-    ("\\mask{[mask]}", None), ("\\mask{<think>}", None), ("\\mask{sat </think>}", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("named", "span"),
+    [
+        ("\\mask{sat}", "sat"),
+        ("\\mask{ sat on }", "sat on"),
+        ("\\mask{the cat}", "the cat"),
+        ("\\mask{cat.}", "cat."),
+        ("\\mask{at on}", None),  # begins within a word
+        ("\\mask{catalog}", None),
+        ("\\mask{dog}", None),
+        ("\\mask{cat mat}", None),  # not there, not in one piece
+        ("\\mask{}", None),
+        ("\\mask{ }", None),
+        ("\\mask{sat", None),
+        ("sat", None),
+        ("\\boxed{sat}", None),
+        ("\\mask{dog} \\mask{mat}", "mat"),
+        ("\\mask{mat} \\mask{dog}", None),  # the last one counts
+        ("\\mask{[mask]}", None),
+        ("\\mask{<think>}", None),
+        ("\\mask{sat </think>}", None),
+    ],
+)
 def test_spans_that_will_do(named, span):
     assert zero().span(said(named), TEXT + " [mask] <think> sat </think>") == span
 
 
 def test_spans_that_occur_too_often_or_are_too_long():
-    assert zero().span(said("\\mask{the}"), TEXT) == "the" and zero(max_occurrences=3).span(said("\\mask{the}"), TEXT) is None
+    assert (
+        zero().span(said("\\mask{the}"), TEXT) == "the"
+        and zero(max_occurrences=3).span(said("\\mask{the}"), TEXT) is None
+    )
     assert zero(max_occurrences=2).span(said("\\mask{cat}"), TEXT) == "cat"  # the catalogue is none
     assert zero(max_occurrences=1).span(said("\\mask{cat}"), TEXT) is None
     assert zero(max_span_tokens=1).span(said("\\mask{sat on the mat}"), TEXT) is None
-    assert zero().span(Thought((1,), (0.0,), FinishReason.LENGTH, 0, 0), TEXT) is None  # it never closed its thought
+    assert (
+        zero().span(Thought((1,), (0.0,), FinishReason.LENGTH, 0, 0), TEXT) is None
+    )  # it never closed its thought
 
 
 def test_the_first_occurrence_is_hidden():
@@ -79,8 +99,18 @@ class Scripted:
         out = []
         for prompt in prompts:
             if not prompt.stop_strings:
-                out.append([Thought((*ids(f"t{k}"), CLOSE), (-1.0,) * (len(ids(f"t{k}")) + 1), FinishReason.CLOSE, 3, k)
-                            for k in range(n)])  # fmt: skip
+                out.append(
+                    [
+                        Thought(
+                            (*ids(f"t{k}"), CLOSE),
+                            (-1.0,) * (len(ids(f"t{k}")) + 1),
+                            FinishReason.CLOSE,
+                            3,
+                            k,
+                        )
+                        for k in range(n)
+                    ]
+                )
                 continue
             text = BPE.decode(prompt.token_ids)
             paragraph = text.split("<think>")[0]
@@ -100,16 +130,20 @@ def test_what_both_roles_earn():
     lay = "the cat sat on the mat and the catalogue [mask] by the cat."
     engine = Scripted(
         ["\\mask{mat}", "\\mask{sat}", "\\mask{mat}", "\\mask{lay}"],  # mat twice
-        {mat: ["\\boxed{mat}", "\\boxed{rug}", "\\boxed{ mat }", "\\boxed{mat}"],  # three of four
-         sat: ["\\boxed{lay}", "sat", "\\boxed{}", "\\boxed{sat"],  # nobody
-         lay: ["\\boxed{lay}"] * 4},
-    )  # fmt: skip
+        {
+            mat: ["\\boxed{mat}", "\\boxed{rug}", "\\boxed{ mat }", "\\boxed{mat}"],  # three of four
+            sat: ["\\boxed{lay}", "sat", "\\boxed{}", "\\boxed{sat"],  # nobody
+            lay: ["\\boxed{lay}"] * 4,
+        },
+    )
     groups = asyncio.run(objective.rollout(engine, [position], [7]))
     maker, *finders = groups
     assert maker.role == "generator" and maker.rewards == (0.25, 0.0, 0.25, 0.0)
     assert [(f.role, f.parent_id, f.extra["span"], f.rewards) for f in finders] == [
-        ("predictor", maker.id, "mat", (1.0, 0.0, 1.0, 1.0)), ("predictor", maker.id, "sat", (0.0,) * 4),
-        ("predictor", maker.id, "lay", (1.0,) * 4)]  # fmt: skip
+        ("predictor", maker.id, "mat", (1.0, 0.0, 1.0, 1.0)),
+        ("predictor", maker.id, "sat", (0.0,) * 4),
+        ("predictor", maker.id, "lay", (1.0,) * 4),
+    ]
     assert len({g.id for g in groups}) == 4
     assert objective.select(groups) == [maker, finders[0]]  # accuracy 0 and 1 teach a predictor nothing
 
@@ -121,9 +155,20 @@ def test_a_generator_that_names_nothing_asks_for_nothing():
     assert group.rewards == (0.0,) * 4 and objective.select([group]) == []
 
 
-REAL = {"name": "pretrain_zero", "template": "{context}", "predictor_template": "{context}", "mask": "hmm", "closing": ".",
-        "max_answer_tokens": 9}  # fmt: skip
-BRIEF = {"positions_per_step": 4, "sampling__cut": "force_close", "sampling__thoughts": 8, "sampling__max_thought_tokens": 99}
+REAL = {
+    "name": "pretrain_zero",
+    "template": "{context}",
+    "predictor_template": "{context}",
+    "mask": "hmm",
+    "closing": ".",
+    "max_answer_tokens": 9,
+}
+BRIEF = {
+    "positions_per_step": 4,
+    "sampling__cut": "force_close",
+    "sampling__thoughts": 8,
+    "sampling__max_thought_tokens": 99,
+}
 
 
 def test_a_model_that_names_nothing_trains_on_its_documents(values):
@@ -139,7 +184,7 @@ def test_both_roles_are_trained_in_real_runs(values, monkeypatch):
     """Any word that a random model says first counts as named; what is named is hidden and asked for."""
 
     def first(objective, thought, text=None):
-        words = objective.said(thought).split()
+        words = objective.answer_text(thought).split()
         return words[0] if words and (text is None or words[0] in text.split()) else None
 
     monkeypatch.setattr(PretrainZero, "span", first)
@@ -162,14 +207,21 @@ def test_both_roles_are_trained_in_real_runs(values, monkeypatch):
 
 
 def test_evaluation_has_the_generators_reward_and_the_predictors_accuracy(values, monkeypatch):
-    objective = {"name": "pretrain_zero", "template": "{context}", "predictor_template": "{context}", "mask": "hmm"}
+    objective = {
+        "name": "pretrain_zero",
+        "template": "{context}",
+        "predictor_template": "{context}",
+        "mask": "hmm",
+    }
     run = Run(build(merged(values, objective=objective)), None)
     documents = run.source.stream.take(3)
     whole = run.objective.rollout
 
     async def with_children(engine, positions, seeds):
         groups = await whole(engine, positions, seeds)
-        children = [replace(g, id=f"{g.id} child", parent_id=g.id, rewards=(1.0, 0.0, 1.0, 1.0)) for g in groups[1:]]
+        children = [
+            replace(g, id=f"{g.id} child", parent_id=g.id, rewards=(1.0, 0.0, 1.0, 1.0)) for g in groups[1:]
+        ]
         return groups + children
 
     monkeypatch.setattr(run.objective, "rollout", with_children)

@@ -43,16 +43,21 @@ def test_the_budget_shrinks_and_stands_in_the_prompt(progress, budget):
 
 
 def test_length_earns_its_share():
-    """Budget 2, w = .5: thoughts of 2, 3 and 5 tokens earn 1, 1/2 and 0 for their length, the right one .5 more."""
+    """Budget 2, w = .5: thoughts of 2, 3 and 5 tokens earn 1, 1/2 and 0 for their length, the right one .5
+    more.
+    """
     objective = rmt(budget=2, budget_decay=1.0, length_weight=0.5)
     thoughts = [Thought((*([7] * (n - 1)), CLOSE), (-1.0,) * n, FinishReason.CLOSE, 1, n) for n in (2, 3, 5)]
     engine = Scripted(thoughts, ["\\boxed{ cat}", "\\boxed{ dog}", "\\boxed{ dog}"])
-    (group,) = asyncio.run(objective.rollout(engine, [Position("d", 1, ids("the cat sat")[:1], ids("the cat sat")[1:])], [3]))
+    (group,) = asyncio.run(
+        objective.rollout(engine, [Position("d", 1, ids("the cat sat")[:1], ids("the cat sat")[1:])], [3])
+    )
     assert group.rewards == pytest.approx((1.0, 0.25, 0.0)) and group.extra == {"budget": 2}
 
 
 @pytest.mark.parametrize(
-    ("progress", "bands"), [(0.0, {0}), (0.3, {0}), (0.4, {0, 1}), (0.5, {1}), (0.6, {1, 2}), (0.7, {2}), (1.0, {2})]
+    ("progress", "bands"),
+    [(0.0, {0}), (0.3, {0}), (0.4, {0, 1}), (0.5, {1}), (0.6, {1, 2}), (0.7, {2}), (1.0, {2})],
 )
 def test_places_get_harder(progress, bands):
     objective = rmt(positions_per_document=1, target_length=1)
@@ -61,7 +66,9 @@ def test_places_get_harder(progress, bands):
     entropies = torch.tensor([0.0, 0.4, 0.7, 1.2, 2.0, 0.9, 1.4, 3.0][: len(tokens)])
     kind = {i: (e >= 0.5) + (e >= 1.0) + (e >= 1.5) - 1 for i, e in enumerate(entropies.tolist())}
     rng = np.random.default_rng(0)
-    found = Counter(kind[p.index] for _ in range(200) for p in objective.positions(Document("d", tokens), rng, entropies))
+    found = Counter(
+        kind[p.index] for _ in range(200) for p in objective.positions(Document("d", tokens), rng, entropies)
+    )
     assert set(found) == bands
     if progress in (0.4, 0.6):
         assert all(60 < n < 140 for n in found.values())  # half of the way, half of the places
@@ -71,11 +78,22 @@ def test_without_a_curriculum_all_bands_are_taken():
     objective = rmt(curriculum_to=0.0, curriculum_from=0.0, positions_per_document=9, target_length=1)
     entropies = torch.tensor([0.0, 0.4, 0.7, 1.2, 2.0])
     tokens = ids("the cat sat so so the the cat")[:5]
-    assert [p.index for p in objective.positions(Document("d", tokens), np.random.default_rng(0), entropies)] == [2, 3, 4]
+    assert [
+        p.index for p in objective.positions(Document("d", tokens), np.random.default_rng(0), entropies)
+    ] == [2, 3, 4]
 
 
-OBJECTIVE = {"name": "rmt", "template": "{context}", "opening": "shows", "closing": ".", "budget": 5, "min_entropy": 0.1,
-             "curriculum_from": 0.0, "curriculum_to": 0.0, "target_length": 1}  # fmt: skip
+OBJECTIVE = {
+    "name": "rmt",
+    "template": "{context}",
+    "opening": "shows",
+    "closing": ".",
+    "budget": 5,
+    "min_entropy": 0.1,
+    "curriculum_from": 0.0,
+    "curriculum_to": 0.0,
+    "target_length": 1,
+}
 
 
 def test_a_run_leaves_the_tokens_it_thought_about_to_the_thoughts(values):
@@ -95,8 +113,13 @@ def test_a_run_leaves_the_tokens_it_thought_about_to_the_thoughts(values):
 
 
 def test_progress_is_resumed(values, tmp_path):
-    changes = {"objective": OBJECTIVE, "max_steps": 6, "checkpoint__every": 3, "checkpoint__keep": 9,
-               "objective__length_weight": 0.5}  # fmt: skip
+    changes = {
+        "objective": OBJECTIVE,
+        "max_steps": 6,
+        "checkpoint__every": 3,
+        "checkpoint__keep": 9,
+        "objective__length_weight": 0.5,
+    }
     whole = trained(values, output_dir=str(tmp_path / "a"), **changes)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-6")

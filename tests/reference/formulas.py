@@ -1,13 +1,16 @@
-"""Each objective's loss once more, slowly, straight from the papers' formulas: what the trainer is compared with.
+"""Each objective's loss once more, slowly, straight from the papers' formulas: what the trainer is compared
+with.
 
-Nothing here comes from the library: one full forward a row, one softmax a token, plain loops, float64. Of groups and documents
-only the plain data are read (ids, finish reasons, seeds). The loss of an update is
+Nothing here comes from the library: one full forward a row, one softmax a token, plain loops, float64. Of
+groups and documents only the plain data are read (ids, finish reasons, seeds). The loss of an update is
 
-    1/N sum_i sum_t w_t min(rho_t A_i, clip(rho_t) A_i) v_t     over counted thoughts i and their tokens t, with minus
+    1/N sum_i sum_t w_t min(rho_t A_i, clip(rho_t) A_i) v_t     over counted thoughts i and their tokens t,
+    with minus
   + 1/N sum_i sum_k c_ik (-log p(y_k | x, c_i))                 the direct term
   + ntp_coef / M sum_d sum_j u_dj (-log p(x_j | x_<j))          over all documents as often as they were drawn
 
-with N thoughts and M predicted tokens in the step, rho the ratio to the step's first weights, v = min(first / behaviour, cap).
+with N thoughts and M predicted tokens in the step, rho the ratio to the step's first weights, v = min(first /
+behaviour, cap).
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ class Settings:
 
 @dataclass
 class Method:
-    """An objective. `reward` is of a group's counted thoughts, `slopes` of their target tokens; `keep` drops whole groups."""
+    """An objective. `reward` is of a group's counted thoughts, `slopes` of their target tokens; `keep`
+    drops whole groups.
+    """
 
     reward: Reward
     advantage: Advantage | None = None
@@ -57,7 +62,9 @@ class Method:
 
 @dataclass
 class Judged:
-    """What a reward may see of a counted thought: log-probs of the target's tokens after it, and without it."""
+    """What a reward may see of a counted thought: log-probs of the target's tokens after it, and without
+    it.
+    """
 
     thought: Any
     after: list[float]
@@ -117,7 +124,9 @@ def leave_one_out(rewards: list[float]) -> list[float]:
     return out
 
 
-def judge(model: Any, baseline: Any, group: Any, method: Method, settings: Settings) -> tuple[list[int], list[Judged]]:
+def judge(
+    model: Any, baseline: Any, group: Any, method: Method, settings: Settings
+) -> tuple[list[int], list[Judged]]:
     """The counted thoughts of a group, and what a reward may see of them."""
     places = [k for k in range(len(group.thoughts)) if counts(group, k, settings)]
     without = without_thought(baseline, group, method) if method.target else []
@@ -139,7 +148,9 @@ def loss_of(
     method: Method,
     settings: Settings,
 ) -> torch.Tensor:
-    """The loss of an update. `first` is the model as it was when the step began, `baselines` those of then and of now."""
+    """The loss of an update. `first` is the model as it was when the step began, `baselines` those of then
+    and of now.
+    """
     kept = []
     for group in groups:
         places, judged = judge(first, baselines[0], group, method, settings)
@@ -176,7 +187,9 @@ def loss_of(
                 ratio = torch.exp(new[t] - old[t])
                 bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
                 trust = min(math.exp(old[t] - seen.thought.behaviour_logps[t]), settings.cap)
-                policy = policy - weight * trust * torch.minimum(ratio * advantages[i], bounded * advantages[i])
+                policy = policy - weight * trust * torch.minimum(
+                    ratio * advantages[i], bounded * advantages[i]
+                )
             if method.target:
                 after = target_logps(model, group, seen.thought)
                 for k in range(len(after)):
@@ -261,8 +274,9 @@ def perplexity_gain(group: Any, judged: list[Judged]) -> list[float]:
 
 
 def jepo_advantages(samples: int) -> Advantage:
-    """JEPO, arXiv 2503.19618: L - L without i, L = log mean p over the thoughts of a turn; times their number, since the loss is
-    a mean over thoughts and the objective a mean over turns."""
+    """JEPO, arXiv 2503.19618: L - L without i, L = log mean p over the thoughts of a turn; times their
+    number, since the loss is a mean over thoughts and the objective a mean over turns.
+    """
 
     def bound(values: list[float]) -> float:
         return math.log(sum(math.exp(v) for v in values) / len(values))
@@ -308,7 +322,9 @@ def written(words: Sequence[str], thought: Any, opening: str, closing: str) -> l
 
 
 def prefix_hits(words: Sequence[str], opening: str, closing: str, fewest: int = 1) -> Reward:
-    """RPT, arXiv 2506.08007, in whole words: 1 where the words are the first of what follows. Also RLPT's match."""
+    """RPT, arXiv 2506.08007, in whole words: 1 where the words are the first of what follows. Also RLPT's
+    match.
+    """
 
     def reward(group: Any, judged: list[Judged]) -> list[float]:
         truth = [words[i] for i in group.position.target_ids]
@@ -322,7 +338,9 @@ def prefix_hits(words: Sequence[str], opening: str, closing: str, fewest: int = 
 
 
 def with_length(hits: Reward, budget: Callable[[Any], int], share: float) -> Reward:
-    """RMT, arXiv 2509.24375: (1 - w) match + w max(0, 1 - | |c| - B | / B), without the prediction's tokens."""
+    """RMT, arXiv 2509.24375: (1 - w) match + w max(0, 1 - | |c| - B | / B), without the prediction's
+    tokens.
+    """
 
     def reward(group: Any, judged: list[Judged]) -> list[float]:
         out = []

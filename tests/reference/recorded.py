@@ -1,4 +1,6 @@
-"""What a real run does at each update: the weights before it, the gradient, the loss, and the batch that was drawn."""
+"""What a real run does at each update: the weights before it, the gradient, the loss, and the batch that
+was drawn.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,16 @@ class Record:
     updates: list[Update] = field(default_factory=list)
 
 
-def record(values: dict[str, Any], prepare: Callable[[Run], None] = lambda run: None, **changes: Any) -> Record:
+def record(
+    values: dict[str, Any], prepare: Callable[[Run], None] = lambda run: None, **changes: Any
+) -> Record:
     """Train, and note every update."""
-    flat = {"optim__clip_grad_norm": 0.0, "optim__warmup_steps": 0, "optim__lr": 2e-3, "optim__schedule": "cosine"}
+    flat = {
+        "optim__clip_grad_norm": 0.0,
+        "optim__warmup_steps": 0,
+        "optim__lr": 2e-3,
+        "optim__schedule": "cosine",
+    }
     run = Run(build(merged(values, **flat | changes)), None)
     prepare(run)
     out, losses = Record(run), [0.0]
@@ -97,19 +106,25 @@ class Baselines:
         shadow = {n: w.double() for n, w in self.updates[0].weights.items()}
         if self.name == "ema":  # phi <- decay phi + (1 - decay) theta after each update
             for update in self.updates[1 : i + 1]:
-                shadow = {n: self.decay * w + (1 - self.decay) * update.weights[n].double() for n, w in shadow.items()}
+                shadow = {
+                    n: self.decay * w + (1 - self.decay) * update.weights[n].double()
+                    for n, w in shadow.items()
+                }
         return model_with(self.folder, shadow)
 
 
 class Sampler:
     """An engine that draws thoughts at random among some words, and answers that are often right.
 
-    Log-probs of what it draws are near those of the policy, so that importance weights matter and are truncated now and then.
+    Log-probs of what it draws are near those of the policy, so that importance weights matter and are
+    truncated now and then.
     """
 
     shares_weights, version = False, 0
 
-    def __init__(self, run: Run, tokens: list[int], answer: Callable[[list[int], Any], list[int]], thought: int = 5):
+    def __init__(
+        self, run: Run, tokens: list[int], answer: Callable[[list[int], Any], list[int]], thought: int = 5
+    ):
         self.run, self.tokens, self.answer, self.longest = run, tokens, answer, thought
 
     async def sample(self, prompts: Any, params: Any, n: int, seeds: Any) -> list[list[Any]]:

@@ -1,4 +1,6 @@
-"""The annotations of `rewards` are checked in these tests: a copy of it is imported with the shapes enforced."""
+"""The annotations of `rewards` are checked in these tests: a copy of it is imported with the shapes
+enforced.
+"""
 
 import sys
 from collections.abc import Iterator

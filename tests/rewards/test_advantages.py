@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewards import batch_normalized, group_normalized, information_gain, leave_one_out, zero_variance_fraction
+from rewards import (
+    batch_normalized,
+    group_normalized,
+    information_gain,
+    leave_one_out,
+    zero_variance_fraction,
+)
 
 NORMALIZERS = (leave_one_out, group_normalized, batch_normalized)
 NAN = math.nan
@@ -36,7 +42,9 @@ def test_equals_leave_one_out_and_the_scaled_difference_from_the_mean(rewards: l
     """Pitfall 5: G/(G−1) · (r − mean) is each reward minus the mean of the others."""
     values, size = torch.tensor([rewards], dtype=torch.float64), len(rewards)
     advantage = leave_one_out(values)
-    torch.testing.assert_close(advantage, size / (size - 1) * (values - values.mean()), atol=1e-11, rtol=1e-12)
+    torch.testing.assert_close(
+        advantage, size / (size - 1) * (values - values.mean()), atol=1e-11, rtol=1e-12
+    )
     others = [reward - (sum(rewards) - reward) / (size - 1) for reward in rewards]
     assert advantage[0].tolist() == pytest.approx(others, abs=1e-10)
     assert advantage.sum().item() == pytest.approx(0, abs=1e-10)
@@ -45,7 +53,9 @@ def test_equals_leave_one_out_and_the_scaled_difference_from_the_mean(rewards: l
 @settings(max_examples=300, deadline=None)
 @given(groups(), logps(-127.0))
 def test_a_baseline_shared_by_the_group_leaves_no_bit_behind(rewards: list[float], baseline: float) -> None:
-    """Pitfall 4, invariant 2: with the baseline and without it, the advantages agree in every bit of float64."""
+    """Pitfall 4, invariant 2: with the baseline and without it, the advantages agree in every bit of
+    float64.
+    """
     targets = torch.tensor(rewards).view(1, -1, 1)
     with_it = leave_one_out(information_gain(targets, torch.tensor([[baseline]])))
     without = leave_one_out(information_gain(targets, torch.zeros(1, 1)))
@@ -54,23 +64,36 @@ def test_a_baseline_shared_by_the_group_leaves_no_bit_behind(rewards: list[float
 
 
 def test_a_baseline_leaves_no_bit_behind_on_sums_of_real_log_softmax_values() -> None:
-    """Pitfall 4 over horizons: [256 positions, 8 thoughts, 16 target tokens] as a model would produce them."""
+    """Pitfall 4 over horizons: [256 positions, 8 thoughts, 16 target tokens] as a model would produce
+    them.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = (torch.randn(256, 8, 16, 50, generator=generator) * 4).log_softmax(-1)[..., 0]
     plain = (torch.randn(256, 16, 50, generator=generator) * 4).log_softmax(-1)[..., 0]
     mask = torch.rand(256, 16, generator=generator) < 0.8
     none = torch.zeros_like(plain)
-    assert torch.equal(leave_one_out(information_gain(tokens, plain, mask)),
-                       leave_one_out(information_gain(tokens, none, mask)))
+    assert torch.equal(
+        leave_one_out(information_gain(tokens, plain, mask)),
+        leave_one_out(information_gain(tokens, none, mask)),
+    )
     for options in ({"discount": 0.9}, {"reduction": "mean"}):  # these round: what is left is far below fp32
-        gap = (leave_one_out(information_gain(tokens, plain, mask, **options))
-               - leave_one_out(information_gain(tokens, none, mask, **options))).abs().max()
+        gap = (
+            (
+                leave_one_out(information_gain(tokens, plain, mask, **options))
+                - leave_one_out(information_gain(tokens, none, mask, **options))
+            )
+            .abs()
+            .max()
+        )
         assert gap < 1e-12
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.floats(-1e6, 1e6, width=32), st.integers(2, 64),
-       st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(
+    st.floats(-1e6, 1e6, width=32),
+    st.integers(2, 64),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
 def test_equal_rewards_give_exactly_zero(reward: float, size: int, dtype: torch.dtype) -> None:
     """Pitfall 6: not a rounding error, which a division by the deviation would blow up to 1."""
     rewards = torch.full((3, size), reward, dtype=dtype)
@@ -83,13 +106,20 @@ def test_equal_rewards_give_exactly_zero(reward: float, size: int, dtype: torch.
 def test_permuting_a_group_permutes_its_advantages(order: list[int], rewards: list[float]) -> None:
     values = torch.tensor([rewards], dtype=torch.float64)
     for normalize in NORMALIZERS:
-        torch.testing.assert_close(normalize(values[:, order]), normalize(values)[:, order], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            normalize(values[:, order]), normalize(values)[:, order], atol=1e-9, rtol=1e-9
+        )
 
 
 def test_not_applicable_rewards_take_no_part() -> None:
     rewards = torch.tensor([[NAN, 1.0, 3.0, NAN], [NAN, NAN, 5.0, NAN], [NAN] * 4, [0.0, 0.0, 0.0, 4.0]])
     advantage = leave_one_out(rewards)
-    assert advantage.tolist() == [[0, -2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0], pytest.approx([-4 / 3] * 3 + [4])]
+    assert advantage.tolist() == [
+        [0, -2, 2, 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+        pytest.approx([-4 / 3] * 3 + [4]),
+    ]
     assert torch.equal(leave_one_out(rewards[:1, 1:3]), advantage[:1, 1:3])
     assert group_normalized(rewards, eps=0.0)[0].tolist() == pytest.approx([0, -(2**-0.5), 2**-0.5, 0])
     for normalize in NORMALIZERS:

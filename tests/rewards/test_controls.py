@@ -45,7 +45,9 @@ def test_target_leakage_is_a_share_and_whole_for_a_thought_that_holds_the_target
 def test_shuffled_keeps_the_tokens_and_the_close_tag(thought, seed) -> None:
     """Pitfall 15: the contrast that tells content from mere words."""
     mixed = shuffled(thought, seed)
-    assert Counter(mixed) == Counter(thought) and mixed[-1:] == thought[-1:] and mixed == shuffled(thought, seed)
+    assert (
+        Counter(mixed) == Counter(thought) and mixed[-1:] == thought[-1:] and mixed == shuffled(thought, seed)
+    )
     assert (mixed != thought) == (len(set(thought[:-1])) > 1)
     whole = shuffled(thought, seed, keep_last=False)
     assert Counter(whole) == Counter(thought) and (whole != thought) == (len(set(thought)) > 1)
@@ -53,11 +55,18 @@ def test_shuffled_keeps_the_tokens_and_the_close_tag(thought, seed) -> None:
 
 def test_empty_and_filler() -> None:
     assert empty([4, 5, 99]) == [99] and empty([4, 5], keep_last=False) == [] and empty([]) == []
-    assert filler([4, 5, 99], 0) == [0, 0, 99] and filler([4, 5], 0, keep_last=False) == [0, 0] and filler([], 0) == []
+    assert (
+        filler([4, 5, 99], 0) == [0, 0, 99]
+        and filler([4, 5], 0, keep_last=False) == [0, 0]
+        and filler([], 0) == []
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=14).filter(lambda x: len(set(x)) > 1), st.integers(0, 99))
+@given(
+    st.lists(st.sampled_from("abcd"), min_size=2, max_size=14).filter(lambda x: len(set(x)) > 1),
+    st.integers(0, 99),
+)
 def test_other_document_is_always_another_and_used_evenly(documents, seed) -> None:
     chosen = other_document(documents, seed)
     assert all(documents[donor] != own for donor, own in zip(chosen, documents, strict=True))
@@ -77,12 +86,16 @@ def test_repetition_and_distinct() -> None:
     """Pitfall 15: a thought that loops, and a group of which all say the same."""
     assert repetition([1] * 10, n=2) == pytest.approx(8 / 9) and repetition([1, 2, 3, 4, 5]) == 0.0
     assert repetition([1, 2]) == 0.0 and repetition([]) == 0.0
-    assert distinct_n([[1, 2, 3]] * 4) == 0.25 and distinct_n([[1, 2], [3, 4]]) == 1.0 and distinct_n([]) == 1.0
+    assert (
+        distinct_n([[1, 2, 3]] * 4) == 0.25 and distinct_n([[1, 2], [3, 4]]) == 1.0 and distinct_n([]) == 1.0
+    )
 
 
 def run(monitor: CollapseMonitor, gains: list[float], losses: list[float] | None = None) -> list[str | None]:
-    return [monitor.observe(gain=gain, no_think_loss=loss, grad_norm=1.0, thought_length=9.0)
-            for gain, loss in zip(gains, losses or [1.0] * len(gains), strict=True)]
+    return [
+        monitor.observe(gain=gain, no_think_loss=loss, grad_norm=1.0, thought_length=9.0)
+        for gain, loss in zip(gains, losses or [1.0] * len(gains), strict=True)
+    ]
 
 
 def test_monitor_fires_when_the_gain_stays_negative_after_it_was_positive() -> None:
@@ -114,7 +127,9 @@ def test_what_is_not_a_number_enters_no_mean_sets_no_best_and_ends_no_run(value:
     assert verdict is not None and run(holed, holes) == [None] * 11 + [verdict]
     assert holed.state_dict() == plain.state_dict() | {"losses": [1.0] * 4}
     losses = CollapseMonitor(window=2, no_think_loss=1.0)
-    assert [reason is None for reason in run(losses, [1.0] * 5, [1.0, value, 1.0, value, 3.0])] == [True] * 4 + [False]
+    assert [reason is None for reason in run(losses, [1.0] * 5, [1.0, value, 1.0, value, 3.0])] == [
+        True
+    ] * 4 + [False]
     norm = CollapseMonitor().observe(gain=1.0, no_think_loss=1.0, grad_norm=value, thought_length=value)
     assert norm is None
 

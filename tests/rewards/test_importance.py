@@ -13,7 +13,9 @@ from rewards import importance_ratio
 @settings(deadline=None)
 @given(st.lists(st.floats(-100, 0, width=32), min_size=1, max_size=8))
 def test_exactly_one_on_policy_and_differentiable(values: list[float]) -> None:
-    """Pitfall 8: on the first inner step the ratio is 1 in every bit, and its gradient is that of the log-prob."""
+    """Pitfall 8: on the first inner step the ratio is 1 in every bit, and its gradient is that of the
+    log-prob.
+    """
     now = torch.tensor(values, requires_grad=True)
     ratio = importance_ratio(now, now.detach(), cap=2.0)
     assert ratio.raw.tolist() == ratio.truncated.tolist() == [1.0] * len(values)
@@ -29,10 +31,19 @@ def test_truncation_and_the_diagnostics_before_and_after() -> None:
     assert ratio.raw[0].tolist() == pytest.approx([0.5, 1.0, 4.0, 0.0])
     assert ratio.truncated[0].tolist() == pytest.approx([0.5, 1.0, 2.0, 0.0])
     expected = {
-        "raw_mean": 5.5 / 3, "raw_min": 0.5, "raw_max": 4.0, "raw_ess": 5.5**2 / (3 * 17.25),
-        "truncated_mean": 3.5 / 3, "truncated_min": 0.5, "truncated_max": 2.0, "truncated_ess": 3.5**2 / (3 * 5.25),
-        "truncated_fraction": 1 / 3, "abs_log_ratio_mean": math.log(8) / 3, "abs_log_ratio_max": math.log(4),
-        "tokens": 3.0, "nonfinite": 0.0,
+        "raw_mean": 5.5 / 3,
+        "raw_min": 0.5,
+        "raw_max": 4.0,
+        "raw_ess": 5.5**2 / (3 * 17.25),
+        "truncated_mean": 3.5 / 3,
+        "truncated_min": 0.5,
+        "truncated_max": 2.0,
+        "truncated_ess": 3.5**2 / (3 * 5.25),
+        "truncated_fraction": 1 / 3,
+        "abs_log_ratio_mean": math.log(8) / 3,
+        "abs_log_ratio_max": math.log(4),
+        "tokens": 3.0,
+        "nonfinite": 0.0,
     }
     assert ratio.diagnostics == pytest.approx(expected, abs=1e-6)
 
@@ -68,7 +79,11 @@ def test_nan_is_kept_and_counted_and_nothing_overflows() -> None:
 
 def test_no_tokens_and_types() -> None:
     ratio = importance_ratio(torch.zeros(0), torch.zeros(0), cap=2.0)
-    assert ratio.raw.shape == (0,) and ratio.diagnostics["tokens"] == 0 and math.isnan(ratio.diagnostics["raw_mean"])
+    assert (
+        ratio.raw.shape == (0,)
+        and ratio.diagnostics["tokens"] == 0
+        and math.isnan(ratio.diagnostics["raw_mean"])
+    )
     assert importance_ratio(torch.zeros(2).bfloat16(), torch.zeros(2)).raw.dtype == torch.float32
 
 

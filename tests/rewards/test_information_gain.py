@@ -14,16 +14,19 @@ THOUGHTS = torch.tensor([[[-1.0, -2.0, -3.0], [-4.0, -1.0, -0.5]]])  # [1, 2, 3]
 PLAIN = torch.tensor([[-2.0, -2.0, -2.0]])
 
 
-@pytest.mark.parametrize(("options", "expected"), [
-    ({}, [0.0, 0.5]),
-    ({"reduction": "mean"}, [0.0, 0.5 / 3]),
-    ({"discount": 0.5}, [1 + 0 - 0.25, -2 + 0.5 + 0.375]),
-    ({"discount": 0.5, "reduction": "mean"}, [0.75 / 1.75, -1.125 / 1.75]),
-    ({"discount": 0.0}, [1.0, -2.0]),
-    ({"discount": 0.0, "reduction": "mean"}, [1.0, -2.0]),
-    ({"clip": 0.75}, [0.75 + 0 - 0.75, -0.75 + 0.75 + 0.75]),
-    ({"clip": 0.75, "discount": 0.5}, [0.75 - 0.1875, -0.75 + 0.375 + 0.1875]),
-])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.0, 0.5]),
+        ({"reduction": "mean"}, [0.0, 0.5 / 3]),
+        ({"discount": 0.5}, [1 + 0 - 0.25, -2 + 0.5 + 0.375]),
+        ({"discount": 0.5, "reduction": "mean"}, [0.75 / 1.75, -1.125 / 1.75]),
+        ({"discount": 0.0}, [1.0, -2.0]),
+        ({"discount": 0.0, "reduction": "mean"}, [1.0, -2.0]),
+        ({"clip": 0.75}, [0.75 + 0 - 0.75, -0.75 + 0.75 + 0.75]),
+        ({"clip": 0.75, "discount": 0.5}, [0.75 - 0.1875, -0.75 + 0.375 + 0.1875]),
+    ],
+)
 def test_golden_values(options: dict[str, Any], expected: list[float]) -> None:
     """Pitfalls 17 and 18 of METHODS §12: the horizon (sum, mean, γᵏ, γ = 0) and the per-token clip."""
     assert information_gain(THOUGHTS, PLAIN, **options)[0].tolist() == pytest.approx(expected, abs=1e-12)
@@ -44,7 +47,9 @@ def test_result_is_float64_and_carries_no_gradient_of_detached_inputs() -> None:
 
 
 def test_masks_per_position_and_per_thought() -> None:
-    """Pitfall 17: a document that ends inside the horizon. The discount counts from the target's first token."""
+    """Pitfall 17: a document that ends inside the horizon. The discount counts from the target's first
+    token.
+    """
     shared = torch.tensor([[True, False, True]])
     assert information_gain(THOUGHTS, PLAIN, shared)[0].tolist() == [0.0, -0.5]
     assert information_gain(THOUGHTS, PLAIN, shared, discount=0.5)[0].tolist() == [1 - 0.25, -2 + 0.375]
@@ -84,24 +89,35 @@ def test_impossible_targets() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-100, 0, width=32), min_size=1, max_size=6), st.floats(0, 1),
-       st.sampled_from(["sum", "mean"]))
-def test_a_thought_the_model_ignores_gains_exactly_nothing(plain: list[float], discount: float, reduction: str) -> None:
+@given(
+    st.lists(st.floats(-100, 0, width=32), min_size=1, max_size=6),
+    st.floats(0, 1),
+    st.sampled_from(["sum", "mean"]),
+)
+def test_a_thought_the_model_ignores_gains_exactly_nothing(
+    plain: list[float], discount: float, reduction: str
+) -> None:
     baseline = torch.tensor([plain])
-    gain = information_gain(baseline.unsqueeze(1).repeat(1, 3, 1), baseline, discount=discount, reduction=reduction)
+    gain = information_gain(
+        baseline.unsqueeze(1).repeat(1, 3, 1), baseline, discount=discount, reduction=reduction
+    )
     assert gain.tolist() == [[0.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    ((THOUGHTS, PLAIN[:, :2]), {}, r"\(1, 2, 3\).*\(1, 2\)"),
-    ((THOUGHTS[0], PLAIN), {}, r"\[B, G, T\]"),
-    ((THOUGHTS, PLAIN, torch.ones(1, 2, dtype=torch.bool)), {}, r"mask \(1, 1, 2\)"),
-    ((THOUGHTS, PLAIN, torch.ones(1, 3, 3, dtype=torch.bool)), {}, "mask"),
-    ((THOUGHTS, PLAIN), {"discount": 1.5}, "discount 1.5"),
-    ((THOUGHTS, PLAIN), {"reduction": "max"}, "'max'"),
-    ((THOUGHTS, PLAIN), {"clip": 0.0}, "clip 0.0"),
-])
-def test_wrong_arguments_are_refused(arguments: tuple[Any, ...], options: dict[str, Any], message: str, unchecked: None
-                                     ) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((THOUGHTS, PLAIN[:, :2]), {}, r"\(1, 2, 3\).*\(1, 2\)"),
+        ((THOUGHTS[0], PLAIN), {}, r"\[B, G, T\]"),
+        ((THOUGHTS, PLAIN, torch.ones(1, 2, dtype=torch.bool)), {}, r"mask \(1, 1, 2\)"),
+        ((THOUGHTS, PLAIN, torch.ones(1, 3, 3, dtype=torch.bool)), {}, "mask"),
+        ((THOUGHTS, PLAIN), {"discount": 1.5}, "discount 1.5"),
+        ((THOUGHTS, PLAIN), {"reduction": "max"}, "'max'"),
+        ((THOUGHTS, PLAIN), {"clip": 0.0}, "clip 0.0"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str, unchecked: None
+) -> None:
     with pytest.raises(ValueError, match=message):
         information_gain(*arguments, **options)

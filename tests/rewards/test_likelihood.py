@@ -17,17 +17,27 @@ from rewards import row_entropies, token_logps, token_logps_from_logits
 likelihood = importlib.import_module("rewards.likelihood")
 
 
-def problem(rows: int = 10, hidden: int = 8, vocabulary: int = 37, dtype: torch.dtype = torch.float64, seed: int = 0
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem(
+    rows: int = 10, hidden: int = 8, vocabulary: int = 37, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in
-            ((rows, hidden), (vocabulary, hidden), (vocabulary,))]
+    made = [
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((rows, hidden), (vocabulary, hidden), (vocabulary,))
+    ]
     labels = torch.randint(vocabulary, (rows,), generator=generator)
     return *(values.to(dtype).requires_grad_() for values in made), labels  # type: ignore[return-value]
 
 
-def full(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, temperature: Any = 1.0,
-         softcap: float | None = None, scale: float = 1.0) -> Tensor:
+def full(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: Any = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     logits = hidden @ weight.T
     logits = (logits if bias is None else logits + bias) * scale
     if softcap is not None:
@@ -60,29 +70,54 @@ def test_golden_values() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(chunk=st.integers(1, 50), block=st.integers(1, 12), rows=st.integers(1, 12),
-       softcap=st.sampled_from([None, 2.0]), scale=st.sampled_from([1.0, 0.25]),
-       heat=st.sampled_from(["one", "number", "rows"]), with_bias=st.booleans(),
-       seed=st.integers(0, 1000))
-def test_equals_full_logits_whatever_the_chunks(chunk: int, block: int, rows: int, softcap: float | None, scale: float,
-                                                heat: str, with_bias: bool, seed: int) -> None:
+@given(
+    chunk=st.integers(1, 50),
+    block=st.integers(1, 12),
+    rows=st.integers(1, 12),
+    softcap=st.sampled_from([None, 2.0]),
+    scale=st.sampled_from([1.0, 0.25]),
+    heat=st.sampled_from(["one", "number", "rows"]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_full_logits_whatever_the_chunks(
+    chunk: int,
+    block: int,
+    rows: int,
+    softcap: float | None,
+    scale: float,
+    heat: str,
+    with_bias: bool,
+    seed: int,
+) -> None:
     hidden, weight, bias, labels = problem(rows, dtype=torch.float32, seed=seed)
     temperature = {"one": 1.0, "number": 0.7, "rows": torch.linspace(0.5, 2.0, rows)}[heat]
-    options: dict[str, Any] = {"bias": bias if with_bias else None, "temperature": temperature, "softcap": softcap,
-                               "scale": scale}
+    options: dict[str, Any] = {
+        "bias": bias if with_bias else None,
+        "temperature": temperature,
+        "softcap": softcap,
+        "scale": scale,
+    }
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     direction = torch.randn(rows, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(likelihood, "_row_block", lambda _: block)
         chunked = token_logps(hidden, weight, labels, chunk_size=chunk, **options)
         gradients = torch.autograd.grad(chunked, inputs, direction)
-        entropies = row_entropies(hidden, weight, chunk_size=chunk, bias=options["bias"], softcap=softcap, scale=scale)
+        entropies = row_entropies(
+            hidden, weight, chunk_size=chunk, bias=options["bias"], softcap=softcap, scale=scale
+        )
     reference = full(hidden, weight, labels, **options)
     torch.testing.assert_close(chunked, reference, atol=1e-5, rtol=0)
     for ours, theirs in zip(gradients, torch.autograd.grad(reference, inputs, direction), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    every = torch.stack([full(hidden, weight, torch.full_like(labels, token), options["bias"], 1.0, softcap, scale)
-                         for token in range(weight.shape[0])], -1)
+    every = torch.stack(
+        [
+            full(hidden, weight, torch.full_like(labels, token), options["bias"], 1.0, softcap, scale)
+            for token in range(weight.shape[0])
+        ],
+        -1,
+    )
     torch.testing.assert_close(entropies, -(every.exp() * every).sum(-1), atol=1e-5, rtol=0)
 
 
@@ -94,8 +129,9 @@ def test_gradients_by_finite_differences(softcap: float | None, monkeypatch: pyt
     heat = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
 
     def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return token_logps(hidden, weight, labels, bias=bias, temperature=heat, chunk_size=3, softcap=softcap,
-                           scale=1.3)
+        return token_logps(
+            hidden, weight, labels, bias=bias, temperature=heat, chunk_size=3, softcap=softcap, scale=1.3
+        )
 
     assert torch.autograd.gradcheck(logps, (hidden, weight, bias))
 
@@ -104,16 +140,24 @@ def test_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(likelihood, "_row_block", lambda _: 16)
     hidden, weight, bias, labels = problem(rows=64, hidden=4, vocabulary=1000, dtype=torch.float32)
     with Watch() as watch:
-        token_logps(hidden, weight, labels, bias=bias, chunk_size=50, softcap=5.0, temperature=0.8).sum().backward()
+        token_logps(
+            hidden, weight, labels, bias=bias, chunk_size=50, softcap=5.0, temperature=0.8
+        ).sum().backward()
         row_entropies(hidden, weight, chunk_size=50)
-    assert watch.largest == weight.numel() < 64 * 1000  # the gradient of the weight is the largest tensor there is
+    assert (
+        watch.largest == weight.numel() < 64 * 1000
+    )  # the gradient of the weight is the largest tensor there is
     assert hidden.grad is not None and weight.grad is not None and bias.grad is not None
 
 
 def test_frozen_inputs_cost_no_product() -> None:
     hidden, weight, _, labels = problem(dtype=torch.float32)
     products = {}
-    cases = {"both": (hidden, weight), "hidden": (hidden, weight.detach()), "weight": (hidden.detach(), weight)}
+    cases = {
+        "both": (hidden, weight),
+        "hidden": (hidden, weight.detach()),
+        "weight": (hidden.detach(), weight),
+    }
     for name, inputs in cases.items():
         with Watch() as watch:
             token_logps(*inputs, labels).sum().backward()
@@ -127,12 +171,15 @@ def test_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     hidden, weight, bias, labels = problem(rows=512, hidden=16, vocabulary=64, dtype=dtype)
     logps = token_logps(hidden, weight, labels, bias=bias, chunk_size=10)
     assert logps.dtype == torch.float32
-    # The product is rounded as the model's own head rounds it; everything after is fp32. A CPU's kernels may add in an order
-    # that depends on the number of rows: then a logit now and then is the next number of its type.
+    # The product is rounded as the model's own head rounds it; everything after is fp32. A CPU's kernels may
+    # add in an order that depends on the number of rows: then a logit now and then is the next number of its
+    # type.
     logits = (hidden @ weight.T).float()
     exact = (logits + bias.float()).log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
     apart = (logps - exact).abs()
-    assert (apart <= 1e-5).float().mean() >= 0.98 and apart.max() <= 2 * torch.finfo(dtype).eps * logits.abs().max()
+    assert (apart <= 1e-5).float().mean() >= 0.98 and apart.max() <= 2 * torch.finfo(
+        dtype
+    ).eps * logits.abs().max()
     ours = torch.autograd.grad(logps.sum(), (hidden, weight, bias))
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
     theirs = torch.autograd.grad(full(wide[0], wide[1], labels, wide[2]).sum(), wide)
@@ -180,7 +227,9 @@ def test_leading_dimensions_are_kept() -> None:
     hidden, weight, _, labels = problem(rows=12)
     heat = torch.linspace(0.5, 1.5, 12, dtype=torch.float64)
     flat = token_logps(hidden, weight, labels, temperature=heat)
-    shaped = token_logps(hidden.view(2, 3, 2, 8), weight, labels.view(2, 3, 2), temperature=heat.view(2, 3, 2))
+    shaped = token_logps(
+        hidden.view(2, 3, 2, 8), weight, labels.view(2, 3, 2), temperature=heat.view(2, 3, 2)
+    )
     assert torch.equal(shaped, flat.view(2, 3, 2))
     assert row_entropies(hidden.view(3, 4, 8), weight).shape == (3, 4)
     assert token_logps(hidden[0], weight, labels[0]).shape == ()
@@ -192,7 +241,8 @@ def test_nan_and_infinite_logits() -> None:
     poisoned[3] = torch.nan
     logps = token_logps(poisoned, weight, labels)
     assert logps.isnan().tolist() == [row == 3 for row in range(10)]
-    # Forbidden tokens, here the whole first tile: probability 0, and an impossible label has log-probability -inf.
+    # Forbidden tokens, here the whole first tile: probability 0, and an impossible label has log-probability
+    # -inf.
     bias = torch.zeros(37)
     bias[:5] = -torch.inf
     labels[0], labels[1:] = 2, labels[1:].clamp(min=5)
@@ -217,15 +267,23 @@ def test_a_parameter_emptied_between_forward_and_backward() -> None:
     torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"temperature": 0.0}, "above 0"), ({"temperature": -1.0}, "above 0"), ({"temperature": math.inf}, "finite"),
-    ({"temperature": torch.tensor([1.0, 0.0])}, "above 0"), ({"temperature": torch.ones(3)}, r"\(3,\).*\(2,\)"),
-    ({"labels": torch.tensor([0, 37])}, "37 is outside.*mark rows"),
-    ({"labels": torch.tensor([0, -1])}, "-1 is outside"),
-    ({"labels": torch.tensor([0])}, r"labels \(1,\).*hidden \(2, 8\)"), ({"bias": torch.zeros(5)}, r"bias \(5,\)"),
-    ({"hidden": torch.zeros(2, 9)}, r"hidden \(2, 9\).*\(37, 8\)"), ({"chunk_size": 0}, "chunk_size 0"),
-    ({"softcap": 0.0}, "softcap 0.0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "above 0"),
+        ({"temperature": -1.0}, "above 0"),
+        ({"temperature": math.inf}, "finite"),
+        ({"temperature": torch.tensor([1.0, 0.0])}, "above 0"),
+        ({"temperature": torch.ones(3)}, r"\(3,\).*\(2,\)"),
+        ({"labels": torch.tensor([0, 37])}, "37 is outside.*mark rows"),
+        ({"labels": torch.tensor([0, -1])}, "-1 is outside"),
+        ({"labels": torch.tensor([0])}, r"labels \(1,\).*hidden \(2, 8\)"),
+        ({"bias": torch.zeros(5)}, r"bias \(5,\)"),
+        ({"hidden": torch.zeros(2, 9)}, r"hidden \(2, 9\).*\(37, 8\)"),
+        ({"chunk_size": 0}, "chunk_size 0"),
+        ({"softcap": 0.0}, "softcap 0.0"),
+    ],
+)
 def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str, unchecked: None) -> None:
     hidden, weight, _, labels = problem(rows=2, dtype=torch.float32)
     arguments: dict[str, Any] = {"hidden": hidden, "lm_head_weight": weight, "labels": labels} | changes

@@ -1,4 +1,6 @@
-"""Likelihood rewards: hand-worked values, the bound against its definition, and how they reduce to each other."""
+"""Likelihood rewards: hand-worked values, the bound against its definition, and how they reduce to each
+other.
+"""
 
 import math
 
@@ -44,7 +46,16 @@ def test_vr_clis_steps_begin_above_their_thresholds() -> None:
     percents = [-1.0, 0.0, 0.04, 0.06, 0.9, 1.1, 1.9, 2.1]
     thoughts = torch.tensor([[[-math.log(1 - p / 100)] for p in percents]], dtype=torch.float64)
     assert perplexity_gain(thoughts, plain)[0].tolist() == pytest.approx(percents, abs=1e-12)
-    assert perplexity_gain(thoughts, plain, steps=VR_CLI_STEPS)[0].tolist() == [0, 0, 0, 0.5, 0.5, 0.9, 0.9, 1]
+    assert perplexity_gain(thoughts, plain, steps=VR_CLI_STEPS)[0].tolist() == [
+        0,
+        0,
+        0,
+        0.5,
+        0.5,
+        0.9,
+        0.9,
+        1,
+    ]
 
 
 def test_what_is_masked_may_hold_anything_and_no_token_is_not_applicable() -> None:
@@ -55,15 +66,24 @@ def test_what_is_masked_may_hold_anything_and_no_token_is_not_applicable() -> No
     assert debiased_probability(thoughts, plain, mask)[0].tolist() == pytest.approx([0.5 - math.exp(-1), 0])
     assert not perplexity_gain(thoughts, plain, mask).isnan().any()
     none = torch.zeros(1, 2, dtype=torch.bool)
-    for value in (target_logp(thoughts, none), target_logp(thoughts, none, mean=True), target_probability(thoughts, none),
-                  target_probability(thoughts, none, mean=True), debiased_probability(thoughts, plain, none),
-                  perplexity_gain(thoughts, plain, none), perplexity_gain(thoughts, plain, none, steps=VR_CLI_STEPS)):
+    for value in (
+        target_logp(thoughts, none),
+        target_logp(thoughts, none, mean=True),
+        target_probability(thoughts, none),
+        target_probability(thoughts, none, mean=True),
+        debiased_probability(thoughts, plain, none),
+        perplexity_gain(thoughts, plain, none),
+        perplexity_gain(thoughts, plain, none, steps=VR_CLI_STEPS),
+    ):
         assert value.isnan().all()
 
 
 def test_log_prob_is_the_information_gain_up_to_what_a_position_shares() -> None:
     generator = torch.Generator().manual_seed(0)
-    thoughts, plain = -torch.rand(3, 5, 4, generator=generator) * 9, -torch.rand(3, 4, generator=generator) * 9
+    thoughts, plain = (
+        -torch.rand(3, 5, 4, generator=generator) * 9,
+        -torch.rand(3, 4, generator=generator) * 9,
+    )
     gain = leave_one_out(information_gain(thoughts, plain))
     torch.testing.assert_close(leave_one_out(target_logp(thoughts)), gain, rtol=0, atol=1e-12)
 
@@ -80,7 +100,9 @@ def bound(logps: list[float]) -> float:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-30, 0) | st.just(NAN), min_size=2, max_size=6), st.integers(1, 3))
 def test_the_bound_is_what_it_says(turn: list[float], turns: int) -> None:
-    advantage, weight = multi_sample_bound(torch.tensor([turn * turns], dtype=torch.float64), samples=len(turn))
+    advantage, weight = multi_sample_bound(
+        torch.tensor([turn * turns], dtype=torch.float64), samples=len(turn)
+    )
     valid = [i for i, x in enumerate(turn) if x == x]
     for i in range(len(turn)):
         for k in range(turns):  # the same thoughts in each turn: the same numbers
@@ -91,11 +113,15 @@ def test_the_bound_is_what_it_says(turn: list[float], turns: int) -> None:
             others = [turn[j] for j in valid if j != i]
             theirs = len(valid) * (bound(turn) - bound(others)) if others else 0.0
             assert ours == pytest.approx(theirs, abs=1e-9)
-            assert share == pytest.approx(len(valid) * math.exp(turn[i]) / sum(math.exp(turn[j]) for j in valid), rel=1e-9)
+            assert share == pytest.approx(
+                len(valid) * math.exp(turn[i]) / sum(math.exp(turn[j]) for j in valid), rel=1e-9
+            )
 
 
 def test_the_bounds_gradient_by_enumeration() -> None:
-    """Two thoughts to choose from, p = softmax(t): the estimator's mean over all pairs is the derivative of E[L]."""
+    """Two thoughts to choose from, p = softmax(t): the estimator's mean over all pairs is the derivative
+    of E[L].
+    """
     logps = torch.tensor([-0.3, -2.0], dtype=torch.float64)
     t = torch.tensor([0.2, -0.4], dtype=torch.float64, requires_grad=True)
     p = t.softmax(0)

@@ -62,7 +62,9 @@ def test_truncated_distributions_by_hand(changes: dict[str, float], expected: to
     torch.testing.assert_close(logps[0].exp(), expected[order], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 2.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 2.0}]
+)
 def test_frequencies_and_log_probabilities_of_draws(changes: dict[str, float]) -> None:
     count = 20_000
     logits = PROBS.log().expand(count, -1)

@@ -52,7 +52,9 @@ def test_behaviour_logps_equal_a_full_forward(family: str) -> None:
     engine = HFEngine(model)
     groups = sample(engine, prompts)
     assert engine.health()["path"] == FAMILIES[family][1]
-    assert {len(thought.token_ids) for group in groups for thought in group} != {9}  # some ended before the others
+    assert {len(thought.token_ids) for group in groups for thought in group} != {
+        9
+    }  # some ended before the others
     for prompt, group in zip(prompts, groups, strict=True):
         for thought in group:
             expected = logps_of(model, prompt.token_ids, thought.token_ids)
@@ -64,7 +66,9 @@ def test_thoughts_do_not_depend_on_what_shares_the_batch(family: str) -> None:
     model, prompts = model_of(family), prompts_of([12, 3, 7, 7, 16])
     together = tokens(sample(HFEngine(model), prompts, seeds=[5, 6, 7, 8, 9]))
     assert len({thought for group in together for thought in group}) > 10
-    alone = [tokens(sample(HFEngine(model), [p], seeds=[s]))[0] for p, s in zip(prompts, range(5, 10), strict=True)]
+    alone = [
+        tokens(sample(HFEngine(model), [p], seeds=[s]))[0] for p, s in zip(prompts, range(5, 10), strict=True)
+    ]
     assert alone == together
     assert tokens(sample(HFEngine(model, batch_size=2), prompts, seeds=[5, 6, 7, 8, 9])) == together
     assert tokens(sample(HFEngine(model), prompts[::-1], seeds=[9, 8, 7, 6, 5])) == together[::-1]
@@ -88,7 +92,9 @@ def test_dropping_rows_changes_nothing(family: str) -> None:
         for thought, whole in zip(group, endless, strict=True):
             length = next((t + 1 for t, token in enumerate(whole.token_ids) if token in stops), 9)
             assert thought.token_ids == whole.token_ids[:length]
-            torch.testing.assert_close(thought.behaviour_logps, whole.behaviour_logps[:length], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                thought.behaviour_logps, whole.behaviour_logps[:length], atol=1e-5, rtol=0
+            )
 
 
 def test_each_context_is_read_once_and_ended_rows_leave() -> None:
@@ -126,7 +132,9 @@ def test_frequencies_of_thoughts_follow_the_model() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "mamba"])
 def test_greedy_is_the_argmax(family: str) -> None:
     model, prompts = model_of(family), prompts_of([5, 9], stop_ids=())
-    groups = sample(HFEngine(model), prompts, SamplingParams(max_thought_tokens=6, temperature=0.0, top_k=1), n=2)
+    groups = sample(
+        HFEngine(model), prompts, SamplingParams(max_thought_tokens=6, temperature=0.0, top_k=1), n=2
+    )
     for prompt, group in zip(prompts, groups, strict=True):
         ids = torch.tensor([prompt.token_ids])
         for _ in range(6):
@@ -163,7 +171,9 @@ def test_stop_strings_end_a_thought_where_their_text_is_complete() -> None:
     groups = sample(engine, prompts, SamplingParams(max_thought_tokens=8), n=2)
     assert tokens(groups) == [[tuple(range(6, 12))] * 2, [tuple(range(6, 14))] * 2, [(6, 7, 8, 9)] * 2]
     assert [group[0].finish_reason.value for group in groups] == ["close", "length", "close"]
-    last = sample(engine, [Prompt((5,), (), stop_strings=("w6",))], SamplingParams(max_thought_tokens=4), n=1)[0][0]
+    last = sample(
+        engine, [Prompt((5,), (), stop_strings=("w6",))], SamplingParams(max_thought_tokens=4), n=1
+    )[0][0]
     assert (last.token_ids, last.finish_reason) == ((6, 7, 8, 9), FinishReason.CLOSE)
 
 
@@ -187,9 +197,13 @@ def test_the_trainers_module_is_left_as_it_was() -> None:
     model.gradient_checkpointing_enable()
     model.model.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    assert tokens(sample(HFEngine(model), prompts)) == expected  # no dropout, and checkpointing left the cache alone
+    assert (
+        tokens(sample(HFEngine(model), prompts)) == expected
+    )  # no dropout, and checkpointing left the cache alone
     assert modes == {name: module.training for name, module in model.named_modules()}
-    model(input_ids=torch.tensor([prompts[0].token_ids]), labels=torch.tensor([prompts[0].token_ids])).loss.backward()
+    model(
+        input_ids=torch.tensor([prompts[0].token_ids]), labels=torch.tensor([prompts[0].token_ids])
+    ).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -221,7 +235,9 @@ def test_sync_copies_weights_and_stamps_the_version() -> None:
 def test_sync_names_what_does_not_fit() -> None:
     engine = HFEngine(model_of("qwen3"), shares_weights=False)
     weights = dict(model_of("qwen3").named_parameters())
-    odd = {"other.weight" if name == "model.norm.weight" else name: tensor for name, tensor in weights.items()}
+    odd = {
+        "other.weight" if name == "model.norm.weight" else name: tensor for name, tensor in weights.items()
+    }
     with pytest.raises(ValueError, match=r"unknown: other\.weight; missing: model\.norm\.weight"):
         engine.sync(lambda: odd.items(), version=1)
     with pytest.raises(ValueError, match=r"model\.norm\.weight: got shape \(3,\), the engine has \(32,\)"):

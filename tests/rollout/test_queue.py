@@ -61,7 +61,11 @@ def test_a_pause_finishes_what_runs_and_begins_nothing(make):
     time.sleep(0.02)
     queue.pause()
     before = list(log)
-    assert [name for what, name in before if what == "begin"] == [name for what, name in before if what == "end"] == [0, 1]
+    assert (
+        [name for what, name in before if what == "begin"]
+        == [name for what, name in before if what == "end"]
+        == [0, 1]
+    )
     time.sleep(0.1)
     assert log == before
     queue.resume()
@@ -87,7 +91,9 @@ def test_what_a_piece_raises_is_raised(make):
 def test_nothing_waits_longer_than_the_deadline(make):
     queue, begin = make(1, deadline=0.2), time.monotonic()
     ticket = queue.submit([piece("a", 60.0), piece("b")])
-    with pytest.raises(TimeoutError, match=r"rollouts took more than 0 s \(2 of 2 pieces missing\): the engine hangs"):
+    with pytest.raises(
+        TimeoutError, match=r"rollouts took more than 0 s \(2 of 2 pieces missing\): the engine hangs"
+    ):
         queue.result(ticket)
     queue.submit([piece("c", 60.0)])
     time.sleep(0.05)

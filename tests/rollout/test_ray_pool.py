@@ -46,9 +46,15 @@ def make(model, cluster):
     made = []
 
     def start(kind="hf", num_engines=2, **settings) -> RayEngine:
-        more = {"max_model_len": 512, "max_num_seqs": 32, "kv_cache_gib": 0.05} if kind == "vllm_local" else {}
-        engine = RayEngine(kind, {"model": str(model.folder), **more}, num_engines=num_engines,
-                           **{"request_timeout": 60.0, "deadline": 90.0} | settings)  # fmt: skip
+        more = (
+            {"max_model_len": 512, "max_num_seqs": 32, "kv_cache_gib": 0.05} if kind == "vllm_local" else {}
+        )
+        engine = RayEngine(
+            kind,
+            {"model": str(model.folder), **more},
+            num_engines=num_engines,
+            **{"request_timeout": 60.0, "deadline": 90.0} | settings,
+        )
         made.append(engine)
         engine.sync(weights_of(model), 0)
         return engine

@@ -1,4 +1,6 @@
-"""`rlpretrain serve`: a real one with vLLM under bad input and many clients; the routes in this process with the hf engine."""
+"""`rlpretrain serve`: a real one with vLLM under bad input and many clients; the routes in this process
+with the hf engine.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def trainer(serving):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(serving.model).eval()
-    engine = VLLMServerEngine([serving.url], model=serving.model, weights_dir=serving.weights / "run", token=TOKEN, deadline=30.0)
+    engine = VLLMServerEngine(
+        [serving.url], model=serving.model, weights_dir=serving.weights / "run", token=TOKEN, deadline=30.0
+    )
     yield model, engine
     engine.close()
 
@@ -89,9 +93,14 @@ def test_a_trainer_samples_from_it_and_gives_it_weights(serving, trainer):
         assert worst(model, prompts, groups) <= 1e-4
         assert {t.policy_version for group in groups for t in group} == {version}
     greedy = SamplingParams(max_thought_tokens=9, temperature=0.0)
-    assert tokens(sample(engine, prompts, greedy, n=1)) == tokens(sample(HFEngine(model), prompts, greedy, n=1))
-    serving.client.post("/collective_rpc", headers={"Authorization": f"Bearer {TOKEN}"},
-                        json={"method": "reload_weights", "kwargs": {"weights_path": "good"}})  # fmt: skip
+    assert tokens(sample(engine, prompts, greedy, n=1)) == tokens(
+        sample(HFEngine(model), prompts, greedy, n=1)
+    )
+    serving.client.post(
+        "/collective_rpc",
+        headers={"Authorization": f"Bearer {TOKEN}"},
+        json={"method": "reload_weights", "kwargs": {"weights_path": "good"}},
+    )
 
 
 def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
@@ -113,7 +122,9 @@ def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
         await load(server, folder, mark)
 
     try:
-        engine = VLLMServerEngine([first.url, second.url], model=first.model, weights_dir=first.weights / "run", token=TOKEN)
+        engine = VLLMServerEngine(
+            [first.url, second.url], model=first.model, weights_dir=first.weights / "run", token=TOKEN
+        )
         probe = Probe(VOCABULARY, engine.block_size, engine.max_model_len)
         engine.sync(weights_of(model), 0)
         assert ask(probe, model, engine, 0) <= 1e-4
@@ -132,13 +143,21 @@ def test_a_trainer_with_another_token_is_told(serving, tmp_path):
     from rollout.vllm_routes import EngineUnavailable
 
     with pytest.raises(EngineUnavailable, match="refuses the token"):
-        VLLMServerEngine([serving.url], model=serving.model, weights_dir=tmp_path, token="another-token-entirely", deadline=5.0)
+        VLLMServerEngine(
+            [serving.url],
+            model=serving.model,
+            weights_dir=tmp_path,
+            token="another-token-entirely",
+            deadline=5.0,
+        )
 
 
 def test_a_client_that_goes_away_stops_its_sampling(serving):
     body = rollout(params={"max_thought_tokens": 500}, n=64)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{serving.url}/rollout", json=body, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.2)
+        httpx.post(
+            f"{serving.url}/rollout", json=body, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.2
+        )
     end = time.monotonic() + 5
     while serving.client.get("/health").json()["in_flight"]:
         assert time.monotonic() < end
@@ -157,7 +176,13 @@ def model():
 
 def served(model, tokenizer=None, **changes) -> Served:
     engine = BatchedEngine(HFEngine(model, tokenizer=tokenizer, shares_weights=False))
-    facts = {"max_model_len": 256, "vocabulary": 40, "eos_ids": (1,), "version": "9.9", "tokenizer": tokenizer}
+    facts = {
+        "max_model_len": 256,
+        "vocabulary": 40,
+        "eos_ids": (1,),
+        "version": "9.9",
+        "tokenizer": tokenizer,
+    }
     return Served(engine, "tiny", **facts | changes)
 
 
@@ -169,8 +194,12 @@ def client(model):
 
 
 def groups_of(client, prompts, n=3, seeds=None, **params) -> list[dict]:
-    body = {"prompts": [asdict(p) for p in prompts], "params": {"max_thought_tokens": 9} | params, "n": n,
-            "seeds": seeds or list(range(len(prompts)))}  # fmt: skip
+    body = {
+        "prompts": [asdict(p) for p in prompts],
+        "params": {"max_thought_tokens": 9} | params,
+        "n": n,
+        "seeds": seeds or list(range(len(prompts))),
+    }
     answer = client.post("/rollout", json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()["groups"]
@@ -190,16 +219,35 @@ def test_groups_are_those_of_the_engine(client, model):
 
 def test_positions_come_back_with_their_groups(client):
     (prompt,) = prompts_of([4])
-    position = {"document_id": "d7", "index": 4, "context_ids": [1, 2, 3, 4], "target_ids": [5], "suffix_ids": []}
-    body = {"prompts": [asdict(prompt)], "params": {"max_thought_tokens": 2}, "seeds": [255], "positions": [position]}
+    position = {
+        "document_id": "d7",
+        "index": 4,
+        "context_ids": [1, 2, 3, 4],
+        "target_ids": [5],
+        "suffix_ids": [],
+    }
+    body = {
+        "prompts": [asdict(prompt)],
+        "params": {"max_thought_tokens": 2},
+        "seeds": [255],
+        "positions": [position],
+    }
     (group,) = client.post("/rollout", json=body).json()["groups"]
     assert group["position"] == position and group["id"] == "d7@4:ff"
 
 
 def test_completions_are_vllms(client, model):
     (prompt,) = prompts_of([6], stop_ids=tuple(range(3, 12)))
-    body = {"prompt": list(prompt.token_ids), "n": 4, "seed": 3, "max_tokens": 9, "logprobs": 0, "return_token_ids": True,
-            "stop_token_ids": list(prompt.stop_ids), "ignore_eos": True}  # fmt: skip
+    body = {
+        "prompt": list(prompt.token_ids),
+        "n": 4,
+        "seed": 3,
+        "max_tokens": 9,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "stop_token_ids": list(prompt.stop_ids),
+        "ignore_eos": True,
+    }
     said = client.post("/v1/completions", json=body).json()
     (thoughts,) = sample(HFEngine(model), [prompt], n=4, seeds=[3])
     assert [c["token_ids"] for c in said["choices"]] == [list(t.token_ids) for t in thoughts]
@@ -219,7 +267,9 @@ def test_text_in_and_out(client):
 
 
 def test_calls_share_batches_and_get_their_own(client, model, monkeypatch):
-    """Sixteen clients of one prompt each: fewer calls of the engine than clients, and everybody's thoughts are their own."""
+    """Sixteen clients of one prompt each: fewer calls of the engine than clients, and everybody's thoughts
+    are their own.
+    """
     calls, inner = [], HFEngine.sample
 
     async def counted(self, prompts, *rest):
@@ -231,15 +281,19 @@ def test_calls_share_batches_and_get_their_own(client, model, monkeypatch):
     alone = [groups_of(client, [p], seeds=[i])[0] for i, p in enumerate(prompts)]
     monkeypatch.setattr(HFEngine, "sample", counted)
     found: dict[int, dict] = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: groups_of(client, [prompts[i]], seeds=[i])[0]}))
-               for i in range(16)]  # fmt: skip
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: groups_of(client, [prompts[i]], seeds=[i])[0]}))
+        for i in range(16)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sum(calls) == 16 and len(calls) < 16
     for i in range(16):
-        assert [t["token_ids"] for t in found[i]["thoughts"]] == [t["token_ids"] for t in alone[i]["thoughts"]]
+        assert [t["token_ids"] for t in found[i]["thoughts"]] == [
+            t["token_ids"] for t in alone[i]["thoughts"]
+        ]
 
 
 def test_weights_are_loaded_marked_and_forgotten(model, tmp_path):
@@ -250,7 +304,9 @@ def test_weights_are_loaded_marked_and_forgotten(model, tmp_path):
     own = tiny_model("qwen3", 40, initializer_range=0.3)
     own.save_pretrained(tmp_path / "model")
     write_weights(tmp_path / "weights" / "v1", dict(weights_of(other)()))
-    app = create_app(served(own, parameters=parameters_of(tmp_path / "model")), weights_dir=tmp_path / "weights")
+    app = create_app(
+        served(own, parameters=parameters_of(tmp_path / "model")), weights_dir=tmp_path / "weights"
+    )
     (prompt,) = prompts_of([6])
     with TestClient(app) as client:
         load = {"method": "reload_weights", "kwargs": {"weights_path": "v1"}}
@@ -259,7 +315,9 @@ def test_weights_are_loaded_marked_and_forgotten(model, tmp_path):
         client.post("/update_weight_version", json={"new_version": "run@1"})
         assert client.get("/weight_info").json() == {"weight_version": "run@1"}
         (group,) = groups_of(client, [prompt])
-        assert [tuple(t["token_ids"]) for t in group["thoughts"]] == tokens(sample(HFEngine(other), [prompt]))[0]
+        assert [tuple(t["token_ids"]) for t in group["thoughts"]] == tokens(
+            sample(HFEngine(other), [prompt])
+        )[0]
         assert group["policy_version"] == 1
         assert client.post("/collective_rpc", json=load).status_code == 200
         assert client.get("/weight_info").json() == {"weight_version": None}  # other weights, no name yet
@@ -283,9 +341,13 @@ def test_while_paused_nothing_starts_and_what_ran_is_aborted(model):
         run = threading.Thread(target=lambda: found.extend(groups_of(client, [prompt])))
         run.start()
         started.wait(5)
-        assert client.post("/pause").json() == {"status": "paused"} and client.get("/is_paused").json() == {"is_paused": True}
+        assert client.post("/pause").json() == {"status": "paused"} and client.get("/is_paused").json() == {
+            "is_paused": True
+        }
         run.join(5)
-        assert {t["finish_reason"] for t in found[0]["thoughts"]} == {"abort"} and len(found[0]["thoughts"]) == 3
+        assert {t["finish_reason"] for t in found[0]["thoughts"]} == {"abort"} and len(
+            found[0]["thoughts"]
+        ) == 3
         late = threading.Thread(target=lambda: found.extend(groups_of(client, [prompt])))
         late.start()
         late.join(0.5)
@@ -302,7 +364,10 @@ def test_limits_of_time_and_number(model):
             return await super().sample(*what)
 
     engine = BatchedEngine(Slow(model, shares_weights=False))
-    app = create_app(Served(engine, "tiny", 256, 40), limits=Limits(requests=1, request_s=0.2, body_bytes=2000, held_bytes=2000))
+    app = create_app(
+        Served(engine, "tiny", 256, 40),
+        limits=Limits(requests=1, request_s=0.2, body_bytes=2000, held_bytes=2000),
+    )
     body = {"prompts": [{"token_ids": [5]}], "params": {"max_thought_tokens": 2}, "seeds": [0]}
     with TestClient(app) as client:
         assert client.post("/rollout", json=body).status_code == 504
@@ -310,7 +375,9 @@ def test_limits_of_time_and_number(model):
         async def two():
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as both:
-                return await asyncio.gather(both.post("/rollout", json=body), both.post("/rollout", json=body))
+                return await asyncio.gather(
+                    both.post("/rollout", json=body), both.post("/rollout", json=body)
+                )
 
         answers = sorted(client.portal.call(two), key=lambda a: a.status_code)
         assert [a.status_code for a in answers] == [429, 504] and answers[0].headers["retry-after"] == "1"
@@ -319,7 +386,12 @@ def test_limits_of_time_and_number(model):
             for _ in range(5):
                 yield b" " * 1000
 
-        assert client.post("/rollout", content=chunks(), headers={"content-type": "application/json"}).status_code == 413
+        assert (
+            client.post(
+                "/rollout", content=chunks(), headers={"content-type": "application/json"}
+            ).status_code
+            == 413
+        )
 
 
 def test_a_body_that_does_not_come(model):
@@ -340,8 +412,18 @@ def test_a_body_that_does_not_come(model):
             sent.append(message)
 
         headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/rollout", "raw_path": b"/rollout", "query_string": b"",
-                 "root_path": "", "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("x", 80)}  # fmt: skip
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/rollout",
+            "raw_path": b"/rollout",
+            "query_string": b"",
+            "root_path": "",
+            "headers": headers,
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("x", 80),
+        }
         await asyncio.wait_for(app(scope, receive, send), 5)
 
     with TestClient(app) as client:
@@ -364,29 +446,79 @@ def test_an_engine_that_fails_says_nothing_of_why(model):
 
 @pytest.mark.parametrize("heat", [1e-154, 0.009, -1, 101])
 def test_temperatures_no_float32_stands_are_refused(client, heat):
-    body = {"prompts": [{"token_ids": [5]}], "params": {"max_thought_tokens": 2, "temperature": heat}, "seeds": [0]}
-    for answer in (client.post("/rollout", json=body), client.post("/v1/completions", json={"prompt": [5], "temperature": heat})):
+    body = {
+        "prompts": [{"token_ids": [5]}],
+        "params": {"max_thought_tokens": 2, "temperature": heat},
+        "seeds": [0],
+    }
+    for answer in (
+        client.post("/rollout", json=body),
+        client.post("/v1/completions", json={"prompt": [5], "temperature": heat}),
+    ):
         assert answer.status_code == 400 and "temperature" in answer.text
 
 
 ids = st.lists(st.integers(-2, 60) | st.integers(), max_size=6)
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-                        max_leaves=12)  # fmt: skip
-almost = st.fixed_dictionaries({
-    "prompts": st.lists(st.fixed_dictionaries({"token_ids": ids}, optional={"stop_ids": ids, "stop_strings":
-                        st.lists(st.text(max_size=3), max_size=2), "join_ids": ids}), max_size=3),
-    "params": st.fixed_dictionaries({"max_thought_tokens": st.integers(-1, 5)}, optional={
-        "temperature": st.floats() | st.sampled_from([0, 1]), "top_p": st.floats(-0.1, 1.1), "top_k": st.integers(-2, 50),
-        "eos_ids": ids}),
-    "n": st.integers(-1, 3), "seeds": st.lists(st.integers(0, 2**63), max_size=3),
-}, optional={"positions": st.lists(st.fixed_dictionaries({"document_id": st.text(max_size=4), "index": st.integers()}),
-                                   max_size=3), "extra": anything})  # fmt: skip
-completion = st.fixed_dictionaries({"prompt": ids | st.lists(ids, max_size=3) | st.text(max_size=20)}, optional={
-    "n": st.integers(-1, 3), "max_tokens": st.integers(-1, 5), "temperature": st.floats(), "top_k": st.integers(-2, 3),
-    "seed": st.integers(), "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=2), "logprobs": st.integers(0, 1),
-    "model": st.text(max_size=5), "return_token_ids": st.booleans(), "stop_token_ids": ids})  # fmt: skip
-ROUTES = ["/rollout", "/v1/completions", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/resume"]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+almost = st.fixed_dictionaries(
+    {
+        "prompts": st.lists(
+            st.fixed_dictionaries(
+                {"token_ids": ids},
+                optional={
+                    "stop_ids": ids,
+                    "stop_strings": st.lists(st.text(max_size=3), max_size=2),
+                    "join_ids": ids,
+                },
+            ),
+            max_size=3,
+        ),
+        "params": st.fixed_dictionaries(
+            {"max_thought_tokens": st.integers(-1, 5)},
+            optional={
+                "temperature": st.floats() | st.sampled_from([0, 1]),
+                "top_p": st.floats(-0.1, 1.1),
+                "top_k": st.integers(-2, 50),
+                "eos_ids": ids,
+            },
+        ),
+        "n": st.integers(-1, 3),
+        "seeds": st.lists(st.integers(0, 2**63), max_size=3),
+    },
+    optional={
+        "positions": st.lists(
+            st.fixed_dictionaries({"document_id": st.text(max_size=4), "index": st.integers()}), max_size=3
+        ),
+        "extra": anything,
+    },
+)
+completion = st.fixed_dictionaries(
+    {"prompt": ids | st.lists(ids, max_size=3) | st.text(max_size=20)},
+    optional={
+        "n": st.integers(-1, 3),
+        "max_tokens": st.integers(-1, 5),
+        "temperature": st.floats(),
+        "top_k": st.integers(-2, 3),
+        "seed": st.integers(),
+        "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=2),
+        "logprobs": st.integers(0, 1),
+        "model": st.text(max_size=5),
+        "return_token_ids": st.booleans(),
+        "stop_token_ids": ids,
+    },
+)
+ROUTES = [
+    "/rollout",
+    "/v1/completions",
+    "/collective_rpc",
+    "/update_weight_version",
+    "/reset_prefix_cache",
+    "/resume",
+]
 
 
 def answered(answer: httpx.Response) -> None:
@@ -408,12 +540,17 @@ def test_fuzz_rollout(client, body):
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=completion)
 def test_fuzz_completions(client, body):
-    answered(client.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}))
+    answered(
+        client.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(route=st.sampled_from(ROUTES), mode=st.text(max_size=5),
-       body=anything.map(json.dumps).map(str.encode) | st.binary(max_size=40))  # fmt: skip
+@given(
+    route=st.sampled_from(ROUTES),
+    mode=st.text(max_size=5),
+    body=anything.map(json.dumps).map(str.encode) | st.binary(max_size=40),
+)
 def test_fuzz_every_route(client, route, mode, body):
     answered(client.post(route, content=body, headers={"content-type": "application/json"}))
     answer = client.post("/pause", params={"mode": mode})
@@ -451,12 +588,27 @@ def test_a_truth_is_no_number_in_any_body(client):
     from rollout import wire
 
     good = {
-        wire.Rollout: {"prompts": [{"token_ids": [5], "stop_ids": [7], "close_ids": [7], "join_ids": [8]}], "n": 1, "seeds": [3],
-                       "params": {"max_thought_tokens": 2, "temperature": 1, "top_p": 1, "top_k": 0, "eos_ids": [1]},
-                       "positions": [{"document_id": "d", "index": 1, "context_ids": [5], "target_ids": [6], "suffix_ids": [7]}]},
-        wire.Completion: {"prompt": [5, 6], "n": 1, "max_tokens": 2, "temperature": 1, "top_p": 1, "top_k": 0, "seed": 3,
-                          "stop_token_ids": [7], "logprobs": 0},
-    }  # fmt: skip
+        wire.Rollout: {
+            "prompts": [{"token_ids": [5], "stop_ids": [7], "close_ids": [7], "join_ids": [8]}],
+            "n": 1,
+            "seeds": [3],
+            "params": {"max_thought_tokens": 2, "temperature": 1, "top_p": 1, "top_k": 0, "eos_ids": [1]},
+            "positions": [
+                {"document_id": "d", "index": 1, "context_ids": [5], "target_ids": [6], "suffix_ids": [7]}
+            ],
+        },
+        wire.Completion: {
+            "prompt": [5, 6],
+            "n": 1,
+            "max_tokens": 2,
+            "temperature": 1,
+            "top_p": 1,
+            "top_k": 0,
+            "seed": 3,
+            "stop_token_ids": [7],
+            "logprobs": 0,
+        },
+    }
     routes = {wire.Rollout: "/rollout", wire.Completion: "/v1/completions"}
     for kind, body in good.items():
         assert client.post(routes[kind], json=body).status_code == 200

@@ -31,11 +31,29 @@ def thoughts(draw):
 def groups(draw):
     said = tuple(draw(st.lists(thoughts(), max_size=3)))
     rewards = draw(st.none() | st.just(tuple(draw(LOGPS) for _ in said)))
-    position = Position(draw(st.text(max_size=5)), draw(st.integers(0, 2**40)), draw(IDS), draw(IDS), draw(IDS))
-    prompt = Prompt(draw(IDS), draw(IDS), draw(IDS), draw(IDS), tuple(draw(st.lists(st.text(max_size=3), max_size=2))))
-    extra = draw(st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=3) | st.lists(st.integers())))
+    position = Position(
+        draw(st.text(max_size=5)), draw(st.integers(0, 2**40)), draw(IDS), draw(IDS), draw(IDS)
+    )
+    prompt = Prompt(
+        draw(IDS), draw(IDS), draw(IDS), draw(IDS), tuple(draw(st.lists(st.text(max_size=3), max_size=2)))
+    )
+    extra = draw(
+        st.dictionaries(
+            st.text(max_size=3), st.none() | st.integers() | st.text(max_size=3) | st.lists(st.integers())
+        )
+    )
     parent, role = draw(st.none() | st.text(max_size=3)), draw(st.sampled_from(["policy", "generator"]))
-    return Group(draw(st.text(max_size=5)), position, prompt, said, draw(st.integers(0, 99)), parent, role, rewards, extra)
+    return Group(
+        draw(st.text(max_size=5)),
+        position,
+        prompt,
+        said,
+        draw(st.integers(0, 99)),
+        parent,
+        role,
+        rewards,
+        extra,
+    )
 
 
 MOMENTS = (
@@ -72,25 +90,37 @@ def test_read_is_what_was_written(tmp_path_factory, found, documents):
     assert store.steps() == [3]
 
 
-GROUP = Group("g", Position("d", 2, (1, 2), (3,)), Prompt((1, 2, 9), (8,)),
-              (Thought((5, 8), (-0.1, -0.2), FinishReason.CLOSE, 0, 7),), 0, rewards=(math.nan,))  # fmt: skip
+GROUP = Group(
+    "g",
+    Position("d", 2, (1, 2), (3,)),
+    Prompt((1, 2, 9), (8,)),
+    (Thought((5, 8), (-0.1, -0.2), FinishReason.CLOSE, 0, 7),),
+    0,
+    rewards=(math.nan,),
+)
 
 
 def test_a_reward_that_does_not_apply_stays_nan(tmp_path):
     Store(tmp_path).write(1, [GROUP], [], {})
     ((group,), _, _) = Store(tmp_path).read(1)
-    assert math.isnan(group.rewards[0]) and dataclasses.replace(group, rewards=None) == dataclasses.replace(GROUP, rewards=None)
+    assert math.isnan(group.rewards[0]) and dataclasses.replace(group, rewards=None) == dataclasses.replace(
+        GROUP, rewards=None
+    )
 
 
 def test_ranks_and_steps_are_kept_apart(tmp_path):
     for rank in (0, 1):
         for step in (1, 2):
-            Store(tmp_path, rank).write(step, [dataclasses.replace(GROUP, id=f"{rank}.{step}")], [Document("d", (1, 2, 3))], {})
+            Store(tmp_path, rank).write(
+                step, [dataclasses.replace(GROUP, id=f"{rank}.{step}")], [Document("d", (1, 2, 3))], {}
+            )
     assert Store(tmp_path, 1).steps() == [1, 2] and Store(tmp_path, 1).read(2)[0][0].id == "1.2"
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(StoreError, match=r"no rollouts of rank 0 in .* \(none\): write them with save_rollouts"):
+    with pytest.raises(
+        StoreError, match=r"no rollouts of rank 0 in .* \(none\): write them with save_rollouts"
+    ):
         Store(tmp_path).read(1)
     Store(tmp_path).write(1, [GROUP], [], {})
     with pytest.raises(StoreError, match=r"no rollouts of step 2 .*: it holds 1 steps, 1 to 1"):

@@ -1,4 +1,6 @@
-"""Real vLLM in this process: the same log-probs as the trainer, before and after every sync, and a probe that notices."""
+"""Real vLLM in this process: the same log-probs as the trainer, before and after every sync, and a probe
+that notices.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_log_probs_are_the_trainers_before_and_after_every_update(pair):
     assert worst(model, prompts, sample(engine, prompts)) <= 1e-4
     for version in (1, 2, 3):
         move(model)
-        assert worst(model, prompts, sample(engine, prompts)) > 1e-2  # stale, so the next line shows something
+        assert (
+            worst(model, prompts, sample(engine, prompts)) > 1e-2
+        )  # stale, so the next line shows something
         engine.sync(weights_of(model), version)
         groups = sample(engine, prompts)
         assert worst(model, prompts, groups) <= 1e-4
@@ -104,7 +108,9 @@ def test_what_is_given_up_is_aborted(pair):
     vllm = engine.llm.llm_engine
 
     async def give_up():
-        work = asyncio.ensure_future(engine.sample([prompt] * 4, SamplingParams(max_thought_tokens=490), 4, [0] * 4))
+        work = asyncio.ensure_future(
+            engine.sample([prompt] * 4, SamplingParams(max_thought_tokens=490), 4, [0] * 4)
+        )
         while not vllm.has_unfinished_requests():
             await asyncio.sleep(0.001)
         work.cancel()
@@ -120,7 +126,10 @@ def test_more_context_than_vllm_reads_at_once(pair):
     model, engine = pair
     engine.sync(weights_of(model), engine.version)
     prompts = prompts_of([300] * 16)
-    assert sum(len(p.token_ids) for p in prompts) > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert (
+        sum(len(p.token_ids) for p in prompts)
+        > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    )
     assert worst(model, prompts, sample(engine, prompts, n=1)) <= 1e-4
 
 
@@ -134,7 +143,9 @@ def test_thoughts_end_as_with_the_transformers_engine(pair):
     assert tokens(theirs) == tokens(ours)
     assert [g[0].finish_reason for g in theirs] == [g[0].finish_reason for g in ours]
     for a, b in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(torch.tensor(a[0].behaviour_logps), torch.tensor(b[0].behaviour_logps), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(a[0].behaviour_logps), torch.tensor(b[0].behaviour_logps), atol=1e-4, rtol=0
+        )
     short = sample(engine, prompts_of([5], stop_ids=()), SamplingParams(max_thought_tokens=2))
     assert {t.finish_reason for t in short[0]} == {FinishReason.LENGTH}
 
@@ -143,10 +154,15 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(pair):
     model, engine = pair
     engine.sync(weights_of(model), engine.version)
     (prompt,) = prompts_of([10], stop_ids=())
-    for group in sample(engine, [prompt], SamplingParams(max_thought_tokens=4, temperature=0.6, top_k=5), n=4):
+    for group in sample(
+        engine, [prompt], SamplingParams(max_thought_tokens=4, temperature=0.6, top_k=5), n=4
+    ):
         for thought in group:
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt.token_ids + thought.token_ids])).logits[0, 9:-1] / 0.6
+                logits = (
+                    model(input_ids=torch.tensor([prompt.token_ids + thought.token_ids])).logits[0, 9:-1]
+                    / 0.6
+                )
             kept = logits.masked_fill(logits < logits.topk(5).values[:, -1:], -torch.inf).log_softmax(-1)
             expected = kept.gather(1, torch.tensor(thought.token_ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(thought.behaviour_logps), expected, atol=1e-4, rtol=0)
@@ -193,7 +209,9 @@ def test_the_probe_finds_a_tensor_that_was_lost(probed):
     move(model)
     lost = "model.layers.1.mlp.down_proj.weight"
     engine.sync(lambda: [(n, old[n] if n == lost else p) for n, p in weights_of(model)()], 11)
-    with pytest.raises(StaleWeights, match=r"after the sync of version 11 .* nats off .* a tensor did not arrive"):
+    with pytest.raises(
+        StaleWeights, match=r"after the sync of version 11 .* nats off .* a tensor did not arrive"
+    ):
         ask(probe, model, engine, 11)
 
 
@@ -232,7 +250,9 @@ def test_the_probe_finds_a_prefix_cache_that_was_kept(probed, monkeypatch):
     with monkeypatch.context() as kept:
         kept.setattr(engine, "reset_prefix_cache", lambda: None)
         engine.sync(weights_of(model), 11)
-    with pytest.raises(StaleWeights, match="its prefix cache kept contexts that were read with the old weights"):
+    with pytest.raises(
+        StaleWeights, match="its prefix cache kept contexts that were read with the old weights"
+    ):
         ask(probe, model, engine, 11)
 
 
@@ -251,7 +271,9 @@ def test_a_broken_or_closed_engine_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.llm.llm_engine, "step", broken)
     for _ in range(2):  # what is in flight, and what comes later
-        with pytest.raises(RuntimeError, match="vLLM failed, start the engine again: ValueError.'a worker died'"):
+        with pytest.raises(
+            RuntimeError, match="vLLM failed, start the engine again: ValueError.'a worker died'"
+        ):
             sample(engine, prompts_of([4, 5]))
     engine.close()
     engine.close()

@@ -1,4 +1,6 @@
-"""Weights over NCCL: what can be checked without a GPU is that vLLM's own reader takes our source, and the words without CUDA."""
+"""Weights over NCCL: what can be checked without a GPU is that vLLM's own reader takes our source, and the
+words without CUDA.
+"""
 
 from __future__ import annotations
 
@@ -36,5 +38,7 @@ def test_without_cuda_it_says_so(values):
     with pytest.raises(RuntimeError, match="needs CUDA in the trainer"):
         NCCLTransfer("http://127.0.0.1:1", 1)
     engine = {"name": "vllm_server", "urls": ["http://127.0.0.1:1"], "transfer": "nccl"}
-    with pytest.raises(ConfigError, match="engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none"):
+    with pytest.raises(
+        ConfigError, match="engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none"
+    ):
         Pretrainer(build(merged(values, engine=engine))).train()

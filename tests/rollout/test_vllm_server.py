@@ -1,4 +1,6 @@
-"""The client of vLLM servers against a real one: the same log-probs as the trainer, and faults that lose nothing."""
+"""The client of vLLM servers against a real one: the same log-probs as the trainer, and faults that lose
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_log_probs_are_the_trainers_before_and_after_every_update(make, model, s
         assert worst(model, prompts, groups) <= 1e-4 and ask(probe, model, engine, version) <= 1e-4
         assert {t.policy_version for group in groups for t in group} == {version}
     assert [p.name for p in engine.weights_dir.iterdir()] == ["version-3"]
-    assert set(engine.timings) == {f"perf/weight_sync_{part}_s" for part in ("gather", "write", "drain", "load")}
+    assert set(engine.timings) == {
+        f"perf/weight_sync_{part}_s" for part in ("gather", "write", "drain", "load")
+    }
 
 
 def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch):
@@ -88,7 +92,9 @@ def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch)
     ask_route = Server.ask
 
     async def forgetful(server, route, **what):
-        return None if route in ("/reset_prefix_cache", "/pause") else await ask_route(server, route, **what)  # both empty it
+        return (
+            None if route in ("/reset_prefix_cache", "/pause") else await ask_route(server, route, **what)
+        )  # both empty it
 
     with monkeypatch.context() as broken:
         broken.setattr(Server, "ask", forgetful)
@@ -97,7 +103,9 @@ def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch)
         ask(probe, model, engine, 1)
     move(model)
     with monkeypatch.context() as broken:
-        broken.setattr("rollout.vllm_server.complete", lambda state, names: {n: state[n] for n in state if n[:2] != "lm"})
+        broken.setattr(
+            "rollout.vllm_server.complete", lambda state, names: {n: state[n] for n in state if n[:2] != "lm"}
+        )
         engine.sync(weights_of(model), 2)
     with pytest.raises(StaleWeights, match="a tensor did not arrive"):
         ask(probe, model, engine, 2)
@@ -121,11 +129,17 @@ def test_groups_are_the_same_whatever_the_concurrency_and_whoever_answers(make, 
 def test_greedy_thoughts_agree_with_the_transformers_engine(make, model, server):
     prompts = prompts_of([12, 3, 20, 9, 33], stop_ids=tuple(range(3, 12)))
     greedy = SamplingParams(max_thought_tokens=9, temperature=0.0, eos_ids=tuple(range(20, 30)))
-    theirs, ours = sample(make(server.url), prompts, greedy, n=1), sample(HFEngine(model), prompts, greedy, n=1)
+    theirs, ours = (
+        sample(make(server.url), prompts, greedy, n=1),
+        sample(HFEngine(model), prompts, greedy, n=1),
+    )
     assert tokens(theirs) == tokens(ours)
     assert [g[0].finish_reason for g in theirs] == [g[0].finish_reason for g in ours]
     texts = Prompt(prompts[0].token_ids, stop_ids=(), stop_strings=("w1",))
-    assert sample(make(server.url), [texts], SamplingParams(max_thought_tokens=200))[0][0].finish_reason == FinishReason.CLOSE
+    assert (
+        sample(make(server.url), [texts], SamplingParams(max_thought_tokens=200))[0][0].finish_reason
+        == FinishReason.CLOSE
+    )
 
 
 @pytest.mark.parametrize("fault", ["refuse", "reset", "hang", "slow"])
@@ -172,12 +186,16 @@ def test_a_server_that_was_killed_comes_back_with_the_present_weights(make, mode
     assert time.monotonic() - begin < 10
     server.start().ready()
     wait_until(lambda: engine.health()["servers"][0]["alive"])
-    assert tokens(sample(engine, prompts)) == expected and worst(model, prompts, sample(engine, prompts)) <= 1e-4
+    assert (
+        tokens(sample(engine, prompts)) == expected and worst(model, prompts, sample(engine, prompts)) <= 1e-4
+    )
     assert engine.health()["servers_taken_back"] == 1
 
 
 def test_a_sync_waits_for_the_only_server(make, model, server):
-    """Killed between sampling and a sync: the run goes on with the new weights once the server is there again."""
+    """Killed between sampling and a sync: the run goes on with the new weights once the server is there
+    again.
+    """
     engine = make(server.url, deadline=120.0)
     server.kill()
     move(model)
@@ -226,7 +244,9 @@ def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
 
 
 def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, monkeypatch):
-    """A run that was killed after its sync of version 1, and its resumption, whose own sync of version 1 fails at first."""
+    """A run that was killed after its sync of version 1, and its resumption, whose own sync of version 1
+    fails at first.
+    """
     make(server.url).sync(weights_of(model), 1)
     resumed, load, failed = make(server.url), Server.load_weights, []
 
@@ -287,25 +307,35 @@ def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, mon
     with pytest.raises(EngineUnavailable, match=r"no vLLM server answered within 1 s .*ConnectError"):
         VLLMServerEngine([f"http://127.0.0.1:{free_port()}"], **settings)
     monkeypatch.setattr("rollout.vllm_routes.SUPPORTED", ((0, 1), (0, 2)))
-    with pytest.raises(EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+; its routes are known from 0.1 to below 0.2"):
+    with pytest.raises(
+        EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+; its routes are known from 0.1 to below 0.2"
+    ):
         VLLMServerEngine([server.url], **settings)
     with pytest.raises(ValueError, match="needs the URL of at least one server"):
         VLLMServerEngine([], **settings)
 
 
 def test_a_table_of_another_size_is_refused_before_any_weights_travel(make, server):
-    """issue 15.22, with vLLM's own server: it took no weights of another shape, and was asked for ten minutes."""
+    """issue 15.22, with vLLM's own server: it took no weights of another shape, and was asked for ten
+    minutes.
+    """
     assert sample(make(server.url, vocabulary=VOCABULARY), prompts_of([4]))
     for size, word in ((VOCABULARY + 2, "fewer"), (VOCABULARY - 1, "more")):
         with pytest.raises(Refused, match=f"of {word} than {size} tokens.*rlpretrain tag MODEL --out DIR"):
             make(server.url, vocabulary=size)
 
 
-def test_weights_that_a_healthy_server_cannot_load_are_not_tried_until_the_deadline(make, model, server, monkeypatch):
-    """issue 15.22: the folder is not where the server looks. Last in this file: nobody knows what the server has then."""
+def test_weights_that_a_healthy_server_cannot_load_are_not_tried_until_the_deadline(
+    make, model, server, monkeypatch
+):
+    """issue 15.22: the folder is not where the server looks. Last in this file: nobody knows what the
+    server has then.
+    """
     engine = make(server.url, deadline=120.0)
     monkeypatch.setattr("rollout.vllm_server.write_weights", lambda folder, state: None)
     begin = time.monotonic()
-    with pytest.raises(EngineUnavailable, match="no vLLM server took the weights of version 1 .*collective_rpc answered"):
+    with pytest.raises(
+        EngineUnavailable, match="no vLLM server took the weights of version 1 .*collective_rpc answered"
+    ):
         engine.sync(weights_of(model), 1)
     assert time.monotonic() - begin < 60

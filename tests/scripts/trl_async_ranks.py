@@ -24,9 +24,14 @@ def main(corpus: Path, out: Path) -> None:
     trainer, rollouts, kept, drawn = made(corpus, args, engine=None if rank == 0 else False)
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
-    record = {"calls": len(kept.calls), "drawn": len(drawn), "worst": 0.0, "sampled": 0.0,
-              "sum": [float(p.double().sum()) for p in trainer.model.parameters()],
-              "logs": [row for row in trainer.state.log_history if "ratio" in row]}  # fmt: skip
+    record = {
+        "calls": len(kept.calls),
+        "drawn": len(drawn),
+        "worst": 0.0,
+        "sampled": 0.0,
+        "sum": [float(p.double().sum()) for p in trainer.model.parameters()],
+        "logs": [row for row in trainer.state.log_history if "ratio" in row],
+    }
     if rank == 0:
         live = whole(corpus)
         for groups, rewards, weights in kept.calls:

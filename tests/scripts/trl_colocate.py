@@ -1,4 +1,6 @@
-"""TRL's own vLLM beside the trainer, on a CPU: a script of TRL's documented interface and our two lines, run by itself."""
+"""TRL's own vLLM beside the trainer, on a CPU: a script of TRL's documented interface and our two lines,
+run by itself.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,32 @@ def main(base: Path, documents: str, out: Path, kind: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     more, lora = {}, None
     if kind == "zero":
-        more = {"use_cpu": False, "deepspeed": {"zero_optimization": {"stage": 2}, "zero_force_ds_cpu_optimizer": False,
-                "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "train_batch_size": 8}}  # fmt: skip
+        more = {
+            "use_cpu": False,
+            "deepspeed": {
+                "zero_optimization": {"stage": 2},
+                "zero_force_ds_cpu_optimizer": False,
+                "train_micro_batch_size_per_gpu": 8,
+                "gradient_accumulation_steps": 1,
+                "train_batch_size": 8,
+            },
+        }
         deepspeed = import_deepspeed(on_cpu=True)
     if kind == "lora":
         import peft
 
         lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer_of = RLPConfig if kind == "new-tags" else None
-    args = settings(out, **({"kind": trainer_of} if trainer_of else {}), learning_rate=0.05, max_steps=3, use_vllm=True,
-                    vllm_mode="colocate", vllm_max_model_length=128, **more)  # fmt: skip
+    args = settings(
+        out,
+        **({"kind": trainer_of} if trainer_of else {}),
+        learning_rate=0.05,
+        max_steps=3,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=128,
+        **more,
+    )
     if kind == "zero":
         assert args.device.type == "cpu"
         deepspeed.init_distributed("gloo")  # on a CPU accelerate leaves that out
@@ -47,8 +65,13 @@ def main(base: Path, documents: str, out: Path, kind: str) -> None:
         reward = trainer.reward
     else:
         reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
-        trainer = GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], train_dataset=reward.dataset(documents),
-                              **common)  # fmt: skip
+        trainer = GRPOTrainer(
+            model,
+            reward_funcs=[reward],
+            callbacks=[reward.callback],
+            train_dataset=reward.dataset(documents),
+            **common,
+        )
     kept = Kept(reward)
     trainer.train()
     if kind == "zero":
@@ -61,10 +84,14 @@ def main(base: Path, documents: str, out: Path, kind: str) -> None:
         pairs = zip(rewards, by_hand(live, groups, "force_close"), strict=True)
         worst = max([worst, *(abs(a - b) for a, b in pairs)])
     ids = [t.token_ids for groups, _, _ in kept.calls for g in groups for t in g.thoughts]
-    record = {"worst": worst, "calls": len(kept.calls), "name": live.name_or_path,
-              "logs": [row for row in trainer.state.log_history if "ig/mean" in row],
-              "rewards": [rewards for _, rewards, _ in kept.calls],
-              "close_inside": sum(reward.close_id in x[:-1] for x in ids)}  # fmt: skip
+    record = {
+        "worst": worst,
+        "calls": len(kept.calls),
+        "name": live.name_or_path,
+        "logs": [row for row in trainer.state.log_history if "ig/mean" in row],
+        "rewards": [rewards for _, rewards, _ in kept.calls],
+        "close_inside": sum(reward.close_id in x[:-1] for x in ids),
+    }
     (out / "record.json").write_text(json.dumps(record))
 
 

@@ -1,4 +1,6 @@
-"""A TRL training in several processes, started by torchrun: the reward of every rank is the scorer's, whatever ZeRO does."""
+"""A TRL training in several processes, started by torchrun: the reward of every rank is the scorer's,
+whatever ZeRO does.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,34 @@ def main(corpus: Path, out: Path, stage: int) -> None:
     torch.set_num_threads(1)
     deepspeed = import_deepspeed(on_cpu=True) if stage else None
     ranks = int(os.environ["WORLD_SIZE"])
-    zero = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 1, "train_batch_size": 4 * ranks}  # fmt: skip
+    zero = {
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 4 * ranks,
+    }
     args = RLPConfig(
-        output_dir=str(out / "out"), per_device_train_batch_size=4, num_generations=4, max_steps=2, max_completion_length=6,
-        learning_rate=1e-2, use_cpu=not stage, bf16=False, report_to="none", logging_steps=1, save_strategy="no",
-        disable_tqdm=True, gradient_checkpointing=False, cut="force_close", positions="after", marker="shows", target_length=2,
-        deepspeed=zero if stage else None, lr_scheduler_type="constant",
-    )  # fmt: skip
+        output_dir=str(out / "out"),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_steps=2,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        use_cpu=not stage,
+        bf16=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        cut="force_close",
+        positions="after",
+        marker="shows",
+        target_length=2,
+        deepspeed=zero if stage else None,
+        lr_scheduler_type="constant",
+    )
     assert args.device.type == "cpu"  # asking joins the other ranks
     if deepspeed is not None:
         deepspeed.init_distributed("gloo")  # on a CPU accelerate leaves that out
@@ -49,10 +71,19 @@ def main(corpus: Path, out: Path, stage: int) -> None:
     worst = 0.0
     for groups, rewards, weights in seen.calls:
         other.load_state_dict(weights, strict=False)
-        worst = max([worst, *(abs(a - b) for a, b in zip(rewards, by_hand(other, groups, "force_close"), strict=True))])
+        worst = max(
+            [
+                worst,
+                *(abs(a - b) for a, b in zip(rewards, by_hand(other, groups, "force_close"), strict=True)),
+            ]
+        )
     logs = [row for row in trainer.state.log_history if "ig/mean" in row]
-    record = {"worst": worst, "calls": len(seen.calls), "logs": logs,
-              "rewards": [rewards for _, rewards, _ in seen.calls]}  # fmt: skip
+    record = {
+        "worst": worst,
+        "calls": len(seen.calls),
+        "logs": logs,
+        "rewards": [rewards for _, rewards, _ in seen.calls],
+    }
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
 
 

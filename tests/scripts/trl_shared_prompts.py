@@ -1,4 +1,6 @@
-"""Two ranks, started by torchrun, whose thoughts `Rollouts` sampled: at prompts of which one rank's has two targets."""
+"""Two ranks, started by torchrun, whose thoughts `Rollouts` sampled: at prompts of which one rank's has
+two targets.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,25 @@ def main(corpus: Path, out: Path) -> None:
     heads = [line[: line.rindex("shows") + len("shows")] for line in lines]
     data = reward.dataset([f"{heads[0]} 1", f"{heads[1]} 1", f"{heads[1]} 2"])
     kept, rollouts = Kept(reward), Rollouts(reward, HFEngine(model, tokenizer=tokenizer), data)
-    trl.GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], rollout_func=rollouts, args=args,
-                    train_dataset=data.select([0, 2, 0, 2]), processing_class=tokenizer).train()  # fmt: skip
+    trl.GRPOTrainer(
+        model,
+        reward_funcs=[reward],
+        callbacks=[reward.callback],
+        rollout_func=rollouts,
+        args=args,
+        train_dataset=data.select([0, 2, 0, 2]),
+        processing_class=tokenizer,
+    ).train()
     groups, rewards, weights = kept.calls[-1]
     live = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
     live.load_state_dict(weights, strict=False)
     worst = max(abs(a - b) for a, b in zip(rewards, by_hand(live, groups, "force_close"), strict=True))
-    record = {"calls": len(kept.calls), "worst": worst, "targets": [list(g.position.target_ids) for g in groups],
-              "wanted": [list(ids) for ids in data["target_ids"]]}  # fmt: skip
+    record = {
+        "calls": len(kept.calls),
+        "worst": worst,
+        "targets": [list(g.position.target_ids) for g in groups],
+        "wanted": [list(ids) for ids in data["target_ids"]],
+    }
     (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(record))
 
 

@@ -1,4 +1,6 @@
-"""Run by tests/builders/runs.py's `launch` under torchrun: several short trainings in one process group, one after the other."""
+"""Run by tests/builders/runs.py's `launch` under torchrun: several short trainings in one process group,
+one after the other.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ def gradient_of(config: dict[str, Any], path: str) -> None:
 
     def packed(batch: Batch, totals: Totals) -> list[MicroBatch]:
         micros = pack(batch, totals)
-        said["drawn"], said["kept"] = [g.id for g in batch.groups], sorted({g.id for m in micros for g in m.groups})
+        said["drawn"], said["kept"] = (
+            [g.id for g in batch.groups],
+            sorted({g.id for m in micros for g in m.groups}),
+        )
         said["drawn_cost"] = sum(cost(unit, run.layout) for unit in families(batch))
         there = {g.id: g for m in run.ranks.gather(batch.groups) for g in m}
         documents = {d.id: d for m in micros for d in m.documents}
@@ -36,7 +41,9 @@ def gradient_of(config: dict[str, Any], path: str) -> None:
         return micros
 
     def spy() -> Any:
-        said["gradient"] = {n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None}
+        said["gradient"] = {
+            n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None
+        }
         return step()
 
     run.pack, run.policy.step = packed, spy

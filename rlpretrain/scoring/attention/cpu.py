@@ -1,9 +1,9 @@
 """Tree attention on a CPU.
 
-A token sees the path before its segment and its segment up to itself. The two parts are computed apart, each in batched products
-without a mask, and merged by their log-sum-exps. The backward pass gives each part the merged ones, so that its own softmax comes
-out right.
-Legend: H heads, K of them with keys and values, N tokens of the tree, D a head's width; n segments of a bin, L their longest.
+A token sees the path before its segment and its segment up to itself. The two parts are computed apart, each
+in batched products without a mask, and merged by their log-sum-exps. The backward pass gives each part the
+merged ones, so that its own softmax comes out right. Legend: H heads, K of them with keys and values, N
+tokens of the tree, D a head's width; n segments of a bin, L their longest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,21 @@ from rlpretrain.tree import Piece, Tree
 
 
 class TreeAttention(torch.autograd.Function):
-    """Attention along a tree, part by part: query [1, H, N, D], key and value [1, K, N, D], gives [1, H, N, D]."""
+    """Attention along a tree, part by part: query [1, H, N, D], key and value [1, K, N, D], gives [1, H,
+    N, D].
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None,
-                softcap: float | None) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tree: Tree,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         ahead, _ = _kernels(scale, softcap)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_exact(q))
         for at, real in _bins(tree, q.device):
@@ -34,7 +44,11 @@ class TreeAttention(torch.autograd.Function):
             lse[0].index_copy_(1, at[real], sums.transpose(0, 1)[:, real])
         for fork in tree.forks:
             own = slice(fork.start, fork.stop)
-            seen = _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None]) if window else None
+            seen = (
+                _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None])
+                if window
+                else None
+            )
             some, sums = ahead(q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), False, seen)
             both = torch.logaddexp(sums, lse[:, :, own])
             share = (sums - both).exp().unsqueeze(-1).to(q.dtype)
@@ -58,9 +72,21 @@ class TreeAttention(torch.autograd.Function):
                 whole[0].index_copy_(1, at[real], part.transpose(0, 1)[:, real])
         for fork in tree.forks:
             own = slice(fork.start, fork.stop)
-            seen = _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None]) if window else None
-            some, *pair = back(grad[:, :, own], q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), out[:, :, own],
-                               lse[:, :, own], False, seen)  # fmt: skip
+            seen = (
+                _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None])
+                if window
+                else None
+            )
+            some, *pair = back(
+                grad[:, :, own],
+                q[:, :, own],
+                _pieces(k, fork.path),
+                _pieces(v, fork.path),
+                out[:, :, own],
+                lse[:, :, own],
+                False,
+                seen,
+            )
             dq[:, :, own] += some
             for whole, part in zip((dk, dv), pair, strict=True):
                 done = 0
@@ -86,7 +112,11 @@ def _take(x: Tensor, at: Tensor) -> Tensor:
 
 def _pieces(x: Tensor, path: tuple[Piece, ...]) -> Tensor:
     """[1, K, N, D] → the tokens of a path."""
-    return x[:, :, path[0][0] : path[0][1]] if len(path) == 1 else torch.cat([x[:, :, a:b] for a, b in path], dim=2)
+    return (
+        x[:, :, path[0][0] : path[0][1]]
+        if len(path) == 1
+        else torch.cat([x[:, :, a:b] for a, b in path], dim=2)
+    )
 
 
 def _along(path: tuple[Piece, ...]) -> Tensor:
@@ -94,9 +124,14 @@ def _along(path: tuple[Piece, ...]) -> Tensor:
 
 
 def _near(tree: Tree, window: int, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-    """[n, 1, queries, keys] which keys before them queries see through a window; without `keys` their own segment up to them."""
+    """[n, 1, queries, keys] which keys before them queries see through a window; without `keys` their own
+    segment up to them.
+    """
     depth = torch.from_numpy(tree.positions)
-    mine, theirs = depth[queries][:, None, :, None], depth[queries if keys is None else keys][:, None, None, :]
+    mine, theirs = (
+        depth[queries][:, None, :, None],
+        depth[queries if keys is None else keys][:, None, None, :],
+    )
     seen = mine - theirs < window
     return seen.tril() if keys is None else seen
 
@@ -111,18 +146,31 @@ Back = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _kernels(scale: float, softcap: float | None) -> tuple[Ahead, Back]:
-    """(forward, backward) of one part: torch's fused kernel, or plain products for what that does not know."""
+    """(forward, backward) of one part: torch's fused kernel, or plain products for what that does not
+    know.
+    """
 
     def ahead(q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         if softcap is None and seen is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, scale=scale
+            )
         return _plain(q, k, v, scale, softcap, _triangle(q, causal, seen))
 
-    def back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-             seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def back(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        seen: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if softcap is None and seen is None:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, lse, 0.0, causal, scale=scale)  # fmt: skip
+                grad, q, k, v, out, lse, 0.0, causal, scale=scale
+            )
         return _plain_back(grad, q, k, v, out, lse, scale, softcap, _triangle(q, causal, seen))
 
     return ahead, back
@@ -134,7 +182,9 @@ def _triangle(q: Tensor, causal: bool, seen: Tensor | None) -> Tensor | None:
     return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, softcap: float | None, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _logits(
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """float32 logits [n, K, H / K, queries, keys], and the slope of the soft cap."""
     raw = torch.einsum("nkrqd,nkpd->nkrqp", q, k).to(_exact(q)) * scale
     slope = None
@@ -144,8 +194,9 @@ def _logits(q: Tensor, k: Tensor, scale: float, softcap: float | None, seen: Ten
     return (raw if seen is None else raw.masked_fill(~seen[:, :, None], -math.inf)), slope
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
-           seen: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
     heads = q.unflatten(1, (k.shape[1], -1))
     logits, _ = _logits(heads, k, scale, softcap, seen)
     lse = logits.logsumexp(-1)
@@ -154,13 +205,25 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
-def _plain_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, softcap: float | None,
-                seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _plain_back(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    seen: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, out, lse = (x.unflatten(1, (k.shape[1], -1)) for x in (grad, q, out, lse))
     logits, slope = _logits(q, k, scale, softcap, seen)
     weights = (logits - lse[..., None]).exp()
     dv = torch.einsum("nkrqp,nkrqd->nkpd", weights.to(v.dtype), grad)
-    moved = torch.einsum("nkrqd,nkpd->nkrqp", grad, v).to(_exact(q)) - (grad * out).sum(-1, dtype=_exact(q))[..., None]
+    moved = (
+        torch.einsum("nkrqd,nkpd->nkrqp", grad, v).to(_exact(q))
+        - (grad * out).sum(-1, dtype=_exact(q))[..., None]
+    )
     inner = weights * moved * scale * (1.0 if slope is None else slope)
     dq = torch.einsum("nkrqp,nkpd->nkrqd", inner.to(k.dtype), k).flatten(1, 2)
     dk = torch.einsum("nkrqp,nkrqd->nkpd", inner.to(q.dtype), q)

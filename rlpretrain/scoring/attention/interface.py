@@ -25,7 +25,10 @@ def why_not(model: nn.Module) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not take its attention from transformers' attention interface"
     if other := kinds - _KINDS:
-        return f"it has layers of kind {', '.join(sorted(other))}, whose tokens meet outside attention or by other rules"
+        return (
+            f"it has layers of kind {', '.join(sorted(other))}, whose tokens meet outside attention or by "
+            "other rules"
+        )
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -34,7 +37,8 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def install(model: nn.Module) -> str | None:
-    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did before.
+    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did
+    before.
 
     Returns why it cannot, having done nothing, or None.
     """
@@ -51,13 +55,27 @@ def install(model: nn.Module) -> str | None:
 
 
 def placeholder(device: torch.device) -> Tensor:
-    """What a model gets for a mask beside a tree: four dimensions, which transformers hands on as they are, and nothing in it."""
+    """What a model gets for a mask beside a tree: four dimensions, which transformers hands on as they
+    are, and nothing in it.
+    """
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def _attend(before: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-            scaling: float | None = None, dropout: float = 0.0, tree: Tree | None = None, **kwargs: Any) -> Any:  # fmt: skip
-    """The attention function that models call. query [1, H, N, D], key and value [1, K, N, D]; gives [1, N, H, D]."""
+def _attend(
+    before: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree: Tree | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The attention function that models call. query [1, H, N, D], key and value [1, K, N, D]; gives [1,
+    N, H, D].
+    """
     if tree is None:
         from transformers import AttentionInterface
 
@@ -65,7 +83,10 @@ def _attend(before: str, module: nn.Module, query: Tensor, key: Tensor, value: T
         usual = AttentionInterface().get_interface(before, eager)
         return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("tree attention knows neither dropout nor attention sinks nor position biases: packing: padded does")
+        raise ValueError(
+            "tree attention knows neither dropout nor attention sinks nor position biases: packing: padded "
+            "does"
+        )
     if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

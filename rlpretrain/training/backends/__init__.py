@@ -1,7 +1,8 @@
-"""The trained model behind six methods: score, backward, step, weights, save, load. Torch and DeepSpeed do the same.
+"""The trained model behind six methods: score, backward, step, weights, save, load. Torch and DeepSpeed do
+the same.
 
-The loss that `backward` takes is already divided by the step's global counts, so gradients are *summed* over micro-batches
-and over ranks.
+The loss that `backward` takes is already divided by the step's global counts, so gradients are *summed* over
+micro-batches and over ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from rlpretrain.training.backends.base import Policy, StepInfo
 from rlpretrain.training.backends.deepspeed import DeepSpeedPolicy
 from rlpretrain.training.backends.torch import TorchPolicy
 
-__all__ = ["DeepSpeedPolicy", "Policy", "StepInfo", "TorchPolicy", "backend_of", "find_backend", "make_policy"]
+__all__ = [
+    "DeepSpeedPolicy",
+    "Policy",
+    "StepInfo",
+    "TorchPolicy",
+    "backend_of",
+    "find_backend",
+    "make_policy",
+]
 
 
 BACKENDS: dict[str, type[Policy]] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
@@ -51,4 +60,6 @@ def make_policy(
     inner_epochs: int = 1,
 ) -> Policy:
     """The policy that `policy.backend` names."""
-    return find_backend(config)(model.to(ranks.device), config, optim, total_steps, ranks, temperature, inner_epochs)
+    return find_backend(config)(
+        model.to(ranks.device), config, optim, total_steps, ranks, temperature, inner_epochs
+    )

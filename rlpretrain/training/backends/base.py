@@ -27,9 +27,9 @@ class StepInfo:
 class Policy(Protocol):
     """The trained model behind the methods that a run calls.
 
-    It is constructed with (model, PolicyConfig, OptimConfig, steps of the run, Ranks, sampling temperature, inner epochs). All
-    ranks call every method together, equally often. The loss of a micro-batch is already divided by the step's global
-    counts, so gradients are summed over micro-batches and over ranks.
+    It is constructed with (model, PolicyConfig, OptimConfig, steps of the run, Ranks, sampling temperature,
+    inner epochs). All ranks call every method together, equally often. The loss of a micro-batch is already
+    divided by the step's global counts, so gradients are summed over micro-batches and over ranks.
     """
 
     model: nn.Module

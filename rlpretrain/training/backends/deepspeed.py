@@ -22,14 +22,23 @@ from rlpretrain.types import MicroBatch, Scores
 
 
 class DeepSpeedPolicy:
-    """DeepSpeed ZeRO 0 to 3, 1..n processes, fp32 or bf16, with an existing DeepSpeed JSON if the user has one.
+    """DeepSpeed ZeRO 0 to 3, 1..n processes, fp32 or bf16, with an existing DeepSpeed JSON if the user has
+    one.
 
     DeepSpeed averages over ranks, so the loss is multiplied by their number; accumulation is ours
     (`managed_gradient_accumulation: false`), since the number of micro-batches varies.
     """
 
-    def __init__(self, model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
-                 temperature: float = 1.0, inner_epochs: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PolicyConfig,
+        optim: OptimConfig,
+        total_steps: int,
+        ranks: Ranks,
+        temperature: float = 1.0,
+        inner_epochs: int = 1,
+    ):
         ensure_group(ranks)
         deepspeed = compat.import_deepspeed(ranks.device.type == "cpu")
         self.model, self.ranks, self.temperature, self.optim = model, ranks, temperature, optim
@@ -37,7 +46,9 @@ class DeepSpeedPolicy:
         self.stage = settings["zero_optimization"]["stage"]
         self.rounded = getattr(model, "is_quantized", False)
         if self.stage == 3 and self.rounded:
-            raise ConfigError("model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less")
+            raise ConfigError(
+                "model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less"
+            )
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
@@ -45,7 +56,9 @@ class DeepSpeedPolicy:
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
             settings["gradient_clipping"], self.clips = 0.0, True  # DeepSpeed would clip, and forget the norm
             optimizer.register_step_pre_hook(self._clip)
-        self.engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
+        self.engine, *_ = deepspeed.initialize(
+            model=scorer, optimizer=optimizer, config=settings, dist_init_required=False
+        )
         self.factor, self.steps = make_schedule(optim, total_steps, inner_epochs), 0
         self.gathered = deepspeed.zero.GatheredParameters
         if self.stage == 3:
@@ -62,7 +75,9 @@ class DeepSpeedPolicy:
         self.engine.backward(loss * self.ranks.size)
 
     def step(self) -> StepInfo:
-        """Reduce, clip, update, clear. Non-finite gradients: the step is skipped (ZeRO 3: found after it, `applied` False)."""
+        """Reduce, clip, update, clear. Non-finite gradients: the step is skipped (ZeRO 3: found after it,
+        `applied` False).
+        """
         lr = self.optim.lr * self.factor(self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -80,7 +95,9 @@ class DeepSpeedPolicy:
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Between DeepSpeed's reduction and the update."""
-        self.norm = float(nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.limit))
+        self.norm = float(
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.limit)
+        )
 
     def discard(self) -> None:
         """Forget the gradients gathered so far."""
@@ -106,8 +123,12 @@ class DeepSpeedPolicy:
 
     def save(self, path: Path) -> None:
         """As TorchPolicy.save; every rank writes its shard."""
-        self.engine.save_checkpoint(str(path), tag="deepspeed", client_state={"steps": self.steps},
-                                    exclude_frozen_parameters=self.rounded)  # fmt: skip
+        self.engine.save_checkpoint(
+            str(path),
+            tag="deepspeed",
+            client_state={"steps": self.steps},
+            exclude_frozen_parameters=self.rounded,
+        )
 
     def load(self, path: Path) -> None:
         """Take back what `save` wrote, with the same stage and number of ranks."""
@@ -129,14 +150,20 @@ def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) ->
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", config.zero_stage)
     if settings.get("fp16", {}).get("enabled") is True:
-        raise ConfigError("policy.deepspeed_config enables fp16, whose loss scaling is not supported: use bf16 or fp32")
+        raise ConfigError(
+            "policy.deepspeed_config enables fp16, whose loss scaling is not supported: use bf16 or fp32"
+        )
     clip = settings.get("gradient_clipping", optim.clip_grad_norm)
     owned = {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.clip_grad_norm if clip == "auto" else clip, "steps_per_print": None,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.clip_grad_norm if clip == "auto" else clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16},
-    }  # fmt: skip
+    }
     for key in ("train_batch_size", "optimizer", "scheduler", "fp16"):
         settings.pop(key, None)
     zero.setdefault("overlap_comm", False)

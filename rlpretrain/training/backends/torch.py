@@ -26,8 +26,16 @@ class TorchPolicy:
     shares_weights = True
     stage_gathers = False
 
-    def __init__(self, model: nn.Module, config: PolicyConfig, optim: OptimConfig, total_steps: int, ranks: Ranks,
-                 temperature: float = 1.0, inner_epochs: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PolicyConfig,
+        optim: OptimConfig,
+        total_steps: int,
+        ranks: Ranks,
+        temperature: float = 1.0,
+        inner_epochs: int = 1,
+    ):
         self.model, self.scorer, self.ranks = model, Scorer(model), ranks
         self.optim, self.temperature = optim, temperature
         self.autocast = config.autocast == "bfloat16"
@@ -46,7 +54,9 @@ class TorchPolicy:
                 yield p, p.detach().float().clone().requires_grad_()
 
     def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
-        """The scores of a micro-batch in one forward, with the graph of thoughts, targets and trunk; see `scoring.score`."""
+        """The scores of a micro-batch in one forward, with the graph of thoughts, targets and trunk; see
+        `scoring.score`.
+        """
         context = torch.autocast(self.ranks.device.type, torch.bfloat16) if self.autocast else nullcontext()
         with context:
             return score(self.scorer, micro.to(self.ranks.device), self.temperature, entropies=entropies)
@@ -56,7 +66,9 @@ class TorchPolicy:
         loss.backward()
 
     def step(self) -> StepInfo:
-        """Sum gradients over ranks, clip, update, clear. A step with a NaN or inf gradient changes nothing."""
+        """Sum gradients over ranks, clip, update, clear. A step with a NaN or inf gradient changes
+        nothing.
+        """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for p in trained:
             if p.grad is None:
@@ -87,7 +99,9 @@ class TorchPolicy:
             p.grad = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) pairs as transformers names them, adapters merged in; tied tensors under every name."""
+        """(name, full tensor) pairs as transformers names them, adapters merged in; tied tensors under
+        every name.
+        """
         return ((piece.name, piece.make()) for piece in pieces(self.model))
 
     def adapter(self) -> Iterator[tuple[str, Tensor]]:
@@ -99,8 +113,12 @@ class TorchPolicy:
         if self.ranks.first:
             rounded = getattr(self.model, "is_quantized", False)  # such a base is read again, not kept
             model = trained_parameters(self.model) if rounded else self.model.state_dict()
-            state = {"model": model, "optimizer": self.optimizer.state_dict(),
-                     "steps": self.steps, "masters": [m.detach() for _, m in self.masters]}  # fmt: skip
+            state = {
+                "model": model,
+                "optimizer": self.optimizer.state_dict(),
+                "steps": self.steps,
+                "masters": [m.detach() for _, m in self.masters],
+            }
             torch.save(state, path / "policy.pt")
 
     def load(self, path: Path) -> None:
@@ -111,7 +129,9 @@ class TorchPolicy:
         else:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"] if "steps" in state else state["scheduler"]["last_epoch"]  # older: a LambdaLR's
+        self.steps = (
+            state["steps"] if "steps" in state else state["scheduler"]["last_epoch"]
+        )  # older: a LambdaLR's
         with torch.no_grad():
             for (_, m), saved in zip(self.masters, state["masters"], strict=True):
                 m.copy_(saved)
