@@ -29,7 +29,7 @@ test:  ## all tests (ARGS="-k name" for some, WORKERS=0 in one process)
 	@bash scripts/setup.sh test-cpu
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-check:  ## ruff (rules and format), pyright on rewards, the architecture test
+check:  ## ruff (rules and format), pyright, the architecture test
 	@bash scripts/setup.sh test-cpu
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
