@@ -145,6 +145,8 @@ class Scores:
         None  # [B, G, T] bool, the target token is the likeliest; only where asked for
     )
     baseline_hits: Tensor | None = None  # [B, T] bool, the same without the thought
+    trunk_reference: Tensor | None = None  # [M], the frozen initial model's; only with need "reference"
+    thought_reference: Tensor | None = None  # [B, G, L], likewise, at the sampling temperature
 
     def detached(self) -> Scores:
         """The same numbers without their graph: what rewards may see."""

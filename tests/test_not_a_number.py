@@ -21,6 +21,7 @@ from rlpretrain.tracking.step_metrics import StepMetrics
 from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training.records import write_json
 from rlpretrain.training.run import Run
+from rlpretrain.training.run_evaluation import evaluate_run
 from rlpretrain.types import Document
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
 from tests.builders.runs import merged
@@ -55,7 +56,7 @@ def test_an_evaluation_of_a_broken_model_is_no_best_and_uses_up_no_patience(valu
         with torch.no_grad():
             weight.fill_(math.nan)
         run.step = 1
-        row = run._evaluate()
+        row = evaluate_run(run)
         assert run.best == {"step": None, "gain": None, "stale": 0} and run.stopped is None
         assert row["eval/not_finite"] == 1.0 and math.isnan(row["eval/no_think_loss"])
         assert "the evaluation decides nothing (100% of the positions" in capsys.readouterr().out
@@ -63,7 +64,7 @@ def test_an_evaluation_of_a_broken_model_is_no_best_and_uses_up_no_patience(valu
         with torch.no_grad():
             weight.copy_(fine)
         run.step = 2
-        row = run._evaluate()
+        row = evaluate_run(run)
         assert (
             run.best["step"] == 2
             and run.best["gain"] == pytest.approx(-row["eval/no_think_loss"])

@@ -50,7 +50,7 @@ def test_every_token_of_needs_is_read_somewhere_and_no_other_is_accepted(values)
         assert load_objective(
             build(merged(values, objective=name, ntp_data=values["data"])), tokenizer
         ).needs <= set(NEEDS)
-    for token in ("baseline", "reference", "text", "taget"):
+    for token in ("baseline", "text", "taget"):
         Asking.needs = frozenset({"target", token})
         with pytest.raises(
             ConfigError, match=f"Asking: needs has '{token}', which no run can give; there are target, "

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from rlpretrain.evaluation.evaluate import score_targets
 from rlpretrain.objectives import rlp
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.packing import Layout, balanced, cost, count, families, handed_over, pack
+from rlpretrain.scoring.balance import balance, plan_moves
+from rlpretrain.scoring.packing import Layout, cost, count, families, pack
 from rlpretrain.scoring.scorer import Scorer
 from rlpretrain.training.advantages import compute_advantages, compute_step_advantages
 from rlpretrain.types import Batch
@@ -99,7 +100,7 @@ def test_a_group_in_parts_is_judged_as_a_whole(tree, budget):
 
     class run:  # noqa: N801
         policy, objective = Policy(), Stored.__new__(Stored)
-        baseline = staticmethod(lambda scores, micro: scores)
+        add_references = staticmethod(lambda scores, micro: scores)
 
     if tree:
         from rlpretrain.scoring import attention
@@ -138,7 +139,7 @@ def test_evaluation_does_not_depend_on_the_budget():
 @settings(max_examples=300, deadline=None)
 @given(costs=st.lists(st.lists(st.integers(0, 1000), max_size=12), min_size=1, max_size=6))
 def test_what_is_handed_over_evens_the_ranks_out(costs):
-    moves = handed_over(costs)
+    moves = plan_moves(costs)
     loads = [sum(own) for own in costs]
     after = list(loads)
     for (rank, i), to in moves.items():
@@ -166,12 +167,12 @@ def test_documents_keep_their_groups_when_they_move():
             return [[(to, shares[r][i]) for (rank, i), to in moves.items() if rank == r] for r in (0, 1)]
 
     costs = [[cost(u, layout) for u in share] for share in shares]
-    moves = handed_over(costs)
+    moves = plan_moves(costs)
     assert moves and all(rank == 0 for rank, _ in moves)
     seen = []
     for rank, share in enumerate(shares):
         mine = Batch([g for groups, _ in share for g in groups], [d for _, d in share])
-        got = balanced(mine, layout, Two(rank, 2))
+        got = balance(mine, layout, Two(rank, 2))
         assert {g.position.document_id for g in got.groups} == {d.id for d in got.documents}
         seen += [d.id for d in got.documents]
     assert sorted(seen) == sorted(d.id for d in batch.documents)

@@ -140,5 +140,5 @@ def test_documents_that_are_mixed_up_are_refused(tree):
     other = replace(document, token_ids=(*document.token_ids[:at], CLOSE, *document.token_ids[at + 1 :]))
     for wrong in (other, replace(document, token_ids=document.token_ids[:at])):
         mixed = Batch((group,), (wrong,))
-        with pytest.raises(ValueError, match=f"goes on otherwise at token {at}"):
+        with pytest.raises(ValueError, match=f"target differs from the document at token {at}"):
             list(pack(mixed, Layout(1000, tree=tree), count(mixed)))

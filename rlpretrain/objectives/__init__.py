@@ -1,5 +1,6 @@
-"""One objective, one file. An objective is found by the name of its module here, or by
-`package.module:Class`.
+"""One objective, one file.
+
+An objective is found by the name of its module here, or by `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig, names
 from rlpretrain.config.io import parse
-from rlpretrain.objectives.base import NEEDS, Config, Objective, Setting
+from rlpretrain.objectives.base import Objective
+from rlpretrain.objectives.settings import NEEDS, Config, Setting
 from rlpretrain.prompts import Delimiters
 from rollout.types import SamplingParams
 
@@ -30,14 +32,20 @@ __all__ = [
 ]
 
 
+SHARED = {"base", "sampling", "settings"}
+"""Modules of this folder that are not objectives."""
+
+
 def available() -> list[str]:
     """Names of the objectives that ship with the library."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
+    modules = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    return sorted(modules - SHARED)
 
 
 def find(name: str) -> type[Objective]:
-    """The class behind a module name or a `package.module:Class` path; ConfigError with the nearest name
-    otherwise.
+    """The class that a module name or a `package.module:Class` path names.
+
+    Raises ConfigError with the nearest name.
     """
     module, _, attribute = name.partition(":")
     if not attribute:
@@ -62,7 +70,10 @@ def config_of(name: str) -> type:
 
 
 def parse_section(section: Mapping[str, Any]) -> tuple[type[Objective], Any]:
-    """(class, checked Config) of an `objective:` section; unknown keys are refused with the nearest name."""
+    """The class and the checked Config of an `objective:` section.
+
+    Raises ConfigError for an unknown key, with the nearest name.
+    """
     section = dict(section)
     owner = find(section.pop("name", "rlp"))
     known, elsewhere = names.names(owner.Config), tuple(names.dotted(PretrainConfig))
@@ -99,8 +110,7 @@ def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
     reduction = objective.token_reduction if run.loss.reduction == "auto" else run.loss.reduction
-    objective.setting = Setting(params, s.thoughts, run.loss.reader_coef, reduction)
-    return objective
+    return objective.with_setting(Setting(params, s.thoughts, run.loss.reader_coef, reduction))
 
 
 load = load_objective  # the name it had before

@@ -1,12 +1,14 @@
-"""What an objective is: what to predict, and how thinking about it is rewarded. Nothing here knows how
-models run.
+"""The contract of an objective: what to predict, and how thinking about it is rewarded.
+
+Nothing here knows how models run.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,75 +17,16 @@ from torch import Tensor
 from rewards import leave_one_out
 from rlpretrain.data.positions import PositionPicker
 from rlpretrain.data.token_text import TokenReader
+from rlpretrain.objectives import sampling
+from rlpretrain.objectives.settings import DEFAULT_SETTING, NEEDS, Config, Setting
 from rlpretrain.prompts import Delimiters, ThoughtPrompt
 from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
-from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
+from rollout.types import Group, Position, Prompt, Thought
 
+__all__ = ["NEEDS", "Config", "Objective", "Setting", "derive_seed", "rewards_differ"]
 
-@dataclass(kw_only=True)
-class Config:
-    """Fields that every objective with thoughts has; an objective's own `Config` extends it."""
-
-    positions: str = "random"
-    """Where to think: random, every_k, entropy, before, after, sentence, answer, or
-    package.module:function.
-    """
-    positions_per_document: int = 1
-    """Positions drawn in each document; the paper uses one."""
-    target_length: int = 1
-    """Tokens predicted after the thought; 1 in the paper."""
-    min_context: int = 1
-    """Fewest tokens before a position."""
-    marker: str | None = None
-    """Text that positions `before` and `after` look for."""
-    every: int = 16
-    """Stride of positions `every_k`."""
-    top_fraction: float = 0.2
-    """Positions `entropy` draws among this share of a document's highest next-token entropies."""
-    template: str = "raw"
-    """raw: the thought is opened inside the document. rlp: the paper's system prompt in our words. Or a
-    text with {context}.
-    """
-    no_think: str = "raw"
-    """What the arm without a thought sees: raw (the document), template, or empty_thought."""
-    open: str = "<think>"
-    """Delimiter that opens a thought; added to the tokenizer where it is missing."""
-    close: str = "</think>"
-    """Delimiter that closes it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What the run tells its objective: how thoughts are drawn, the weight of the reader term, how thought
-    tokens are weighed.
-    """
-
-    params: SamplingParams
-    thoughts: int
-    reader_coef: float
-    reduction: str = "thought_mean"
-
-
-def rewards_differ(group: Group) -> bool:
-    """Whether two thoughts of a group earn different rewards; NaN, which differs from itself too, is none."""
-    return len({reward for reward in group.rewards or () if not math.isnan(reward)}) > 1
-
-
-def derive_seed(seed: int, k: int = 1) -> int:
-    """Another stream of random numbers for what is sampled after something with `seed`."""
-    return (seed * 0x9E3779B97F4A7C15 + k) % 2**62
-
-
-NEEDS = {
-    "target": "log-probs of the targets, after the thoughts and without them",
-    "entropy": "the entropy of each token of a document, for `positions`",
-    "batch": "`advantage` sees all groups of a step at once",
-    "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",
-    "ntp_data": "a second stream of documents",
-}
-"""What an objective can ask of a run; each of them is read somewhere, and a test holds it."""
-
+derive_seed = sampling.derive_seed
 
 RENAMED = {
     "think": "sample_thoughts",
@@ -94,55 +37,40 @@ RENAMED = {
 """Hooks by the names that they had before; subclasses that override or call an old name keep working."""
 
 
-class Objective:
-    """A pretraining objective. Subclass it in a file of its own, name the class `OBJECTIVE`; see
-    objectives/rlp.py.
+def rewards_differ(group: Group) -> bool:
+    """Whether two thoughts of a group earn different rewards; NaN (not applicable) is not counted."""
+    return len({reward for reward in group.rewards or () if not math.isnan(reward)}) > 1
 
-    `needs` says what a run must have ready, in the words of `NEEDS`; log-probs without the thought come with
+
+class Objective:
+    """A pretraining objective. Subclass it in a file of its own and name the class `OBJECTIVE`; see rlp.py.
+
+    `needs` says what a run must provide, in the words of `NEEDS`; log-probs without the thought come with
     "target".
     """
 
     Config: type = Config
     needs: frozenset[str] = frozenset({"target"})
     has_positions = True
-    proxy: Any = None  # a model of the objective's own, with `model` and `reads`: what it reads is spent too
-    answer_tokens = 0  # most that is sampled after a thought, up to `config.closing`; 0: nothing
-    token_reduction = (
-        "thought_mean"  # what `loss.reduction: auto` is: the paper's mean or sum over a thought's tokens
-    )
+    proxy: Any = None
+    """A second model that the objective reads with, if any; it has `model` and `reads`, which are counted."""
+    answer_tokens = 0
+    """Most tokens sampled after a thought, up to `config.closing`; 0: none."""
+    token_reduction = "thought_mean"
+    """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
+    setting: Setting = DEFAULT_SETTING
+    """How thoughts are drawn and how far the run is; the run sets it."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        for old, new in RENAMED.items():  # a subclass may override, or call, a hook by either name
+        for old, new in RENAMED.items():
             if old in cls.__dict__ and new not in cls.__dict__:
                 setattr(cls, new, cls.__dict__[old])
             elif new in cls.__dict__:
                 setattr(cls, old, cls.__dict__[new])
 
-    __slots__ = ("__dict__", "__weakref__", "progress")
-    progress: float
-    """How far the run is with the batch at hand, 0 to 1: the same for its positions, prompts, rewards and
-    losses.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any):
-        self = super().__new__(cls)
-        self.progress = 0.0
-        return self
-
-    def at(self, progress: float) -> Objective:
-        """This objective as it is with another batch: `progress` differs, all else is shared.
-
-        Thoughts of coming batches are sampled while another batch is trained, so they cannot ask one
-        attribute.
-        """
-        other = object.__new__(type(self))
-        other.__dict__, other.progress = self.__dict__, progress
-        return other
-
     def __init__(self, config: Any, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
-        self.setting = Setting(SamplingParams(max_thought_tokens=1), 2, 0.0)  # replaced by load_objective
         self.reader = TokenReader(tokenizer)
         if not self.has_positions:
             return
@@ -160,15 +88,43 @@ class Objective:
         if config.positions == "entropy":
             self.needs = self.needs | {"entropy"}
 
+    # what the run sets
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done when the present batch is trained, 0 to 1.
+
+        It is the same for the batch's positions, prompts, rewards and losses.
+        """
+        return self.setting.progress
+
+    @progress.setter
+    def progress(self, value: float) -> None:
+        self.setting = replace(self.setting, progress=value)
+
+    def with_setting(self, setting: Setting) -> Objective:
+        """A shallow copy with another setting.
+
+        Thoughts of coming batches are sampled while another batch is trained, so several settings exist at
+        a time. Copies share mutable attributes: count in a `Counter` or a dict, not in a plain number.
+        """
+        other = copy.copy(self)
+        other.setting = setting
+        return other
+
+    def at(self, progress: float) -> Objective:
+        """A shallow copy for a batch that is trained at this share of the run."""
+        return self.with_setting(replace(self.setting, progress=progress))
+
+    # lengths
+
     @property
     def min_length(self) -> int:
         """Tokens of the shortest document that has room for a position."""
         if not self.has_positions:
             return 2
-        return max(
-            2,
-            self.config.min_context + (1 if self.config.positions == "answer" else self.config.target_length),
-        )
+        target = 1 if self.config.positions == "answer" else self.config.target_length
+        return max(2, self.config.min_context + target)
 
     @property
     def added_tokens(self) -> int:
@@ -177,15 +133,15 @@ class Objective:
 
     @property
     def shortest_target(self) -> int:
-        """Fewest tokens of a document that no prompt contains, since they are predicted."""
+        """Fewest tokens of a document that are never part of a prompt, since they are predicted."""
         return 1 if self.config.positions == "answer" else self.config.target_length
 
     def window(self, size: int, thought_tokens: int | None = None) -> Window:
-        """The most tokens that a document of `size` tokens makes, with thoughts of up to `thought_tokens`
-        (the setting's).
+        """The longest prompt, sample and row of a document of `size` tokens.
 
-        Context and target are parts of the document, so a row is the document and what is put between them.
-        An objective whose prompts hold more than that says so in `added_tokens`.
+        Thoughts have up to `thought_tokens` tokens (by default those of the setting). Context and target are
+        parts of the document, so a row is the document plus what is inserted between them. An objective with
+        prompts that hold more than that overrides `added_tokens`.
         """
         if not self.has_positions:
             return Window(size, size, size)
@@ -196,9 +152,12 @@ class Objective:
         target = self.shortest_target if "target" in self.needs else 0
         return Window(prompt, sampled, max(size, sampled + close + target))
 
+    # where to think, and with what prompt
+
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
-        """Where to think; `trunk[i]` is the entropy (nats) of the model's prediction of token i, where
-        "entropy" is needed.
+        """Where to think in a document.
+
+        `trunk[i]` is the entropy (nats) of the model's prediction of token i, if "entropy" is needed.
         """
         ids, size = document.token_ids, self.config.target_length
         return [
@@ -214,26 +173,25 @@ class Objective:
         return self.template(position)
 
     def no_think(self, position: Position) -> tuple[int, ...] | None:
-        """The context of the arm without a thought; None: the document itself."""
+        """The context of the no-think arm; None: the document itself."""
         return (
             None if self.config.no_think == "raw" else self.template.no_think(position, self.config.no_think)
         )
 
+    # sampling
+
     async def rollout(
         self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]
     ) -> list[Group]:
-        """G thoughts for each position, what is said after them (`answer_tokens`), and rewards that need
-        no live log-probs.
-        """
-        groups = await self.sample_thoughts(engine, positions, [self.prompt(p) for p in positions], seeds)
+        """G thoughts for each position, the answers after them, and rewards that need no live log-probs."""
+        prompts = [self.prompt(position) for position in positions]
+        groups = await self.sample_thoughts(engine, positions, prompts, seeds)
         if self.answer_tokens:
             groups = await self.sample_answers(engine, groups, self.config.closing)
         return await self.add_rewards(engine, groups)
 
     async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
-        """The groups with rewards that need no live log-probs (a match, a judge) stored on them; none by
-        default.
-        """
+        """The groups with rewards that need no live log-probs (a match, a judge); none by default."""
         return groups
 
     async def sample_thoughts(
@@ -245,74 +203,34 @@ class Objective:
         role: str = "policy",
     ) -> list[Group]:
         """A group of G thoughts for each prompt, without rewards."""
-        sampled = await engine.sample(prompts, self.setting.params, self.setting.thoughts, seeds)
-        return [
-            Group(
-                f"{p.document_id}@{p.index}:{seed:x}",
-                p,
-                q,
-                tuple(thoughts),
-                thoughts[0].policy_version,
-                role=role,
-            )
-            for p, q, thoughts, seed in zip(positions, prompts, sampled, seeds, strict=True)
-        ]
+        return await sampling.sample_thoughts(engine, self.setting, positions, prompts, seeds, role)
 
     async def sample_answers(self, engine: Engine, groups: Sequence[Group], closing: str) -> list[Group]:
-        """After each thought that closed itself, sample on until `closing` or `answer_tokens`: what it comes
-        to say.
+        """The groups with an answer after each thought that closed itself.
 
-        Thought and answer become one sampled sequence, trained alike; `answer_span` marks the answer. It ends
-        as the answer ended, and is of the older weights if they changed in between. Thoughts that did not
-        close themselves stay as they are.
+        Sampling continues until `closing` or `answer_tokens`. Thought and answer become one sampled
+        sequence and are trained alike; `answer_span` marks the answer. The sequence has the answer's finish
+        reason, and the older policy version if the weights changed between the two. Other thoughts stay as
+        they are.
         """
-        closed = [
-            (b, g)
-            for b, group in enumerate(groups)
-            for g, t in enumerate(group.thoughts)
-            if t.finish_reason is FinishReason.CLOSE
-        ]
-        prompts, seeds = [], []
-        for b, g in closed:
-            thought = groups[b].thoughts[g]
-            prompts.append(
-                Prompt((*groups[b].prompt.token_ids, *thought.token_ids), (), stop_strings=(closing,))
-            )
-            seeds.append(derive_seed(thought.seed))
         params = replace(self.setting.params, max_thought_tokens=self.answer_tokens)
-        answers = await engine.sample(prompts, params, 1, seeds) if prompts else []
-        thoughts = [list(group.thoughts) for group in groups]
-        for (b, g), (answer,) in zip(closed, answers, strict=True):
-            thought = thoughts[b][g]
-            size = len(thought.token_ids)
-            thoughts[b][g] = Thought(
-                thought.token_ids + answer.token_ids,
-                thought.behaviour_logps + answer.behaviour_logps,
-                answer.finish_reason,
-                min(thought.policy_version, answer.policy_version),
-                thought.seed,
-                (size, size + len(answer.token_ids)),
-            )
-        return [
-            replace(g, thoughts=tuple(t), policy_version=min(x.policy_version for x in t))
-            for g, t in zip(groups, thoughts, strict=True)
-        ]
+        return await sampling.sample_answers(engine, params, groups, closing)
 
     def answer_text(self, thought: Thought) -> str:
-        """The text after a thought's close tag, as far as it was sampled; empty where the thought did not
-        close itself.
-        """
+        """The sampled text after a thought's close tag; empty where the thought did not close itself."""
         if thought.answer_span is None:
             return ""
         start, end = thought.answer_span
         return self.reader.text(thought.token_ids[start:end], after=thought.token_ids[:start])
 
+    # rewards and losses
+
     def notes(self) -> dict[str, float]:
-        """Numbers of its own for the log of a step, named `objective/...`."""
+        """The objective's own numbers for the log of a step, named `objective/...`."""
         return {}
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups to train on; dynamic sampling and filters drop here, before anything is counted."""
+        """The groups to train on. Dynamic sampling and filters drop groups here, before the count."""
         return list(groups)
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
@@ -322,7 +240,7 @@ class Objective:
         for b, group in enumerate(groups):
             if group.rewards is None:
                 raise ValueError(
-                    f"group {group.id} carries no rewards; {type(self).__name__} must store them or override "
+                    f"group {group.id} has no rewards; {type(self).__name__} must store them or override "
                     "reward()"
                 )
             stored[b, : len(group.rewards)] = torch.tensor(group.rewards, dtype=torch.float64)
@@ -340,8 +258,16 @@ class Objective:
         """Weights [B, G, T] of -log p(target | context, thought) in the loss: the reader term."""
         return torch.full_like(scores.target_logps, self.setting.reader_coef)
 
+    def trunk_loss(self, micro: MicroBatch, scores: Scores) -> Tensor:
+        """The loss [M] of each document token, summed over the micro-batch and divided by the step's tokens.
+
+        By default the next-token loss, weighted by `ntp_weights`. Override it for a loss that is not linear
+        in log p (unlikelihood), or that has more than one target token.
+        """
+        return -self.ntp_weights(micro, scores) * scores.trunk_logps
+
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
-        """Weights [M] of the next-token loss."""
+        """Weights [M] of the next-token loss. They must carry no gradient: detach what depends on scores."""
         return torch.ones_like(scores.trunk_logps)
 
 

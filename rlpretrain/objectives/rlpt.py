@@ -178,25 +178,23 @@ class RLPT(base.Objective):
         from sentencex import get_sentence_boundaries
 
         special = set(self.tokenizer.all_special_ids)
-        size = next(
-            (k for k in range(len(ids), 0, -1) if ids[k - 1] not in special), 0
-        )  # without the end of text
+        size = len(ids)
+        while size and ids[size - 1] in special:  # the end of text
+            size -= 1
         text, starts = self.picker.text(ids[:size])
-        found = get_sentence_boundaries(self.config.language, text)
-        places = [bisect_left(starts, f["start_index"]) for f in found if f["text"].strip()] + [size]
-        return [(a, b) for a, b in zip(places, places[1:], strict=False) if b > a]
+        sentences = get_sentence_boundaries(self.config.language, text)
+        bounds = [bisect_left(starts, s["start_index"]) for s in sentences if s["text"].strip()] + [size]
+        return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
 
     def prompt(self, position: Position) -> Prompt:
-        """What stands before the thought; for a middle segment with a mask and the segment after it."""
+        """The prompt; for a middle segment with a mask and the segment after it."""
         return self.middle(self._masked(position)) if position.suffix_ids else self.template(position)
 
     def no_think(self, position: Position) -> tuple[int, ...] | None:
-        """The same without a thought: the gain must not be that of the suffix."""
-        return (
-            self.middle.no_think(self._masked(position), "template")
-            if position.suffix_ids
-            else super().no_think(position)
-        )
+        """The context of the no-think arm; it has the suffix too, whose gain must not count."""
+        if not position.suffix_ids:
+            return super().no_think(position)
+        return self.middle.no_think(self._masked(position), "template")
 
     def _masked(self, position: Position) -> Position:
         return replace(position, context_ids=(*position.context_ids, *self.mask, *position.suffix_ids))
@@ -212,39 +210,40 @@ class RLPT(base.Objective):
         return [replace(g, rewards=tuple(r)) for g, r in zip(groups, rewards, strict=True)]
 
     async def judged(self, engine: Engine, groups: Sequence[Group]) -> list[list[float]]:
-        """The judge's verdicts on what was written; 0 for what says too little, copies the context, or
-        fits elsewhere too.
+        """The judge's verdicts on what was written.
+
+        0 for a text that is too short, copies the context, or also fits another position of the batch.
         """
-        judge = self.judge or Judge(
-            engine_judge(engine, self.tokenizer), self.config.judge_failure, self.counts
-        )  # it changes
-        written = {
-            (b, g): self.written(t) for b, group in enumerate(groups) for g, t in enumerate(group.thoughts)
-        }
-        contexts, references = (
-            [self._text(ids(g.position)) for g in groups] for ids in (_around, lambda p: p.target_ids)
-        )
-        asked = [
-            (b, g)
-            for (b, g), text in written.items()
-            if worth_judging(text, contexts[b], self.config.min_words)
-        ]
-        verdicts = dict(
-            zip(asked, await judge([(written[b, g], references[b]) for b, g in asked]), strict=True)
-        )
-        others = {
-            b: next((o for o in range(len(groups)) if references[o] != references[b]), None)
-            for b in range(len(groups))
-        }
-        again = [(b, g) for (b, g), verdict in verdicts.items() if verdict == 1 and others[b] is not None]
-        elsewhere = await judge([(written[b, g], references[others[b]]) for b, g in again])
-        verdicts |= {place: 0.0 for place, verdict in zip(again, elsewhere, strict=True) if verdict == 1}
+        judge = self.judge
+        if judge is None:  # the policy judges itself, by an engine whose weights change
+            judge = Judge(engine_judge(engine, self.tokenizer), self.config.judge_failure, self.counts)
+        written: dict[tuple[int, int], str] = {}
+        for b, group in enumerate(groups):
+            for g, thought in enumerate(group.thoughts):
+                written[b, g] = self.written(thought)
+        contexts = [self._text(_around(group.position)) for group in groups]
+        references = [self._text(group.position.target_ids) for group in groups]
+        least = self.config.min_words
+        asked = [place for place, text in written.items() if worth_judging(text, contexts[place[0]], least)]
+        answers = await judge([(written[b, g], references[b]) for b, g in asked])
+        verdicts = dict(zip(asked, answers, strict=True))
+        # a text that the judge also accepts for another position's reference fits everywhere
+        others = [next((r for r in references if r != reference), None) for reference in references]
+        again = []
+        for place, verdict in verdicts.items():
+            other = others[place[0]]
+            if verdict == 1 and other is not None:
+                again.append((place, other))
+        elsewhere = await judge([(written[place], other) for place, other in again])
+        for (place, _), verdict in zip(again, elsewhere, strict=True):
+            if verdict == 1:
+                verdicts[place] = 0.0
         return [
             [verdicts.get((b, g), 0.0) for g in range(len(group.thoughts))] for b, group in enumerate(groups)
         ]
 
     def notes(self) -> dict[str, float]:
-        """What was asked of the judge since the last step, and the share that could not be judged."""
+        """Requests to the judge since the last step, and the share that failed."""
         if self.config.reward != "judge":
             return {}
         seen = dict(self.counts)
@@ -256,18 +255,17 @@ class RLPT(base.Objective):
         }
 
     def written(self, thought: Thought) -> str:
-        """What stands between the last pair of delimiters after a thought; empty where there is none."""
-        return (
-            last_between(self.answer_text(thought), self.config.opening, self.config.closing) or ""
-        ).strip()
+        """The text between the last pair of delimiters after a thought; empty where there is none."""
+        text = last_between(self.answer_text(thought), self.config.opening, self.config.closing)
+        return (text or "").strip()
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.reader.text([i for i in ids if i not in self.picker.special]).strip()
 
     def right(self, thought: Thought, position: Position) -> bool:
-        """Whether the words written after a thought begin what follows."""
-        said, true = self.written(thought).split(), self._text(position.target_ids).split()
-        return len(said) >= self.config.min_words and true[: len(said)] == said
+        """Whether the text continues with the words written after a thought."""
+        predicted, true = self.written(thought).split(), self._text(position.target_ids).split()
+        return len(predicted) >= self.config.min_words and true[: len(predicted)] == predicted
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """The gain in nats, or the matches [B, G]."""

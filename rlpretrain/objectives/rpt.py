@@ -190,14 +190,14 @@ def _stripped(data: bytes) -> bytes:
 
 
 class _Proxy:
-    """A model whose entropies, over its 16 likeliest next tokens, say where text is hard to predict."""
+    """A model whose entropies, over its 16 likeliest next tokens, show where text is hard to predict."""
 
     def __init__(self, path: str):
         from transformers import AutoModelForCausalLM
 
         self.reads = Reads()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
         self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()

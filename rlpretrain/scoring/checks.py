@@ -84,7 +84,7 @@ def check_model(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, tolerance: float = 1e-3) -> float:
+def check_head(model: Any, tolerance: float = 1e-3) -> float:
     """Largest difference between our log-probabilities and those of the model's own logits, on a few tokens.
 
     Raises ValueError above `tolerance` (scaled for half precision and autocast): the model does something to

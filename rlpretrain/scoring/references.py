@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlpretrain.config import PretrainConfig
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.scorer import NoGradScorer
+from rlpretrain.scoring.scorer import NoGradScorer, score
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -151,6 +151,24 @@ class Ema(Frozen):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, p in self.model.named_parameters():
             p.copy_(state[name])
+
+
+class Reference:
+    """Log-probs of trunk and thoughts under a frozen model: what objectives with need "reference" see.
+
+    It scores the same rows as the policy, thoughts at the same temperature, so equal models give equal
+    numbers.
+    """
+
+    def __init__(self, frozen: Frozen, temperature: float):
+        self.frozen, self.temperature = frozen, temperature
+
+    @torch.no_grad()
+    def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
+        """The scores with `trunk_reference` [M] and `thought_reference` [B, G, L]; one more forward."""
+        device = next(self.frozen.model.parameters()).device
+        own = score(self.frozen.scorer, micro.to(device), self.temperature)
+        return replace(scores, trunk_reference=own.trunk_logps, thought_reference=own.thought_logps)
 
 
 def make_references(

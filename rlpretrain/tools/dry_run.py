@@ -31,8 +31,8 @@ from rlpretrain.tools.memory import GIB, Sizes, count_parameters, memory, peak
 from rlpretrain.tools.readiness import missing_tags
 from rlpretrain.training.backends import backend_of
 from rlpretrain.training.backends.deepspeed import ds_settings
-from rlpretrain.training.builder import check_settings
 from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.planning import check_settings
 from rlpretrain.types import Window
 
 SAMPLE = 20_000

@@ -47,7 +47,7 @@ def compute_step_advantages(run: Run, micros: Sequence[MicroBatch]) -> list[Adva
     For several inner epochs, for objectives that compare groups, and where a group is split over
     micro-batches.
     """
-    scored = [run.baseline(run.policy.score(micro), micro) for micro in micros]
+    scored = [run.add_references(run.policy.score(micro), micro) for micro in micros]
     rewards = []
     for micro, scores in zip(micros, scored, strict=True):
         here = micro.to(scores.counted.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from rlpretrain import models
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import PretrainConfig
 from rlpretrain.data.stream import DocumentStream
 from rlpretrain.data.tokenization import fingerprint
 from rlpretrain.evaluation.evaluate import held_out
@@ -24,45 +23,47 @@ from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
-from rlpretrain.scoring.references import Baseline, Frozen, make_references
+from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_references
 from rlpretrain.training import checkpoint, outputs
-from rlpretrain.training.backends import find_backend, make_policy
-from rlpretrain.training.losses import make_losses
-from rlpretrain.training.optim import find_optimizer, make_schedule
+from rlpretrain.training.backends import Policy, make_policy
+from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Recorded, Store
+from rollout.types import WeightSource
 
 
 @dataclass(kw_only=True, eq=False)
 class Parts:
-    """What a run is made of, before its first step; `build_parts` makes it."""
+    """What a run is made of before its first step; `build_parts` constructs it."""
 
     config: PretrainConfig
     ranks: Ranks
     folder: Path
     resumed_from: Path | None
-    """The checkpoint to go on from."""
+    """The checkpoint that the run resumes from."""
 
     delimiters: Delimiters | None
     added: list[str]
-    """The delimiters that the tokenizer did not know."""
+    """The delimiters that were added to the tokenizer."""
     tokenizer: Any
     objective: Objective
     held_out: list[Document] | None
     dropped: int
-    """Documents that were left out for their length."""
+    """Documents that were left out as too short."""
     total_steps: int
 
     frozen: Frozen | None
     """The initial model, where something is measured against it."""
+    reference: Reference | None
+    """Log-probs of trunk and thoughts under it, where the objective needs them."""
     baseline: Baseline
-    policy: Any
-    handed_over: Any
-    """What the engine gets at a sync: weights, or the adapter."""
+    policy: Policy
+    engine_weights: WeightSource
+    """What the engine gets at a sync: the weights, or the adapter."""
     engine: Any
     probe: SyncProbe | None
-    """Checks after each sync that the engine has the policy's weights, where it has weights of its own."""
+    """Checks after each sync that an engine with its own copy has the policy's weights."""
     source: BatchSource | ReplaySource
     store: Store | None
     layout: Layout
@@ -106,9 +107,11 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     total_steps = count_steps(config, objective, stream, replayed)
 
     start = write_start(config, model, tokenizer, ranks, changed=bool(added) or config.model.from_scratch)
-    wants_frozen = owner.has_positions and bool(config.baseline.frozen_every or documents)
-    again = _come_again(config, objective, stream, total_steps)
-    frozen, baseline = make_references(config, model, wants_frozen, again, ranks)
+    needs_reference = "reference" in objective.needs
+    measures_frozen = owner.has_positions and bool(config.baseline.frozen_every or documents)
+    repeats = documents_repeat(config, objective, stream, total_steps)
+    frozen, baseline = make_references(config, model, measures_frozen or needs_reference, repeats, ranks)
+    reference = Reference(frozen, config.sampling.temperature) if frozen and needs_reference else None
     lora = config.policy.lora
     if lora:
         adapters.add_lora(model, lora, tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
@@ -141,6 +144,8 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     )
     probed = not isinstance(engine, HFEngine | Recorded)
     padded_because = attention.install(model) if config.packing == "tree" else None
+    if reference is not None and config.packing == "tree" and padded_because is None:
+        attention.install(reference.frozen.model)
     return Parts(
         config=config,
         ranks=ranks,
@@ -154,9 +159,10 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         dropped=stream.dropped if stream is not None else 0,
         total_steps=total_steps,
         frozen=frozen,
+        reference=reference,
         baseline=baseline,
         policy=policy,
-        handed_over=policy.adapter if lora and lora.sync == "adapter" else policy.weights,
+        engine_weights=policy.adapter if lora and lora.sync == "adapter" else policy.weights,
         engine=engine,
         probe=SyncProbe(config, engine, policy, table_size(tokenizer)) if probed else None,
         source=source,
@@ -170,61 +176,16 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     )
 
 
-def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
-    """Refuse what can be known to fail without a model, in a run and in a dry run: ConfigError that names
-    the setting.
-    """
-    if config.positions_per_step % ranks:
-        raise ConfigError(
-            f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks"
-        )
-    if "batch" in owner.needs and ranks > 1:
-        raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
-    adapters.check(config)
-    find_backend(config.policy)
-    find_optimizer(config.optim)
-    make_schedule(config.optim, total_steps=1)
-    make_losses(config.loss.terms)
-
-
-def count_steps(
-    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, replayed: ReplaySource | None
-) -> int:
-    """How many steps a run of this configuration has."""
-    if stream is None or replayed:
-        return replayed.planned
-    if config.max_steps is not None:
-        return config.max_steps
-    if config.data.streaming:
-        raise ConfigError("a stream has no known length: give max_steps instead of epochs")
-    positions = (config.epochs or 1.0) * len(stream) * _positions_of_each(objective)
-    return max(1, math.ceil(positions / config.positions_per_step))
-
-
-def _positions_of_each(objective: Objective) -> int:
-    """The most positions of one document."""
-    return getattr(objective.config, "positions_per_document", 1)
-
-
-def _come_again(
-    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int
-) -> bool:
-    """Whether documents will be drawn more than once."""
-    if stream is None or config.data.streaming:
-        return False
-    return steps * config.positions_per_step / _positions_of_each(objective) > len(stream)
-
-
 def _engine(
     config: PretrainConfig,
     model: nn.Module,
     tokenizer: Any,
     objective: Objective,
-    policy: Any,
+    policy: Policy,
     ranks: Ranks,
     start: Path | None,
 ) -> Any:
-    """The engine; where the hf engine cannot read the trainer's weights (ZeRO 3) it has a copy of its own."""
+    """The engine. An hf engine that cannot read the trainer's weights (ZeRO 3) gets a model of its own."""
     if config.engine.name == "hf" and not policy.shares_weights:
         model = models.load_with_tokenizer(config.model, delimiters(config.objective), config.seed)[0].to(
             ranks.device

@@ -229,7 +229,7 @@ def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> N
     `where`.
     """
     now = json.loads(json.dumps(config))
-    changed = changes(*(without(c, FREE_TO_CHANGE) for c in (filled(before, now), now)))
+    changed = changes(without(filled(before, now), FREE_TO_CHANGE), without(now, FREE_TO_CHANGE))
     if changed:
         raise ConfigError(
             f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or set the "

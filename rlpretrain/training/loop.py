@@ -1,6 +1,4 @@
-"""The loop: take a batch, score it, reward the thoughts, update the policy. Everything else is called from
-here.
-"""
+"""The loop: take a batch, score it, reward the thoughts, update the policy."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ def train(run: Run) -> None:
         if run.needs_step_advantages():
             micros, known = score_first(run, micros)
         for _ in range(run.config.loss.inner_epochs):
-            if not add_gradients(
-                run, micros, known
-            ):  # a thought that the denominators count has no reward after all
+            if not add_gradients(run, micros, known):  # a counted thought has no reward after all
                 run.policy.discard()
                 run.metrics = metrics
                 micros, known = score_first(run, micros)
@@ -44,22 +40,21 @@ def train(run: Run) -> None:
 
 
 def score_first(run: Run, micros: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Advantages]]:
-    """Score a whole step before it is trained: its micro-batches, less the thoughts without a reward, and
-    all advantages.
+    """Score a whole step before it is trained.
+
+    Returns its micro-batches without the thoughts that have no reward, and all advantages.
     """
     known = compute_step_advantages(run, micros)
     return leave_out_unrewarded(run, micros, [k.rewards for k in known]), known
 
 
 def add_gradients(run: Run, micros: Sequence[MicroBatch], known: Sequence[Advantages] | None) -> bool:
-    """Add up the step's gradient. False, and what there is must be dropped, where a thought that is
-    counted has no reward.
-    """
+    """Add up the step's gradient. False where a counted thought has no reward: discard the gradient."""
     counts = run.count_losses(micros)  # global denominators, one all-reduce
     for i, micro in enumerate(micros):
         micro = micro.to(run.ranks.device)
         own = run.policy.score(micro)  # one forward: thoughts, targets, trunk
-        scores = run.baseline(own, micro)
+        scores = run.add_references(own, micro)
         thoughts = None
         if micro.groups:
             thoughts = known[i] if known else compute_advantages(run.objective, micro, scores)

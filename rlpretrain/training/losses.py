@@ -142,7 +142,7 @@ class NextToken(Loss):
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         coefficient = inputs.config.ntp_coef if inputs.objective.has_positions else 1.0
-        loss = ntp_loss(inputs.scores, inputs.objective.ntp_weights(inputs.micro, inputs.scores))
+        loss = inputs.objective.trunk_loss(inputs.micro, inputs.scores).sum()
         return LossOutput(coefficient * loss)
 
 

@@ -1,10 +1,10 @@
-"""Evaluation inside a run: the model with the policy's present weights, on the held-out documents of all
-ranks.
-"""
+"""Evaluation during a run, with the policy's present weights, on the held-out documents of all ranks."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,9 +12,13 @@ from rlpretrain import models
 from rlpretrain.evaluation.evaluate import Evaluation, evaluate
 from rlpretrain.models import adapters
 from rlpretrain.scoring.scorer import NoGradScorer
+from rlpretrain.training import run_state, run_stop
 from rlpretrain.training.builder import Parts
 from rollout.hf import HFEngine
 from rollout.weights import copy_weights
+
+if TYPE_CHECKING:
+    from rlpretrain.training.run import Run
 
 
 @dataclass(eq=False)
@@ -28,6 +32,7 @@ class RunEvaluation:
     def evaluate(self) -> dict[str, float]:
         """The metrics of the present weights, the same on every rank. All ranks call it."""
         config, ranks = self.parts.config, self.parts.ranks
+        assert self.parts.held_out is not None, "a run evaluates only with eval.data"
         mine = self.parts.held_out[ranks.rank :: ranks.size]
         model, frozen = self.model(), self.parts.frozen and self.parts.frozen.model
         if self.parts.frozen and config.policy.lora:
@@ -43,7 +48,8 @@ class RunEvaluation:
             pad_id=self.parts.layout.pad_id,
         )
         joined = Evaluation.join(ranks.gather(here))
-        return {f"eval/{k}": v for k, v in joined.summary().items() if not k.endswith("_ci")}
+        numbers = {name: value for name, value in joined.summary().items() if isinstance(value, int | float)}
+        return {f"eval/{name}": value for name, value in numbers.items()}
 
     def model(self) -> nn.Module:
         """A whole model with the policy's present weights; with adapters, where those are trained."""
@@ -64,6 +70,27 @@ class RunEvaluation:
         else:
             copy_weights(self.whole, policy.weights)
         return self.whole
+
+
+def evaluate_run(run: Run) -> dict[str, float]:
+    """Evaluate, and compare with the best evaluation so far; returns the row. All ranks call it."""
+    row = run.evaluation.evaluate()
+    score, not_finite = score_of(row), row.get("eval/not_finite", 0.0)
+    if not_finite or not math.isfinite(score):  # neither a new best nor an evaluation without progress
+        problem = (
+            f"{not_finite:.0%} of the positions have log-probs of NaN or inf" if not_finite else "no number"
+        )
+        run.console.say(f"step {run.step}: the evaluation decides nothing ({problem})")
+        return row
+    best = run.best["gain"]
+    if best is None or not best >= score:  # an older run may have kept NaN as its best
+        run.best = {"step": run.step, "gain": score, "stale": 0}
+        if run.config.checkpoint.every and run.step % run.config.checkpoint.every:
+            run_state.save(run)
+        return row
+    run.best["stale"] += 1
+    run.stopped = run_stop.out_of_patience(run) or run.stopped
+    return row
 
 
 def score_of(row: dict[str, float]) -> float:

@@ -1,7 +1,4 @@
-"""What a run says when it begins, and what it leaves behind: run.json and the final model.
-
-`run` is rlpretrain.training.run.Run.
-"""
+"""What a run prints when it begins, and what it leaves behind: run.json and the final model."""
 
 from __future__ import annotations
 
@@ -10,17 +7,22 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlpretrain import compat, models
+from rlpretrain.config.io import to_dict
 from rlpretrain.files import writing
+from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training import run_state
 from rlpretrain.training.interruption import Interrupted
 from rlpretrain.types import Batch
 
+if TYPE_CHECKING:
+    from rlpretrain.training.run import Run
 
-def opening(run: Any, resume: str | bool | None) -> Iterator[str]:
-    """The lines that a run says before its first step."""
+
+def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
+    """The lines that a run prints before its first step."""
     lora = run.config.policy.lora
     if run.added:
         fixed = "; policy.lora.new_tokens is off: their embeddings stay as they begin"
@@ -35,7 +37,13 @@ def opening(run: Any, resume: str | bool | None) -> Iterator[str]:
         yield f"no checkpoint in {run.folder} yet"
 
 
-def facts(run: Any) -> dict[str, Any]:
+def make_trackers(run: Run) -> Trackers:
+    """The trackers of `report_to`; a table of samples about five times in a run."""
+    config, sample_every = run.config, max(1, run.total_steps // 5)
+    return Trackers(run.folder, config.report_to, to_dict(config), run.folder.name, run.step, sample_every)
+
+
+def facts(run: Run) -> dict[str, Any]:
     """What run.json says of this run beside its configuration."""
     return {
         "added_tokens": run.added,
@@ -50,7 +58,7 @@ def logged_rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def keep_rollouts(run: Any, batch: Batch) -> None:
+def keep_rollouts(run: Run, batch: Batch) -> None:
     """Store a batch before its step, with `save_rollouts`."""
     if run.store:
         facts = {
@@ -62,7 +70,7 @@ def keep_rollouts(run: Any, batch: Batch) -> None:
             run.store.write(run.step + 1, batch.groups, batch.documents, facts)
 
 
-def step_row(run: Any) -> dict[str, float]:
+def step_row(run: Run) -> dict[str, float]:
     """What is logged of a step beside its own metrics: times, what was spent, where the run stands."""
     total, timer = time.perf_counter() - run.timer.start, run.timer
     return {
@@ -77,7 +85,7 @@ def step_row(run: Any) -> dict[str, float]:
     }
 
 
-def record(run: Any, status: str) -> dict[str, Any]:
+def record(run: Run, status: str) -> dict[str, Any]:
     """The content of run.json: the resolved configuration, what the run found, all versions."""
     return {
         "status": status,
@@ -99,7 +107,7 @@ def record(run: Any, status: str) -> dict[str, Any]:
     }
 
 
-def save_model(run: Any) -> None:
+def save_model(run: Run) -> None:
     """Write the policy as `output_dir`/model, with a model card. All ranks call it."""
     models.save_model(run.policy, run.tokenizer, run.folder / "model", run.ranks.first)
     if run.ranks.first:
@@ -112,9 +120,10 @@ def save_model(run: Any) -> None:
         )
 
 
-def interruption(run: Any) -> Interrupted:
+def interruption(run: Run) -> Interrupted:
     """Mark run.json; what to raise, which says how to go on."""
     run.write_run_json("interrupted")
+    assert run.stopped is not None, "an interrupted run has a reason"
     name = run.stopped.removeprefix("interrupted: ")
     text = (
         f"{name} after step {run.step} of {run.total_steps}: checkpoint-{run.step} is written, go on with "
@@ -123,7 +132,7 @@ def interruption(run: Any) -> Interrupted:
     return Interrupted(text, signal.Signals[name])
 
 
-def end(run: Any) -> dict[str, Any]:
+def end(run: Run) -> dict[str, Any]:
     """Save the final model, say so in run.json and on the console, upload it if asked to; what the run
     returns.
     """

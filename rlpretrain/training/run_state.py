@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +13,12 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import to_dict
 from rlpretrain.training import abandoned, checkpoint, records, run_stop
 
+if TYPE_CHECKING:
+    from rlpretrain.training.run import Run
 
-def resolved(run: Any) -> dict[str, Any]:
-    """The configuration with the objective's defaults and its reduction. `run` is
-    rlpretrain.training.run.Run, here and below.
-    """
+
+def resolved(run: Run) -> dict[str, Any]:
+    """The configuration with the objective's defaults and its reduction."""
     objective = {"name": run.config.objective.get("name", "rlp"), **asdict(run.objective.config)}
     out = to_dict(run.config)
     return out | {
@@ -26,7 +27,7 @@ def resolved(run: Any) -> dict[str, Any]:
     }
 
 
-def save(run: Any) -> None:
+def save(run: Run) -> None:
     """Write the checkpoint of the present step. All ranks call it."""
     state = {
         "config": resolved(run),
@@ -47,7 +48,7 @@ def save(run: Any) -> None:
         checkpoint.rotate(run.folder, run.config.checkpoint.keep, run.best["step"])
 
 
-def restore(run: Any, path: Path) -> None:
+def restore(run: Run, path: Path) -> None:
     """Go back to the checkpoint `path`. All ranks call it."""
     state, mine = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
     run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
@@ -60,17 +61,19 @@ def restore(run: Any, path: Path) -> None:
     run.policy.load(path)
 
 
-def set_aside(run: Any, resume: str | bool | None) -> str | None:
-    """Before the first step of a run that goes on, or that begins again where there is no checkpoint: what
-    came later is moved away, so that branches never mix; what was moved, in a line. All ranks call it.
+def set_aside(run: Run, resume: str | bool | None) -> str | None:
+    """Move away what a resumed run wrote after its checkpoint, so that two branches never mix.
+
+    Called on all ranks before the first step, also where a run is started again for want of a checkpoint.
+    Returns a line that says what was moved.
     """
-    said = None
+    message = None
     if resume and run.resumed_from is None and (run.folder / "run.json").is_file():
         checkpoint.check_same(_config_of(run.folder), resolved(run), run.folder)
     if resume and run.ranks.first:
-        said = abandoned.set_aside(run.folder, run.step, run.resumed_from)
+        message = abandoned.set_aside(run.folder, run.step, run.resumed_from)
     run.ranks.barrier()
-    return said
+    return message
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -78,5 +81,6 @@ def _config_of(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "run.json").read_text())["config"]
     except (ValueError, LookupError, TypeError):
-        why = f"{folder / 'run.json'} is not what was written: remove {folder}, or choose another output_dir"
-        raise ConfigError(why) from None
+        raise ConfigError(
+            f"{folder / 'run.json'} is damaged: remove {folder}, or choose another output_dir"
+        ) from None

@@ -1,16 +1,17 @@
-"""What ends a run before its last step: each rule gives its reason in words, or None. `run` is
-rlpretrain.training.run.Run.
-"""
+"""What ends a run before its last step. Each rule returns its reason as a text, or None."""
 
 from __future__ import annotations
 
 import math
 import signal
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rewards.controls import CollapseMonitor
 from rlpretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from rlpretrain.training.run import Run
 
 
 def make_monitor(config: PretrainConfig) -> CollapseMonitor:
@@ -18,12 +19,12 @@ def make_monitor(config: PretrainConfig) -> CollapseMonitor:
     return CollapseMonitor(window=config.stop.collapse_window, no_think_rise=config.stop.collapse_no_think)
 
 
-def over_budget(run: Any) -> str | None:
+def over_budget(run: Run) -> str | None:
     """`stop.input_tokens` or `stop.flops` is reached."""
     return run.spent.over(run.config.stop.input_tokens, run.config.stop.flops)
 
 
-def nonfinite(run: Any) -> str | None:
+def nonfinite(run: Run) -> str | None:
     """`stop.nonfinite` steps in a row were skipped."""
     if run.skipped_in_row < run.config.stop.nonfinite:
         return None
@@ -31,34 +32,34 @@ def nonfinite(run: Any) -> str | None:
     return f"nonfinite: {run.skipped_in_row} steps in a row skipped; the batches are in {where}"
 
 
-def collapsed(run: Any, row: Mapping[str, float]) -> str | None:
+def collapsed(run: Run, row: Mapping[str, float]) -> str | None:
     """The monitor of `stop.collapse` fires on a step's row."""
     if not run.config.stop.collapse or "ntp/loss" not in row or not run.objective.has_positions:
         return None
-    # ig/frozen is the honest gain but known only now and then; where ig/self flatters, the no-think loss
+    # ig/frozen cannot flatter, but is measured in some steps only; where ig/self flatters, the no-think loss
     # rises
-    why = run.monitor.observe(
+    reason = run.monitor.observe(
         gain=row.get("ig/self", math.nan),
         no_think_loss=row["ntp/loss"],
         grad_norm=row.get("grad_norm", math.nan),
         thought_length=row.get("completions/mean_length", math.nan),
     )
-    return f"collapse: {why}" if why else None
+    return f"collapse: {reason}" if reason else None
 
 
-def interrupted(run: Any) -> str | None:
-    """A signal came, to whichever rank. All ranks call it."""
+def interrupted(run: Run) -> str | None:
+    """A signal reached some rank. All ranks call it."""
     number = int(run.ranks.max([float(run.signals.number or 0)])[0])
     return f"interrupted: {signal.Signals(number).name}" if number else None
 
 
-def was_interrupted(run: Any) -> bool:
+def was_interrupted(run: Run) -> bool:
     """Whether a signal is what stopped the run."""
     return run.stopped is not None and run.stopped.startswith("interrupted: ")
 
 
-def out_of_patience(run: Any) -> str | None:
-    """`stop.patience` evaluations in a row were no better."""
+def out_of_patience(run: Run) -> str | None:
+    """`stop.patience` evaluations in a row did not improve."""
     if not run.config.stop.patience or run.best["stale"] < run.config.stop.patience:
         return None
     return f"patience: no better gain in {run.best['stale']} evaluations"

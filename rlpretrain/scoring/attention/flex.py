@@ -10,29 +10,28 @@ from torch import Tensor, nn
 
 from rlpretrain.tree import Tree
 
-# GPU
-
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, 64
-    )  # one for each shape bucket
+    limit = torch._dynamo.config.recompile_limit  # reached by one compilation for each bucket
+    torch._dynamo.config.recompile_limit = max(limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flex(
     q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """The same on FlexAttention. The tokens are padded to a bucket, so that it compiles once a bucket. Has
-    never run on a GPU.
+    """Tree attention by FlexAttention, on tokens padded to a bucket: it compiles once for each bucket.
+
+    It has never run on a GPU.
     """
     size, room = q.shape[2], bucket(q.shape[2])
     q, k, v = (nn.functional.pad(x, (0, 0, 0, room - size)) for x in (q, k, v))
 
     def cap(score: Tensor, *_: Any) -> Tensor:
+        assert softcap is not None, "used only with one"
         return softcap * torch.tanh(score / softcap)
 
     out = _compiled()(
@@ -48,9 +47,7 @@ def flex(
 
 
 def bucket(size: int) -> int:
-    """The next multiple of a power of two, an eighth of `size` or less, at least 128: little padding, few
-    shapes.
-    """
+    """`size` rounded up, by less than 128 or an eighth of it, so that there are few different shapes."""
     step = max(128, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
 
@@ -62,7 +59,7 @@ def _block_mask(tree: Tree, room: int, window: int | None, device: str) -> Any:
     segment, place, reach = (torch.from_numpy(x).to(device) for x in tree.reach)
     depth, more = torch.from_numpy(tree.positions).to(device), (0, room - tree.size)
     segment, depth = nn.functional.pad(segment, more), nn.functional.pad(depth, more)
-    place = nn.functional.pad(place, more, value=1 << 30)  # nobody sees what fills the bucket
+    place = nn.functional.pad(place, more, value=1 << 30)  # no token sees the padding of the bucket
 
     def sees(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
         on_path = (place[j] < reach[segment[i], segment[j]]) & (depth[j] <= depth[i])

@@ -18,17 +18,14 @@ from rlpretrain.tree import Tree
 _KINDS = {"full_attention", "sliding_attention"}
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why a model cannot attend along a tree; None if it can, as far as its configuration tells."""
+def why_not(model: Any) -> str | None:
+    """Why tree packing does not support a Hugging Face model, by its configuration; None if it does."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not take its attention from transformers' attention interface"
     if other := kinds - _KINDS:
-        return (
-            f"it has layers of kind {', '.join(sorted(other))}, whose tokens meet outside attention or by "
-            "other rules"
-        )
+        return f"it has layers of kind {', '.join(sorted(other))}, which tree packing does not support"
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "its attention has sinks"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -36,18 +33,17 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
-def install(model: nn.Module) -> str | None:
-    """Let a model attend along a tree where its forward is given `tree=...`; all other calls do what they did
-    before.
+def install(model: Any) -> str | None:
+    """Add tree attention to a Hugging Face model, for forwards that are given `tree=...`.
 
-    Returns why it cannot, having done nothing, or None.
+    Other forwards are unchanged. Returns None, or why the model is not supported, and then changes nothing.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     before = attention_of(model)
-    if (why := why_not(model)) is not None or before.startswith(PREFIX):
-        return why
+    if (reason := why_not(model)) is not None or before.startswith(PREFIX):
+        return reason
     AttentionInterface.register(PREFIX + before, partial(_attend, before))
     AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.set_attn_implementation(PREFIX + before)
@@ -55,9 +51,7 @@ def install(model: nn.Module) -> str | None:
 
 
 def placeholder(device: torch.device) -> Tensor:
-    """What a model gets for a mask beside a tree: four dimensions, which transformers hands on as they
-    are, and nothing in it.
-    """
+    """The attention mask passed beside a tree: empty, with four dimensions, which transformers passes on."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
@@ -73,19 +67,19 @@ def _attend(
     tree: Tree | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The attention function that models call. query [1, H, N, D], key and value [1, K, N, D]; gives [1,
-    N, H, D].
+    """The attention function that models call: query [1, H, N, D], key and value [1, K, N, D] → [1, N, H, D].
+
+    Without a tree it calls the attention that the model had before.
     """
     if tree is None:
         from transformers import AttentionInterface
 
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        usual = AttentionInterface().get_interface(before, eager)
+        usual = AttentionInterface().get_interface(before, eager)  # pyright: ignore[reportArgumentType]
         return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError(
-            "tree attention knows neither dropout nor attention sinks nor position biases: packing: padded "
-            "does"
+            "tree attention supports no dropout, attention sinks or position biases: use packing: padded"
         )
     if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))

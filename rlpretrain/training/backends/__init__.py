@@ -1,11 +1,12 @@
-"""The trained model behind six methods: score, backward, step, weights, save, load. Torch and DeepSpeed do
-the same.
+"""The trained model behind the methods of `Policy`; PyTorch and DeepSpeed give the same results.
 
 The loss that `backward` takes is already divided by the step's global counts, so gradients are *summed* over
 micro-batches and over ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-BACKENDS: dict[str, type[Policy]] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
+BACKENDS: dict[str, Callable[..., Policy]] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
 
 
 def backend_of(config: PolicyConfig) -> str:
@@ -44,7 +45,7 @@ def backend_of(config: PolicyConfig) -> str:
     return name
 
 
-def find_backend(config: PolicyConfig) -> type[Policy]:
+def find_backend(config: PolicyConfig) -> Callable[..., Policy]:
     """The class that `policy.backend` means: one of `BACKENDS`, or a user's own."""
     name = backend_of(config)
     return BACKENDS.get(name) or find(name, "policy.backend", ["auto", *BACKENDS])

@@ -1,4 +1,4 @@
-"""What a backend of a policy is, and what all of them share."""
+"""The protocol of a backend, and what the backends share."""
 
 from __future__ import annotations
 

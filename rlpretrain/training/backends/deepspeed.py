@@ -22,8 +22,7 @@ from rlpretrain.types import MicroBatch, Scores
 
 
 class DeepSpeedPolicy:
-    """DeepSpeed ZeRO 0 to 3, 1..n processes, fp32 or bf16, with an existing DeepSpeed JSON if the user has
-    one.
+    """DeepSpeed ZeRO 0 to 3, 1..n processes, fp32 or bf16, with the user's DeepSpeed JSON if there is one.
 
     DeepSpeed averages over ranks, so the loss is multiplied by their number; accumulation is ours
     (`managed_gradient_accumulation: false`), since the number of micro-batches varies.
@@ -75,11 +74,13 @@ class DeepSpeedPolicy:
         self.engine.backward(loss * self.ranks.size)
 
     def step(self) -> StepInfo:
-        """Reduce, clip, update, clear. Non-finite gradients: the step is skipped (ZeRO 3: found after it,
-        `applied` False).
+        """Reduce, clip, update, clear; a step with non-finite gradients is skipped.
+
+        Under ZeRO 3 they are found after the update; `applied` is False then too.
         """
         lr = self.optim.lr * self.factor(self.steps)
-        for group in self.engine.optimizer.param_groups:
+        assert self.engine.optimizer is not None, "the engine is constructed with one"
+        for group in self.engine.optimizer.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
             group["lr"] = lr
         if self.stage == 0:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -101,8 +102,9 @@ class DeepSpeedPolicy:
 
     def discard(self) -> None:
         """Forget the gradients gathered so far."""
+        assert self.engine.optimizer is not None, "the engine is constructed with one"
         self.engine.zero_grad()
-        self.engine.optimizer.zero_grad()
+        self.engine.optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As TorchPolicy.weights; under ZeRO 3 gathered a few layers at a time, by all ranks together."""
@@ -134,7 +136,7 @@ class DeepSpeedPolicy:
         """Take back what `save` wrote, with the same stage and number of ranks."""
         read = copy_trained if self.rounded else None
         where, client = self.engine.load_checkpoint(str(path), tag="deepspeed", custom_load_fn=read)
-        if where is None:
+        if where is None or client is None:
             raise ConfigError(f"{path} holds no DeepSpeed state: it was written by another backend")
         self.steps = client["steps"]
 

@@ -54,9 +54,7 @@ class TorchPolicy:
                 yield p, p.detach().float().clone().requires_grad_()
 
     def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
-        """The scores of a micro-batch in one forward, with the graph of thoughts, targets and trunk; see
-        `scoring.score`.
-        """
+        """The scores of a micro-batch in one forward, with their graph; see `scoring.score`."""
         context = torch.autocast(self.ranks.device.type, torch.bfloat16) if self.autocast else nullcontext()
         with context:
             return score(self.scorer, micro.to(self.ranks.device), self.temperature, entropies=entropies)
@@ -66,9 +64,7 @@ class TorchPolicy:
         loss.backward()
 
     def step(self) -> StepInfo:
-        """Sum gradients over ranks, clip, update, clear. A step with a NaN or inf gradient changes
-        nothing.
-        """
+        """Sum gradients over ranks, clip, update, clear; a NaN or inf gradient changes nothing."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for p in trained:
             if p.grad is None:
@@ -77,6 +73,7 @@ class TorchPolicy:
                 dist.all_reduce(p.grad)
         if self.masters:
             for p, m in self.masters:
+                assert p.grad is not None, "set above where backward left none"
                 m.grad, p.grad = p.grad.float(), None
         owned = [m for _, m in self.masters] or trained
         limit = self.optim.clip_grad_norm or math.inf
@@ -99,8 +96,9 @@ class TorchPolicy:
             p.grad = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) pairs as transformers names them, adapters merged in; tied tensors under
-        every name.
+        """(name, full tensor) pairs as transformers names them, adapters merged in.
+
+        A tied tensor is given under each of its names.
         """
         return ((piece.name, piece.make()) for piece in pieces(self.model))
 
@@ -129,9 +127,8 @@ class TorchPolicy:
         else:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = (
-            state["steps"] if "steps" in state else state["scheduler"]["last_epoch"]
-        )  # older: a LambdaLR's
+        # an older checkpoint has the state of a LambdaLR instead
+        self.steps = state["steps"] if "steps" in state else state["scheduler"]["last_epoch"]
         with torch.no_grad():
             for (_, m), saved in zip(self.masters, state["masters"], strict=True):
                 m.copy_(saved)

@@ -1,0 +1,67 @@
+"""What is set about an objective: the fields of its section in the configuration, and what the run sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rollout.types import SamplingParams
+
+NEEDS = {
+    "target": "log-probs of the targets, after the thoughts and without them",
+    "reference": "log-probs of trunk and thoughts under the frozen initial model",
+    "entropy": "the entropy of each token of a document, for `positions`",
+    "batch": "`advantage` sees all groups of a step at once",
+    "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",
+    "ntp_data": "a second stream of documents",
+}
+"""What an objective can ask of a run. Each need is read somewhere; a test checks that."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The fields that every objective with thoughts has; an objective's own `Config` extends it."""
+
+    positions: str = "random"
+    """Where to think: random, every_k, entropy, before, after, sentence, answer, or
+    package.module:function."""
+    positions_per_document: int = 1
+    """Positions drawn in each document; the paper uses one."""
+    target_length: int = 1
+    """Tokens predicted after the thought; 1 in the paper."""
+    min_context: int = 1
+    """Fewest tokens before a position."""
+    marker: str | None = None
+    """Text that positions `before` and `after` look for."""
+    every: int = 16
+    """Stride of positions `every_k`."""
+    top_fraction: float = 0.2
+    """Positions `entropy` draws among this share of a document's highest next-token entropies."""
+    template: str = "raw"
+    """raw: the thought is opened inside the document. rlp: the paper's system prompt in our words. Or a text
+    with {context}."""
+    no_think: str = "raw"
+    """The context of the no-think arm: raw (the document), template, or empty_thought."""
+    open: str = "<think>"
+    """Delimiter that opens a thought; added to the tokenizer where it is missing."""
+    close: str = "</think>"
+    """Delimiter that closes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the run sets for its objective; constant during a batch."""
+
+    params: SamplingParams
+    """How thoughts are drawn."""
+    thoughts: int
+    """G, thoughts per position."""
+    reader_coef: float
+    """Weight of the reader term."""
+    reduction: str = "thought_mean"
+    """How the tokens of a thought are weighed in the loss."""
+    progress: float = 0.0
+    """The share of the run that is done when the batch is trained, 0 to 1."""
+
+
+DEFAULT_SETTING = Setting(SamplingParams(max_thought_tokens=1), thoughts=2, reader_coef=0.0)
+"""What an objective has before a run sets anything."""

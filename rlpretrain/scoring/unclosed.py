@@ -1,0 +1,64 @@
+"""What becomes of each sampled thought: whether it counts, what closes it, and what it loses of its reward.
+
+A rule is chosen by `sampling.cut`. It decides about thoughts that did not close themselves; all others count
+as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rollout.types import FinishReason, Group, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtUse:
+    """How one thought is used in a step."""
+
+    counted: bool = True
+    """False: the thought is left out of the input, the loss and all denominators."""
+    close_ids: tuple[int, ...] = ()
+    """Injected after the thought; never trained."""
+    penalty: float = 0.0
+    """Nats taken from the thought's reward."""
+
+
+NOT_USED = ThoughtUse(counted=False)
+
+Rule = Callable[[Prompt, float], ThoughtUse]
+"""How a thought that did not close itself is used, given its prompt and `sampling.cut_penalty`."""
+
+
+def mask(prompt: Prompt, penalty: float) -> ThoughtUse:
+    """Leave the thought out."""
+    return NOT_USED
+
+
+def force_close(prompt: Prompt, penalty: float) -> ThoughtUse:
+    """Inject the close tag and use the thought like any other."""
+    return ThoughtUse(close_ids=prompt.close_ids)
+
+
+def penalise(prompt: Prompt, penalty: float) -> ThoughtUse:
+    """Inject the close tag and subtract the penalty; without a close tag to inject there is no penalty."""
+    return ThoughtUse(close_ids=prompt.close_ids, penalty=penalty if prompt.close_ids else 0.0)
+
+
+RULES: Mapping[str, Rule] = {"mask": mask, "force_close": force_close, "penalise": penalise}
+
+
+def use_of_thought(group: Group, index: int, rule: str, penalty: float = 0.0) -> ThoughtUse:
+    """How thought `index` of a group is used.
+
+    An aborted thought and one whose stored reward is NaN are not used. `rule` is one of `RULES`.
+    """
+    thought = group.thoughts[index]
+    if thought.finish_reason is FinishReason.ABORT:
+        return NOT_USED
+    if group.rewards is not None and math.isnan(group.rewards[index]):
+        return NOT_USED
+    if thought.finish_reason is FinishReason.CLOSE:
+        return ThoughtUse()
+    return RULES[rule](group.prompt, penalty)

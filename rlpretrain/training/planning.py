@@ -1,0 +1,58 @@
+"""What can be known of a run before its model is loaded: settings that cannot work, and its length."""
+
+from __future__ import annotations
+
+import math
+
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.data.stream import DocumentStream
+from rlpretrain.models import adapters
+from rlpretrain.objectives import Objective
+from rlpretrain.rollouts.batches import ReplaySource
+from rlpretrain.training.backends import find_backend
+from rlpretrain.training.losses import make_losses
+from rlpretrain.training.optim import find_optimizer, make_schedule
+
+
+def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
+    """Check what needs no model, in a run and in a dry run. Raises ConfigError that names the setting."""
+    if config.positions_per_step % ranks:
+        raise ConfigError(
+            f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks"
+        )
+    if "batch" in owner.needs and ranks > 1:
+        raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
+    adapters.check(config)
+    find_backend(config.policy)
+    find_optimizer(config.optim)
+    make_schedule(config.optim, total_steps=1)
+    make_losses(config.loss.terms)
+
+
+def count_steps(
+    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, replayed: ReplaySource | None
+) -> int:
+    """The number of steps of a run. Raises ConfigError where it cannot be known."""
+    if replayed is not None:
+        return replayed.planned
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.data.streaming:
+        raise ConfigError("a stream has no known length: give max_steps instead of epochs")
+    assert stream is not None, "only a replay has no documents of its own"
+    positions = (config.epochs or 1.0) * len(stream) * _positions_per_document(objective)
+    return max(1, math.ceil(positions / config.positions_per_step))
+
+
+def _positions_per_document(objective: Objective) -> int:
+    """The most positions of one document."""
+    return objective.config.positions_per_document if objective.has_positions else 1
+
+
+def documents_repeat(
+    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int
+) -> bool:
+    """Whether documents will be drawn more than once."""
+    if stream is None or config.data.streaming:
+        return False
+    return steps * config.positions_per_step / _positions_per_document(objective) > len(stream)
