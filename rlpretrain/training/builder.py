@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
@@ -20,7 +19,7 @@ from rlpretrain.objectives import Objective, delimiters, load_objective, parse_s
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
 from rlpretrain.rollouts.batches import BatchSource, ReplaySource, rollouts_in
-from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
+from rlpretrain.rollouts.engines import SyncProbe, find_engine, make_engine, write_start
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
@@ -30,7 +29,6 @@ from rlpretrain.training.backends import find_backend, make_policy
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.optim import find_optimizer, make_schedule
 from rlpretrain.types import Document
-from rollout.hf import HFEngine
 from rollout.store import Recorded, Store
 
 
@@ -124,7 +122,9 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     engine = (
         Recorded(replayed.facts)
         if replayed
-        else _engine(config, model, tokenizer, objective, policy, ranks, start)
+        else make_engine(
+            config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start
+        )
     )
     source = replayed or BatchSource(
         objective,
@@ -139,7 +139,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         in_flight=config.engine.in_flight,
         steps=total_steps,
     )
-    probed = not isinstance(engine, HFEngine | Recorded)
+    probed = engine.info.needs_probe
     padded_because = attention.install(model) if config.packing == "tree" else None
     return Parts(
         config=config,
@@ -181,6 +181,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
+    find_engine(config.engine)
     find_backend(config.policy)
     find_optimizer(config.optim)
     make_schedule(config.optim, total_steps=1)
@@ -213,23 +214,6 @@ def _come_again(
     if stream is None or config.data.streaming:
         return False
     return steps * config.positions_per_step / _positions_of_each(objective) > len(stream)
-
-
-def _engine(
-    config: PretrainConfig,
-    model: nn.Module,
-    tokenizer: Any,
-    objective: Objective,
-    policy: Any,
-    ranks: Ranks,
-    start: Path | None,
-) -> Any:
-    """The engine; where the hf engine cannot read the trainer's weights (ZeRO 3) it has a copy of its own."""
-    if config.engine.name == "hf" and not policy.shares_weights:
-        model = models.load_with_tokenizer(config.model, delimiters(config.objective), config.seed)[0].to(
-            ranks.device
-        )
-    return make_engine(config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start)
 
 
 def _layout(

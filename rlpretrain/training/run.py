@@ -15,7 +15,7 @@ from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import to_dict
 from rlpretrain.models.spending import Size, size_of
-from rlpretrain.rollouts.engines import lie_down, wake_up
+from rlpretrain.rollouts.engines import sleep, wake
 from rlpretrain.scoring.checks import check_tree
 from rlpretrain.scoring.groups import micro_batches, no_think_contexts
 from rlpretrain.scoring.packing import balanced, count, is_counted, stored_rewards
@@ -138,7 +138,7 @@ class Run(Parts):
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
         self.objective.progress = batch.progress
         self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
-        lie_down(self.config, self.engine)
+        sleep(self.engine)
         self.timer.rollout = time.perf_counter() - begin
         run_output.keep_rollouts(self, batch)
         kept = tuple(self.objective.select(batch.groups))
@@ -159,7 +159,7 @@ class Run(Parts):
         """Micro-batches, as many on every rank and of much the same cost."""
         batch = balanced(batch, self.layout, self.ranks)
         arms = no_think_contexts(self.objective, batch.groups)
-        fresh = self.engine.shares_weights and all(
+        fresh = self.engine.info.shares_weights and all(
             g.policy_version == self.engine.version for g in batch.groups
         )
         layout = replace(self.layout, no_think_ids=arms)
@@ -254,14 +254,14 @@ class Run(Parts):
     def sync(self, version: int) -> None:
         """Hand the new weights to the engine."""
         begin = time.perf_counter()
-        wake_up(self.config, self.engine)
+        wake(self.engine)
         with self.source.paused():
             self.engine.sync(self.handed_over, version)
         self.timer.sync = time.perf_counter() - begin
         if self.probe:
             self.probe(version)
             seen = {"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference}
-            self.note(**seen, **getattr(self.engine, "timings", {}))
+            self.note(**seen, **self.engine.info.timings)
 
     def finish(self, step: int, batch: Batch) -> None:
         """Log, evaluate, checkpoint, and decide whether to go on."""
