@@ -128,7 +128,8 @@ class Site:
             "save_rollouts": True,
             "output_dir": str(output_dir),
             "engine": engines.get(engine, servers)
-            | {"deadline": DEADLINE, "max_staleness": ahead, "in_flight": 2},
+            | ({} if engine == "hf" else {"deadline": DEADLINE})
+            | {"max_staleness": ahead, "in_flight": 2},
         }
 
 

@@ -23,9 +23,9 @@ import torch
 
 from rlpretrain.config import LoraConfig
 from rlpretrain.models.adapters import adapter_config, adapter_pieces, add_lora, pieces
+from rollout.probe import Probe
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm_local import VLLMEngine
-from rollout.weights import Probe
 
 SHAPE = {
     "hidden_size": 128,

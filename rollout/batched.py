@@ -1,19 +1,19 @@
-"""Lets calls of an engine that computes in its caller's thread share batches, off the event loop."""
+"""Puts calls of an engine that blocks its caller into common batches, off the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
-from rollout.engine import Engine
+from rollout.engine import CachingEngine, Engine, EngineInfo
 from rollout.types import Prompt, SamplingParams, Thought, WeightSource
 
 
 @dataclass(eq=False)
 class Call:
-    """One caller's request, waiting."""
+    """One caller's request that waits for its batch."""
 
     prompts: Sequence[Prompt]
     params: SamplingParams
@@ -23,11 +23,10 @@ class Call:
 
 
 class BatchedEngine:
-    """Collects what is asked for while `engine` computes, and computes all of one kind (parameters and n)
-    together next.
+    """Collects calls while `engine` computes; the next batch has those with the same parameters and n.
 
-    All of it belongs to one event loop. A call that was given up while it waited is left out; one that is
-    being computed is computed to its end.
+    All calls come from one event loop. A call that is cancelled while it waits is left out; one that is being
+    computed is computed to its end.
     """
 
     def __init__(self, engine: Engine, most: int = 256):
@@ -37,8 +36,13 @@ class BatchedEngine:
 
     @property
     def version(self) -> int:
-        """Of the weights that thoughts are sampled from now."""
+        """The version of the weights that thoughts are sampled from now."""
         return self.engine.version
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine's; it is not put to sleep through this class."""
+        return replace(self.engine.info, can_sleep=False)
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
@@ -71,7 +75,7 @@ class BatchedEngine:
                         call.answer.set_exception(error)
 
     def _next(self) -> list[Call]:
-        """The oldest call and those like it, until a batch is full."""
+        """The oldest waiting call and those of its kind, until a batch is full."""
         self._waiting = [call for call in self._waiting if not call.answer.done()]
         if not self._waiting:
             return []
@@ -89,6 +93,10 @@ class BatchedEngine:
         """Take new weights between two batches."""
         async with self._turn:
             await asyncio.to_thread(self.engine.sync, weights, version)
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the engine's prefix cache, which `info.block_size` announces."""
+        cast(CachingEngine, self.engine).reset_prefix_cache()
 
     def health(self) -> dict[str, Any]:
         """The engine's."""

@@ -1,6 +1,4 @@
-"""The guard in front of the rollout service: its token, the size and pace of bodies, how many sample at a
-time; plain ASGI.
-"""
+"""The ASGI middleware in front of the rollout service: its token, and limits on bodies and requests."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 class Guard:
-    """Refuses before a body is read: 401, 413, 429. While it is read: 408, 413, 429. What fails inside: a 500
-    without words.
+    """Answers 401, 413 and 429 before a body is read, 408, 413 and 429 while it is read.
 
-    `sampling` are the routes that count as busy. `count(scope, status)` hears of every answer.
+    An exception of the service becomes a 500 without details. `sampling` are the routes that the limit on
+    requests counts. `count(scope, status)` is called for every answer.
     """
 
     def __init__(
@@ -68,8 +66,8 @@ class Guard:
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
         if self.token and path != "/health":
-            scheme, _, said = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(said.strip(), self.token):
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token):
                 return problem(401, "this service needs its bearer token", {"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")[:20]
         if not length.isdigit() or int(length) > self.limits.body_bytes:
@@ -81,12 +79,12 @@ class Guard:
         return None
 
     def _bounded(self, receive: Receive, held: list[int]) -> Receive:
-        """`receive`, up to the end of the body within its size and time, then as it is."""
-        whole = False
+        """`receive` with limits on size and time until the body is complete."""
+        complete = False
 
         async def bounded() -> Message:
-            nonlocal whole
-            if whole:
+            nonlocal complete
+            if complete:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), self.limits.body_s)
@@ -101,7 +99,7 @@ class Guard:
                 raise HTTPException(413, f"the body may have {self.limits.body_bytes} bytes")
             if self.held > self.limits.held_bytes:
                 raise HTTPException(429, "too many large bodies at a time", {"Retry-After": "1"})
-            whole = not message.get("more_body", False)
+            complete = not message.get("more_body", False)
             return message
 
         return bounded

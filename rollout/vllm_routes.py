@@ -1,12 +1,10 @@
-"""The routes of one vLLM server, and what differs between the versions of it: all that the client knows of
-vLLM's HTTP.
-"""
+"""The routes of one vLLM server: everything that the client knows of vLLM's HTTP interface."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,21 @@ from rollout.engine import ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought
 
 SUPPORTED = ((0, 30), (0, 33))
-"""vLLM versions whose routes this file was written for: from, and below."""
+"""vLLM versions whose routes this file knows: the first, and the first that is too new."""
 
 
 class EngineUnavailable(RuntimeError):
-    """No server answered within the deadline; the message says what each of them said last."""
+    """No server answered within the deadline; the message has the last error of each."""
 
     says_all = True  # a command line prints the message without a traceback
 
 
 class Refused(EngineUnavailable):
-    """A server refuses for good: asked again it would say the same. The message says what to do."""
+    """A server refuses, and would refuse again. The message says what to do."""
 
 
 TRANSIENT = (408, 425, 429)
-"""Answers of the 4xx kind that another time may turn out otherwise."""
+"""4xx answers after which the same request may succeed later."""
 
 
 @dataclass
@@ -37,48 +35,50 @@ class Server:
     """What the client knows of one server; `client` is its httpx client."""
 
     url: str
-    load: int = 0  # prompts that were given to it, those that wait for room included
+    load: int = 0  # prompts assigned to it, those that wait for a slot included
     in_flight: int = 0
     alive: bool = True
     last_error: str = ""
     failures: int = 0
-    card: dict[str, Any] = field(default_factory=dict)  # what it says of its model: id and max_model_len
+    card: dict[str, Any] = field(default_factory=dict)  # its model's entry in /v1/models: id, max_model_len
     client: Any = field(default=None, repr=False)
     group: Any = field(default=None, repr=False)  # its NCCL group
-    ours: bool = False  # `rlpretrain serve`, not vLLM's own server
-    stuck: int = 0  # how often it said no to the weights, in the same words
+    ours: bool = False  # `rlpretrain serve`, not vLLM's server
+    stuck: int = 0  # how often it gave the same error to the weights; above 1 it is no longer waited for
 
-    def says_no(self, error: Exception) -> None:
-        """Note an error; one for good, or the same again from a server that is healthy, is not waited out."""
-        same = isinstance(error, EngineUnavailable) and str(error) in self.last_error
-        self.stuck = (
-            2
-            if isinstance(error, Refused)
-            else self.stuck + 1
-            if same
-            else int(isinstance(error, EngineUnavailable))
-        )
+    def facts(self) -> dict[str, Any]:
+        """What `/health` and run.json say of it."""
+        return {name: value for name, value in vars(self).items() if name not in ("client", "group")}
+
+    def note_refusal(self, error: Exception) -> None:
+        """Note an error that came in place of taking weights, and count how often it was the same."""
+        if isinstance(error, Refused):
+            self.stuck = 2
+        elif isinstance(error, EngineUnavailable):
+            self.stuck = self.stuck + 1 if str(error) in self.last_error else 1
+        else:
+            self.stuck = 0
         self.last_error = str(error) if isinstance(error, EngineUnavailable) else repr(error)
 
     async def healthy(self, timeout: float | None = None) -> bool:
-        """Whether it says so; connection errors are the caller's."""
+        """Whether it reports health; connection errors are raised."""
         answer = await self.client.get("/health", **({"timeout": timeout} if timeout else {}))
         return answer.status_code == 200
 
     async def check(self, vocabulary: int | None = None, folder: Path | None = None) -> None:
-        """Refuse at the start what would fail at the first sync, and note its model's card."""
+        """Find at the start what would fail at the first sync, and note its model's card.
+
+        Raises Refused if it does not know the token, the routes, the vocabulary or the folder.
+        """
         answer = await self.client.get("/version")
         if answer.status_code in (401, 403):
             raise Refused(f"{self.url} refuses the token (engine.token_file): {answer.text[:200]}")
         facts = answer.json() if answer.status_code == 200 else {}
         ours = self.ours = facts.get("server") == "rlpretrain"  # rollout/service.py: the same routes
-        said, (low, high) = facts.get("version", "unknown"), SUPPORTED
-        if (
-            not ours
-            and not low <= tuple(int(part) if part.isdigit() else 0 for part in said.split(".")[:2]) < high
-        ):
-            words = " to below ".join(".".join(map(str, version)) for version in SUPPORTED)
-            raise Refused(f"{self.url} runs vLLM {said}; its routes are known from {words}")
+        version = facts.get("version", "unknown")
+        if not ours and not _is_supported(version):
+            known = " to below ".join(".".join(map(str, bound)) for bound in SUPPORTED)
+            raise Refused(f"{self.url} runs vLLM {version}; its routes are known from {known}")
         if not ours and (await self.client.get("/is_paused")).status_code == 404:
             raise Refused(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
         self.card = (await self.client.get("/v1/models")).json()["data"][0]
@@ -88,8 +88,9 @@ class Server:
             await self.check_folder(folder)
 
     async def check_vocabulary(self, size: int) -> None:
-        """Refused unless the server's model knows the id `size - 1` and no id from `size` on: it would not
-        take the weights.
+        """Raise Refused unless the server's model has `size` tokens: it would not take the weights.
+
+        Such a model samples after the id `size - 1` and refuses the id `size`.
         """
         params = SamplingParams(1, temperature=0.0)
         last = await self.client.post(
@@ -107,14 +108,12 @@ class Server:
             )
 
     async def check_folder(self, folder: Path) -> None:
-        """Refused if our own service may not read the folder that weights pass through; vLLM's server
-        reads any path.
-        """
+        """Raise Refused if `rlpretrain serve` may not read the folder; vLLM's server reads any path."""
         probe = folder / ".probe"
         probe.mkdir(parents=True, exist_ok=True)
         try:
-            what = {"method": "reload_weights", "kwargs": {"weights_path": str(probe.resolve())}}
-            answer = await self.client.post("/collective_rpc", json=what)  # 400: it is empty, as it should be
+            call = {"method": "reload_weights", "kwargs": {"weights_path": str(probe.resolve())}}
+            answer = await self.client.post("/collective_rpc", json=call)  # 400 for the empty folder
         finally:
             probe.rmdir()
         if answer.status_code == 403:
@@ -136,9 +135,9 @@ class Server:
             await self.ask("/resume")
 
     async def receive_weights(
-        self, state: dict[str, Any], mark: str, host: str | None, timeout: float
+        self, state: Mapping[str, Any], mark: str, host: str | None, timeout: float
     ) -> None:
-        """`load_weights` over NCCL. TimeoutError where the broadcast hangs; the group is then given up."""
+        """`load_weights` over NCCL. Raises TimeoutError if the broadcast hangs, and gives up its group."""
         from rollout.vllm_nccl import NCCLTransfer
 
         await self.ask("/pause", params={"mode": "abort"})
@@ -153,37 +152,45 @@ class Server:
             await self.ask("/resume")
 
     async def has_weights(self, mark: str, timeout: float) -> bool:
-        """Whether it says that it has the weights of this mark."""
+        """Whether it reports the weights of this mark."""
         answer = await self.client.get("/weight_info", timeout=timeout)
         return answer.status_code == 200 and answer.json().get("weight_version") == mark
 
-    async def ask(self, route: str, **what: Any) -> Any:
+    async def ask(self, route: str, **request: Any) -> Any:
         """POST; EngineUnavailable for every answer but 200, Refused where asking again cannot help."""
-        answer = await self.client.post(route, **what)
+        answer = await self.client.post(route, **request)
         if answer.status_code != 200:
-            for_good = 400 <= answer.status_code < 500 and answer.status_code not in TRANSIENT
-            kind = Refused if for_good else EngineUnavailable
+            is_final = 400 <= answer.status_code < 500 and answer.status_code not in TRANSIENT
+            kind = Refused if is_final else EngineUnavailable
             raise kind(f"{self.url}{route} answered {answer.status_code}: {_message(answer)}")
         return answer
 
 
 def body_of(answer: Any) -> Any:
-    """The body of an answer; KeyError, as for one of another form, where it is no JSON: the server's
-    fault, not the caller's.
+    """The JSON of an answer; KeyError, as for JSON of another form, if it is not JSON.
+
+    The server is at fault then, and not the request.
     """
     try:
         return answer.json()
     except ValueError as error:
-        raise KeyError(f"an answer that is no JSON: {error}") from None
+        raise KeyError(f"the answer is not JSON: {error}") from None
+
+
+def _is_supported(version: str) -> bool:
+    """Whether this file knows the routes of a vLLM version."""
+    low, high = SUPPORTED
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+    return low <= numbers < high
 
 
 def _message(answer: Any) -> str:
-    """What an error says, in a line."""
+    """The message of an error answer, on one line."""
     try:
-        said = answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        said = answer.text
-    return " ".join(str(said).split())[:300]
+        message = answer.text
+    return " ".join(str(message).split())[:300]
 
 
 def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:
@@ -207,12 +214,13 @@ def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed:
 
 
 def thoughts(
-    said: Any, prompt: Prompt, params: SamplingParams, seed: int, version: int
+    body: Any, prompt: Prompt, params: SamplingParams, seed: int, version: int
 ) -> list[Thought] | None:
-    """The thoughts of an answer to `completion`; None if the server aborted one. KeyError for another form
-    of answer.
+    """The thoughts in the answer to `completion`; None if the server aborted one.
+
+    Raises KeyError for an answer of another form.
     """
-    choices: Sequence[dict[str, Any]] = sorted(said["choices"], key=lambda c: c["index"])
+    choices: Sequence[dict[str, Any]] = sorted(body["choices"], key=lambda c: c["index"])
     if any(c["finish_reason"] == FinishReason.ABORT for c in choices):
         return None
     return [_thought(c, prompt, params, seed, version) for c in choices]
@@ -227,5 +235,5 @@ def _thought(
             f"a vLLM server gave {len(logps)} log-probs, some not finite, for {len(ids)} tokens"
         )
     by_string = isinstance(choice.get("stop_reason"), str)
-    own = choice.get("seed", seed + choice["index"])  # vLLM's rule, where the answer does not say
-    return Thought(ids, logps, ending(ids, prompt, params, by_string), version, own)
+    thought_seed = choice.get("seed", seed + choice["index"])  # vLLM's rule, if the answer has no seed
+    return Thought(ids, logps, ending(ids, prompt, params, by_string), version, thought_seed)

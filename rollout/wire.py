@@ -11,37 +11,37 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from rollout.types import Position, Prompt, SamplingParams, sane_temperature
 
 
-def _no_truth(value: Any) -> Any:
-    """JSON's true is no 1: pydantic would take it for one."""
+def _not_boolean(value: Any) -> Any:
+    """Refuse true and false, which pydantic would read as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("a number is due, not true or false")
     return value
 
 
-Number = BeforeValidator(_no_truth)
-"""Before the type of every field that is a number."""
+Number = BeforeValidator(_not_boolean)
+"""In the annotation of every field that is a number."""
 TokenId = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
-"""Strict, which refuses truths too, and is fast for the many that a body holds."""
+"""Strict, which refuses booleans too and is fast for the many ids of a body."""
 Count = Annotated[int, Field(ge=1), Number]
 Seed = Annotated[int, Field(ge=0, le=2**62), Number]
-"""Thought k of a request has a seed of its own, which must still fit 63 bits."""
+"""Each thought of a request gets its own seed, which must fit 63 bits."""
 Temperature = Annotated[
     float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(sane_temperature), Number
 ]
 Share = Annotated[float, Field(gt=0, le=1), Number]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
-"""One complaint is enough: a large body of nothing but errors would cost more memory than a good one."""
+"""Fails at the first error: all errors of a large bad body would take more memory than the body."""
 Short = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all at once, may take; beyond it the answer is a 4xx that names the limit."""
+    """What one request, and all together, may take; above a limit the answer is a 4xx that names it."""
 
     body_bytes: int = 8 << 20
     """Largest request body: 413."""
     held_bytes: int = 128 << 20
-    """All bodies held at a time: 429, with Retry-After."""
+    """Bytes of all bodies in memory: 429, with Retry-After."""
     prompts: int = 1024
     """Most prompts of one request: 400."""
     n: int = 1024
@@ -49,7 +49,7 @@ class Limits:
     thoughts: int = 16384
     """Most thoughts of one request: 400."""
     requests: int = 256
-    """Most sampling requests at a time, those that wait included: 429, with Retry-After."""
+    """Most sampling requests at a time, waiting ones included: 429, with Retry-After."""
     body_s: float = 30.0
     """Seconds between two parts of a body: 408."""
     request_s: float = 600.0
@@ -63,9 +63,7 @@ class Body(BaseModel):
 
 
 class Completion(Body):
-    """`POST /v1/completions`, vLLM's own fields as far as thoughts need them; prompts are token ids, or
-    text.
-    """
+    """`POST /v1/completions`: vLLM's fields, as far as thoughts need them; prompts are token ids or text."""
 
     model: str | None = None
     prompt: Ids | Annotated[list[Ids], Field(fail_fast=True)] | Annotated[str, Field(min_length=1)]
@@ -84,7 +82,8 @@ class Completion(Body):
     stream: Literal[False] = False
 
     def prompts(self, encode: Callable[[str], Sequence[int]] | None) -> list[Prompt]:
-        """One prompt each, with what ends its thoughts; ValueError for text where there is no tokenizer."""
+        """The prompts with their stop conditions; ValueError for text if there is no tokenizer."""
+        given: Any  # a list of lists of token ids
         if isinstance(self.prompt, str):
             if encode is None:
                 raise ValueError("prompt is text, and this service has no tokenizer: send token ids")
@@ -92,16 +91,17 @@ class Completion(Body):
         else:
             given = self.prompt if self.prompt and isinstance(self.prompt[0], list) else [self.prompt]
         strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return [Prompt(tuple(ids), tuple(self.stop_token_ids), stop_strings=strings) for ids in given]  # type: ignore[arg-type]
+        stop_ids = tuple(self.stop_token_ids)
+        return [Prompt(tuple(ids), stop_ids, stop_strings=strings) for ids in given]
 
     def params(self, eos_ids: Sequence[int]) -> SamplingParams:
-        """How to draw."""
+        """The library's sampling parameters."""
         eos = () if self.ignore_eos else tuple(eos_ids)
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, max(0, self.top_k), eos)
 
 
 class Params(Body):
-    """`SamplingParams`, bounded."""
+    """`SamplingParams`, with bounds."""
 
     max_thought_tokens: Count
     temperature: Temperature = 1.0
@@ -110,7 +110,7 @@ class Params(Body):
     eos_ids: Ids = Field(default_factory=list, max_length=1024)
 
     def params(self) -> SamplingParams:
-        """The library's."""
+        """The library's `SamplingParams`."""
         return SamplingParams(
             self.max_thought_tokens, self.temperature, self.top_p, self.top_k, tuple(self.eos_ids)
         )
@@ -126,7 +126,7 @@ class PromptBody(Body):
     stop_strings: list[Short] = Field(default_factory=list, max_length=64)
 
     def prompt(self) -> Prompt:
-        """The library's."""
+        """The library's `Prompt`."""
         return Prompt(
             tuple(self.token_ids),
             tuple(self.stop_ids),
@@ -146,7 +146,7 @@ class PositionBody(Body):
     suffix_ids: Ids = Field(default_factory=list)
 
     def position(self) -> Position:
-        """The library's."""
+        """The library's `Position`."""
         return Position(
             self.document_id,
             self.index,
@@ -157,9 +157,7 @@ class PositionBody(Body):
 
 
 class Rollout(Body):
-    """`POST /rollout`: prompts in the library's own form, optionally the positions they belong to; groups
-    come back.
-    """
+    """`POST /rollout`: prompts in the library's form, optionally with their positions."""
 
     prompts: Annotated[list[PromptBody], Field(fail_fast=True)]
     params: Params
@@ -169,19 +167,19 @@ class Rollout(Body):
 
 
 class ReloadWhere(Body):
-    """Where the weights are: a folder or file under the service's weights folder."""
+    """A folder or file under the service's weights folder."""
 
     weights_path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class Reload(Body):
-    """`POST /collective_rpc`: of vLLM's remote calls only the one that loads weights."""
+    """`POST /collective_rpc`: of vLLM's remote calls, only the one that loads weights."""
 
     method: Literal["reload_weights"]
     kwargs: ReloadWhere
 
 
 class Mark(Body):
-    """`POST /update_weight_version`: what the trainer calls the present weights."""
+    """`POST /update_weight_version`: the trainer's name for the present weights."""
 
     new_version: Annotated[str, Field(max_length=4096)]

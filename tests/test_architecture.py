@@ -25,14 +25,20 @@ ALLOWED = {"rewards": {"torch", "jaxtyping"}, "rollout": {"torch", "transformers
 # The one file that needs a library, and the library. deepspeed and peft never: weights come from an iterator.
 SPECIAL = {
     "rollout/vllm_local.py": {"vllm"},
+    "rollout/vllm_requests.py": {"vllm"},
     "rollout/vllm_nccl.py": {"vllm"},
-    "rollout/vllm_server.py": {"httpx", "aiohttp", "safetensors"},
+    "rollout/vllm_pool.py": {"httpx"},
     "rollout/weights.py": {"safetensors"},
-    "rollout/service.py": {"fastapi", "starlette", "prometheus_client", "pydantic_core"},
+    "rollout/service.py": {"fastapi", "starlette"},
+    "rollout/service_routes.py": {"fastapi", "prometheus_client", "pydantic_core"},
+    "rollout/service_state.py": {"fastapi", "prometheus_client"},
     "rollout/guard.py": {"starlette"},
     "rollout/wire.py": {"pydantic"},
     "rollout/ray_pool.py": {"ray"},
+    "rollout/ray_actors.py": {"ray"},
+    "rollout/ray_worker.py": {"ray"},
     "rollout/store.py": {"pyarrow"},
+    "rollout/stored_rows.py": {"pyarrow"},
 }
 # Optional: imported inside the function that uses them, never at the top of a module.
 EXTRAS = {"vllm", "deepspeed", "ray", "trl", "peft", "lm_eval"}
@@ -41,7 +47,13 @@ SERVING = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp"}  # not in the 
 
 # Routes and subclasses are declared when a module is imported; so these may import what they stand on at the
 # top, and nobody may import these at the top.
-DECLARED = {"rollout/service.py": SERVING, "rollout/guard.py": SERVING, "rlpretrain/trl/trainer.py": {"trl"}}
+DECLARED = {
+    "rollout/service.py": SERVING,
+    "rollout/service_routes.py": SERVING,
+    "rollout/service_state.py": SERVING,
+    "rollout/guard.py": SERVING,
+    "rlpretrain/trl/trainer.py": {"trl"},
+}
 APPS = {"rollout.service", "rlpretrain.trl.trainer"}
 
 # The folders of rlpretrain in the order in which they may import: each what stands above it, and itself,

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from rlpretrain import cli
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import ConfigError, EngineConfig, PretrainConfig
 from rlpretrain.config.io import build, load_config, to_dict
-from rlpretrain.config.names import dotted, inner
+from rlpretrain.config.names import dotted, field_types, inner
 from rlpretrain.experiments.experiment import load_experiment
 from rlpretrain.objectives import config_of, parse_section
 
@@ -51,11 +51,18 @@ def text_fields() -> list[str]:
     for name in dotted(PretrainConfig):
         owner: typing.Any = PretrainConfig
         for part in name.split("."):
-            kind = inner(typing.get_type_hints(owner)[part])
+            kind = inner(field_types(owner)[part])
             owner = kind
         if kind is str and name != "policy.lora.target_modules":  # that takes a list too
             found.append(name)
     return found
+
+
+def engine_of(name: str) -> list[str]:
+    """The words that choose an engine that has a field."""
+    engines = ("hf", "vllm_server", "ray") if name.startswith("engine.") else ()
+    kinds = (kind for kind in engines if name.removeprefix("engine.") in EngineConfig(name=kind).__dict__)
+    return [f"--engine.name={kind}" for kind in kinds][:1]
 
 
 def at(config: PretrainConfig, name: str):
@@ -81,7 +88,9 @@ def test_the_fields_that_take_text():
 @pytest.mark.parametrize("word", WORDS)
 def test_text_on_the_command_line_stays_text(file, word):
     for name in text_fields():
-        assert at(load_config(file, ["--ntp_data=x", f"--{name}={word}"]), name) == word, name
+        assert at(load_config(file, ["--ntp_data=x", *engine_of(name), f"--{name}={word}"]), name) == word, (
+            name
+        )
     if ": " not in word:
         assert load_config(file, ["--model", word]).model.path == word  # a section by its head
     assert load_config(file, ["--revision", word]).model.revision == word
@@ -152,8 +161,8 @@ def test_numbers_truths_and_nulls_are_read_as_before(file):
         "null",
         "--optim.betas",
         "[.8, .9]",
-        "--engine.options",
-        "{max_num_seqs: 4, enforce_eager: true, x: 1e-3}",
+        "--engine.name",
+        "vllm_server",
         "--engine.urls",
         "[http://a:1, http://b:2]",
         "--policy.lora.target_modules",
@@ -170,7 +179,12 @@ def test_numbers_truths_and_nulls_are_read_as_before(file):
     assert config.policy.lora is not None and config.policy.lora.r == 4
     assert config.policy.lora.target_modules == ("q_proj", "v_proj") and config.data.answer_join == ""
     assert config.optim.betas == (0.8, 0.9) and config.engine.urls == ("http://a:1", "http://b:2")
-    assert config.engine.options == {"max_num_seqs": 4, "enforce_eager": True, "x": 1e-3}
+    options = [
+        "--engine.name=vllm_local",
+        "--engine.options",
+        "{max_num_seqs: 4, enforce_eager: true, x: 1e-3}",
+    ]
+    assert load_config(file, options).engine.options == {"max_num_seqs": 4, "enforce_eager": True, "x": 1e-3}
     assert config.report_to == ("tensorboard",) and config.sampling.top_p == 0.5
     assert load_config(file, ["--objective", "{name: rlp, every: 3}"], config_of).objective == {
         "name": "rlp",
@@ -245,7 +259,8 @@ def test_a_tilde_is_the_home_folder_in_every_path_field(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     for name in path_fields():
         assert (
-            at(load_config(file, ["--ntp_data=x", f"--{name}", "~/x/*.jsonl"]), name) == "/home/ann/x/*.jsonl"
+            at(load_config(file, ["--ntp_data=x", *engine_of(name), f"--{name}", "~/x/*.jsonl"]), name)
+            == "/home/ann/x/*.jsonl"
         ), name
     assert load_config(file, ["--ntp_data", "~/y"]).ntp_data.path == "/home/ann/y"
     assert load_config(file, ["--data", "hub/name"]).data.path == "hub/name"

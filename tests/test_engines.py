@@ -13,8 +13,8 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.ranks import Ranks
 from rlpretrain.training.pretrainer import Pretrainer
+from rollout.probe import StaleWeights
 from rollout.store import Store
-from rollout.weights import StaleWeights
 from tests.builders.engines import SHAPE, rows_of
 from tests.builders.policies import SHARDED
 from tests.builders.runs import launch, merged, same, trained, weights

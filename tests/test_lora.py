@@ -124,7 +124,7 @@ def test_vllm_samples_from_the_adapters_that_are_trained(run, tmp_path, sync):
 @pytest.mark.slow
 def test_an_adapter_that_loses_a_tensor_is_found_by_the_probe(run, monkeypatch):
     from rlpretrain.training.backends.torch import TorchPolicy
-    from rollout.weights import StaleWeights
+    from rollout.probe import StaleWeights
 
     whole = TorchPolicy.adapter
     steps = []

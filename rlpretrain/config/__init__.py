@@ -6,8 +6,9 @@ them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
-from rlpretrain.config.engines import EngineConfig, SamplingConfig
+from rlpretrain.config.engines import EngineConfig
 from rlpretrain.config.inputs import DataConfig, ModelConfig
+from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
     PAPER_RECIPE,
     BaselineConfig,

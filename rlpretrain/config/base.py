@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
@@ -20,6 +21,20 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 def headed(head: str) -> BeforeValidator:
     """Let a plain string stand for a section whose `head` field it is."""
     return BeforeValidator(lambda value: {head: value} if isinstance(value, str) else value)
+
+
+class Varied:
+    """A section whose fields depend on one of its own values, `name`: each name has a subclass."""
+
+    @classmethod
+    def variants(cls) -> dict[str, type]:
+        """The subclass of each name."""
+        raise NotImplementedError
+
+    @classmethod
+    def variant(cls, values: Mapping[str, Any]) -> type:
+        """The subclass that a section with these values is."""
+        raise NotImplementedError
 
 
 class ConfigError(ValueError):

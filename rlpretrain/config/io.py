@@ -10,7 +10,7 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from rlpretrain.config import STRICT, ConfigError, ModelConfig, PretrainConfig, names, plain
+from rlpretrain.config.engines import own_settings
 from rlpretrain.config.names import dotted, inner, owner_at
 
 HEADS = {
@@ -141,17 +142,16 @@ def read_mapping(file: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`--optim.lr 1e-4 --max_steps=10` laid over nested values; each is read as its field's type wants it."""
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"expected --field value, got '{word}'")
-        key, eq, text = word[2:].partition("=")
-        if not eq:
-            if not words:
-                raise ConfigError(f"'--{key}' needs a value")
-            text = words.pop(0)
+    """`--optim.lr 1e-4 --max_steps=10` laid over nested values; each is read as its field's type wants it.
+
+    `--engine.name` chooses another engine: settings in `values` that only the former one has are left out.
+    """
+    given = list(_pairs(overrides))
+    engine = plain.unwrapped(values.get("engine"))
+    for name in (plain.given(text) for key, text in given if key == "engine.name"):
+        if isinstance(engine, dict):
+            values["engine"] = own_settings(engine | {"name": name})
+    for key, text in given:
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:
@@ -164,6 +164,21 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of each `--name text` or `--name=text`."""
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"expected --field value, got '{word}'")
+        key, eq, text = word[2:].partition("=")
+        if not eq:
+            if not words:
+                raise ConfigError(f"'--{key}' needs a value")
+            text = words.pop(0)
+        yield key, text
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested values, as they go to run.json."""
     return asdict(config)
@@ -171,6 +186,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """(field, default, meaning) of a config dataclass and its parts: what `--help` prints."""
+    rows: list[tuple[str, str, str]] = []
+    for kind in names.kinds(owner):
+        known = {row[0] for row in rows}
+        rows += [row for row in _rows(kind, prefix) if row[0] not in known]
+    return rows
+
+
+def _rows(owner: type, prefix: str) -> list[tuple[str, str, str]]:
+    """`describe` for one class."""
     rows = []
     documented = (
         getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from rlpretrain.config.base import Varied
+
 ALIASES = {
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
@@ -101,17 +103,33 @@ def hint(name: str, known: Sequence[str], everywhere: Sequence[str] = ()) -> str
 
 def dotted(owner: type, prefix: str = "") -> Iterator[str]:
     """Every field of a dataclass and of the sections in it."""
-    hints = typing.get_type_hints(owner)
-    for field in fields(owner):
-        yield f"{prefix}{field.name}"
-        kind = inner(hints[field.name])
+    hints = field_types(owner)
+    for name in names(owner):
+        yield f"{prefix}{name}"
+        kind = inner(hints[name])
         if is_dataclass(kind):
-            yield from dotted(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from dotted(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def names(owner: Any) -> list[str]:
-    """The fields of a dataclass."""
-    return [field.name for field in fields(owner)] if is_dataclass(owner) else []
+    """The fields of a dataclass, those of all its variants included."""
+    if not is_dataclass(owner):
+        return []
+    return list(dict.fromkeys(field.name for kind in kinds(owner) for field in fields(kind)))
+
+
+def field_types(owner: Any) -> dict[str, Any]:
+    """The types of these fields, by name."""
+    return {
+        name: hint for kind in reversed(kinds(owner)) for name, hint in typing.get_type_hints(kind).items()
+    }
+
+
+def kinds(owner: Any) -> list[type]:
+    """The classes that a section of type `owner` may have, itself first."""
+    if isinstance(owner, type) and issubclass(owner, Varied):
+        return [owner, *owner.variants().values()]
+    return [owner]
 
 
 def inner(kind: Any) -> Any:
@@ -127,5 +145,5 @@ def owner_at(owner: Any, path: Sequence[Any]) -> Any:
         if typing.get_origin(owner) is dict:
             owner = typing.get_args(owner)[1]
         elif is_dataclass(owner):
-            owner = inner(typing.get_type_hints(owner).get(part, owner))
+            owner = inner(field_types(owner).get(part, owner))
     return owner

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from rlpretrain.config.base import ConfigError
+from rlpretrain.config.base import ConfigError, Varied
 
 NULLS = ("null", "Null", "NULL", "~")
 
@@ -144,6 +144,8 @@ def settle(kind: Any, value: Any, where: str = "") -> Any:
 
 def _settled_mapping(options: Sequence[Any], value: Mapping[Any, Any], where: str) -> dict[Any, Any]:
     owner = next((option for option in options if is_dataclass(option)), None)
+    if isinstance(owner, type) and issubclass(owner, Varied):
+        owner = owner.variant(value)
     hints = _hints(owner) if owner is not None else {}
     below = next((typing.get_args(option)[1] for option in options if _is(option, dict, Mapping)), Any)
     dotted = f"{where}." if where else ""

@@ -17,8 +17,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
-from rlpretrain.config.engines import EngineConfig, SamplingConfig
+from rlpretrain.config.engines import EngineConfig, EngineSection
 from rlpretrain.config.inputs import DataConfig, ModelConfig
+from rlpretrain.config.sampling import SamplingConfig
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -201,7 +202,7 @@ class PretrainConfig:
     """`name` (a module of rlpretrain.objectives, or package.module:Class) and that objective's own fields."""
     sampling: SamplingConfig = _field(default_factory=SamplingConfig)
     """How thoughts are drawn."""
-    engine: Annotated[EngineConfig, headed("name")] = _field(default_factory=EngineConfig)
+    engine: EngineSection = _field(default_factory=EngineConfig)
     """What samples them."""
     policy: PolicyConfig = _field(default_factory=PolicyConfig)
     """How the model is trained."""

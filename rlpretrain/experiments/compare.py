@@ -24,6 +24,7 @@ import torch
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
@@ -170,16 +171,18 @@ def to_train(job: Job) -> PretrainConfig | None:
             else {"flops": spent["num_flops"]}
         )
         config = replace(config, stop=replace(config.stop, **limit))
-    sides = (
-        [json.loads(wanted.read_text()), json.loads(json.dumps(to_dict(config)))]
-        if wanted.exists()
-        else [{}, {}]
-    )
+    sides = [_read_settings(wanted), json.loads(json.dumps(to_dict(config)))] if wanted.exists() else [{}, {}]
     if different := changes(*(without(side, MACHINE) for side in sides)):
         raise ConfigError(
             f"it was run otherwise: {'; '.join(different)}. Remove {job.folder} or choose another output_dir"
         )
     return None if record.exists() and json.loads(record.read_text())["status"] == "done" else config
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """The settings that a run was begun with; older versions wrote those of all engines."""
+    settings = json.loads(file.read_text())
+    return settings | {"engine": own_settings(settings["engine"])}
 
 
 def to_evaluate(job: Job) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from rlpretrain.config import STRICT, ConfigError, Count, DataConfig, PathText, PretrainConfig, Seed, headed
+from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import HEADS, build, parse, read_mapping, section, to_dict
 from rlpretrain.config.plain import LATER, unwrapped
 from rlpretrain.objectives import config_of, parse_section
@@ -167,6 +168,8 @@ def load_experiment(path: str | Path) -> Experiment:
 def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested values with others over them; an `objective` of another name replaces the whole section.
 
+    An `engine` of another name keeps the settings that both engines have.
+
     >>> laid_over({"optim": {"lr": 1, "schedule": "cosine"}, "model": "a"}, {"optim": {"lr": 2}})
     {'optim': {'lr': 2, 'schedule': 'cosine'}, 'model': 'a'}
     """
@@ -178,6 +181,8 @@ def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             old, value = ({HEADS[key]: v} if isinstance(v, str) else v for v in (old, value))
             if key == "objective" and value and old and value.get("name", old.get("name")) != old.get("name"):
                 old = None
+            if key == "engine" and isinstance(old, dict) and isinstance(value, dict) and "name" in value:
+                old = own_settings(old | {"name": value["name"]})
         out[key] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
 

@@ -49,7 +49,7 @@ def check(config: PretrainConfig) -> None:
             "model.quantization: an average of rounded weights does not move: use baseline frozen, self or "
             "none"
         )
-    if quantised and config.engine.name == "hf" and config.engine.max_staleness:
+    if quantised and config.engine.reads_policy and config.engine.max_staleness:
         raise ConfigError(
             "model.quantization with engine hf needs engine.max_staleness 0: a copy takes no merged weights"
         )
@@ -57,12 +57,12 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(
             "model.quantization: ZeRO 3 cannot shard rounded weights; use policy.zero_stage 2 or less"
         )
-    if lora and lora.sync == "adapter" and config.engine.name != "vllm_local":
+    if lora and lora.sync == "adapter" and not config.engine.takes_adapters:
         raise ConfigError(
             f"policy.lora.sync: adapter is for engine vllm_local; engine {config.engine.name} takes merged "
             "weights"
         )
-    if config.model.quantization == "8bit" and config.engine.name != "hf":
+    if config.model.quantization == "8bit" and not config.engine.reads_policy:
         raise ConfigError(
             f"model.quantization 8bit rounds what goes into a layer too, and engine {config.engine.name} "
             "would sample from another model: use 4bit, or engine hf"

@@ -80,8 +80,8 @@ class BatchSource:
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
         self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
         self.token_budget, self.steps = token_budget, steps
-        if objective.has_positions:
-            check_engine(objective, stream.longest, getattr(engine, "max_model_len", None))
+        if objective.has_positions and engine is not None:
+            check_engine(objective, stream.longest, engine.info.max_model_len)
         self.queue = RolloutQueue(in_flight)
         self.reads = Reads()  # of the engine, for the batches that were taken
         self._ahead: list[Ahead] = []  # submitted, not yet taken

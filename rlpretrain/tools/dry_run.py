@@ -176,13 +176,8 @@ def make_sizes(
                 "are spread over micro-batches, and the step scores everything once more"
             )
     check_rows(objective, longest, limit_of(shape))
-    if objective.has_positions and config.engine.name in ("vllm_server", "ray"):
-        notes.append(f"engine {config.engine.name}: what it needs on its own devices is not in this table")
-    if objective.has_positions and config.engine.name == "vllm_local" and config.engine.kv_cache_gib is None:
-        notes.append(
-            f"engine.kv_cache_gib: null lets vLLM fill {config.engine.gpu_memory_utilization:.0%} of the "
-            "device, its weights included"
-        )
+    if objective.has_positions:
+        notes += config.engine.memory_notes()
     micro = min(max(config.token_budget, row, piece), step)
     parameters, trained, linear = count_parameters(shape, config.model.trust_remote_code, policy.lora)
     return Sizes(
@@ -316,7 +311,10 @@ def expected_time(config: PretrainConfig, objective: Objective, sizes: Sizes, st
 
 def resolved(config: PretrainConfig, objective: Objective, sizes: Sizes) -> dict[str, Any]:
     """Dotted names and values of what the user or the recipe set, with `auto` resolved."""
-    plain = to_dict(build({"model": config.model.path, "data": config.data.path}))
+    plain = to_dict(
+        build({"model": config.model.path, "data": config.data.path, "engine": config.engine.name})
+    )
+    plain["engine"]["name"] = "hf"
     usual = _flat(plain | {"objective": asdict(type(objective).Config())})
     given = _flat(to_dict(config) | {"objective": asdict(objective.config)})
     out = {

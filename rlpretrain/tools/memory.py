@@ -160,10 +160,10 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     items.append(
         Item("head and its loss", tiles + vocabulary * h * b, f"two fp32 tiles, gradient {b} V h", "training")
     )
-    if thinks and config.engine.name == "vllm_local" and config.engine.kv_cache_gib:
-        when = "sampling" if config.engine.sleep else "always"
-        items.append(Item("keys and values", config.engine.kv_cache_gib * GIB, "engine.kv_cache_gib", when))
-    elif thinks and config.engine.name == "hf":
+    if thinks and config.engine.reserved_gib:
+        when = "sampling" if config.engine.sleeps else "always"
+        items.append(Item("keys and values", config.engine.reserved_gib * GIB, "engine.kv_cache_gib", when))
+    elif thinks and config.engine.reads_policy:
         rows = min(config.engine.batch_size, config.positions_per_step // w * config.sampling.thoughts)
         tokens = int(1.5 * (sizes.prompt + config.sampling.max_thought_tokens))
         items.append(
@@ -188,18 +188,11 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
 
 def engine_weights(engine: EngineConfig, dtype: str, p: int, stage: int) -> list[Item]:
     """The engine's own copy of the weights, where it has one in the trainer's process."""
-    why = {
-        "hf": "the policy's are sharded"
-        if stage == 3
-        else "they sample while the policy's change"
-        if engine.max_staleness
-        else "",
-        "vllm_local": "vLLM's",
-    }.get(engine.name)
+    why = engine.own_weights(sharded=stage == 3)
     if not why:
         return []
-    b = getattr(torch, (engine.name == "vllm_local" and engine.dtype) or dtype).itemsize
-    return [Item("engine's own weights", b * p, f"{b} P: {why}", "sampling" if engine.sleep else "always")]
+    b = getattr(torch, (not engine.reads_policy and engine.dtype) or dtype).itemsize
+    return [Item("engine's own weights", b * p, f"{b} P: {why}", "sampling" if engine.sleeps else "always")]
 
 
 def peak(items: list[Item]) -> float:

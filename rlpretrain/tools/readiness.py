@@ -31,12 +31,8 @@ PATIENCE = 2.0
 def missing_libraries(config: PretrainConfig, thinks: bool) -> list[str]:
     """What the settings need and this environment lacks, with the line that installs it."""
     engine, wanted = config.engine, {}
-    if thinks and "vllm_local" in (engine.name, engine.of if engine.name == "ray" else ""):
-        wanted["vllm"] = (f"engine {engine.name}", INSTALL["vllm"])
-    if thinks and engine.name == "ray":
-        wanted["ray"] = ("engine ray", INSTALL["ray"])
-    if thinks and engine.name == "vllm_server":
-        wanted |= {name: ("engine vllm_server", f"pip install {name}") for name in ("httpx", "aiohttp")}
+    for name in engine.libraries() if thinks else ():
+        wanted[name] = (f"engine {engine.name}", INSTALL.get(name, f"pip install {name}"))
     if config.policy.backend == "deepspeed":
         wanted["deepspeed"] = ("policy.backend deepspeed", INSTALL["deepspeed"])
     if config.policy.lora:
@@ -111,7 +107,7 @@ def disk_needed(config: PretrainConfig, sizes: Sizes) -> float:
     if config.baseline.name == "ema":
         checkpoint += 4 * sizes.parameters
     copies = config.checkpoint.keep + 2 if config.checkpoint.every else 0  # the best one is kept beside them
-    synced = 2 * model if config.engine.name == "vllm_server" and config.engine.transfer == "file" else 0
+    synced = 2 * model if config.engine.writes_weights else 0
     return 2 * model + copies * checkpoint + synced  # a model is written aside, then renamed
 
 
@@ -130,13 +126,7 @@ def disk_note(config: PretrainConfig, sizes: Sizes) -> list[str]:
 
 def silent_servers(config: PretrainConfig, section: Any, thinks: bool) -> list[str]:
     """Servers of the settings that take no connection: vLLM's, Ray's, a judge's."""
-    engine, asked = config.engine, []
-    if thinks and engine.name == "vllm_server":
-        asked += [("engine.urls", url) for url in engine.urls]
-    if thinks and engine.name == "ray" and engine.address and ":" in engine.address:
-        asked.append(
-            ("engine.address", engine.address if "//" in engine.address else f"ray://{engine.address}")
-        )
+    asked = config.engine.addresses() if thinks else []
     if url := getattr(section, "judge_url", None):
         asked.append(("objective.judge_url", url))
     return [f"{field} {url} cannot be reached: {why}" for field, url in asked if (why := _refused(url))]
@@ -198,7 +188,7 @@ def time_of_step(
     """
     rate, p = speed.flops / 2, sizes.parameters
     train = (8 if config.model.gradient_checkpointing else 6) * p * trained * config.loss.inner_epochs / rate
-    if not thoughts or config.engine.name not in ("hf", "vllm_local"):
+    if not thoughts or not config.engine.in_process:
         return train
     batches = -(-thoughts // config.engine.batch_size)
     prompts = 2 * p * sizes.prompt * -(-thoughts // config.sampling.thoughts) / rate

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlpretrain import models
 from rlpretrain.config import PretrainConfig
@@ -28,7 +27,6 @@ from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.backends import Policy, make_policy
 from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
 from rlpretrain.types import Document
-from rollout.hf import HFEngine
 from rollout.store import Recorded, Store
 from rollout.types import WeightSource
 
@@ -127,7 +125,9 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     engine = (
         Recorded(replayed.facts)
         if replayed
-        else _engine(config, model, tokenizer, objective, policy, ranks, start)
+        else make_engine(
+            config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start
+        )
     )
     source = replayed or BatchSource(
         objective,
@@ -142,7 +142,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         in_flight=config.engine.in_flight,
         steps=total_steps,
     )
-    probed = not isinstance(engine, HFEngine | Recorded)
+    probed = engine.info.needs_probe
     padded_because = attention.install(model) if config.packing == "tree" else None
     if reference is not None and config.packing == "tree" and padded_because is None:
         attention.install(reference.frozen.model)
@@ -174,23 +174,6 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
         parameters=models.count(policy.model),
     )
-
-
-def _engine(
-    config: PretrainConfig,
-    model: nn.Module,
-    tokenizer: Any,
-    objective: Objective,
-    policy: Policy,
-    ranks: Ranks,
-    start: Path | None,
-) -> Any:
-    """The engine. An hf engine that cannot read the trainer's weights (ZeRO 3) gets a model of its own."""
-    if config.engine.name == "hf" and not policy.shares_weights:
-        model = models.load_with_tokenizer(config.model, delimiters(config.objective), config.seed)[0].to(
-            ranks.device
-        )
-    return make_engine(config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start)
 
 
 def _layout(

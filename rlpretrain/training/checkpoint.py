@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlpretrain.config import ConfigError
+from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.files import CannotWrite, check_writable, dumps, writing
 from rlpretrain.ranks import Ranks
@@ -229,7 +230,8 @@ def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> N
     `where`.
     """
     now = json.loads(json.dumps(config))
-    changed = changes(without(filled(before, now), FREE_TO_CHANGE), without(now, FREE_TO_CHANGE))
+    known = before | {"engine": own_settings(before["engine"])} if "engine" in before else before
+    changed = changes(without(filled(known, now), FREE_TO_CHANGE), without(now, FREE_TO_CHANGE))
     if changed:
         raise ConfigError(
             f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or set the "
@@ -250,7 +252,8 @@ def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The settings of an older version, with those of `now` that it did not know as they are by default:
     what it did.
     """
-    usual = json.loads(json.dumps(to_dict(build({"model": "", "data": ""}))))
+    engine = (now.get("engine") or {}).get("name", "hf")
+    usual = json.loads(json.dumps(to_dict(build({"model": "", "data": "", "engine": engine}))))
     if (config.get("policy") or {}).get("lora"):
         usual["policy"]["lora"] = {"use_dora": False, "new_tokens": False}
 

@@ -14,7 +14,7 @@ def check(config: PretrainConfig) -> None:
     folder = Path(config.output_dir)
     names = ["model", "nonfinite", "tensorboard", "weights"]
     names += ["adapter"] if config.policy.lora else []
-    names += ["start"] if config.engine.name != "hf" else []
+    names += ["start"] if config.engine.loads_from_disk else []
     names += ["rollouts"] if config.save_rollouts else []
     written = {name: (folder / name).resolve() for name in names}
     for field, path in _inputs(config).items():
@@ -45,6 +45,6 @@ def _inputs(config: PretrainConfig) -> dict[str, Path]:
         "eval.data": config.eval.data,
         "replay": config.replay,
         "policy.deepspeed_config": config.policy.deepspeed_config,
-        "engine.token_file": config.engine.token_file,
+        **config.engine.files(),
     }
     return {field: Path(str(path)) for field, path in named.items() if path and Path(str(path)).exists()}

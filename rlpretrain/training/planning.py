@@ -9,6 +9,7 @@ from rlpretrain.data.stream import DocumentStream
 from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.batches import ReplaySource
+from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.training.backends import find_backend
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.optim import find_optimizer, make_schedule
@@ -23,6 +24,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
+    find_engine(config.engine)
     find_backend(config.policy)
     find_optimizer(config.optim)
     make_schedule(config.optim, total_steps=1)

@@ -15,7 +15,7 @@ import torch
 from rewards.controls import CollapseMonitor
 from rlpretrain.config import PretrainConfig
 from rlpretrain.models.spending import Size
-from rlpretrain.rollouts.engines import lie_down, wake_up
+from rlpretrain.rollouts.engines import sleep, wake
 from rlpretrain.scoring.packing import count, is_counted, stored_rewards
 from rlpretrain.tracking.console import Console
 from rlpretrain.tracking.health import Health
@@ -126,7 +126,7 @@ class Run(Parts):
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
         self.objective.progress = batch.progress
         self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
-        lie_down(self.config, self.engine)
+        sleep(self.engine)
         self.timer.rollout = time.perf_counter() - begin
         run_output.keep_rollouts(self, batch)
         kept = tuple(self.objective.select(batch.groups))
@@ -190,14 +190,14 @@ class Run(Parts):
     def sync(self, version: int) -> None:
         """Hand the new weights to the engine."""
         begin = time.perf_counter()
-        wake_up(self.config, self.engine)
+        wake(self.engine)
         with self.source.paused():
             self.engine.sync(self.engine_weights, version)
         self.timer.sync = time.perf_counter() - begin
         if self.probe:
             self.probe(version)
             seen = {"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference}
-            self.note(**seen, **getattr(self.engine, "timings", {}))
+            self.note(**seen, **self.engine.info.timings)
 
     def finish(self, step: int, batch: Batch) -> None:
         """Log, evaluate, checkpoint, and decide whether to go on."""

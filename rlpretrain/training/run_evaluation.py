@@ -14,7 +14,6 @@ from rlpretrain.models import adapters
 from rlpretrain.scoring.scorer import NoGradScorer
 from rlpretrain.training import run_state, run_stop
 from rlpretrain.training.builder import Parts
-from rollout.hf import HFEngine
 from rollout.weights import copy_weights
 
 if TYPE_CHECKING:
@@ -55,8 +54,9 @@ class RunEvaluation:
         """A whole model with the policy's present weights; with adapters, where those are trained."""
         config, policy = self.parts.config, self.parts.policy
         lora = config.policy.lora
-        if isinstance(self.parts.engine, HFEngine) and not lora:
-            return self.parts.engine.model
+        sampled = self.parts.engine.info.module
+        if sampled is not None and not lora:
+            return sampled
         if policy.shares_weights:
             return policy.model
         if self.whole is None:

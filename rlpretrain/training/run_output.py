@@ -63,7 +63,7 @@ def keep_rollouts(run: Run, batch: Batch) -> None:
     if run.store:
         facts = {
             "engine": run.engine.health(),
-            "shares_weights": run.engine.shares_weights,
+            "shares_weights": run.engine.info.shares_weights,
             **compat.versions(),
         }
         with writing(run.store.folder):

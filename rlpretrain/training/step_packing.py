@@ -26,7 +26,7 @@ def pack_step(run: Run, batch: Batch, totals: Totals) -> list[MicroBatch]:
     contexts = no_think_contexts(run.objective, batch.groups)
     layout = replace(run.layout, no_think_ids=contexts)
     version = run.engine.version
-    on_policy = run.engine.shares_weights and all(g.policy_version == version for g in batch.groups)
+    on_policy = run.engine.info.shares_weights and all(g.policy_version == version for g in batch.groups)
     micros = micro_batches(batch, layout, run.ranks, totals)
     micros = [replace(micro, on_policy=on_policy) for micro in micros]
     run.has_split_groups = _any_split(run, micros)

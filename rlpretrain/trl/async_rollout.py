@@ -103,7 +103,7 @@ class AsyncRollouts:
         objective, longest = self.reward.objective, max(self.reward.longest)
         objective.setting = Setting(params, a.num_generations, 0.0)
         check_rows(objective, longest, limit_of(plain(self.reward.model)), NAMES)
-        check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
+        check_engine(objective, longest, self.engine.info.max_model_len, NAMES)
         self.ahead = max(1, a.max_inflight_tasks // a.num_generations)
         alone = isinstance(
             self.engine, HFEngine
@@ -314,7 +314,7 @@ def _check(reward: ObjectiveReward, engine: Engine | None, dataset: Any, args: A
             "loads: call ensure_delimiters(tokenizer, model), save both, and start from that folder",
         ),
         (
-            engine is not None and engine.shares_weights,
+            engine is not None and engine.info.shares_weights,
             "the engine must have weights of its own, since it samples while those of "
             "the trainer change: HFEngine(model, shares_weights=False)",
         ),

@@ -96,7 +96,7 @@ class Rollouts:
         objective, longest = self.reward.objective, max(self.reward.longest)
         objective.setting = Setting(params, 2, 0.0)
         check_rows(objective, longest, limit_of(plain(self.reward.model)), NAMES)
-        check_engine(objective, longest, getattr(self.engine, "max_model_len", None), NAMES)
+        check_engine(objective, longest, self.engine.info.max_model_len, NAMES)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trained model's weights under the names of its checkpoint, adapters merged in, shards

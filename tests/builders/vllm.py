@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rollout import Prompt, Thought
-from rollout.weights import Probe
+from rollout.probe import Probe
 from tests.builders.sampling import logps_of
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")

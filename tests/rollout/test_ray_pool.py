@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rollout import HFEngine, Prompt, SamplingParams
-from rollout.weights import Probe, StaleWeights
+from rollout.probe import Probe, StaleWeights
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.tiny import tiny_model
 from tests.builders.vllm import SHAPE, VOCABULARY, ask, move, weights_of, worst
@@ -88,7 +88,7 @@ def test_an_actor_that_is_killed_comes_back_with_the_present_weights(make, model
     prompts = prompts_of([12, 3, 20, 9])
     expected = tokens(sample(pool, prompts))
     for actor in pool.actors:  # both, so that no one is left who had the weights
-        os.kill(ray.get(actor.about.remote())["pid"], signal.SIGKILL)
+        os.kill(ray.get(actor.info.remote()).pid, signal.SIGKILL)
     groups = sample(pool, prompts)
     assert tokens(groups) == expected and worst(model, prompts, groups) <= 1e-4
     health = pool.health()
@@ -101,7 +101,7 @@ def test_an_actor_that_hangs_is_replaced(make, model):
     pool = make(request_timeout=8.0)
     prompts = prompts_of([12, 3, 20, 9])
     expected = tokens(sample(pool, prompts))
-    os.kill(ray.get(pool.actors[1].about.remote())["pid"], signal.SIGSTOP)
+    os.kill(ray.get(pool.actors[1].info.remote()).pid, signal.SIGSTOP)
     begin = time.monotonic()
     assert tokens(sample(pool, prompts)) == expected
     assert time.monotonic() - begin < 40 and pool.health()["actor_hangs"] >= 1

@@ -106,8 +106,8 @@ def test_a_trainer_samples_from_it_and_gives_it_weights(serving, trainer):
 def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
+    from rollout.probe import Probe, StaleWeights
     from rollout.vllm_routes import Server
-    from rollout.weights import Probe, StaleWeights
     from tests.builders.vllm import ask, move, weights_of
 
     for name in "ab":

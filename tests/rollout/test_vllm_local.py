@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
-from rollout.weights import Probe, StaleWeights
+from rollout.probe import Probe, StaleWeights
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.tiny import tiny_model
 
@@ -258,7 +258,7 @@ def test_the_probe_finds_a_prefix_cache_that_was_kept(probed, monkeypatch):
 
 def test_the_probe_finds_a_version_that_did_not_move(probed):
     model, engine, probe = probed
-    with pytest.raises(StaleWeights, match="answers with version 10 where 11 was handed over"):
+    with pytest.raises(StaleWeights, match="answers with version 10, but version 11 was synced"):
         ask(probe, model, engine, 11)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
-from rollout.weights import Probe, StaleWeights
+from rollout.probe import Probe, StaleWeights
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.servers import Proxy, VLLMServer, free_port
 from tests.builders.tiny import tiny_model
@@ -265,7 +265,7 @@ def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, 
 
 def test_a_run_begins_with_the_servers_there_are(make, model, server, monkeypatch):
     """A resumed run does not wait for a server that is down, and takes it in when it comes."""
-    monkeypatch.setattr("rollout.vllm_server.GRACE", 0.5)
+    monkeypatch.setattr("rollout.vllm_pool.GRACE", 0.5)
     late = free_port()
     engine = make(f"http://127.0.0.1:{late}", server.url)
     assert [s["alive"] for s in engine.health()["servers"]] == [False, True]
