@@ -196,6 +196,15 @@ class Objective:
         target = self.shortest_target if "target" in self.needs else 0
         return Window(prompt, sampled, max(size, sampled + close + target))
 
+    def prepare(self, document: Document, rng: Any) -> Document | None:
+        """The document to train on, before positions are chosen in it; None drops it, and another is drawn.
+
+        Called once for each drawn document of `data` and `ntp_data`, and in an evaluation; `rng` depends on
+        the seed and the draw alone. It may insert control tokens or set `scores`; then `answer_at` and
+        `scores` have to fit the new tokens. A document that does not change is returned as it is.
+        """
+        return document
+
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """Where to think; `trunk[i]` is the entropy (nats) of the model's prediction of token i, where
         "entropy" is needed.

@@ -12,15 +12,17 @@ from torch import nn
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.data.stream import DocumentStream
-from rlpretrain.data.tokenization import fingerprint
+from rlpretrain.data.document_source import DocumentSource, SourceInputs, count_documents
+from rlpretrain.data.fingerprints import fingerprint
+from rlpretrain.data.stream import open_source
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.models import adapters, lengths
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
-from rlpretrain.rollouts.batches import BatchSource, ReplaySource, rollouts_in
+from rlpretrain.rollouts.batches import BatchSource
 from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
+from rlpretrain.rollouts.replay import ReplaySource, rollouts_in
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
@@ -99,9 +101,13 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         replayed = ReplaySource(stored, config.max_steps, fingerprint(tokenizer))
     stream = None
     if replayed is None:
-        stream = DocumentStream(config.data, tokenizer, min_length=objective.min_length, **place)
+        stream = open_source(
+            SourceInputs(config=config.data, tokenizer=tokenizer, min_length=objective.min_length, **place)
+        )
     documents = held_out(config, tokenizer, objective, ranks.size)
-    others = DocumentStream(config.ntp_data, tokenizer, **place) if config.ntp_data else None
+    others = None
+    if config.ntp_data:
+        others = open_source(SourceInputs(config=config.ntp_data, tokenizer=tokenizer, **place), "ntp_data")
     lengths.check_run(model, objective, stream, others, documents)
     total_steps = count_steps(config, objective, stream, replayed)
 
@@ -188,16 +194,17 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
 
 
 def count_steps(
-    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, replayed: ReplaySource | None
+    config: PretrainConfig, objective: Objective, stream: DocumentSource | None, replayed: ReplaySource | None
 ) -> int:
     """How many steps a run of this configuration has."""
     if stream is None or replayed:
         return replayed.planned
     if config.max_steps is not None:
         return config.max_steps
-    if config.data.streaming:
+    length = count_documents(stream)
+    if length is None:
         raise ConfigError("a stream has no known length: give max_steps instead of epochs")
-    positions = (config.epochs or 1.0) * len(stream) * _positions_of_each(objective)
+    positions = (config.epochs or 1.0) * length * _positions_of_each(objective)
     return max(1, math.ceil(positions / config.positions_per_step))
 
 
@@ -207,12 +214,13 @@ def _positions_of_each(objective: Objective) -> int:
 
 
 def _come_again(
-    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int
+    config: PretrainConfig, objective: Objective, stream: DocumentSource | None, steps: int
 ) -> bool:
     """Whether documents will be drawn more than once."""
-    if stream is None or config.data.streaming:
+    length = None if stream is None else count_documents(stream)
+    if length is None:
         return False
-    return steps * config.positions_per_step / _positions_of_each(objective) > len(stream)
+    return steps * config.positions_per_step / _positions_of_each(objective) > length
 
 
 def _engine(
