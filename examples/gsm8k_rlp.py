@@ -203,7 +203,7 @@ def prepare(data: str, out: Path) -> dict[str, int]:
     read.
     """
     from rlpretrain.config import DataConfig
-    from rlpretrain.data.sources import open_rows, quiet
+    from rlpretrain.data.opening import open_rows, quiet
 
     source = DataConfig(
         path=data, name=None if Path(data).exists() else "main", column="question", meta_columns=("answer",)

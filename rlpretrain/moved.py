@@ -60,7 +60,7 @@ MOVED = {
     "run_state": "training.run_state",
     "run_stop": "training.run_stop",
     "serve": "tools.serve",
-    "sources": "data.sources",
+    "sources": "data.opening",
     "spending": "models.spending",
     "tag_gain": "training.tag_gain",
     "token_text": "data.token_text",

@@ -4,8 +4,8 @@
 next-token loss. The groups are written last, so a step with a groups file is complete. Any parquet reader can
 open the files; they carry a schema version.
 
-Of documents, `meta` holds the other columns as JSON and `answer_at` the index of the answer. Older files lack
-these two columns and are still read.
+Of documents, `meta` holds the other columns as JSON, `answer_at` the index of the answer, `scores` a number
+for each token. Older files lack these columns and are still read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rollout.stored_rows import (
     group_to_row,
     schemas,
 )
-from rollout.types import Document, Group
+from rollout.types import Document, Group, Prompt, SamplingParams, Thought
 
 __all__ = ["Recorded", "Store", "StoreError", "document_from_row", "document_to_row"]
 
@@ -133,7 +133,9 @@ class Recorded:
         """What the stored facts say; there are no weights to probe."""
         return EngineInfo(shares_weights=self.shares_weights, needs_probe=False)
 
-    async def sample(self, *request: Any) -> Any:
+    async def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
+    ) -> list[list[Thought]]:
         raise RuntimeError("a replay samples nothing: this objective asks for thoughts that are not stored")
 
     def sync(self, weights: Any, version: int) -> None:

@@ -73,6 +73,7 @@ def schemas() -> dict[str, Any]:
             "source": pa.string(),
             "meta": pa.string(),
             "answer_at": pa.int64(),
+            "scores": pa.list_(pa.float64()),
         }
     )
     return {"groups": groups, "documents": documents}
@@ -89,18 +90,20 @@ def document_to_row(document: Document) -> dict[str, Any]:
         "source": document.source,
         "meta": None if document.meta is None else _meta_to_json(document),
         "answer_at": document.answer_at,
+        "scores": document.scores,
     }
 
 
 def document_from_row(row: Mapping[str, Any]) -> Document:
-    """The document that `document_to_row` wrote; an older row gives one without `meta` and `answer_at`."""
-    meta = row.get("meta")
+    """The document that `document_to_row` wrote; older rows lack `meta`, `answer_at`, `scores`."""
+    meta, scores = row.get("meta"), row.get("scores")
     return Document(
         row["id"],
         tuple(row["token_ids"]),
         row["source"],
         None if meta is None else json.loads(meta, object_hook=_unmarked),
         row.get("answer_at"),
+        None if scores is None else tuple(scores),
     )
 
 

@@ -35,6 +35,7 @@ class Document:
 
     `source` says where it came from (file and line, or dataset and row); `meta` keeps other columns of its
     row. `answer_at` is the index of the answer's first token, where the text is a prompt with an answer.
+    `scores` has a number for each token, where an objective's `prepare` or a document source sets them.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Document:
     source: str = ""
     meta: dict[str, Any] | None = None
     answer_at: int | None = None
+    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.files import CannotWrite
 from rlpretrain.ranks import Ranks
-from rlpretrain.rollouts import batches
+from rlpretrain.rollouts import drawing
 from rlpretrain.training import checkpoint
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
@@ -177,7 +177,7 @@ def test_only_short_documents_are_an_error(values):
 
 
 def test_a_target_longer_than_what_is_left_of_any_document(values, monkeypatch):
-    monkeypatch.setattr(batches, "PATIENCE", 500)
+    monkeypatch.setattr(drawing, "PATIENCE", 500)
     run = Run(build(merged(values, objective__target_length=5)), None)  # after "shows" there are three tokens
     with pytest.raises(
         ConfigError, match=r"documents in a row gave no position: .*`target_length` do not fit this data"

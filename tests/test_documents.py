@@ -166,7 +166,7 @@ def test_tokenised_once(folder, monkeypatch):
     data = DataConfig(path=str(folder / "d.txt"))
     first = read_all(data, TOKENIZER)
     monkeypatch.setattr(
-        "rlpretrain.data.tokenization.Cutter.pieces", lambda *_: pytest.fail("tokenised again")
+        "rlpretrain.data.tokenization.DocumentSplitter.split", lambda *_: pytest.fail("tokenised again")
     )
     assert read_all(data, TOKENIZER) == first
 
@@ -386,7 +386,7 @@ def test_hub_dataset_offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConfigError, match="'nobody/nothing' is no file or folder here, and the hub cannot be reached"
+        ConfigError, match="'nobody/nothing' is not a local file or folder, and the hub cannot be reached"
     ):
         DocumentStream(DataConfig(path="nobody/nothing"), TOKENIZER)
 
@@ -397,7 +397,7 @@ def test_hub_dataset_that_does_not_exist(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(
-        ConfigError, match="'nobody/nothing' is no file or folder here, and no dataset of the hub"
+        ConfigError, match="'nobody/nothing' is neither a local file or folder nor a dataset on the hub"
     ):
         DocumentStream(DataConfig(path="nobody/nothing"), TOKENIZER)
 

@@ -18,6 +18,7 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.training.losses import TERMS, make_losses
 from rlpretrain.training.optim import make_schedule
+from rollout.store import Store
 from tests.builders.learning import BASE
 from tests.builders.runs import ROOT, same, trained
 
@@ -46,6 +47,22 @@ def test_the_page_trains_as_printed(folder):
     assert all(row["dpo_loss"] > 0 for row in rows)
     factors = [row["learning_rate"] / 1e-2 for row in rows]
     assert factors == pytest.approx([0.5, 1.0, *[1.0] * 16, 2 / 3, 1 / 3], abs=1e-6)
+
+
+def test_documents_of_the_page_train_as_printed(folder):
+    command = [str(Path(sys.executable).parent / "rlpretrain"), "train", "sums.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for more in ("--dry-run",), ():
+        done = subprocess.run(
+            [*command, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    store, read = Store(folder / "sums" / "rollouts"), dial.tokenizer().decode
+    documents = [document for step in store.steps() for document in store.read(step)[1]]
+    assert len(documents) == 24
+    for document in documents:
+        assert re.match(r"well ann has (\d) \. bob has (\d) \. cat shows (\d) \.", read(document.token_ids))
+        assert document.scores is not None and document.scores[:4] == (1.0, 1.0, 1.0, 2.0)
 
 
 def test_a_term_of_ones_own_has_the_gradient_of_its_formula(folder, monkeypatch, values, tmp_path):

@@ -278,7 +278,7 @@ def test_a_run_that_skipped_every_step_saves_no_model(values, tmp_path, capsys, 
 
 
 def test_a_replay_takes_the_runs_folder(tmp_path):
-    from rlpretrain.rollouts.batches import rollouts_in
+    from rlpretrain.rollouts.replay import rollouts_in
 
     (tmp_path / "run" / "rollouts").mkdir(parents=True)
     assert (

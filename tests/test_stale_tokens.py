@@ -14,9 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizer
 
 from rlpretrain.config import ConfigError, DataConfig
+from rlpretrain.data.fingerprints import fingerprint, older_fingerprint
 from rlpretrain.data.stream import DocumentStream, read_all
-from rlpretrain.data.tokenization import Cutter, fingerprint, older_fingerprint
-from rlpretrain.rollouts.batches import ReplaySource
+from rlpretrain.data.tokenization import DocumentSplitter
+from rlpretrain.rollouts.replay import ReplaySource
 from tests.builders.tokenizers_family import FAMILIES, make
 
 
@@ -74,9 +75,13 @@ def test_another_tokenizer_is_not_served_from_the_cache(path, change):
     first = read_all(data, tokenizer)
     changed = make("byte_bpe")
     change(changed)
-    fresh = Cutter(data, changed, 2).pieces({"text": ["Two  and two is </s> four é"]}, [0])[0]
+    fresh = DocumentSplitter(data, changed, 2).split({"text": ["Two  and two is </s> four é"]}, [0])[0]
     found = read_all(data, changed)
-    assert [d.token_ids for d in found] == [tuple(ids) for ids, _ in fresh] != [d.token_ids for d in first]
+    assert (
+        [d.token_ids for d in found]
+        == [tuple(piece.token_ids) for piece in fresh]
+        != [d.token_ids for d in first]
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field as _field
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from rlpretrain.config.base import STRICT, Count, PathText
 
@@ -46,11 +49,11 @@ class ModelConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class DataConfig:
-    """Where documents come from: any file or hub dataset that the `datasets` library reads."""
+    """Where documents come from: any file or hub dataset that `datasets` reads, or a source of your own."""
 
-    path: PathText
-    """File (.txt, .jsonl, .json, .csv, .parquet), folder (all its files), glob, or hub id. An existing
-    name is literal.
+    path: PathText = ""
+    """File (.txt, .jsonl, .json, .csv, .parquet), folder (all its files), glob, or hub id; required unless
+    `source` is set. An existing name is literal.
     """
     name: str | None = None
     """Configuration name of a hub dataset."""
@@ -78,3 +81,20 @@ class DataConfig:
     """Read lazily instead of tokenising everything first."""
     meta_columns: tuple[str, ...] = ()
     """Other columns to keep beside the document (answers, difficulty)."""
+    source: str | None = None
+    """package.module:name of a document source of your own (rlpretrain/data/document_source.py); by default
+    the texts of `path`. It gets this section, and decides which of its fields it uses.
+    """
+    options: dict[str, Any] = _field(default_factory=dict)
+    """Settings of that source, as they are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_source(cls, given: Any) -> Any:
+        """`path` may be missing, and `options` given, only with a `source`."""
+        values = given if isinstance(given, Mapping) else given.kwargs or {}
+        if values.get("source") is None and "path" not in values:
+            raise PydanticCustomError("no_documents", "'path' is required, or a 'source' of your own")
+        if values.get("source") is None and values.get("options"):
+            raise PydanticCustomError("no_source", "'options' are those of a 'source', which is not set")
+        return given

@@ -1,100 +1,34 @@
-"""Rows become token ids: what decides the ids of a text, how long texts are cut, and where an answer
-begins.
-"""
+"""Splits the texts of rows into documents of token ids, and finds where their answers begin."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from datasets.fingerprint import Hasher
-
 from rlpretrain.config import ConfigError, DataConfig
+from rlpretrain.data.fingerprints import fingerprint
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.types import Document
 
-Piece = tuple[list[int], int]
-"""Token ids, and where in them the answer begins (-1: nowhere)."""
-CUT_VERSION = 2
-"""Of how texts become documents: another one makes cached tokens unused."""
-PROBE = "Ab ab  don't 2+2=4, 1234 naïve ½ 漢字🙂\n\n\tx(y)  "
-"""A text of many kinds of characters: tokenizers that read it otherwise are not the same."""
-NOT_OF_IDS = frozenset(
-    {
-        "name_or_path",
-        "init_kwargs",
-        "init_inputs",
-        "chat_template",
-        "model_max_length",
-        "padding_side",
-        "truncation_side",
-        "verbose",
-        "deprecation_warnings",
-        "cache",
-        "model_input_names",
-    }
-)
-"""Attributes of a tokenizer that do not decide ids."""
-BEHIND = ("\n", "a", ".", "1")
-"""Characters behind which an answer is tokenised as one that goes on."""
+SPLIT_VERSION = 2
+"""Version of the rules by which texts become documents: a new one invalidates cached tokens."""
+CONTINUED = ("\n", "a", ".", "1")
+"""Characters after which an answer is tokenised as a continuation."""
 
 
-def fingerprint(tokenizer: Any) -> str:
-    """Changes with all of a tokenizer that can change the ids of a text, and with nothing else.
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """The token ids of one document, and the index of its answer's first token (None: no answer)."""
 
-    A fast tokenizer is what its `tokenizers` object writes, one in Python its vocabulary, its plain
-    attributes and its model; to both belong their special tokens and what they make of `PROBE`, since a class
-    may do more than it says. Folders, chat templates and padding do not count.
-    """
-    probe = PROBE + "".join(map(str, tokenizer.all_special_tokens))
-    with_special = {
-        name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "sep", "cls")
-    }
-    about = [
-        type(tokenizer).__name__,
-        with_special,
-        bool(getattr(tokenizer, "split_special_tokens", False)),
-        *(list(tokenizer(probe, add_special_tokens=on, verbose=False)["input_ids"]) for on in (False, True)),
-    ]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        for leftover in ("truncation", "padding"):  # of earlier calls
-            state.pop(leftover, None)
-    else:
-        state = {"vocabulary": tokenizer.get_vocab()}
-        for name, value in vars(tokenizer).items():
-            plain = isinstance(value, bool | int | float | str | list | tuple | dict | set | frozenset)
-            if plain and not name.startswith("_") and name not in NOT_OF_IDS and "file" not in name:
-                state[name] = (
-                    sorted(map(repr, value.items() if isinstance(value, dict) else value))
-                    if isinstance(value, dict | set | frozenset)
-                    else repr(value)
-                )
-        model = getattr(tokenizer, "sp_model", None)
-        if model is not None:
-            state["model"] = Hasher.hash(model.serialized_model_proto())
-    written = json.dumps([about, state], sort_keys=True)  # hashed as one string: many objects are slow
-    return Hasher.hash(written)
+    token_ids: list[int]
+    answer_at: int | None = None
 
 
-def older_fingerprint(tokenizer: Any) -> str:
-    """What checkpoints of before `fingerprint` hold: it misses what a fast tokenizer's object does not
-    write.
-    """
-    probe, bos = tokenizer("a")["input_ids"], tokenizer.bos_token_id
-    lead = [bos] if bos is not None and probe[:1] == [bos] else []
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for leftover in ("truncation", "padding"):
-        state.pop(leftover, None)
-    return Hasher.hash([type(tokenizer).__name__, json.dumps(state, sort_keys=True), lead])
-
-
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and behind every text."""
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after every text."""
     bare, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for at in range(len(framed) - len(bare) + 1):
         if framed[at : at + len(bare)] == bare:
@@ -103,132 +37,138 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ([bos] if bos is not None and framed[:1] == [bos] else []), []
 
 
-class Cutter:
-    """Texts to token ids, pieces and Documents, as the data section asks."""
+class DocumentSplitter:
+    """Turns the texts of rows into token ids, splits them, and makes Documents, as `data` asks."""
 
     def __init__(self, data: DataConfig, tokenizer: Any, min_length: int, cells: bool = False):
         self.data, self.tokenizer, self.min_length = data, tokenizer, min_length
         self.cells = cells  # values are JSON: see rows.py
         self.eos = tokenizer.eos_token_id if data.append_eos else None
-        self.lead, self.tail = _frame(tokenizer)
+        self.lead, self.tail = special_tokens_around(tokenizer)
         if data.max_length <= len(self.lead):
             raise ConfigError(
-                f"data.max_length is {data.max_length}: the tokenizer alone begins a text with "
-                f"{len(self.lead)}"
+                f"data.max_length is {data.max_length}: the tokenizer begins every text with "
+                f"{len(self.lead)} special tokens"
             )
         self.reader = TokenReader(tokenizer)
         whole_file = os.path.isfile(os.path.expanduser(data.path)) and "[" not in data.split
-        self.lines = whole_file and data.path.endswith(".txt")
+        self.row_is_line = whole_file and data.path.endswith(".txt")
         self.columns = (data.column, *([data.answer_column] if data.answer_column else ()))
         self.fingerprint = fingerprint(tokenizer)
 
-    def pieces(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> list[list[Piece]]:
-        """For each row its pieces, at least one; a blank or missing text gives one empty piece."""
+    def split(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> list[list[TokenPiece]]:
+        """The pieces of each row, at least one; a blank or missing text gives one empty piece."""
         data = self.data
         if self.cells:
             columns = {name: [json.loads(cell) for cell in columns[name]] for name in self.columns}
         if data.answer_column is None:
-            return [[(part, -1) for part in self._cut(ids)] for ids in self._ids(columns, data.column, rows)]
-        prompts = self._ids(columns, data.column, rows, after=data.answer_join)
-        alone = self._ids(columns, data.answer_column, rows, add_special_tokens=False)
-        both = zip(columns[data.column], columns[data.answer_column], strict=True)
-        texts = [f"{prompt}{data.answer_join}" for prompt, _ in both]
-        given = zip(texts, columns[data.answer_column], prompts, alone, strict=True)
-        return [[self._joined(*row)] for row in given]
+            texts = self._tokenize(columns, data.column, rows)
+            return [[TokenPiece(ids) for ids in self._split_ids(text_ids)] for text_ids in texts]
+        prompt_ids = self._tokenize(columns, data.column, rows, suffix=data.answer_join)
+        answer_ids = self._tokenize(columns, data.answer_column, rows, add_special_tokens=False)
+        prompts = [f"{prompt}{data.answer_join}" for prompt in columns[data.column]]
+        answers = columns[data.answer_column]
+        per_row = zip(prompts, answers, prompt_ids, answer_ids, strict=True)
+        return [[self._prompt_and_answer(*row)] for row in per_row]
 
-    def _ids(
+    def source(self, row: int) -> str:
+        """`file:line` in a text file, where a row is a line; else `data[row]`."""
+        return f"{self.data.path}:{row + 1}" if self.row_is_line else f"{self.data.path}[{row}]"
+
+    def make_document(
+        self, piece: TokenPiece, row: int, number: int | None, values: Mapping[str, Any]
+    ) -> Document:
+        """The document of a piece, the `number`-th of its row (None: the only one) with columns `values`."""
+        meta = {
+            name: json.loads(values[name]) if self.cells else values[name] for name in self.data.meta_columns
+        }
+        document_id = str(row) if number is None else f"{row}.{number}"
+        return Document(document_id, tuple(piece.token_ids), self.source(row), meta or None, piece.answer_at)
+
+    def nothing_left(self, dropped: int) -> ConfigError:
+        """The error for data in which no document is long enough."""
+        reason = f"no document has {self.min_length} tokens; {dropped} are blank or shorter"
+        return ConfigError(f"{self.data.path}: {reason if dropped else 'fewer rows than ranks'}")
+
+    def _tokenize(
         self,
         columns: Mapping[str, Sequence[Any]],
         name: str,
         rows: Sequence[int],
-        after: str = "",
-        **how: Any,
+        suffix: str = "",
+        **options: Any,
     ) -> list[list[int]]:
+        """The ids of each text of a column with `suffix` behind it; empty for a blank or missing text."""
         texts = columns[name]
         for text, row in zip(texts, rows, strict=True):
             if text is not None and not isinstance(text, str):
                 raise ConfigError(
                     f"{self.source(row)}: column '{name}' holds {type(text).__name__}, not text"
                 )
-        full = [text + after for text in texts if text and not text.isspace()]
-        found = iter(
-            self.tokenizer(full, return_attention_mask=False, verbose=False, **how)["input_ids"]
-            if full
-            else []
-        )
-        return [next(found) if text and not text.isspace() else [] for text in texts]
+        blank = [not text or text.isspace() for text in texts]
+        written = [text + suffix for text, empty in zip(texts, blank, strict=True) if not empty]
+        encoded = []
+        if written:
+            encoded = self.tokenizer(written, return_attention_mask=False, verbose=False, **options)[
+                "input_ids"
+            ]
+        ids = iter(encoded)
+        return [[] if empty else next(ids) for empty in blank]
 
-    def _joined(self, text: str, answer: str, prompt: list[int], alone: list[int]) -> Piece:
-        """Prompt and answer; nothing where one is blank, or both are longer than `max_length`."""
-        if not prompt or not alone:
-            return [], -1
-        prompt = prompt[: len(prompt) - len(self.tail)]
-        ids, at = self._beside(text, answer, prompt, alone)
-        ids = [*ids, *([self.eos] if self.eos is not None and ids[-1:] != [self.eos] else ())]
-        return (ids, at) if len(ids) <= self.data.max_length else ([], -1)
-
-    def _beside(self, text: str, answer: str, prompt: list[int], alone: list[int]) -> Piece:
-        """Ids that say `text` and `answer` one after the other, and the first of the answer's.
-
-        A tokenizer may begin every text with a space of its own, or mark a word that goes on: then the
-        answer's own ids say something else behind a prompt. In this order, the first that says what both
-        texts say together: their common ids, where the prompt's are the first of them; the answer's own
-        behind the prompt's; those it has behind another character; and the common ids from the first that is
-        not the prompt's.
-        """
-        common = self.tokenizer(text + answer, verbose=False)["input_ids"]
-        common = common[: len(common) - len(self.tail)]
-        if common[: len(prompt)] == prompt and len(common) > len(prompt):
-            return common, len(prompt)
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and common.count(unknown) > (prompt + alone).count(unknown):
-            return prompt + alone, len(prompt)  # two known words, of which it knows no compound
-        said = self.reader.text(common)
-        for ids in (
-            alone,
-            *(self._behind(character, answer) for character in dict.fromkeys((text[-1:], *BEHIND))),
-        ):
-            if ids and self.reader.text(prompt + ids) == said:
-                return prompt + ids, len(prompt)
-        shared = next(
-            (k for k, pair in enumerate(zip(prompt, common, strict=False)) if len({*pair}) > 1),
-            len(common) - 1,
-        )
-        return common, min(shared, len(common) - 1)
-
-    def _behind(self, character: str, answer: str) -> list[int]:
-        """The answer's ids behind a character; none where they merge with it."""
-        before, both = (
-            self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (character, character + answer)
-        )
-        return both[len(before) :] if before and both[: len(before)] == before else []
-
-    def _cut(self, ids: list[int]) -> list[list[int]]:
-        """A text's pieces. The last holds something of the text: its end alone is no document."""
+    def _split_ids(self, ids: list[int]) -> list[list[int]]:
+        """A text's ids in parts of at most `max_length`; the last holds more than the text's end tokens."""
         if not ids:
             return [[]]
-        said = len(ids) - (len(self.tail) if self.tail and ids[-len(self.tail) :] == self.tail else 0)
+        ends_with_tail = bool(self.tail) and ids[-len(self.tail) :] == self.tail
+        text_end = len(ids) - len(self.tail) if ends_with_tail else len(ids)
         if self.eos is not None and ids[-1:] != [self.eos]:
             ids = [*ids, self.eos]
         most, step = self.data.max_length, self.data.max_length - len(self.lead)
-        tails = range(most, said, step) if self.data.long == "split" else ()
-        return [ids[:most], *(self.lead + ids[i : i + step] for i in tails)]
+        starts = range(most, text_end, step) if self.data.long == "split" else ()
+        return [ids[:most], *(self.lead + ids[start : start + step] for start in starts)]
 
-    def source(self, row: int) -> str:
-        """`file:line` in a text file, where a row is a line; else `data[row]`."""
-        return f"{self.data.path}:{row + 1}" if self.lines else f"{self.data.path}[{row}]"
+    def _prompt_and_answer(
+        self, prompt: str, answer: str, prompt_ids: list[int], answer_ids: list[int]
+    ) -> TokenPiece:
+        """Prompt and answer; empty where one is blank, or both are longer than `max_length`."""
+        if not prompt_ids or not answer_ids:
+            return TokenPiece([])
+        prompt_ids = prompt_ids[: len(prompt_ids) - len(self.tail)]
+        joined = self._join(prompt, answer, prompt_ids, answer_ids)
+        ids = joined.token_ids
+        if self.eos is not None and ids[-1:] != [self.eos]:
+            ids = [*ids, self.eos]
+        return TokenPiece(ids, joined.answer_at) if len(ids) <= self.data.max_length else TokenPiece([])
 
-    def document(
-        self, row: int, piece: int, ids: Sequence[int], answer_at: int, values: Mapping[str, Any]
-    ) -> Document:
-        """`piece` -1 is a whole text; `values` are the row's columns."""
-        meta = {
-            name: json.loads(values[name]) if self.cells else values[name] for name in self.data.meta_columns
-        }
-        id_ = str(row) if piece < 0 else f"{row}.{piece}"
-        return Document(id_, tuple(ids), self.source(row), meta or None, None if answer_at < 0 else answer_at)
+    def _join(self, prompt: str, answer: str, prompt_ids: list[int], answer_ids: list[int]) -> TokenPiece:
+        """Ids whose text is `prompt` followed by `answer`, and the index of the answer's first id.
 
-    def all_short(self, dropped: int) -> ConfigError:
-        """What to raise when nothing is left."""
-        few = f"no document has {self.min_length} tokens; {dropped} are blank or shorter"
-        return ConfigError(f"{self.data.path}: {few if dropped else 'fewer rows than ranks'}")
+        A tokenizer may begin every text with a space of its own, or mark a word that continues another: then
+        the answer's own ids give another text after a prompt. The first of these with the text of both is
+        taken: the ids of both texts together, if they begin with the prompt's; the prompt's ids and the
+        answer's own; the prompt's ids and those that the answer has after another character. If none has, the
+        ids of both together, with the answer at the first that differs from the prompt's.
+        """
+        together = self.tokenizer(prompt + answer, verbose=False)["input_ids"]
+        together = together[: len(together) - len(self.tail)]
+        if together[: len(prompt_ids)] == prompt_ids and len(together) > len(prompt_ids):
+            return TokenPiece(together, len(prompt_ids))
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and together.count(unknown) > (prompt_ids + answer_ids).count(unknown):
+            # two known words whose compound is unknown
+            return TokenPiece(prompt_ids + answer_ids, len(prompt_ids))
+        text = self.reader.text(together)
+        characters = dict.fromkeys((prompt[-1:], *CONTINUED))
+        candidates = (answer_ids, *(self._answer_ids_after(c, answer) for c in characters))
+        for ids in candidates:
+            if ids and self.reader.text(prompt_ids + ids) == text:
+                return TokenPiece(prompt_ids + ids, len(prompt_ids))
+        pairs = zip(prompt_ids, together, strict=False)
+        first_difference = next((k for k, (a, b) in enumerate(pairs) if a != b), len(together) - 1)
+        return TokenPiece(together, min(first_difference, len(together) - 1))
+
+    def _answer_ids_after(self, character: str, answer: str) -> list[int]:
+        """The answer's ids after a character; empty where they merge with it."""
+        before = self.tokenizer(character, add_special_tokens=False)["input_ids"]
+        both = self.tokenizer(character + answer, add_special_tokens=False)["input_ids"]
+        return both[len(before) :] if before and both[: len(before)] == before else []

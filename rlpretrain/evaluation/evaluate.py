@@ -25,6 +25,7 @@ from rlpretrain.evaluation.intervals import interval, row_of
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.batches import roll_out
+from rlpretrain.rollouts.drawing import prepare_held_out
 from rlpretrain.scoring.groups import micro_batches, no_think_contexts, score_batch, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer, score_function
@@ -140,6 +141,8 @@ def evaluate(
     if none). Positions and thoughts depend on `seed` and the document's id only, whatever the ranks and the
     order.
     """
+    prepared = [prepare_held_out(objective, document, seed) for document in documents]
+    documents = [document for document in prepared if document is not None]
     check_rows(objective, max((len(d.token_ids) for d in documents), default=0), limit_of(model))
     scorer, reference = (
         Scorer(model),
@@ -161,9 +164,7 @@ def evaluate(
             positions += found[:1]
             seeds.append(int(rng.integers(2**62)))
     if not kept:
-        raise ConfigError(
-            f"none of the {len(documents)} held-out documents has a position for this objective"
-        )
+        raise ConfigError(f"none of the {len(prepared)} held-out documents has a position for this objective")
     losses, tokens = no_think(scorer, kept, layout)
     if not objective.has_positions:
         return Evaluation({}, kept, losses, tokens, [])
@@ -231,10 +232,14 @@ def held_out(
         return None
     data = replace(config.data, path=path, name=None, split="train", streaming=False)
     found = read_all(data, tokenizer, limit=config.eval.documents)
+    prepared = [prepare_held_out(objective, document, config.seed) for document in found]
     usable = [
-        not objective.has_positions
-        or bool(objective.positions(d, np.random.default_rng(config.seed), torch.zeros(len(d.token_ids))))
-        for d in found
+        d is not None
+        and (
+            not objective.has_positions
+            or bool(objective.positions(d, np.random.default_rng(config.seed), torch.zeros(len(d.token_ids))))
+        )
+        for d in prepared
     ]
     if min(sum(usable[r::ranks]) for r in range(ranks)) < 2:
         raise ConfigError(

@@ -154,6 +154,15 @@ class Objective:
 
     # where to think, and with what prompt
 
+    def prepare(self, document: Document, rng: Any) -> Document | None:
+        """The document to train on, before positions are chosen in it; None drops it, and another is drawn.
+
+        Called once for each drawn document of `data` and `ntp_data`, and in an evaluation; `rng` depends on
+        the seed and the draw alone. It may insert control tokens or set `scores`; then `answer_at` and
+        `scores` have to fit the new tokens. A document that does not change is returned as it is.
+        """
+        return document
+
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """Where to think in a document.
 

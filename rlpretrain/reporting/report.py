@@ -27,6 +27,7 @@ from rlpretrain.ranks import join
 from rlpretrain.reporting.html import Page, render
 from rlpretrain.reporting.token_gains import Place, places, rewards_now
 from rlpretrain.rollouts.batches import roll_out
+from rlpretrain.rollouts.drawing import prepare_held_out
 from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, NoBaseline
@@ -201,6 +202,8 @@ def _fresh(
         tokenizer,
         limit=documents,
     )
+    prepared = [prepare_held_out(objective, document, config.seed) for document in found]
+    found = [document for document in prepared if document is not None]
     chosen, seeds, rng = [], [], np.random.default_rng(config.seed)
     for document in found:
         entropies = None
@@ -211,7 +214,7 @@ def _fresh(
         chosen += places_
         seeds += [int(rng.integers(2**62)) for _ in places_]
     if not chosen:
-        raise ConfigError(f"none of the first {len(found)} documents has a position for this objective")
+        raise ConfigError(f"none of the first {len(prepared)} documents has a position for this objective")
     groups = roll_out(objective, HFEngine(live, tokenizer=tokenizer), chosen, seeds)
     _fill(page, groups, {d.id: d for d in found}, objective, live, reference, tokenizer, config)
 

@@ -1,5 +1,6 @@
-"""Documents → positions → groups: what a step trains on, drawn so that ranks, resume and replay see the
-same thing.
+"""Documents → positions → groups: what a step trains on.
+
+Draws do not depend on the number of ranks, on a resume, or on how far ahead thoughts are sampled.
 """
 
 from __future__ import annotations
@@ -10,46 +11,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlpretrain.config import ConfigError
-from rlpretrain.data.stream import DocumentStream
-from rlpretrain.models.lengths import check_engine
+from rlpretrain.data.document_source import DocumentSource, cursor_of
+from rlpretrain.models.lengths import check_engine, check_rows, limit_of
 from rlpretrain.models.spending import Metered, Reads
 from rlpretrain.objectives import Objective
+from rlpretrain.rollouts import drawing
+from rlpretrain.rollouts.drawing import DocumentDraws, Draw, DrawnPosition
 from rlpretrain.scoring.groups import token_entropies
 from rlpretrain.types import Batch, Document
 from rollout.engine import Engine
 from rollout.queue import Rollout, RolloutQueue, Ticket
-from rollout.store import Store, StoreError, document_from_row, document_to_row
 from rollout.types import Group, Position
 
-PATIENCE = 10_000
-"""Documents in a row without a single position after which a run gives up."""
-
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where to think: a position of a document that was drawn, the seed of its thoughts, and the draw's
-    number.
-
-    Several positions of one draw share the number; a document that is drawn again has another.
-    """
-
-    document: Document
-    position: Position
-    seed: int
-    draw: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
+class SubmittedBatch:
     """A batch whose thoughts are being sampled; `progress` is how far the run will be with it."""
 
-    places: list[Place]
+    positions: list[DrawnPosition]
     ticket: Ticket
     progress: float
     reads: Reads
@@ -58,88 +42,60 @@ class Ahead:
 class BatchSource:
     """Draws the batches of one rank.
 
-    Everything random about the i-th document of the global order (its positions, the seeds of its thoughts)
-    depends on (seed, i) alone, so one rank and several, and a resumed run, think at the same places.
+    Everything random about the i-th draw of the global order (how the document is prepared, its positions,
+    the seeds of its thoughts) depends on (seed, i) alone. So one rank and several, and a resumed run, think
+    at the same positions.
     """
 
     def __init__(
         self,
         objective: Objective,
-        stream: DocumentStream,
+        stream: DocumentSource,
         engine: Engine | None,
         policy: Any,
         *,
         seed: int,
         rank: int,
         size: int,
-        ntp_stream: DocumentStream | None = None,
+        ntp_stream: DocumentSource | None = None,
         token_budget: int = 16384,
         in_flight: int = 4,
         steps: int = 1,
     ):
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
-        self.ntp_stream, self.seed, self.rank, self.size = ntp_stream, seed, rank, size
+        self.ntp_stream, self.seed = ntp_stream, seed
         self.token_budget, self.steps = token_budget, steps
+        self._longest = stream.longest  # tokens of a document for which lengths are known to fit
         if objective.has_positions and engine is not None:
-            check_engine(objective, stream.longest, engine.info.max_model_len)
+            check_engine(objective, self._longest, engine.info.max_model_len)
+        self._draws = DocumentDraws(stream, seed=seed, rank=rank, size=size)
+        self._ntp_draws = None
+        if ntp_stream is not None:
+            self._ntp_draws = DocumentDraws(
+                ntp_stream, seed=seed, rank=rank, size=size, kind=drawing.NTP_DATA, id_prefix="ntp "
+            )
         self.queue = RolloutQueue(in_flight)
         self.reads = Reads()  # of the engine, for the batches that were taken
-        self._ahead: list[Ahead] = []  # submitted, not yet taken
         self.taken = 0  # batches
-        self.drawn = 0  # documents this rank has drawn
-        self.without = 0  # of those, documents with no position
-        self._spare: list[Place] = []
+        self._without_position = 0  # documents
+        self._submitted: list[SubmittedBatch] = []  # not yet taken
+        self._spare: list[DrawnPosition] = []  # chosen for a batch that had enough
 
     def take(self, n: int, ahead: int = 0) -> Batch:
         """`n` groups of this rank with their documents; for an objective without positions, `n` documents.
 
-        `ahead`: how many coming batches of `n` to have sampled meanwhile. Positions are drawn here, in the
+        `ahead`: how many coming batches of `n` to have sampled meanwhile. Positions are chosen here, in the
         trainer's thread, since they may need the policy.
         """
         if not self.objective.has_positions:
-            objective = self.objective.at(self.taken / self.steps)
-            self.taken += 1
-            traces = self._others(objective.mix(n))
-            return Batch((), self.stream.take(n - len(traces)) + traces, objective.progress)
-        while len(self._ahead) <= ahead:
-            objective = self.objective.at((self.taken + len(self._ahead)) / self.steps)
-            places = self._positions(n, objective)
-            engine = Metered(self.engine)
-            ticket = self.queue.submit(self._pieces(places, objective, engine, ahead))
-            self._ahead.append(Ahead(places, ticket, objective.progress, engine.reads))
-        batch = self._ahead.pop(0)
-        self.taken += 1
-        try:
-            groups = self.queue.result(batch.ticket)
-        except ValueError as error:
-            raise ConfigError(f"cannot sample thoughts: {error}") from error
-        self.reads.merge(batch.reads)
-        documents = list({place.draw: place.document for place in batch.places}.values())
-        if self.ntp_stream is not None:
-            documents = self._others(len(documents))
-        return Batch(tuple(groups), tuple(documents), batch.progress)
-
-    def _others(self, n: int) -> list[Document]:
-        """The next `n` documents of `ntp_data`, by ids of their own: rows of both streams are numbered
-        from 0.
-        """
-        found = self.ntp_stream.take(n) if self.ntp_stream is not None else []
-        return [replace(d, id=f"ntp {d.id}") for d in found]
-
-    def _pieces(
-        self, places: Sequence[Place], objective: Objective, engine: Metered, ahead: int
-    ) -> list[Rollout]:
-        """The rollouts of a batch: one call of the engine, or several if weights may change between them."""
-        size = math.ceil(len(places) / self.queue.in_flight) if ahead else len(places)
-        parts = [places[i : i + size] for i in range(0, len(places), size)]
-        return [
-            partial(objective.rollout, engine, [p.position for p in part], [p.seed for p in part])
-            for part in parts
-        ]
+            return self._take_documents(n)
+        while len(self._submitted) <= ahead:
+            self._submit(n, ahead)
+        return self._collect(self._submitted.pop(0))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While weights change: what is being sampled is finished first, and nothing else is begun."""
+        """While weights change: calls of the engine are finished first, and no other begins."""
         self.queue.pause()
         try:
             yield
@@ -150,147 +106,157 @@ class BatchSource:
         """Give up what is being sampled."""
         self.queue.close()
 
-    def _positions(self, n: int, objective: Objective) -> list[Place]:
-        chosen, self._spare = self._spare[:n], self._spare[n:]
-        barren = 0
-        while len(chosen) < n:
-            documents = self.stream.take(n - len(chosen))
-            entropies = [None] * len(documents)
-            if "entropy" in objective.needs:
-                score = partial(self.policy.score, entropies=True)
-                entropies = token_entropies(score, documents, self.token_budget, self.policy.ranks.device)
-            for document, entropy in zip(documents, entropies, strict=True):
-                order = self.drawn * self.size + self.rank
-                self.drawn += 1
-                rng = np.random.default_rng((self.seed, order))
-                found = objective.positions(document, rng, entropy)
-                chosen += [Place(document, p, int(rng.integers(2**62)), order) for p in found]
-                barren = 0 if found else barren + 1
-                self.without += not found
-            if barren >= PATIENCE:
-                raise ConfigError(
-                    f"{barren} documents in a row gave no position: the objective's `positions` "
-                    f"({objective.config.positions}), `min_context` or `target_length` do not fit this data"
-                )
-        chosen, self._spare = chosen[:n], chosen[n:] + self._spare
-        return chosen
-
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
         return self.stream.epoch
 
+    @property
+    def drawn(self) -> int:
+        """Documents that this rank has drawn."""
+        return self._draws.drawn
+
+    @property
+    def without(self) -> int:
+        """Drawn documents that have no position, or that the objective's `prepare` dropped."""
+        dropped = self._draws.dropped + (self._ntp_draws.dropped if self._ntp_draws else 0)
+        return self._without_position + dropped
+
     def state_dict(self) -> dict[str, Any]:
-        """The exact cursor."""
-        waiting = [
-            place for batch in self._ahead for place in batch.places
-        ]  # a resumed run samples them anew
-        spare = [_place_to_row(place) for place in waiting + self._spare]
-        return {
-            "stream": self.stream.state_dict(),
+        """The exact cursor. Positions whose thoughts are being sampled are sampled again after a resume."""
+        waiting = [position for batch in self._submitted for position in batch.positions]
+        state = {
+            "stream": cursor_of(self.stream),
             "taken": self.taken,
-            "drawn": self.drawn,
-            "without": self.without,
-            "spare": spare,
-            "ntp_stream": self.ntp_stream.state_dict() if self.ntp_stream else None,
+            "drawn": self._draws.drawn,
+            "dropped": self._draws.dropped,
+            "without": self._without_position,
+            "spare": [position.to_row() for position in waiting + self._spare],
+            "ntp_stream": None,
         }
+        if self._ntp_draws is not None:
+            state["ntp_stream"] = cursor_of(self._ntp_draws.source)
+            state["ntp_drawn"], state["ntp_dropped"] = self._ntp_draws.drawn, self._ntp_draws.dropped
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a cursor that `state_dict` gave."""
+        """Go back to a cursor that `state_dict` gave; older checkpoints lack some of its values."""
         self.stream.load_state_dict(state["stream"])
-        self.taken, self.drawn, self.without = state["taken"], state["drawn"], state["without"]
-        spare = [_place_from_row(row) for row in state["spare"]]
-        first = {place.document.id: -1 - k for k, place in reversed(list(enumerate(spare)))}
-        # checkpoints that name no draw: a document's positions are of one
-        self._spare = [p if p.draw is not None else replace(p, draw=first[p.document.id]) for p in spare]
-        if self.ntp_stream is not None:
-            self.ntp_stream.load_state_dict(state["ntp_stream"])
+        self.taken, self._without_position = state["taken"], state["without"]
+        self._draws.drawn, self._draws.dropped = state["drawn"], state.get("dropped", 0)
+        self._spare = _numbered([DrawnPosition.from_row(row) for row in state["spare"]])
+        if self._ntp_draws is not None:
+            self._ntp_draws.source.load_state_dict(state["ntp_stream"])
+            self._ntp_draws.drawn = state.get("ntp_drawn", 0)
+            self._ntp_draws.dropped = state.get("ntp_dropped", 0)
 
+    def _take_documents(self, n: int) -> Batch:
+        """A batch of an objective without positions."""
+        objective = self.objective.at(self.taken / self.steps)
+        self.taken += 1
+        traces = self._take_ntp_documents(objective.mix(n), objective)
+        documents = self._draws.fill(n - len(traces), objective)
+        self._check_longer(documents)
+        return Batch((), documents + traces, objective.progress)
 
-def _place_to_row(place: Place) -> dict[str, Any]:
-    """A position that waits for its step, with its document, as a checkpoint keeps it."""
-    document, position = place.document, place.position
-    start = document.token_ids[: position.index]
-    context = None if position.context_ids == start else position.context_ids
-    return {
-        "document": document_to_row(document),
-        "index": position.index,
-        "context_ids": context,
-        "target_ids": position.target_ids,
-        "suffix_ids": position.suffix_ids,
-        "seed": place.seed,
-        "draw": place.draw,
-    }
+    def _submit(self, n: int, ahead: int) -> None:
+        """Choose the positions of the next batch and let the engine begin with its thoughts."""
+        objective = self.objective.at((self.taken + len(self._submitted)) / self.steps)
+        positions = self._choose_positions(n, objective)
+        engine = Metered(self.engine)
+        ticket = self.queue.submit(self._rollouts(positions, objective, engine, ahead))
+        self._submitted.append(SubmittedBatch(positions, ticket, objective.progress, engine.reads))
 
-
-def _place_from_row(row: Any) -> Place:
-    """What `_place_to_row` wrote, or an older checkpoint's tuple without `meta` and `answer_at`."""
-    if not isinstance(row, dict):
-        id_, ids, source, index, seed, size, suffix = row
-        document, draw = Document(id_, tuple(ids), source), None
-        context, target = document.token_ids[:index], document.token_ids[index : index + size]
-    else:
-        document, index, seed = document_from_row(row["document"]), row["index"], row["seed"]
-        context, target, suffix = row["context_ids"], row["target_ids"], row["suffix_ids"]
-        context, draw = document.token_ids[:index] if context is None else context, row.get("draw")
-    return Place(
-        document, Position(document.id, index, tuple(context), tuple(target), tuple(suffix)), seed, draw
-    )
-
-
-def rollouts_in(folder: str) -> Path:
-    """The folder of kept rollouts, given itself or as the run's that kept them."""
-    inside = Path(folder) / "rollouts"
-    return inside if inside.is_dir() else Path(folder)
-
-
-class ReplaySource:
-    """The batches of a store, step by step; in place of a BatchSource. It samples nothing, and `reads`
-    says so.
-    """
-
-    epoch, without = 0, 0
-
-    def __init__(self, store: Store, max_steps: int | None = None, tokenizer: str | None = None):
-        self.store, self.steps, self.done, self.reads = store, store.steps(), 0, Reads()
-        self.tokenizer = tokenizer  # its fingerprint: a resumed replay has the same
-        self.planned = min(max_steps or len(self.steps), len(self.steps))
-        missing = next((i for i, step in enumerate(self.steps, 1) if i != step), 1)
-        self.facts = self._read(missing)[2]
-
-    def take(self, n: int, ahead: int = 0) -> Batch:
-        """The groups and documents of the next step, however many there are."""
-        self.done += 1
-        groups, documents, _ = self._read(self.done)
-        return Batch(tuple(groups), tuple(documents), (self.done - 1) / max(self.planned, 1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor."""
-        return {"done": self.done, "tokenizer_ids": self.tokenizer}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a cursor that `state_dict` gave."""
-        known = state.get("tokenizer_ids")  # None in an older checkpoint
-        if None not in (known, self.tokenizer) and known != self.tokenizer:
-            raise ConfigError(
-                "the tokenizer is another one than when this replay was checkpointed: its ids mean other "
-                "texts; set model.path or model.tokenizer back"
-            )
-        self.done = state["done"]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is being sampled."""
-        yield
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-    def _read(self, step: int) -> Any:
+    def _collect(self, submitted: SubmittedBatch) -> Batch:
+        """The batch once all its thoughts are sampled."""
+        self.taken += 1
         try:
-            return self.store.read(step)
-        except StoreError as error:
-            raise ConfigError(f"replay: {error}") from error
+            groups = self.queue.result(submitted.ticket)
+        except ValueError as error:
+            raise ConfigError(f"cannot sample thoughts: {error}") from error
+        self.reads.merge(submitted.reads)
+        by_draw = {position.draw: position.document for position in submitted.positions}
+        documents = list(by_draw.values())
+        if self._ntp_draws is not None:
+            objective = self.objective.at(submitted.progress)
+            documents = self._take_ntp_documents(len(documents), objective)
+        return Batch(tuple(groups), tuple(documents), submitted.progress)
+
+    def _rollouts(
+        self, positions: Sequence[DrawnPosition], objective: Objective, engine: Any, ahead: int
+    ) -> list[Rollout]:
+        """The rollouts of a batch: one call of the engine, or several if weights may change between them."""
+        size = math.ceil(len(positions) / self.queue.in_flight) if ahead else len(positions)
+        rollouts = []
+        for start in range(0, len(positions), size):
+            part = positions[start : start + size]
+            seeds = [drawn.seed for drawn in part]
+            rollouts.append(partial(objective.rollout, engine, [drawn.position for drawn in part], seeds))
+        return rollouts
+
+    def _choose_positions(self, n: int, objective: Objective) -> list[DrawnPosition]:
+        """The next `n` positions: spare ones, then those of new documents."""
+        chosen, self._spare = self._spare[:n], self._spare[n:]
+        in_row = 0  # documents without a position since the last one with some
+        while len(chosen) < n:
+            wanted = n - len(chosen)
+            draws = self._draws.take(wanted, objective)
+            in_row += wanted - len(draws)
+            documents = [draw.document for draw in draws]
+            self._check_longer(documents)
+            for draw, entropies in zip(draws, self._entropies(documents, objective), strict=True):
+                positions = self._positions_of(draw, objective, entropies)
+                chosen += positions
+                in_row = 0 if positions else in_row + 1
+                self._without_position += not positions
+            if in_row >= drawing.PATIENCE:
+                raise ConfigError(
+                    f"{in_row} documents in a row gave no position: the objective's `positions` "
+                    f"({objective.config.positions}), `min_context` or `target_length` do not fit this data"
+                    + (f", or its `prepare` drops it ({self._draws.dropped})" if self._draws.dropped else "")
+                )
+        chosen, self._spare = chosen[:n], chosen[n:] + self._spare
+        return chosen
+
+    def _positions_of(self, draw: Draw, objective: Objective, entropies: Any) -> list[DrawnPosition]:
+        rng = np.random.default_rng((self.seed, draw.number))
+        positions = objective.positions(draw.document, rng, entropies)
+        return [DrawnPosition(draw.document, p, int(rng.integers(2**62)), draw.number) for p in positions]
+
+    def _entropies(self, documents: Sequence[Document], objective: Objective) -> Sequence[Any]:
+        """Of each document, the entropies of its tokens if the objective needs them, else None."""
+        if "entropy" not in objective.needs or not documents:
+            return [None] * len(documents)
+        score = partial(self.policy.score, entropies=True)
+        return token_entropies(score, documents, self.token_budget, self.policy.ranks.device)
+
+    def _take_ntp_documents(self, n: int, objective: Objective) -> list[Document]:
+        """The next `n` documents of `ntp_data`; their ids begin with "ntp ", as both streams count from 0."""
+        if self._ntp_draws is None:
+            return []
+        documents = self._ntp_draws.fill(n, objective)
+        longest = max((len(document.token_ids) for document in documents), default=0)
+        if longest > self._ntp_draws.source.longest:
+            limit = limit_of(self.policy.model)
+            if limit is not None and longest > limit.tokens:
+                raise ConfigError(
+                    f"{limit.reason}, but `prepare` makes {longest} tokens of a document of ntp_data"
+                )
+        return documents
+
+    def _check_longer(self, documents: Sequence[Document]) -> None:
+        """Check lengths again if `prepare` made a document longer than all before."""
+        longest = max((len(document.token_ids) for document in documents), default=0)
+        if longest <= self._longest:
+            return
+        try:
+            check_rows(self.objective, longest, limit_of(self.policy.model))
+            check_engine(self.objective, longest, getattr(self.engine, "max_model_len", None))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{type(self.objective).__name__}.prepare makes documents longer: {error}"
+            ) from None
+        self._longest = longest
 
 
 def roll_out(
@@ -301,3 +267,9 @@ def roll_out(
         return asyncio.run(objective.rollout(engine, positions, seeds))
     except ValueError as error:
         raise ConfigError(f"cannot sample thoughts: {error}") from error
+
+
+def _numbered(positions: list[DrawnPosition]) -> list[DrawnPosition]:
+    """Positions of an older checkpoint, which names no draws: those of one document are of one draw."""
+    first_of = {p.document.id: -1 - k for k, p in reversed(list(enumerate(positions)))}
+    return [p if p.draw is not None else replace(p, draw=first_of[p.document.id]) for p in positions]

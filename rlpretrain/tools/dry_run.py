@@ -20,8 +20,12 @@ from transformers import AutoConfig
 from rlpretrain import compat
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig, PretrainConfig
 from rlpretrain.config.io import build, to_dict
-from rlpretrain.data.sources import _files, open_rows, quiet
-from rlpretrain.data.tokenization import Cutter
+from rlpretrain.config.plugins import find
+from rlpretrain.data.data_files import find_files
+from rlpretrain.data.document_source import SourceInputs, count_documents
+from rlpretrain.data.opening import open_rows, quiet, reads_cells
+from rlpretrain.data.stream import open_source
+from rlpretrain.data.tokenization import DocumentSplitter
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.models.loading import load_tokenizer, only_config
 from rlpretrain.objectives import Objective, load_objective, parse_section
@@ -50,11 +54,17 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     objective = make_objective(config, notes)
     check_settings(config, type(objective), int(os.environ.get("WORLD_SIZE", 1)))
     shape, where = model_shape(config.model, beside)
-    documents = count_rows(config.data, notes)
-    sizes = make_sizes(config, objective, shape, notes, measure_documents(config, objective, notes))
-    if config.ntp_data:
+    if config.data.source is None:
+        documents = count_rows(config.data, notes)
+        longest = measure_documents(config, objective, notes)
+    else:
+        documents, longest = measure_source(config, objective, notes)
+    sizes = make_sizes(config, objective, shape, notes, longest)
+    if config.ntp_data and config.ntp_data.source is not None:
+        find(config.ntp_data.source, "ntp_data.source")
+    elif config.ntp_data:
         count_rows(config.ntp_data, notes)
-    if config.eval.data:
+    if config.eval.data and config.data.source is None:
         count_rows(
             replace(config.data, path=config.eval.data, name=None, split="train", streaming=False), notes
         )
@@ -223,15 +233,15 @@ def measure_documents(config: PretrainConfig, objective: Objective, notes: list[
         not at_hand
         or data.streaming
         or config.replay
-        or not (Path(data.path).expanduser().exists() or _files(data))
+        or not (Path(data.path).expanduser().exists() or find_files(data))
     ):
         return None
     with quiet():
         rows = open_rows(data)
-        cutter = Cutter(data, objective.tokenizer, objective.min_length)
+        splitter = DocumentSplitter(data, objective.tokenizer, objective.min_length, reads_cells(data))
         part = rows.select(range(min(len(rows), SAMPLE)))
-        pieces = cutter.pieces({name: part[name] for name in cutter.columns}, range(len(part)))
-    longest = max((len(piece[0]) for row in pieces for piece in row), default=0)
+        pieces = splitter.split({name: part[name] for name in splitter.columns}, range(len(part)))
+    longest = max((len(piece.token_ids) for row in pieces for piece in row), default=0)
     if len(part) < len(rows):
         notes.append(
             f"the longest of the first {SAMPLE:,} documents has {longest:,} tokens; data.max_length, "
@@ -241,11 +251,37 @@ def measure_documents(config: PretrainConfig, objective: Objective, notes: list[
     return longest
 
 
+def measure_source(
+    config: PretrainConfig, objective: Objective, notes: list[str]
+) -> tuple[int | None, int | None]:
+    """Documents of one epoch of `data.source`, and tokens of the longest; None for what is not known.
+
+    ConfigError where the source cannot be opened, and where its length is needed and unknown.
+    """
+    source_name = str(config.data.source)
+    if not Path(config.model.tokenizer or config.model.path).is_dir():
+        find(source_name, "data.source")
+        notes.append(f"data.source '{source_name}' was not opened: the tokenizer is in no folder here")
+        return None, None
+    source = open_source(
+        SourceInputs(
+            config=config.data,
+            tokenizer=objective.tokenizer,
+            seed=config.seed,
+            min_length=objective.min_length,
+        )
+    )
+    documents = count_documents(source)
+    if documents is None and config.max_steps is None:
+        raise ConfigError("a stream has no known length: give max_steps instead of epochs")
+    return documents, source.longest
+
+
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:
     """Rows of local files; None for a stream, and for what is not here. ConfigError for files that cannot
     be read.
     """
-    if "://" in data.path or not (Path(data.path).expanduser().exists() or _files(data)):
+    if "://" in data.path or not (Path(data.path).expanduser().exists() or find_files(data)):
         notes.append(
             f"'{data.path}' was not looked for: it is no file or folder here, so it must be on the hub"
         )

@@ -10,15 +10,17 @@ import torch
 
 from rlpretrain import models
 from rlpretrain.config import PretrainConfig
-from rlpretrain.data.stream import DocumentStream
-from rlpretrain.data.tokenization import fingerprint
+from rlpretrain.data.document_source import SourceInputs
+from rlpretrain.data.fingerprints import fingerprint
+from rlpretrain.data.stream import open_source
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.models import adapters, lengths
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
-from rlpretrain.rollouts.batches import BatchSource, ReplaySource, rollouts_in
+from rlpretrain.rollouts.batches import BatchSource
 from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
+from rlpretrain.rollouts.replay import ReplaySource, rollouts_in
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
@@ -98,9 +100,13 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         replayed = ReplaySource(stored, config.max_steps, fingerprint(tokenizer))
     stream = None
     if replayed is None:
-        stream = DocumentStream(config.data, tokenizer, min_length=objective.min_length, **place)
+        stream = open_source(
+            SourceInputs(config=config.data, tokenizer=tokenizer, min_length=objective.min_length, **place)
+        )
     documents = held_out(config, tokenizer, objective, ranks.size)
-    others = DocumentStream(config.ntp_data, tokenizer, **place) if config.ntp_data else None
+    others = None
+    if config.ntp_data:
+        others = open_source(SourceInputs(config=config.ntp_data, tokenizer=tokenizer, **place), "ntp_data")
     lengths.check_run(model, objective, stream, others, documents)
     total_steps = count_steps(config, objective, stream, replayed)
 

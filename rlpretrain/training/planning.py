@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.data.stream import DocumentStream
+from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective
-from rlpretrain.rollouts.batches import ReplaySource
 from rlpretrain.rollouts.engines import find_engine
+from rlpretrain.rollouts.replay import ReplaySource
 from rlpretrain.training.backends import find_backend
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.optim import find_optimizer, make_schedule
@@ -32,17 +32,18 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
 
 
 def count_steps(
-    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, replayed: ReplaySource | None
+    config: PretrainConfig, objective: Objective, stream: DocumentSource | None, replayed: ReplaySource | None
 ) -> int:
     """The number of steps of a run. Raises ConfigError where it cannot be known."""
     if replayed is not None:
         return replayed.planned
     if config.max_steps is not None:
         return config.max_steps
-    if config.data.streaming:
-        raise ConfigError("a stream has no known length: give max_steps instead of epochs")
     assert stream is not None, "only a replay has no documents of its own"
-    positions = (config.epochs or 1.0) * len(stream) * _positions_per_document(objective)
+    length = count_documents(stream)
+    if length is None:
+        raise ConfigError("a stream has no known length: give max_steps instead of epochs")
+    positions = (config.epochs or 1.0) * length * _positions_per_document(objective)
     return max(1, math.ceil(positions / config.positions_per_step))
 
 
@@ -52,9 +53,10 @@ def _positions_per_document(objective: Objective) -> int:
 
 
 def documents_repeat(
-    config: PretrainConfig, objective: Objective, stream: DocumentStream | None, steps: int
+    config: PretrainConfig, objective: Objective, stream: DocumentSource | None, steps: int
 ) -> bool:
     """Whether documents will be drawn more than once."""
-    if stream is None or config.data.streaming:
+    length = None if stream is None else count_documents(stream)
+    if length is None:
         return False
-    return steps * config.positions_per_step / _positions_per_document(objective) > len(stream)
+    return steps * config.positions_per_step / _positions_per_document(objective) > length

@@ -17,10 +17,11 @@ import numpy as np
 from rlpretrain import models
 from rlpretrain.config import ConfigError, DataConfig, ModelConfig
 from rlpretrain.data.stream import read_all
-from rlpretrain.data.tokenization import Cutter
+from rlpretrain.data.tokenization import DocumentSplitter
 from rlpretrain.files import check_writable
 from rlpretrain.objectives import Config, delimiters, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
+from rlpretrain.rollouts.drawing import DATA, prepare_document
 from rlpretrain.trl.prompts import JUDGED, PromptWriter
 from rlpretrain.types import Document
 
@@ -80,8 +81,12 @@ def to_prompt_dataset(
     def rows() -> Iterator[dict[str, Any]]:
         i, write = 0, PromptWriter(tokenizer, by_ids)
         for _ in range(epochs):
-            for document in _documents(documents, tokenizer, column, max_length, keep):
-                for p in objective.positions(document, np.random.default_rng((seed, i))):
+            for given in _documents(documents, tokenizer, column, max_length, keep):
+                document = prepare_document(objective, given, (seed, i, DATA))
+                positions = []
+                if document is not None:
+                    positions = objective.positions(document, np.random.default_rng((seed, i)))
+                for p in positions:
                     text = write(p, objective.prompt(p).token_ids)
                     if streamed:
                         write.check(JUDGED)
@@ -132,20 +137,19 @@ def _documents(
         raise ConfigError("columns are kept of a dataset that names its columns, not of texts")
     if missing := [name for name in keep if name not in known]:
         raise ConfigError(f"keep: the dataset has no column {', '.join(missing)}: it has {', '.join(known)}")
-    cutter = Cutter(
+    splitter = DocumentSplitter(
         DataConfig(path="texts", column=column, max_length=max_length, meta_columns=tuple(keep)), tokenizer, 2
     )
 
-    def cut() -> Iterator[Document]:
+    def split() -> Iterator[Document]:
         for i, row in enumerate(given):
-            (pieces,) = cutter.pieces({column: [row if isinstance(row, str) else row[column]]}, [i])
-            for k, (ids, answer_at) in enumerate(pieces):
-                if len(ids) > 1:
-                    yield cutter.document(
-                        i, k if len(pieces) > 1 else -1, ids, answer_at, row if keep else {}
-                    )
+            (pieces,) = splitter.split({column: [row if isinstance(row, str) else row[column]]}, [i])
+            for k, piece in enumerate(pieces):
+                if len(piece.token_ids) > 1:
+                    number = k if len(pieces) > 1 else None
+                    yield splitter.make_document(piece, i, number, row if keep else {})
 
-    return cut()
+    return split()
 
 
 def end_with_thought(model: Any, close_id: int) -> None:

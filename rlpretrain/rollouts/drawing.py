@@ -1,0 +1,163 @@
+"""Draws documents from a source, prepared by the objective, and keeps positions that wait for their step."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rlpretrain.config import ConfigError
+from rlpretrain.data.document_source import DocumentSource, problem_of, take_documents
+from rlpretrain.objectives import Objective
+from rlpretrain.types import Document
+from rollout.store import document_from_row, document_to_row
+from rollout.types import Position
+
+PATIENCE = 10_000
+"""Documents in a row that are dropped, or have no position, after which a run gives up."""
+DATA, NTP_DATA, EVALUATION = 1, 2, 3
+"""Kinds of draws: `prepare` has its own random numbers in each, apart from those of the positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A document that was drawn, and its number in the order of draws over all ranks."""
+
+    document: Document
+    number: int
+
+
+class DocumentDraws:
+    """Draws the documents of one rank.
+
+    Everything random about the i-th draw of the global order depends on (seed, i) alone.
+    """
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        *,
+        seed: int,
+        rank: int,
+        size: int,
+        kind: int = DATA,
+        id_prefix: str = "",
+    ):
+        self.source, self.seed, self.rank, self.size = source, seed, rank, size
+        self.kind, self.id_prefix = kind, id_prefix
+        self.drawn = 0  # documents of this rank
+        self.dropped = 0  # of those, documents that `prepare` dropped
+
+    def take(self, n: int, objective: Objective) -> list[Draw]:
+        """The next `n` draws, without the documents that the objective drops."""
+        draws = []
+        for document in take_documents(self.source, n, objective.progress):
+            number = self.drawn * self.size + self.rank
+            self.drawn += 1
+            if self.id_prefix:
+                document = replace(document, id=f"{self.id_prefix}{document.id}")
+            prepared = prepare_document(objective, document, (self.seed, number, self.kind))
+            if prepared is None:
+                self.dropped += 1
+            else:
+                draws.append(Draw(_with_own_id(prepared, document), number))
+        return draws
+
+    def fill(self, n: int, objective: Objective) -> list[Document]:
+        """The next `n` documents that the objective does not drop."""
+        documents: list[Document] = []
+        dropped_in_row = 0
+        while len(documents) < n:
+            wanted = n - len(documents)
+            draws = self.take(wanted, objective)
+            documents += [draw.document for draw in draws]
+            dropped_in_row = 0 if draws else dropped_in_row + wanted
+            if dropped_in_row >= PATIENCE:
+                raise ConfigError(
+                    f"{type(objective).__name__}.prepare dropped {dropped_in_row} documents in a row"
+                )
+        return documents
+
+
+def prepare_document(objective: Objective, document: Document, key: Sequence[int]) -> Document | None:
+    """The document as the objective prepares it, None if it is dropped; `key` seeds its random numbers.
+
+    Raises ConfigError that names the objective for a result that cannot be trained on.
+    """
+    if getattr(objective.prepare, "__func__", None) is Objective.prepare:
+        return document
+    prepared = objective.prepare(document, np.random.default_rng(key))
+    if prepared is None or prepared is document:
+        return prepared
+    if problem := problem_of(prepared):
+        raise ConfigError(f"{type(objective).__name__}.prepare: document {document.id}: {problem}")
+    return prepared
+
+
+def prepare_held_out(objective: Objective, document: Document, seed: int) -> Document | None:
+    """`prepare_document` for an evaluation: its random numbers depend on `seed` and the document's id."""
+    return prepare_document(objective, document, (seed, zlib.crc32(document.id.encode()), EVALUATION))
+
+
+def _with_own_id(prepared: Document, document: Document) -> Document:
+    """The prepared document, with an id of its own if it kept one that stands for other tokens.
+
+    A document that is drawn twice for one batch may be prepared in two ways, and ids tell them apart.
+    """
+    same = prepared.token_ids == document.token_ids and prepared.scores == document.scores
+    if same or prepared.id != document.id:
+        return prepared
+    content = np.asarray(prepared.token_ids, np.int64).tobytes()
+    content += np.asarray(prepared.scores or (), np.float64).tobytes()
+    return replace(prepared, id=f"{prepared.id}#{zlib.crc32(content):08x}")
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnPosition:
+    """A position of a drawn document, the seed of its thoughts, and the number of the draw.
+
+    All positions of one draw share its number; a document that is drawn again has another. The number is None
+    in older checkpoints.
+    """
+
+    document: Document
+    position: Position
+    seed: int
+    draw: int | None
+
+    def to_row(self) -> dict[str, Any]:
+        """A position that waits for its step, with its document, as a checkpoint keeps it."""
+        position = self.position
+        is_document_start = position.context_ids == self.document.token_ids[: position.index]
+        return {
+            "document": document_to_row(self.document),
+            "index": position.index,
+            "context_ids": None if is_document_start else position.context_ids,
+            "target_ids": position.target_ids,
+            "suffix_ids": position.suffix_ids,
+            "seed": self.seed,
+            "draw": self.draw,
+        }
+
+    @classmethod
+    def from_row(cls, row: Any) -> DrawnPosition:
+        """What `to_row` wrote, or an older checkpoint's tuple without `meta` and `answer_at`."""
+        if not isinstance(row, dict):
+            return cls._from_tuple(row)
+        document, index, context = document_from_row(row["document"]), row["index"], row["context_ids"]
+        if context is None:
+            context = document.token_ids[:index]
+        target, suffix = tuple(row["target_ids"]), tuple(row["suffix_ids"])
+        position = Position(document.id, index, tuple(context), target, suffix)
+        return cls(document, position, row["seed"], row.get("draw"))
+
+    @classmethod
+    def _from_tuple(cls, row: Any) -> DrawnPosition:
+        document_id, ids, source, index, seed, target_length, suffix = row
+        document = Document(document_id, tuple(ids), source)
+        target = document.token_ids[index : index + target_length]
+        position = Position(document.id, index, document.token_ids[:index], target, tuple(suffix))
+        return cls(document, position, seed, None)
