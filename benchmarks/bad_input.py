@@ -26,6 +26,7 @@ import httpx
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.process_memory import memory_field
 from tests.builders.servers import free_port
 
 TOKEN = "a-token-that-only-the-trainer-knows"
@@ -218,8 +219,7 @@ class Serving:
 
     def memory(self) -> int:
         """Resident bytes of the process."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+        return memory_field("VmRSS", self.process.pid)
 
     async def crowd(self, clients: int, per_client: int = 2) -> Counter[int]:
         """The statuses that many clients at once get."""

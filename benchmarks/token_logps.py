@@ -20,11 +20,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.process_memory import memory_field
 from rewards import token_logps
 
 GOALS = {"memory_ratio": 0.05, "time_ratio": 1.4, "difference": 1e-5}
@@ -93,11 +93,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     method(*small).sum().backward()  # loads kernels and starts threads: part of the loaded state
     hidden, weight, labels = _inputs(args.rows, args.vocabulary, args.hidden)
     gradients = hidden.nbytes + weight.nbytes
-    loaded = _status("VmRSS")
+    loaded = memory_field("VmRSS")
     start = time.perf_counter()
     method(hidden, weight, labels).mean().backward()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "memory_mb": (_status("VmHWM") - loaded - gradients) / 2**20}
+    return {"seconds": seconds, "memory_mb": (memory_field("VmHWM") - loaded - gradients) / 2**20}
 
 
 def differences(args: argparse.Namespace) -> dict[str, float]:
@@ -138,14 +138,6 @@ def _fresh_process(name: str, args: argparse.Namespace) -> dict[str, float]:
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )
-
-
-def _status(field: str) -> int:
-    """Bytes of a memory field of this process, from Linux's /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
 def _arguments() -> argparse.Namespace:
