@@ -2,12 +2,12 @@
 
     python -m benchmarks.token_logps [--rows 4096 --vocabulary 151936 --hidden 1024 --repeats 5] [--json]
 
-Each run is a fresh process; the two versions alternate, so that whatever else the machine does hits both.
+Each run is a fresh process; the two versions alternate, so that other work on the machine affects both.
 
 - *seconds*: wall clock of one forward and one backward (the first of the process, after a warm-up on a small
   head).
 - *memory*: the process's peak resident size (VmHWM) − its resident size with library and inputs loaded
-  (VmRSS) − the bytes of the inputs' gradients. What is left is what the method itself needed on top.
+  (VmRSS) − the bytes of the inputs' gradients. The rest is what the method itself needed.
 - *difference*: the largest absolute difference of log-probs and of gradients (the latter relative to the
   largest entry), both versions in one process, at a size that takes seconds.
 
