@@ -1,8 +1,8 @@
-"""Measurements that tests do not take: `python -m benchmarks.NAME --json`; README.md says what came out."""
+"""Measurements that tests do not make: `python -m benchmarks.NAME --json`; README.md has the results."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says on stdout that it found no other
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a warning on stdout

@@ -1,4 +1,4 @@
-"""What the rollout service says to bad input, as a table; whether it is as well afterwards as before.
+"""How the rollout service answers bad input, as a table, and whether it works as before afterwards.
 
     python -m benchmarks.bad_input [--engine vllm|hf] [--rounds 20] [--json]
 
@@ -26,6 +26,7 @@ import httpx
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.process_memory import memory_field
 from tests.builders.servers import free_port
 
 TOKEN = "a-token-that-only-the-trainer-knows"
@@ -34,7 +35,7 @@ VOCABULARY, LONGEST = 300, 512
 
 @dataclass
 class Case:
-    """A request, and the status it must get; `body` bytes go as they are, all else as JSON."""
+    """A request, and the status it must get; a `body` of bytes is sent as it is, any other as JSON."""
 
     name: str
     status: int
@@ -45,7 +46,7 @@ class Case:
 
 
 def rollout(**changes: Any) -> dict[str, Any]:
-    """A good body of `/rollout`, changed."""
+    """A valid body of `/rollout`, with changes."""
     good = {"prompts": [{"token_ids": [5, 6, 7]}], "params": {"max_thought_tokens": 8}, "n": 2, "seeds": [0]}
     return {k: v for k, v in (good | changes).items() if v is not None}
 
@@ -56,7 +57,7 @@ def reload(path: str, **changes: Any) -> dict[str, Any]:
 
 
 class Bomb:
-    """Says so if it is ever unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: str):
         self.path = path
@@ -66,7 +67,7 @@ class Bomb:
 
 
 def cases(weights: Path, model: Path, secret: Path) -> list[Case]:
-    """All of them; writes the bad files into `weights`. `secret` is a file outside of it."""
+    """All cases; writes the bad files into `weights`. `secret` is a file outside that folder."""
     good = load_file(model / "model.safetensors")
     name = next(iter(good))
     files = {
@@ -210,7 +211,7 @@ class Serving:
         return self.client.request(case.method, case.route, headers=headers, **what)
 
     def greedy(self) -> list[int]:
-        """What the model says without chance: the same before and after."""
+        """A greedy thought, which must be the same before and after."""
         body = rollout(params={"max_thought_tokens": 16, "temperature": 0}, n=1)
         answer = self.send(Case("", 200, body=body))
         assert answer.status_code == 200, answer.text
@@ -218,8 +219,7 @@ class Serving:
 
     def memory(self) -> int:
         """Resident bytes of the process."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+        return memory_field("VmRSS", self.process.pid)
 
     async def crowd(self, clients: int, per_client: int = 2) -> Counter[int]:
         """The statuses that many clients at once get."""
@@ -229,15 +229,15 @@ class Serving:
             base_url=self.url, timeout=120, limits=limits, headers=headers
         ) as client:
 
-            async def one(seed: int) -> list[int]:
-                return [
-                    (await client.post("/rollout", json=rollout(seeds=[seed * 100 + k]))).status_code
-                    for k in range(per_client)
-                ]
+            async def send(seed: int) -> list[int]:
+                statuses = []
+                for k in range(per_client):
+                    answer = await client.post("/rollout", json=rollout(seeds=[seed * 100 + k]))
+                    statuses.append(answer.status_code)
+                return statuses
 
-            return Counter(
-                status for found in await asyncio.gather(*map(one, range(clients))) for status in found
-            )
+            answers = await asyncio.gather(*map(send, range(clients)))
+            return Counter(status for statuses in answers for status in statuses)
 
     def close(self) -> None:
         self.client.close()
@@ -271,7 +271,7 @@ def small_model(folder: Path) -> None:
 
 
 def main() -> None:
-    """Send everything, print the table."""
+    """Send all cases and print the table."""
     parser = argparse.ArgumentParser(description="The service under bad input.")
     parser.add_argument("--engine", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--rounds", type=int, default=20)
@@ -302,7 +302,7 @@ def main() -> None:
                 memory.append(service.memory())
             crowds = [asyncio.run(service.crowd(options.clients)) for _ in range(3)]
             memory_crowd = service.memory()
-            found = {
+            report = {
                 "benchmark": "bad_input",
                 "engine": options.engine,
                 "rounds": options.rounds,
@@ -320,7 +320,7 @@ def main() -> None:
         finally:
             service.close()
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
     print("| what is sent | status | what it says |\n|---|---|---|")
     for row in rows:
@@ -329,7 +329,7 @@ def main() -> None:
             f"{row['says'].replace('|', '/')} |"
         )
     for key in ("statuses_of_500_clients", "unpickled", "same_answer_afterwards", "alive", "memory_mib"):
-        print(f"{key}: {found[key]}")
+        print(f"{key}: {report[key]}")
 
 
 if __name__ == "__main__":

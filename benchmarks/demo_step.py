@@ -1,9 +1,9 @@
-"""Where the time of a demo RLP step goes: rollout, scoring and update, in trees and in padded rows, in turns.
+"""The time of a demo RLP step by part: rollout, scoring and update, in trees and in padded rows, in turns.
 
     python -m benchmarks.demo_step [--rounds 3] [--json]
 
 A freshly initialised model of the demo's size on dial documents, 16 positions × 8 thoughts, one thread;
-medians over steps. Thoughts of an untrained model are cut at 10 tokens, the mean length of the trained one.
+medians over steps. Thoughts of this untrained model are cut at 10 tokens, the mean length of trained ones.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The engine against batched `model.generate`: `python -m benchmarks.engine [--json]`.
 
 The model has the demo's shape (Qwen3 architecture, hidden 128, 2 layers, 90 words, fp32) and random weights.
-Such a model gives every word about the same probability, so that 9 of the 90 words as stop ids end a thought
-with probability 0.1 a token: lengths are geometric, cut at 24, with a mean of 9 to 10, as the trained demo
-model's. Contexts have 10 to 25 tokens. A single thought has no stop ids, and always runs to the limit: its
-chance length would decide its time.
+Such a model gives every word about the same probability, so 9 of the 90 words as stop ids end a thought with
+probability 0.1 a token: lengths are geometric, cut at 24, with a mean of 9 to 10, as those of the trained
+demo model. Contexts have 10 to 25 tokens. A single thought has no stop ids and always runs to the limit,
+because otherwise its random length would decide its time.
 
-`generate` is asked for its best: one left-padded batch, `num_return_sequences`, temperature 1 without top-k
-and top-p, the stop ids as its end-of-text ids, no scores returned. The engine does return log-probabilities.
-Both alternate in one process on one thread, with other draws every time; the medians of the repeats are
-compared.
+`generate` is used in its fastest form: one left-padded batch, `num_return_sequences`, temperature 1 without
+top-k and top-p, the stop ids as its end-of-text ids, no scores returned. The engine does return
+log-probabilities. Both alternate in one process on one thread, with other draws every time; the medians of
+the repeats are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rollout import HFEngine, Prompt, SamplingParams
 
 VOCABULARY, LIMIT = 90, 24
 STOP_IDS = tuple(range(2, 11))
-SHAPES = ((16, 8, 2.0), (16, 1, 1.0), (1, 1, 1.0))  # contexts, thoughts of each, the ratio asked for
+SHAPES = ((16, 8, 2.0), (16, 1, 1.0), (1, 1, 1.0))  # contexts, thoughts of each, the goal for the ratio
 WARM_UP = 3
 
 
@@ -86,8 +86,9 @@ def sample(engine: HFEngine, prompts: list[Prompt], n: int, seed: int) -> list[i
 
 
 def timed(call: Callable[[], list[int]]) -> tuple[float, list[int]]:
-    """Processor time of a call, and what it gave: on one thread that is its wall time, less what others
-    take.
+    """Processor seconds of a call, and its result.
+
+    On one thread this is the wall time without what other processes take.
     """
     start = time.process_time()
     lengths = call()
@@ -95,8 +96,9 @@ def timed(call: Callable[[], list[int]]) -> tuple[float, list[int]]:
 
 
 def compare(model: Qwen3ForCausalLM, contexts: int, n: int, repeats: int) -> dict[str, float]:
-    """Time both on the same contexts: medians in milliseconds, mean lengths, and the ratio (above 1:
-    engine wins).
+    """Medians of both in milliseconds on the same contexts, mean lengths, and the ratio.
+
+    A ratio above 1 means that the engine is faster.
     """
     rng = random.Random(contexts)
     ids = [tuple(rng.randrange(11, VOCABULARY) for _ in range(rng.randint(10, 25))) for _ in range(contexts)]
@@ -111,10 +113,10 @@ def compare(model: Qwen3ForCausalLM, contexts: int, n: int, repeats: int) -> dic
     lengths: dict[str, list[int]] = {name: [] for name in runs}
     for repeat in range(WARM_UP + repeats):
         for name, run in runs.items():
-            taken, got = timed(lambda run=run, seed=repeat: run(seed))
+            seconds, thought_lengths = timed(lambda run=run, seed=repeat: run(seed))
             if repeat >= WARM_UP:
-                times[name].append(taken)
-                lengths[name] += got
+                times[name].append(seconds)
+                lengths[name] += thought_lengths
     medians = {name: statistics.median(values) * 1000 for name, values in times.items()}
     return {
         **{f"{name}_ms": medians[name] for name in runs},

@@ -1,13 +1,13 @@
-"""Do all engines train alike? The demo's RLP recipe from one base model, once with each engine.
+"""Do all engines train equally well? The demo's RLP recipe from one base model, once with each engine.
 
     python -m benchmarks.engines [--engines hf vllm_local vllm_server ray zero3] [--steps 260] [--seeds 0]
     [--json]
 
-`ray` is one actor with vllm_local, `zero3` DeepSpeed ZeRO 3 on two gloo ranks that feed one vLLM server;
-servers are started and ended here. Base model, documents, seed and evaluation (always transformers) are those
-of `examples/demo.py`; a base under --demo is used, else made there. Engines draw different tokens, so runs
-agree within noise at best: what seeds of `hf` differ by in results/robustness.json. Every training is a
-process of its own; finished ones are kept (OUT/NAME.json), not repeated.
+`ray` is one actor with vllm_local; `zero3` is DeepSpeed ZeRO 3 on two gloo ranks with one vLLM server. This
+script starts and ends the servers. Base model, documents, seed and evaluation (always by transformers) are
+those of `examples/demo.py`; a base under --demo is used, or made there. Engines draw different tokens, so
+runs can only agree within noise: the difference between seeds of `hf` in results/robustness.json. Every
+training is a process of its own; finished ones are kept (OUT/NAME.json) and not repeated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 RANKS = {
     "zero3": 2
-}  # its JSON has a low persistence threshold: under DeepSpeed's own, weights this small are not sharded
+}  # its JSON has a low persistence threshold: with DeepSpeed's default, weights this small are not sharded
 REPORTED = ("think_sampled", "gain_frozen", "no_think_loss")
 MEDIANS = {
     "step_s": "step_time",
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int | str:
     args = parser.parse_args(argv)
     if args.job:
         return job(**json.loads(args.job))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes are ended too
     with redirect_stdout(sys.stderr):
         make_corpus(args.demo)
         make_base(args.demo, BASE_SEEDS)
@@ -95,20 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int | str:
 
 
 def named(engine: str, seed: int) -> str:
-    """Of a run's folder, log and result."""
+    """The name of a run's folder, log and result."""
     return f"{engine}-{seed}" if seed else engine
 
 
 def known(file: Path, steps: int) -> dict[str, Any] | None:
-    """A result that is there, of as many steps."""
-    found = json.loads(file.read_text()) if file.exists() else None
-    return found if found and found["asked_steps"] == steps else None
+    """The stored result of a run, if it has this number of steps."""
+    result = json.loads(file.read_text()) if file.exists() else None
+    return result if result and result["asked_steps"] == steps else None
 
 
 def run(engine: str, seed: int, steps: int, out: Path, demo: Path, fresh: bool) -> bool:
-    """Train in a child process, with a server beside it where it needs one, and evaluate; whether there is
-    a result.
-    """
+    """Train in a child process, with a server if it needs one, and evaluate; whether there is a result."""
     name = named(engine, seed)
     file, folder, log = out / f"{name}.json", out / name, out / f"{name}.log"
     if not fresh and known(file, steps):
@@ -133,20 +131,20 @@ def run(engine: str, seed: int, steps: int, out: Path, demo: Path, fresh: bool) 
     except RuntimeError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return False
-    found = evaluation(folder / "model", base, corpus / "held_out.jsonl", seed, controls=False)
+    scores = evaluation(folder / "model", base, corpus / "held_out.jsonl", seed, controls=False)
     record = json.loads((folder / "run.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     facts = {key: record[key] for key in ("step", "stopped", "ranks", "backend")}
     write_json(
         file,
-        facts | {"asked_steps": steps, "seconds": seconds, "timings": timings(rows), "evaluation": found},
+        facts | {"asked_steps": steps, "seconds": seconds, "timings": timings(rows), "evaluation": scores},
     )
     print(f"{name}: {seconds:.0f} s, stopped: {record['stopped']}", file=sys.stderr, flush=True)
     return True
 
 
 def launched(what: dict[str, Any], ranks: int, log: Path) -> float:
-    """Seconds of one training; RuntimeError with the end of its log if it fails."""
+    """Seconds of one training; a RuntimeError with the end of its log if it fails."""
     start = [sys.executable, "-m"]
     start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     begin = time.perf_counter()
@@ -174,7 +172,7 @@ def job(engine: str, seed: int, steps: int, base: str, folder: str, data: str, u
 
 @contextmanager
 def child(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process group of its own with one thread a process; at the end nothing of it is left."""
+    """A command in a process group of its own, one thread per process; the group is killed at the end."""
     values = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=values, stdout=output, stderr=output, start_new_session=True)
@@ -221,9 +219,7 @@ def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
 
 
 def timings(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over steps in seconds, the parts of a weight sync, and the largest differences between
-    engine and trainer.
-    """
+    """Median seconds over steps, the parts of a weight sync, and the largest differences to the trainer."""
 
     def of(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
@@ -243,7 +239,7 @@ def timings(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def collect(
     out: Path, demo: Path, engines: Sequence[str], seeds: Sequence[int], steps: int
 ) -> dict[str, Any]:
-    """All numbers, and for each engine the differences from `hf` beside what seeds of `hf` differ by."""
+    """All numbers, and for each engine the differences from `hf` beside the noise of `hf`."""
     base = demo / "base" / "model"
     before = [
         evaluation(base, base, demo / "corpus" / "held_out.jsonl", seed, controls=False) for seed in seeds
@@ -273,7 +269,7 @@ def collect(
 
 
 def noise(seeds: int) -> dict[str, float]:
-    """How far two means of `seeds` runs of one recipe and base differ, by chance, in 19 of 20 pairs."""
+    """The chance difference of two means of `seeds` runs of one recipe and base, in 19 of 20 pairs."""
     runs = json.loads((HERE.parent / "benchmarks" / "results" / "robustness.json").read_text())["runs"]
     runs = [row for row in runs if row["recipe"] == "recipe"]
     groups = [[row for row in runs if row["base"] == b] for b in sorted({row["base"] for row in runs})]
@@ -285,7 +281,7 @@ def noise(seeds: int) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row an engine; times are medians over steps in milliseconds, of the first seed."""
+    """Markdown: one row per engine; times are medians over the first seed's steps in milliseconds."""
 
     def cell(row: dict[str, Any], name: str) -> str:
         low, high = row[f"{name}_ci"]
@@ -312,19 +308,12 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {engine} | {scores} | {times} | {difference} | {seconds} |")
     for engine, row in results["engines"].items():
         if "minus_hf" in row:
-            verdict = row["within_noise"]
-            said = (
-                ""
-                if verdict is None
-                else ": within noise"
-                if all(verdict.values())
-                else f": NOT within noise {verdict}"
-            )
-            lines.append(
-                f"\n{engine} minus hf: "
-                + ", ".join(f"{n} {v:+.3f}" for n, v in row["minus_hf"].items())
-                + said
-            )
+            within = row["within_noise"]
+            verdict = ""
+            if within is not None:
+                verdict = ": within noise" if all(within.values()) else f": NOT within noise {within}"
+            differences = ", ".join(f"{n} {v:+.3f}" for n, v in row["minus_hf"].items())
+            lines.append(f"\n{engine} minus hf: {differences}{verdict}")
     if results["noise"]:
         limits = ", ".join(f"{n} {v:.3f}" for n, v in results["noise"].items())
         lines.append(f"\nnoise (what 95% of pairs of hf runs with other seeds stay within): {limits}")

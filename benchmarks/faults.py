@@ -4,8 +4,8 @@
 
 A run is the command `rlpretrain train` in a process of its own, on a tiny model, with two vLLM servers, two
 Ray actors or the embedded engine. Faults come at random moments (seeded), up to five a run; every other run
-samples a step ahead. What became of the groups is read off what a run leaves on disk, and compared with a run
-of the same seed without faults. Needs vLLM and Ray, and half an hour of two cores.
+samples a step ahead. The files that a run leaves show what happened to its groups; they are compared with a
+run of the same seed without faults. Needs vLLM and Ray, and half an hour of two cores.
 """
 
 from __future__ import annotations
@@ -48,10 +48,8 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 PER_RUN = 5  # injections in a run
-REQUEST, DEADLINE = (
-    5.0,
-    240.0,
-)  # seconds: for one answer of a server; without any engine, after which a run would stop
+REQUEST = 5.0  # seconds for one answer of a server
+DEADLINE = 240.0  # seconds without any engine after which a run would stop
 COUNTED = (
     "retries",
     "server_failures",
@@ -65,35 +63,35 @@ COUNTED = (
 
 @dataclass(kw_only=True)
 class Config(rlp.Config):
-    """RLP's fields, and where the pace is set."""
+    """RLP's fields, and the file that sets the pace."""
 
     pace: str = ""
-    """A file with the seconds that a rollout takes longer: a tiny model's run would be over before a
-    server is back.
+    """A file with the seconds added to a rollout: otherwise a tiny model's run ends before a server is
+    back.
     """
 
 
 class Paced(rlp.RLP):
-    """RLP with rollouts that take as long as those of a larger model."""
+    """RLP with rollouts as slow as those of a larger model."""
 
     Config = Config
 
     async def rollout(self, engine: Any, positions: Any, seeds: Any) -> list[Group]:
-        """After a while, the groups."""
+        """The groups, after the pause."""
         await asyncio.sleep(float(Path(self.config.pace).read_text()))
         return await super().rollout(engine, positions, seeds)
 
 
 @dataclass
 class Site:
-    """What runs share: base checkpoint and corpus, two servers, and a proxy before each."""
+    """What runs share: base checkpoint and corpus, two servers, and a proxy in front of each."""
 
     folder: Path
     servers: list[VLLMServer] = field(default_factory=list)
     proxies: list[Proxy] = field(default_factory=list)
 
     def pace(self, seconds: float) -> None:
-        """From now on a rollout takes this much longer."""
+        """Add this pause to every rollout from now on."""
         (self.folder / ".pace").write_text(str(seconds))
         (self.folder / ".pace").replace(self.folder / "pace")
 
@@ -135,58 +133,56 @@ class Site:
 
 @contextlib.contextmanager
 def site(folder: Path, with_servers: bool) -> Iterator[Site]:
-    """Make what runs share, and take it down."""
+    """Set up what runs share, and close it at the end."""
     dial.write(folder / "corpus", base=10, train=1000, held_out=10)
     tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(folder / "base")
     dial.tokenizer().save_pretrained(folder / "base")
-    here = Site(folder)
+    shared = Site(folder)
     try:
         if with_servers:
-            here.servers += [
+            shared.servers += [
                 VLLMServer(folder / "base", folder / f"server-{i}.log").start() for i in range(2)
             ]
-            here.proxies += [Proxy(server.ready().port) for server in here.servers]
-        yield here
+            shared.proxies += [Proxy(server.ready().port) for server in shared.servers]
+        yield shared
     finally:
-        for proxy in here.proxies:
+        for proxy in shared.proxies:
             proxy.close()
-        for server in here.servers:
+        for server in shared.servers:
             server.kill()
 
 
-# the faults: each function injects one, waits until it is over, and says whether the run still was there for
-# it
+# The faults: each function injects one, waits until it is over, and returns whether the run was alive for it.
 
 
-def kill_server(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """SIGKILL a server and its engine process, and start it again; now and then the other follows before
-    it is back.
+def kill_server(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL a server and its engine process, and start it again.
+
+    In three of ten cases it does not wait until both servers are back, so the other may follow.
     """
-    while not (working := [s for s in here.servers if answers(s)]):
+    while not (working := [s for s in shared.servers if answers(s)]):
         time.sleep(0.5)
     server, alone = rng.choice(working), rng.random() < 0.7
     server.kill()
     time.sleep(rng.uniform(0, 3))
     server.start()
-    here.pace(6.0)
-    while alone and not all(map(answers, here.servers)) and run.alive():  # half a minute at least
+    shared.pace(6.0)
+    while alone and not all(map(answers, shared.servers)) and run.alive():  # half a minute at least
         time.sleep(0.5)
-    here.pace(0.5)
+    shared.pace(0.5)
     return True
 
 
 def answers(server: VLLMServer) -> bool:
-    """Whether a server is there."""
+    """Whether a server answers."""
     with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=2):
         return True
     return False
 
 
-def hang_server(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """SIGSTOP a server for longer than a request may take, and until the run went on without it; then it
-    wakes up.
-    """
-    group, before, end = rng.choice(here.servers).process.pid, run.step(), time.monotonic() + 1.5 * DEADLINE
+def hang_server(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGSTOP a server for longer than a request may take, until the run goes on; then wake it."""
+    group, before, end = rng.choice(shared.servers).process.pid, run.step(), time.monotonic() + 1.5 * DEADLINE
     os.killpg(group, signal.SIGSTOP)
     time.sleep(REQUEST + rng.uniform(0.5, 2))
     while run.step() < before + 3 and run.alive() and time.monotonic() < end:
@@ -195,38 +191,38 @@ def hang_server(here: Site, run: Trainer, rng: random.Random) -> bool:
     return True
 
 
-def slow_server(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """Answers that take longer, but not too long."""
-    return _through_proxy(here, run, rng, "slow", rng.uniform(0.5, 2))
+def slow_server(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """Slow down answers, but stay within the time limit."""
+    return _through_proxy(shared, run, rng, "slow", rng.uniform(0.5, 2))
 
 
-def reset_connection(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """Connections that break in the middle of an answer."""
-    return _through_proxy(here, run, rng, "reset", rng.uniform(0, 0.3))
+def reset_connection(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """Break connections in the middle of an answer."""
+    return _through_proxy(shared, run, rng, "reset", rng.uniform(0, 0.3))
 
 
-def _through_proxy(here: Site, run: Trainer, rng: random.Random, mode: str, seconds: float) -> bool:
-    proxy = rng.choice(here.proxies)
+def _through_proxy(shared: Site, run: Trainer, rng: random.Random, mode: str, seconds: float) -> bool:
+    proxy = rng.choice(shared.proxies)
     before, proxy.mode = proxy.hit, mode
-    while proxy.hit == before and run.alive():  # until it met an answer
+    while proxy.hit == before and run.alive():  # until it affected an answer
         time.sleep(0.005)
     time.sleep(seconds)
     proxy.mode = "pass"
     return proxy.hit > before
 
 
-def kill_actor(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """SIGKILL a Ray actor, which may be starting again after the last kill; Ray starts it anew."""
+def kill_actor(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL a Ray actor, which may still be restarting after the last kill; Ray restarts it."""
     while run.alive():
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # none is there, or no more
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # no actor exists, or it has just ended
             tree = psutil.Process(run.process.pid).children(recursive=True)
             rng.choice([p for p in tree if p.name().startswith("ray::Worker")]).kill()
             return True
     return False
 
 
-def kill_trainer(here: Site, run: Trainer, rng: random.Random) -> bool:
-    """SIGKILL the trainer, wherever it is, and resume it."""
+def kill_trainer(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL the trainer at any point, and resume it."""
     run.kill()
     time.sleep(rng.uniform(0, 0.5))
     run.start("--resume", "auto")
@@ -235,9 +231,7 @@ def kill_trainer(here: Site, run: Trainer, rng: random.Random) -> bool:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: how it is injected, into runs with which engine, how long these are, and when it
-    comes.
-    """
+    """A kind of fault: how it is injected, the engine and length of its runs, and its timing."""
 
     inject: Callable[[Site, Trainer, random.Random], bool]
     engine: str
@@ -246,9 +240,7 @@ class Kind:
     between: tuple[int, int]  # steps between two injections
 
     def wait(self, run: Trainer, rng: random.Random) -> None:
-        """Until the next injection: some steps, and a part of one; now and then a trainer is killed while
-        it starts.
-        """
+        """Wait some steps and a part of one; in a quarter of the cases a trainer is killed at its start."""
         before, more = run.step(), rng.randint(*self.between)
         if self.inject is kill_trainer and rng.random() < 0.25:
             more = 0
@@ -268,65 +260,63 @@ KINDS = {
 }
 
 
-def calm(here: Site, engine: str, per_run: int) -> Path:
-    """A run without faults, as long as the longest with this engine."""
-    folder, steps = (
-        here.folder / f"calm-{engine}",
-        max(k.steps for k in KINDS.values() if k.engine in (engine, "proxies")),
-    )
-    here.pace(0.0)
-    if not folder.exists() and not Trainer(here.values(folder, engine, steps * per_run)).wait():
+def run_without_faults(shared: Site, engine: str, per_run: int) -> Path:
+    """The folder of a run without faults, as long as the longest run with this engine."""
+    folder = shared.folder / f"calm-{engine}"
+    steps = max(k.steps for k in KINDS.values() if k.engine in (engine, "proxies"))
+    shared.pace(0.0)
+    if not folder.exists() and not Trainer(shared.values(folder, engine, steps * per_run)).wait():
         raise SystemExit("the run without faults failed")
     return folder
 
 
-def measure(name: str, here: Site, injections: int) -> dict[str, Any]:
+def measure(name: str, shared: Site, injections: int) -> dict[str, Any]:
     """All runs of one kind of fault."""
     kind, per_run, begin = KINDS[name], min(PER_RUN, injections), time.monotonic()
-    for server in here.servers:
+    for server in shared.servers:
         server.ready()
-    reference = calm(here, "servers" if kind.engine == "proxies" else kind.engine, per_run)
-    found, seen, longest, weights, ratios = Counter(), Counter(), 0.0, [0.0], [0.0]
+    reference = run_without_faults(shared, "servers" if kind.engine == "proxies" else kind.engine, per_run)
+    counts, engine_counts = Counter(), Counter()
+    longest, weights, ratios = 0.0, [0.0], [0.0]
     for i in range(2 * math.ceil(injections / PER_RUN)):
-        rng, ahead, folder = (
-            random.Random(f"{name} {i}"),
-            i % 2,
-            here.folder / f"{name}-{i}".replace(" ", "-").replace(",", ""),
-        )
-        if found["injections"] >= injections:  # later runs only for what did not fit into earlier ones
+        rng, ahead = random.Random(f"{name} {i}"), i % 2
+        folder = shared.folder / f"{name}-{i}".replace(" ", "-").replace(",", "")
+        if counts["injections"] >= injections:  # later runs only for injections that are still missing
             break
-        here.pace(kind.pace)
-        run = Trainer(here.values(folder, kind.engine, kind.steps * per_run, ahead))
-        for _ in range(min(PER_RUN, injections - found["injections"])):
+        shared.pace(kind.pace)
+        run = Trainer(shared.values(folder, kind.engine, kind.steps * per_run, ahead))
+        for _ in range(min(PER_RUN, injections - counts["injections"])):
             kind.wait(run, rng)
-            found["injections"] += run.alive() and kind.inject(here, run, rng)
+            counts["injections"] += run.alive() and kind.inject(shared, run, rng)
         finished = run.wait()
-        found.update(account(folder, reference, kind.steps * per_run, ahead))
-        found.update(runs=1, finished=int(finished), steps=kind.steps * per_run)
+        counts.update(account(folder, reference, kind.steps * per_run, ahead))
+        counts.update(runs=1, finished=int(finished), steps=kind.steps * per_run)
         longest = max(longest, run.longest)
-        seen["steps_done_again"] += run.done_again
+        engine_counts["steps_done_again"] += run.done_again
         if finished:
-            said = json.loads((folder / "run.json").read_text())["engine"]
-            seen.update({k: said[k] for k in COUNTED if k in said})
+            counters = json.loads((folder / "run.json").read_text())["engine"]
+            engine_counts.update({k: counters[k] for k in COUNTED if k in counters})
         if finished and not ahead:
             weights.append(apart(folder, reference, kind.steps * per_run))
             ratios += [row.get("sampling/abs_log_ratio_max", 0.0) for row in rows(folder)]
-        print(f"{folder.name}: {dict(found)} {dict(seen)} {run.longest:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"{folder.name}: {dict(counts)} {dict(engine_counts)} {run.longest:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return {
-        **found,
+        **counts,
         "weights_apart": max(weights),
         "log_ratio_max": max(ratios),
         "longest_s": round(longest, 1),
         "deadline_s": DEADLINE,
         "seconds": round(time.monotonic() - begin),
-        "counted": +seen,
+        "counted": +engine_counts,
     }
 
 
 def fine(r: dict[str, Any]) -> bool:
-    """Whether every run ended well and every group was trained once, in its place, or counted as aborted,
-    in time.
-    """
+    """Whether every run ended well, in time, and trained or aborted every group once and in its place."""
     return (
         r["finished"] == r["runs"]
         and r["once"] + r["aborted"] == r["expected"]
@@ -338,9 +328,7 @@ def fine(r: dict[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inject, count, and print a table, or with --json one JSON object; exit code 1 if a group or a run
-    came to harm.
-    """
+    """Inject, count and print; exit code 1 if a run failed or a group was not trained once."""
     parser = argparse.ArgumentParser(description="Faults in real runs.")
     parser.add_argument("--injections", type=int, default=20, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -348,8 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     served = any(KINDS[k].engine in ("servers", "proxies") for k in options.kinds)
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder, site(Path(folder), served) as here:
-        results = {name: measure(name, here, options.injections) for name in options.kinds}
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder, site(Path(folder), served) as shared:
+        results = {name: measure(name, shared, options.injections) for name in options.kinds}
     good = all(map(fine, results.values()))
     print(
         json.dumps({"benchmark": "faults", "torch": torch.__version__, "fine": good, "results": results})

@@ -1,10 +1,10 @@
-"""Memory of a run with LoRA against one of all weights: `python -m benchmarks.lora [--json]`.
+"""Memory of a run with LoRA against full training: `python -m benchmarks.lora [--json]`.
 
 Every row is a process of its own: two steps of RLP on a Qwen3 of random weights (hidden 768, 12 layers,
-32,000 words, float32), with the hf engine and torch. Memory is the process's peak resident size (VmHWM) less
-what it held before the model was loaded (VmRSS). Loading, activations, sampling and the allocator's slack are
-in it. `no frozen` asks for no frozen model at all (baseline self, frozen_every 0): what the rows above it
-have more is what a frozen model costs.
+32,000 words, float32), with the hf engine and torch. Memory is the process's peak resident size (VmHWM) minus
+what it held before the model was loaded (VmRSS). It includes loading, activations, sampling and the
+allocator's slack. `no frozen` uses no frozen model at all (baseline self, frozen_every 0): its difference
+from the row above is the cost of a frozen model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.process_memory import memory_field
 
 LORA = {"r": 16}
 FROZEN = {"name": "frozen", "frozen_every": 1}
@@ -44,12 +46,6 @@ SHAPE = {
 }
 
 
-def held(name: str) -> int:
-    """A size of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def prepare(folder: Path) -> None:
     """The base checkpoint and documents."""
     import torch
@@ -65,7 +61,7 @@ def prepare(folder: Path) -> None:
 
 
 def measure(folder: Path, row: str) -> dict[str, float]:
-    """Two steps; what `memory` of the dry run expects beside what was needed."""
+    """MB that two steps of a row needed, and that the dry run expects."""
     import torch
 
     from rlpretrain.config.io import build
@@ -95,11 +91,11 @@ def measure(folder: Path, row: str) -> dict[str, float]:
     objective = make_objective(config, [])
     shape, _ = model_shape(config.model, folder)
     expected = peak(memory(config, shape, make_sizes(config, objective, shape, [])))
-    before = held("VmRSS")
+    before = memory_field("VmRSS")
     run = Run(config, None)
     train(run)
     weights = 4 * run.parameters
-    needed = held("VmHWM") - before
+    needed = memory_field("VmHWM") - before
     run.close()
     return {"mb": needed / 2**20, "weights_mb": weights / 2**20, "expected_mb": expected / 2**20}
 
@@ -114,22 +110,22 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(Path(args.one[0]), args.one[1])))
         return
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         for row in ROWS:
             command = [sys.executable, "-m", "benchmarks.lora", "--one", name, row]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[row] = json.loads(done.stdout.splitlines()[-1])
-    base = found["all weights, frozen"]["weights_mb"]
-    for numbers in found.values():
+            results[row] = json.loads(done.stdout.splitlines()[-1])
+    base = results["all weights, frozen"]["weights_mb"]
+    for numbers in results.values():
         numbers["ratio"] = numbers["mb"] / base
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(results, indent=1))
         return
     print(f"weights of the model: {base:.0f} MB\n")
     print(f"{'':26s} {'peak, MB':>9s} {'copies of the model':>20s} {'dry run says, MB':>17s}")
-    for row, n in found.items():
+    for row, n in results.items():
         print(f"{row:26s} {n['mb']:9.0f} {n['ratio']:20.2f} {n['expected_mb']:17.0f}")
 
 

@@ -1,11 +1,10 @@
-"""Log-probs of vLLM's thoughts against transformers, before and after each of several weight syncs; and what
-a sync costs.
+"""Log-probs of vLLM's thoughts against transformers around weight syncs, and what a sync costs.
 
     python -m benchmarks.parity [--updates 20] [--json]
 
 Families, tied and untied heads, LoRA merged and as an adapter beside vLLM's own weights, each with random
-weights and random updates that every log-prob feels. The largest difference over all sampled tokens is
-reported, and what it would be without the sync (so that the test can fail). Needs vLLM.
+weights and random updates that change every log-prob. The result is the largest difference over all sampled
+tokens: before any update, after each sync, and without the sync (to show that the test can fail). Needs vLLM.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ VOCABULARY = 1024
 
 
 def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None = None) -> dict[str, Any]:
-    """One family: differences with and without syncs, and the medians of what sync, copy and probe take."""
+    """One family: differences with and without syncs, and median times of sync, copy and probe."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -85,7 +84,7 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
         groups = asyncio.run(engine.sample(prompts, params, 4, range(len(prompts))))
         return max(difference(model, p, t) for p, group in zip(prompts, groups, strict=True) for t in group)
 
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "before": worst(),
         "after": 0.0,
@@ -110,11 +109,11 @@ def measure(family: str, shape: dict[str, Any], updates: int, lora: str | None =
             )
         )
         seconds["probe"].append(time.perf_counter() - begin)
-        found["after"] = max(found["after"], worst())
+        result["after"] = max(result["after"], worst())
         del kept
     engine.close()
     times = {f"{k}_ms": 1e3 * statistics.median(v) for k, v in seconds.items()}
-    return found | {"without_sync": statistics.median(stale)} | times
+    return result | {"without_sync": statistics.median(stale)} | times
 
 
 @torch.no_grad()

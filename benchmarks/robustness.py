@@ -1,10 +1,10 @@
-"""One recipe on several bases and seeds: does any run collapse? The paper's thought-only update beside it.
+"""One recipe on several bases and seeds: does any run collapse? Beside it the paper's thought-only update.
 
     python -m benchmarks.robustness [--out runs/robustness] [--base-seeds 0 1 2] [--seeds 0 1 2] [--json]
 
-Base models are pretrained with the demo's settings from other seeds, and gated on skill (the next seed is
-tried when one fails). Every training is evaluated on held-out problems of the trained depths; finished runs
-are kept and not repeated.
+Base models are pretrained with the demo's settings from other seeds, and must pass a gate on skill (if one
+fails, the next seed is tried). Every training is evaluated on held-out problems of the trained depths.
+Finished runs are kept and not repeated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--collect", action="store_true", help="only the table of the runs that are done")
+    parser.add_argument("--collect", action="store_true", help="only the table of the finished runs")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_jobs(out: Path, jobs: Sequence[dict[str, Any]]) -> None:
-    """One process a job, as many at a time as there are cores, one thread each."""
+    """One process per job, as many at a time as there are cores, one thread each."""
     waiting, running = list(jobs), []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     while waiting or running:
@@ -107,10 +107,10 @@ def job(out: Path, what: dict[str, Any]) -> int:
         **RECIPES[what["recipe"]],
     )
     seconds = time.perf_counter() - begin
-    found = evaluation(
+    scores = evaluation(
         out / name / "model", base / "model", corpus / "held_out.jsonl", what["seed"], controls=True
     )
-    write_json(out / f"{name}.json", found | {"stopped": ended["stopped"], "seconds": seconds})
+    write_json(out / f"{name}.json", scores | {"stopped": ended["stopped"], "seconds": seconds})
     print(f"{name}: {seconds:.0f} s, stopped: {ended['stopped']}", file=sys.stderr, flush=True)
     return 0
 
@@ -137,12 +137,12 @@ def make_base(out: Path, seed: int) -> int:
         skill = dial.trace_skill(load_model(config), load_tokenizer(config))
         print(f"base {seed}: pretrained from seed {attempt}, skill {skill:.3f}", file=sys.stderr, flush=True)
         if skill >= GATE:
-            found = evaluation(
+            scores = evaluation(
                 folder / "model", folder / "model", out / "corpus" / "held_out.jsonl", 0, controls=False
             )
             write_json(
                 out / f"base-{seed}.json",
-                found | {"from_seed": attempt, "skill": skill, "failed_seeds": failed},
+                scores | {"from_seed": attempt, "skill": skill, "failed_seeds": failed},
             )
             return 0
         failed.append(attempt)
@@ -161,7 +161,7 @@ def collect(out: Path, base_seeds: Sequence[int], seeds: Sequence[int]) -> dict[
         for b in base_seeds:
             for s in seeds:
                 file = out / f"{recipe.split()[0]}-{b}-{s}.json"
-                if not file.exists():  # with --collect: what is there so far
+                if not file.exists():  # with --collect: the runs so far
                     continue
                 part = json.loads(file.read_text())
                 controls = numbers([part], DEPTHS, ("empty", "shuffled", "other"))
@@ -188,7 +188,7 @@ def collect(out: Path, base_seeds: Sequence[int], seeds: Sequence[int]) -> dict[
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a base and recipe, the seeds side by side."""
+    """Markdown: a row per base and recipe, the seeds side by side."""
     lines = [
         "| base | before: sampled, direct | recipe | after, sampled, by seed | gain (nats) | no-think loss "
         "before → after |",

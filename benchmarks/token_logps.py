@@ -2,12 +2,12 @@
 
     python -m benchmarks.token_logps [--rows 4096 --vocabulary 151936 --hidden 1024 --repeats 5] [--json]
 
-Each run is a fresh process; the two versions alternate, so that whatever else the machine does hits both.
+Each run is a fresh process; the two versions alternate, so that other work on the machine affects both.
 
 - *seconds*: wall clock of one forward and one backward (the first of the process, after a warm-up on a small
   head).
 - *memory*: the process's peak resident size (VmHWM) − its resident size with library and inputs loaded
-  (VmRSS) − the bytes of the inputs' gradients. What is left is what the method itself needed on top.
+  (VmRSS) − the bytes of the inputs' gradients. The rest is what the method itself needed.
 - *difference*: the largest absolute difference of log-probs and of gradients (the latter relative to the
   largest entry), both versions in one process, at a size that takes seconds.
 
@@ -20,11 +20,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.process_memory import memory_field
 from rewards import token_logps
 
 GOALS = {"memory_ratio": 0.05, "time_ratio": 1.4, "difference": 1e-5}
@@ -93,11 +93,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     method(*small).sum().backward()  # loads kernels and starts threads: part of the loaded state
     hidden, weight, labels = _inputs(args.rows, args.vocabulary, args.hidden)
     gradients = hidden.nbytes + weight.nbytes
-    loaded = _status("VmRSS")
+    loaded = memory_field("VmRSS")
     start = time.perf_counter()
     method(hidden, weight, labels).mean().backward()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "memory_mb": (_status("VmHWM") - loaded - gradients) / 2**20}
+    return {"seconds": seconds, "memory_mb": (memory_field("VmHWM") - loaded - gradients) / 2**20}
 
 
 def differences(args: argparse.Namespace) -> dict[str, float]:
@@ -138,14 +138,6 @@ def _fresh_process(name: str, args: argparse.Namespace) -> dict[str, float]:
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )
-
-
-def _status(field: str) -> int:
-    """Bytes of a memory field of this process, from Linux's /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
 def _arguments() -> argparse.Namespace:

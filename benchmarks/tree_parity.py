@@ -1,12 +1,11 @@
-"""The parity matrix of tree packing: how far trees are from padded rows, over architectures, in float32 on a
-CPU.
+"""Tree packing against padded rows: the largest differences, over architectures, in float32 on a CPU.
 
     python -m benchmarks.tree_parity --json
 
 Random batches (1 to 3 documents, 1 to 8 positions, 1 to 16 thoughts, ragged and empty ones, targets of 1 to
 32): the largest difference of a log-probability in nats, and of a gradient over the largest entry of its
-parameter. `spread`: micro-batches so small that every group is cut. `templates`: prompts that share only a
-part of their heads, and have no document.
+parameter. `spread`: micro-batches so small that every group is split. `templates`: prompts that share only a
+part of their beginning, and have no document.
 """
 
 from __future__ import annotations
