@@ -19,6 +19,7 @@ from rlpretrain.experiments.compare import compare
 from rlpretrain.models import load_model, load_tokenizer
 from rlpretrain.objectives import load_objective
 from tests.builders.learning import BASE
+from tests.builders.processes import warm
 
 FAMILY_BASE = BASE.parent / "family_base"
 """The base of `examples/dial_family` (base.yaml), stored in bfloat16."""
@@ -83,6 +84,7 @@ def test_a_short_comparison_learns(tmp_path):
     held_out = {"path": str(tmp_path / "corpus" / "held_out.jsonl"), "max_length": 128}
     experiment["evaluation"] |= {"data": held_out, "documents": 120}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    warm()
     rows = compare(tmp_path / "experiment.yaml")["methods"]
     assert rows["base"]["think_sampled"][0] < 0.6
     for name in ("rlp", "rpt"):
