@@ -38,13 +38,13 @@ class Service:
                 if httpx.get(f"{self.url}/health").status_code == 200:
                     return
             except httpx.TransportError:
-                if time.monotonic() > end or not self.process.is_alive():
+                if time.monotonic() > end or self.process.poll() is not None:
                     raise RuntimeError(self.log.read_text()[-2000:]) from None
                 time.sleep(0.3)
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.join(30)
+        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")

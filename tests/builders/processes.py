@@ -46,13 +46,32 @@ def alone() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launched}
 
 
+class Forked:
+    """A process with the methods of `subprocess.Popen`."""
+
+    def __init__(self, process: Any):
+        self._process = process
+        process.start()
+        self.pid: int = process.pid
+        self.terminate, self.kill = process.terminate, process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+        return self._process.exitcode
+
+
 def start(
     words: Sequence[str],
     out: Path,
     err: Path | None = None,
     folder: Path = ROOT,
     environment: Mapping[str, str] | None = None,
-) -> Any:
+) -> Forked:
     """`python WORDS` in the background, where WORDS are a script, -m MODULE or -c CODE, and their arguments.
 
     Its output is appended to the files `out` and `err`. `environment` is the whole of it, as for subprocess.
@@ -60,9 +79,7 @@ def start(
     """
     warm()
     given = (list(map(str, words)), out, err or out, folder, dict(environment or alone()))
-    process = PROCESSES.Process(target=_command, args=given, daemon=True)
-    process.start()
-    return process
+    return Forked(PROCESSES.Process(target=_command, args=given, daemon=True))
 
 
 def python(
@@ -94,19 +111,19 @@ def ranks(
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if joined else {}
             processes.append(start(words, out, err, folder, environment | own))
         _wait(processes, words, timeout)
-        codes = [process.exitcode for process in processes]
+        codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]
         texts = [file.read_text(errors="replace") if file.exists() else "" for file in (out, err)]
     return subprocess.CompletedProcess(list(words), failed[0] if failed else 0, *texts)
 
 
-def _wait(processes: list[Any], words: Sequence[str], timeout: float) -> None:
+def _wait(processes: list[Forked], words: Sequence[str], timeout: float) -> None:
     """Until all have ended; a rank that fails leaves the others ten seconds. None runs afterwards."""
     end = time.monotonic() + timeout
     failed = False
     try:
-        while any(process.is_alive() for process in processes):
-            if not failed and any(process.exitcode for process in processes):
+        while any(process.poll() is None for process in processes):
+            if not failed and any(process.poll() for process in processes):
                 failed, end = True, time.monotonic() + 10
             if time.monotonic() > end:
                 if failed:
@@ -116,7 +133,7 @@ def _wait(processes: list[Any], words: Sequence[str], timeout: float) -> None:
     finally:
         for process in processes:
             process.kill()
-            process.join()
+            process.wait()
 
 
 def _command(words: list[str], out: Path, err: Path, folder: Path, environment: dict[str, str]) -> None:

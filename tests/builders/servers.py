@@ -10,9 +10,8 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
-from tests.builders.processes import alone, free_port, start
+from tests.builders.processes import Forked, alone, free_port, start
 
 
 class VLLMServer:
@@ -21,7 +20,7 @@ class VLLMServer:
     def __init__(self, model: Path, log: Path, port: int | None = None):
         self.model, self.log, self.port = model, log, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.process: Any = None
+        self.process: Forked | None = None
 
     def start(self) -> VLLMServer:
         command = [
@@ -64,7 +63,7 @@ class VLLMServer:
     def ready(self, timeout: float = 180.0) -> VLLMServer:
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            assert self.process is not None and self.process.is_alive(), self.log.read_text()[-3000:]
+            assert self.process is not None and self.process.poll() is None, self.log.read_text()[-3000:]
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
                     return self
@@ -78,7 +77,7 @@ class VLLMServer:
             with contextlib.suppress(ProcessLookupError):  # it ended, or has no session yet
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
-            self.process.join()
+            self.process.wait()
             self.process = None
 
 
