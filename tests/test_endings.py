@@ -228,7 +228,7 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(values, tmp_path, m
         model.generation_config.num_return_sequences = 3  # no setting that could be dropped
         return model, tokenizer, added
 
-    monkeypatch.setattr(models, "load", refused)
+    monkeypatch.setattr(models, "load_with_tokenizer", refused)
     with pytest.raises(ConfigError, match="could not be saved at the end.*num_return_sequences"):
         Run(build(values), None)
     assert not list(Path(values["output_dir"]).iterdir())
@@ -468,7 +468,7 @@ def test_folders_that_cannot_be_written_are_refused_before_any_work(
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded first")
 
-    monkeypatch.setattr(models, "load", never)
+    monkeypatch.setattr(models, "load_with_tokenizer", never)
     monkeypatch.setattr(models, "load_model", never)
     (tmp_path / "file").touch()
     bad, base, docs = str(tmp_path / "file" / "x"), str(corpus / "base"), str(corpus / "held_out.jsonl")

