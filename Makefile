@@ -27,7 +27,7 @@ demo:  ## the whole path on a controlled corpus, with controls: one table, runs/
 
 test:  ## all tests (ARGS="-k name" for some, WORKERS=0 in one process)
 	@bash scripts/setup.sh test-cpu
-	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check:  ## ruff (rules and format), pyright, the architecture test
 	@bash scripts/setup.sh test-cpu

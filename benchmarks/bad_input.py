@@ -192,8 +192,7 @@ class Serving:
             "64",
             *options,
         ]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.process = self.start(command)
         end = time.monotonic() + 180
         while True:
             try:
@@ -204,6 +203,11 @@ class Serving:
                     raise RuntimeError(self.log.read_text()[-3000:]) from None
                 time.sleep(0.3)
         self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """The process of a command."""
+        with self.log.open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
 
     def send(self, case: Case) -> httpx.Response:
         what = {"content": case.body} if isinstance(case.body, bytes) else {"json": case.body}

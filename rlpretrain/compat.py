@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -263,6 +264,7 @@ def trainer_of(log_metric: object) -> Any:
     return owner if isinstance(owner, Trainer) else None
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Python's and every relevant library's version."""
     found = {"python": platform.python_version()}

@@ -114,8 +114,12 @@ class VLLMEngine:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         self.settings = settings | (options or {})
         self._guest = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with torch.random.fork_rng(devices=[]):  # vLLM seeds the process it runs in
-            self.llm: Any = vllm.LLM(**self.settings)
+        set_num_threads = torch.set_num_threads
+        try:
+            with torch.random.fork_rng(devices=[]):  # vLLM seeds the process it runs in
+                self.llm: Any = vllm.LLM(**self.settings)
+        finally:  # vLLM's CPU worker has made it do nothing: the driver's thread would have another number
+            torch.set_num_threads = set_num_threads
         config = self.llm.llm_engine.vllm_config
         self.block_size: int = config.cache_config.block_size
         self.max_model_len: int = config.model_config.max_model_len

@@ -16,16 +16,38 @@ from tests.builders.configs import tiny_values
 from tests.builders.tiny import tiny_model
 
 torch.set_num_threads(1)
-os.environ.setdefault(
-    "RAY_worker_niceness", "0"
-)  # with Ray's 15 its workers starve where other tests keep all cores busy
+# with Ray's niceness of 15 its workers starve where other tests keep all cores busy
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+LONGEST = (
+    "test_learning.py",
+    "test_trl_async.py",
+    "test_compare.py",
+    "test_engines.py",
+    "test_adapters.py",
+    "test_vllm_server.py",
+    "test_trl_trainer.py",
+    "test_ray_pool.py",
+    "test_tutorial.py",
+    "test_service.py",
+    "test_faults.py",
+    "test_trl_vllm.py",
+    "test_trl_cli.py",
+    "test_trl_settings.py",
+    "test_readiness.py",
+    "test_checkpoint.py",
+)
+"""The files that take longest. They run first, so that at the end no worker waits long for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dial corpus of a few hundred documents, with `base/`: a random Qwen3 of its vocabulary, as a
-    checkpoint.
-    """
+    """A dial corpus of 200 documents, with `base/`, the checkpoint of a random Qwen3 of its vocabulary."""
     folder = tmp_path_factory.mktemp("dial")
     dial.write(folder, base=200, train=200, held_out=48)
     model = tiny_model("qwen3", vocab_size=len(dial.WORDS), seed=3)
@@ -36,15 +58,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def values(corpus: Path, tmp_path: Path) -> dict[str, Any]:
-    """A complete small RLP configuration as plain values; tests change what they are about."""
+    """A complete small RLP configuration as plain values; each test changes what it is about."""
     return tiny_values(corpus, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of `tiny_values` that ended after 6 steps, with checkpoints 2, 4 and 6. Copy it
-    to change it.
-    """
+    """The folder of a finished run of 6 steps, with checkpoints 2, 4 and 6. Copy it to change it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = {"max_steps": 6, "checkpoint": {"every": 2, "keep": 3}}
     Pretrainer(build(tiny_values(corpus, folder) | changes)).train()

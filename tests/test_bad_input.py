@@ -9,8 +9,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from rlpretrain.rollouts import drawing
 from rlpretrain.training import checkpoint
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
+from tests.builders.processes import python
 from tests.builders.runs import merged, same, trained
 from tests.builders.tiny import tiny_model, word_tokenizer
 
@@ -404,8 +403,7 @@ Pretrainer(build(json.loads(sys.argv[1]))).train()
 
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_last_good_one(values, tmp_path):
     long = {"max_steps": 4, "checkpoint__every": 2}
-    command = [sys.executable, "-c", KILLED, json.dumps(merged(values, **long))]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=280)
+    done = python("-c", KILLED, json.dumps(merged(values, **long)))
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     folder = Path(values["output_dir"])
     assert (

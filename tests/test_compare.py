@@ -22,6 +22,7 @@ from rlpretrain.evaluation.intervals import interval
 from rlpretrain.experiments.compare import compare, differences, table, to_evaluate
 from rlpretrain.experiments.experiment import Job, laid_over, load_experiment
 from tests.builders.configs import tiny_values
+from tests.builders.processes import warm
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
@@ -54,6 +55,7 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A comparison that ran to its end, and its results. Copy the folder to change it."""
+    warm()
     folder = tmp_path_factory.mktemp("compare")
     file = written(folder, corpus)
     return file, compare(file)

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain import cli
 from rlpretrain.corpora import dial
-from tests.builders.runs import ROOT, alone
+from tests.builders.processes import ROOT, start
 from tests.builders.servers import free_port
 from tests.builders.tiny import tiny_model, word_tokenizer
 
@@ -32,9 +30,8 @@ class Service:
 
     def __init__(self, folder: Path, words: list[str], port: int):
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "service.log"
-        with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "rlpretrain.cli", *words, "--engine", "hf", "--port", str(port)]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=alone(), cwd=ROOT)
+        command = ["-m", "rlpretrain.cli", *words, "--engine", "hf", "--port", str(port)]
+        self.process = start(command, self.log)
         end = time.monotonic() + 250
         while True:
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,7 +29,8 @@ from rlpretrain.training.run import Run
 from rollout.folders import MARK, begin_folder, finish_folder, remove_folder
 from rollout.store import Store
 from rollout.weights import write_adapter, write_weights
-from tests.builders.runs import ROOT, alone, merged, same, weights
+from tests.builders.processes import ROOT, alone, python
+from tests.builders.runs import merged, same, weights
 
 LONG = {"checkpoint__every": 2, "checkpoint__keep": 2}
 
@@ -228,7 +228,7 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(values, tmp_path, m
         model.generation_config.num_return_sequences = 3  # no setting that could be dropped
         return model, tokenizer, added
 
-    monkeypatch.setattr(models, "load", refused)
+    monkeypatch.setattr(models, "load_with_tokenizer", refused)
     with pytest.raises(ConfigError, match="could not be saved at the end.*num_return_sequences"):
         Run(build(values), None)
     assert not list(Path(values["output_dir"]).iterdir())
@@ -355,15 +355,17 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(values, tmp_path, mo
 
 
 SCRIPT = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 from rlpretrain import cli
 from rlpretrain.training.run import Run
 begin, mode = Run.__init__, sys.argv[1]
+if mode == "small files":  # no file may grow over 40 kB: what a full disk looks like to whoever writes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 def patched(self, *args):
     begin(self, *args)
     take = self.next_batch
     def spy():
-        if self.step == 1 and (mode != "one rank" or self.ranks.rank == 1):
+        if self.step == 1 and (mode in ("once", "twice") or mode == "one rank" and self.ranks.rank == 1):
             os.kill(os.getpid(), signal.SIGINT)
             if mode == "twice":
                 time.sleep(2.1)
@@ -375,16 +377,16 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-def command(
-    tmp_path: Path, values: dict, mode: str, *launcher: str, **settings
-) -> subprocess.CompletedProcess:
+def command(tmp_path: Path, values: dict, mode: str, *launcher: str) -> subprocess.CompletedProcess:
+    """`rlpretrain train` with SCRIPT's changes, by `launcher` in interpreters of their own."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    words = [sys.executable, *launcher, str(tmp_path / "script.py"), mode, "train", str(tmp_path / "c.yaml")]
+    words = [str(tmp_path / "script.py"), mode, "train", str(tmp_path / "c.yaml")]
     environment = alone() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path, **settings
-    )
+    if not launcher:
+        return python(*words, folder=tmp_path, environment=environment)
+    words = [sys.executable, *launcher, *words]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
 
 
 def test_the_command_line_says_how_to_go_on_in_one_line(values, tmp_path):
@@ -419,13 +421,8 @@ def test_a_signal_to_one_rank_ends_both_behind_the_same_step(values, tmp_path):
 # 15.25: full disks, folders that cannot be written
 
 
-def small_files() -> None:
-    """No file may grow over 40 kB: what a full disk looks like to whoever writes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-
 def test_a_full_disk_is_named_and_the_last_checkpoint_stands(values, tmp_path):
-    done = command(tmp_path, merged(values, max_steps=3, checkpoint__every=2), "none", preexec_fn=small_files)
+    done = command(tmp_path, merged(values, max_steps=3, checkpoint__every=2), "small files")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlpretrain:")]
     assert (
@@ -452,8 +449,7 @@ except CannotWrite as error:
     assert error.__suppress_context__
     print(error)
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = python("-c", code)
     assert (
         done.stdout.startswith(f"cannot write {tmp_path / 'x'}: ") and "GiB are free there" in done.stdout
     ), done.stderr
@@ -472,7 +468,7 @@ def test_folders_that_cannot_be_written_are_refused_before_any_work(
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded first")
 
-    monkeypatch.setattr(models, "load", never)
+    monkeypatch.setattr(models, "load_with_tokenizer", never)
     monkeypatch.setattr(models, "load_model", never)
     (tmp_path / "file").touch()
     bad, base, docs = str(tmp_path / "file" / "x"), str(corpus / "base"), str(corpus / "held_out.jsonl")

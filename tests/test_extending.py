@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from rlpretrain.training.losses import TERMS, make_losses
 from rlpretrain.training.optim import make_schedule
 from rollout.store import Store
 from tests.builders.learning import BASE
-from tests.builders.runs import ROOT, same, trained
+from tests.builders.processes import ROOT, python
+from tests.builders.runs import same, trained
 
 TEXT = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)```", TEXT, re.S | re.M))
@@ -38,9 +37,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_page_trains_as_printed(folder):
-    command = [str(Path(sys.executable).parent / "rlpretrain"), "train", "mine.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    command = Path(sys.executable).parent / "rlpretrain"
+    done = python(str(command), "train", "mine.yaml", folder=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (folder / "mine" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 20

@@ -19,6 +19,7 @@ from rlpretrain.experiments.compare import compare
 from rlpretrain.models import load_model, load_tokenizer
 from rlpretrain.objectives import load_objective
 from tests.builders.learning import BASE
+from tests.builders.processes import warm
 
 FAMILY_BASE = BASE.parent / "family_base"
 """The base of `examples/dial_family` (base.yaml), stored in bfloat16."""
@@ -28,7 +29,7 @@ FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"
 @pytest.mark.slow
 def test_rlp_makes_thinking_pay(tmp_path):
     dial.write(tmp_path, base=10, train=2000, held_out=160, held_out_depths=(1, 2, 3, 4))
-    values = yaml.safe_load_objective((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
+    values = yaml.safe_load((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
     values |= {
         "model": str(BASE),
         "data": {"path": str(tmp_path / "train.jsonl"), "max_length": 128},
@@ -64,7 +65,7 @@ def test_a_short_comparison_learns(tmp_path):
     its compute does not.
     """
     dial_family.write(tmp_path / "corpus", base=1, train=2000, held_out=120, held_out_depths=(1, 2, 3, 4))
-    experiment = yaml.safe_load_objective((FAMILY / "compare.yaml").read_text())
+    experiment = yaml.safe_load((FAMILY / "compare.yaml").read_text())
     methods = {name: experiment["methods"][name] for name in ("rlp", "rpt", "ntp_flops")}
     for method in methods.values():
         method["config"] = str(FAMILY / method["config"])
@@ -83,6 +84,7 @@ def test_a_short_comparison_learns(tmp_path):
     held_out = {"path": str(tmp_path / "corpus" / "held_out.jsonl"), "max_length": 128}
     experiment["evaluation"] |= {"data": held_out, "documents": 120}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    warm()
     rows = compare(tmp_path / "experiment.yaml")["methods"]
     assert rows["base"]["think_sampled"][0] < 0.6
     for name in ("rlp", "rpt"):

@@ -5,7 +5,6 @@ objectives; prompt datasets.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -320,11 +319,12 @@ def test_bad_settings(base, corpus, tmp_path):
         reward([row["prompt"]], [[7]], **{n: [row[n]] for n in COLUMNS[1:]})
 
 
-def test_a_missing_trl_says_how_to_get_it():
-    code = (
-        "import sys; sys.modules['trl'] = None\n"
-        "import rlpretrain.trl\n"
-        "try:\n    rlpretrain.trl.RLPTrainer\nexcept ImportError as e:\n    print(e)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert 'pip install "rlpretrain[trl]"' in done.stdout, done.stderr[-2000:]
+def test_a_missing_trl_says_how_to_get_it(monkeypatch):
+    import rlpretrain.trl
+
+    for name in {"trl", *(name for name in sys.modules if name.startswith("trl."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "rlpretrain.trl.trainer", raising=False)
+    monkeypatch.delattr(rlpretrain.trl, "trainer", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "rlpretrain\[trl\]"'):
+        rlpretrain.trl.RLPTrainer  # noqa: B018

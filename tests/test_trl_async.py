@@ -10,8 +10,6 @@ import asyncio
 import inspect
 import itertools
 import json
-import os
-import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -32,7 +30,7 @@ from rlpretrain.trl.async_rollout import AsyncRollouts
 from rollout.hf import HFEngine
 from tests.builders.engines import SHAPE
 from tests.builders.learning import BASE
-from tests.builders.runs import ROOT
+from tests.builders.processes import alone, ranks
 from tests.builders.tiny import tiny_model, word_tokenizer
 from tests.builders.trl import AFTER, by_hand
 from tests.builders.trl_trainer import Gradient
@@ -372,10 +370,8 @@ def test_thinking_comes_to_pay(tmp_path):
 @pytest.mark.slow
 def test_two_processes(corpus, tmp_path):
     """The first one's thoughts are spread over both, which make the same step; the second needs no engine."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, "-m", "tests.scripts.trl_async_ranks", str(corpus), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    words = ["-m", "tests.scripts.trl_async_ranks", str(corpus), str(tmp_path)]
+    done = ranks(2, *words, environment=alone() | {"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-6000:]
     first, second = (json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2))
     assert first["calls"] == 8 and first["drawn"] == 32 and second["calls"] == second["drawn"] == 0

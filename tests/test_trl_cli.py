@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import rlpretrain.trl
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.trl import InformationGainReward, to_prompt_dataset
-from tests.builders.runs import alone
+from tests.builders.processes import python
 
 trl = pytest.importorskip("trl")
 AFTER = "positions: after, marker: shows"
@@ -162,16 +159,7 @@ def test_the_command_line_logs_the_gain(corpus, tmp_path):
     }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     rewards = ["--reward_funcs", "rlpretrain.trl.information_gain_reward", "my_rewards.reward"]
-    env = alone()
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "trl.cli.main", "grpo", *words, *rewards],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=tmp_path,
-        env=env,
-    )
+    done = python("-m", "trl.cli.main", "grpo", *words, *rewards, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
     history = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]

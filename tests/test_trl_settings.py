@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward, ObjectiveReward
 from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
-from tests.builders.runs import ROOT
+from tests.builders.processes import alone, ranks
 from tests.builders.tiny import tiny_model, word_tokenizer
 from tests.builders.trl import AFTER, Kept, by_hand, settings
 from tests.builders.trl_trainer import ONE, Gradient, close, native, rows, stored
@@ -253,19 +250,8 @@ def test_rows_that_share_a_prompt_keep_their_targets(corpus, tmp_path):
 @pytest.mark.slow
 def test_ranks_score_again_together(corpus, tmp_path):
     """Scoring is a matter of all ranks: one that has to do it again does not do it alone."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "tests.scripts.trl_shared_prompts",
-        str(corpus),
-        str(tmp_path),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    words = ["-m", "tests.scripts.trl_shared_prompts", str(corpus), str(tmp_path)]
+    done = ranks(2, *words, environment=alone() | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2)]
     assert all(record["calls"] == 2 and record["worst"] < 1e-5 for record in found)

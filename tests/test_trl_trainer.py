@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +20,7 @@ from rlpretrain.trl import InformationGainReward
 from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine
 from tests.builders.engines import SHAPE
-from tests.builders.runs import ROOT
+from tests.builders.processes import alone, ranks
 from tests.builders.tiny import tiny_model
 from tests.builders.trl import AFTER, Kept, by_hand, settings
 
@@ -200,30 +197,19 @@ def test_the_seams_of_trl_are_there(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (1, 2), (1, 3)])
-def test_in_several_processes_and_with_zero(corpus, tmp_path, ranks, stage):
+@pytest.mark.parametrize(("number", "stage"), [(2, 0), (1, 2), (1, 3)])
+def test_in_several_processes_and_with_zero(corpus, tmp_path, number, stage):
     """Every rank's rewards are those of the whole live model; the log has the mean of all ranks.
 
     ZeRO runs in one process: transformers counts one rank where DeepSpeed runs on CPUs, and refuses the batch
     size of two.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "tests.scripts.trl_ranks",
-        str(corpus),
-        str(tmp_path),
-        str(stage),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    words = ["-m", "tests.scripts.trl_ranks", str(corpus), str(tmp_path), str(stage)]
+    environment = alone() | {"DS_ACCELERATOR": "cpu"}
     environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if stage else {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = ranks(number, *words, environment=environment)
     assert done.returncode == 0, done.stderr[-6000:]
-    found = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(ranks)]
+    found = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(number)]
     for record in found:
         assert record["calls"] == 2 and record["worst"] < 1e-4
     for step, log in enumerate(found[0]["logs"]):

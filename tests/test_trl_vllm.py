@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from rlpretrain import compat
 from rlpretrain.corpora import dial
 from tests.builders.engines import SHAPE
-from tests.builders.runs import ROOT, alone
+from tests.builders.processes import alone, ranks
 from tests.builders.tiny import tiny_model, word_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -32,13 +30,11 @@ def test_a_script_of_trl_trains_with_its_vllm(corpus, tmp_path, kind):
         )
     tiny_model("qwen3", len(tokenizer), **SHAPE).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"] if kind == "zero" else []
-    given = [str(base), str(corpus / "train.jsonl"), str(tmp_path), kind]
-    command = [sys.executable, *launcher, "-m", "tests.scripts.trl_colocate", *given]
-    environment = (
-        alone() | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
+    words = [str(base), str(corpus / "train.jsonl"), str(tmp_path), kind]
+    environment = alone() | ({"ACCELERATE_USE_DEEPSPEED": "true"} if kind == "zero" else {})
+    done = ranks(
+        1, "-m", "tests.scripts.trl_colocate", *words, environment=environment, joined=kind == "zero"
     )
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads((tmp_path / "record.json").read_text())
     assert found["calls"] == len(found["logs"]) == 3 and found["worst"] < 1e-4 and found["close_inside"] == 0

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from rlpretrain.corpora import dial
+from tests.builders.processes import ROOT, alone, python
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)```", TEXT, re.S | re.M))
 COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.M)
 
 
 def ran(command: str, folder: Path) -> str:
-    words = command.split()
-    assert words[0] in ("rlpretrain", "pytest"), command
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / words[0]), *words[1:]],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
+    """What a command of the page prints."""
+    name, *words = command.split()
+    assert name in ("rlpretrain", "pytest"), command
+    script = str(Path(sys.executable).parent / name)
+    done = python(script, *words, folder=folder, environment=alone() | {"COLUMNS": "200"})
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 

@@ -128,7 +128,8 @@ def _each(experiment: Experiment, jobs: Sequence[Job]) -> Iterator[str]:
             (ended,), waiting = ray.wait(waiting)
             yield ray.get(ended)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports torch and transformers once, for all jobs
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(experiment.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         try:
             for future in as_completed([pool.submit(do, job) for job in jobs]):

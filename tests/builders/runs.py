@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,9 @@ from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
-
-ROOT = Path(__file__).parents[2]
+from tests.builders.processes import ROOT as ROOT
+from tests.builders.processes import alone as alone
+from tests.builders.processes import ranks
 
 
 def merged(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -73,28 +71,10 @@ def one_step(
     return run, gradient
 
 
-def alone() -> dict[str, str]:
-    """This process's environment without what a launcher, or a test with DeepSpeed or vLLM before this
-    one, has left in it.
-    """
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in launched}
-
-
-def launch(runs: list[dict], folder: Path, ranks: int = 2) -> None:
+def launch(runs: list[dict], folder: Path, number: int = 2) -> None:
     """Train each of `runs` with this many gloo ranks."""
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps(runs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "tests.scripts.two_ranks",
-        str(jobs),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    environment = alone() | {"DS_ACCELERATOR": "cpu"}
+    done = ranks(number, "-m", "tests.scripts.two_ranks", str(jobs), environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from tests.builders.processes import Forked, alone, free_port, start
 
 
 class VLLMServer:
@@ -26,13 +20,12 @@ class VLLMServer:
     def __init__(self, model: Path, log: Path, port: int | None = None):
         self.model, self.log, self.port = model, log, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
+        self.process: Forked | None = None
 
     def start(self) -> VLLMServer:
         command = [
-            sys.executable,
             "-m",
-            "vllm.entrypoints.openai.api_server",
+            "tests.scripts.vllm_serve",
             "--model",
             str(self.model),
             "--host",
@@ -55,16 +48,16 @@ class VLLMServer:
             "--generation-config",
             "vllm",
             "--no-enable-chunked-prefill",
+            "--distributed-executor-backend",
+            "uni",
         ]
-        environment = os.environ | {
+        environment = alone() | {
             "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine process runs its worker itself
             "OMP_NUM_THREADS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+        self.process = start(command, self.log, environment=environment)
         return self
 
     def ready(self, timeout: float = 180.0) -> VLLMServer:
@@ -81,7 +74,9 @@ class VLLMServer:
     def kill(self) -> None:
         """Like the kernel's out-of-memory killer: the server and its engine process, at once."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended, or has no session yet
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
             self.process = None
 

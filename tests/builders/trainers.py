@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import threading
@@ -19,11 +18,7 @@ import yaml
 from rlpretrain.training import checkpoint
 from rollout.store import Store
 from rollout.types import FinishReason, Group
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["rlpretrain.training.run", "rlpretrain.cli"]
-)  # trainers start with everything imported
+from tests.builders.processes import PROCESSES, warm
 
 
 class Trainer:
@@ -46,6 +41,7 @@ class Trainer:
     def start(self, *words: str) -> None:
         """Start it, or start it again."""
         words = ("train", str(self.folder / "config.yaml"), *words)
+        warm()
         self.process = PROCESSES.Process(
             target=command_line, args=(words, self.folder / "log.txt"), daemon=True
         )

@@ -50,7 +50,7 @@ def test_equals_leave_one_out_and_the_scaled_difference_from_the_mean(rewards: l
     assert advantage.sum().item() == pytest.approx(0, abs=1e-10)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(groups(), logps(-127.0))
 def test_a_baseline_shared_by_the_group_leaves_no_bit_behind(rewards: list[float], baseline: float) -> None:
     """Pitfall 4, invariant 2: with the baseline and without it, the advantages agree in every bit of

@@ -41,33 +41,37 @@ def model(tmp_path_factory):
     return model
 
 
+def started(model, kind: str = "hf", num_engines: int = 2, **settings) -> RayEngine:
+    pool = RayEngine(
+        kind,
+        {"model": str(model.folder), **settings},
+        num_engines=num_engines,
+        request_timeout=60.0,
+        deadline=90.0,
+    )
+    pool.sync(weights_of(model), 0)
+    return pool
+
+
+@pytest.fixture(scope="module")
+def actors(model, cluster) -> Iterator[RayEngine]:
+    """Two actors with the transformers engine, for all tests of this file: each takes seconds to start."""
+    pool = started(model)
+    yield pool
+    pool.close()
+    pool.close()
+
+
 @pytest.fixture
-def make(model, cluster):
-    made = []
-
-    def start(kind="hf", num_engines=2, **settings) -> RayEngine:
-        more = (
-            {"max_model_len": 512, "max_num_seqs": 32, "kv_cache_gib": 0.05} if kind == "vllm_local" else {}
-        )
-        engine = RayEngine(
-            kind,
-            {"model": str(model.folder), **more},
-            num_engines=num_engines,
-            **{"request_timeout": 60.0, "deadline": 90.0} | settings,
-        )
-        made.append(engine)
-        engine.sync(weights_of(model), 0)
-        return engine
-
-    yield start
-    for engine in made:
-        engine.close()
-        engine.close()
+def pool(actors, model) -> RayEngine:
+    """The actors with version 0 of the weights, and its counts at zero."""
+    actors.sync(weights_of(model), 0)
+    actors.counts.clear()
+    return actors
 
 
-def test_a_pool_samples_what_one_engine_would(make, model):
+def test_a_pool_samples_what_one_engine_would(pool, model):
     prompts = prompts_of([12, 3, 20, 9, 33])
-    pool = make()
     assert tokens(sample(pool, prompts)) == tokens(sample(HFEngine(model), prompts))
     move(model)
     assert worst(model, prompts, sample(pool, prompts)) > 1e-2
@@ -79,10 +83,9 @@ def test_a_pool_samples_what_one_engine_would(make, model):
         sample(pool, [Prompt((99,), stop_ids=())])
 
 
-def test_an_actor_that_is_killed_comes_back_with_the_present_weights(make, model):
+def test_an_actor_that_is_killed_comes_back_with_the_present_weights(pool, model):
     import ray
 
-    pool = make()
     move(model)
     pool.sync(weights_of(model), 1)
     prompts = prompts_of([12, 3, 20, 9])
@@ -95,10 +98,10 @@ def test_an_actor_that_is_killed_comes_back_with_the_present_weights(make, model
     assert health["actor_deaths"] >= 1 and health["actors_taken_back"] >= 1
 
 
-def test_an_actor_that_hangs_is_replaced(make, model):
+def test_an_actor_that_hangs_is_replaced(pool, model, monkeypatch):
     import ray
 
-    pool = make(request_timeout=8.0)
+    monkeypatch.setattr(pool, "request_timeout", 8.0)
     prompts = prompts_of([12, 3, 20, 9])
     expected = tokens(sample(pool, prompts))
     os.kill(ray.get(pool.actors[1].info.remote()).pid, signal.SIGSTOP)
@@ -107,10 +110,9 @@ def test_an_actor_that_hangs_is_replaced(make, model):
     assert time.monotonic() - begin < 40 and pool.health()["actor_hangs"] >= 1
 
 
-def test_the_probe_finds_one_stale_actor_of_several(make, model):
+def test_the_probe_finds_one_stale_actor_of_several(pool, model):
     import ray
 
-    pool = make()
     probe, old = Probe(VOCABULARY, pool.block_size, pool.max_model_len), dict(weights_of(model)())
     stale = ray.put({name: tensor.detach().clone() for name, tensor in old.items()})
     move(model)
@@ -121,10 +123,9 @@ def test_the_probe_finds_one_stale_actor_of_several(make, model):
         ask(probe, model, pool, 1)
 
 
-def test_an_actor_that_missed_a_sync_loads_the_weights_before_it_samples(make, model):
+def test_an_actor_that_missed_a_sync_loads_the_weights_before_it_samples(pool, model):
     import ray
 
-    pool = make()
     move(model)
     pool.sync(weights_of(model), 1)
     prompts = prompts_of([12, 3, 20, 9])
@@ -138,8 +139,15 @@ def test_an_actor_that_missed_a_sync_loads_the_weights_before_it_samples(make, m
     assert tokens(sample(other, prompts)) == expected
 
 
-def test_vllm_in_actors(make, model):
-    pool = make("vllm_local", num_engines=1)
+@pytest.fixture
+def vllm_pool(model, cluster) -> Iterator[RayEngine]:
+    pool = started(model, "vllm_local", 1, max_model_len=512, max_num_seqs=32, kv_cache_gib=0.05)
+    yield pool
+    pool.close()
+
+
+def test_vllm_in_actors(vllm_pool, model):
+    pool = vllm_pool
     probe = Probe(VOCABULARY, pool.block_size, pool.max_model_len)
     assert ask(probe, model, pool, 0) <= 1e-4
     for version in (1, 2):
@@ -161,8 +169,8 @@ def test_no_room_is_said(model, cluster):
         RayEngine("hf", {"model": str(model.folder)}, resources={"num_cpus": 99}, deadline=2.0)
 
 
-def test_a_closed_pool_says_so(make):
-    pool = make(num_engines=1)
+def test_a_closed_pool_says_so(pool):
+    """Last in this file: the actors end with it."""
     pool.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
         asyncio.run(pool.sample(prompts_of([4]), PARAMS, 1, [0]))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rlpretrain.cli import main
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
 from rollout.batched import BatchedEngine
+from tests.builders.processes import Forked, start
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.tiny import tiny_model, word_tokenizer
 
@@ -25,7 +26,8 @@ pytest.importorskip("fastapi", reason="needs fastapi: make env LOCK=test-cpu")
 import httpx  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from benchmarks.bad_input import TOKEN, VOCABULARY, Serving, cases, rollout  # noqa: E402
+from benchmarks import bad_input  # noqa: E402
+from benchmarks.bad_input import TOKEN, VOCABULARY, cases, rollout  # noqa: E402
 from rollout.service import Served, create_app  # noqa: E402
 from rollout.vllm_server import VLLMServerEngine  # noqa: E402
 from rollout.weights import write_weights  # noqa: E402
@@ -36,6 +38,13 @@ pytestmark = pytest.mark.slow
 
 
 # a real one, with vLLM
+
+
+class Serving(bad_input.Serving):
+    """`rlpretrain serve` in a forked process."""
+
+    def start(self, command: list[str]) -> Forked:
+        return start(command[1:], self.log)
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,17 @@ def test_a_sync_waits_for_what_is_being_sampled(pair, monkeypatch):
     assert {t.policy_version for t in early} == {5} and {t.policy_version for t in late} == {6}
 
 
+def test_the_number_of_threads_is_this_process_own(pair):
+    """vLLM's CPU worker makes torch.set_num_threads do nothing; its kernels want one number at every call."""
+    _, engine = pair
+    assert engine._driver.run(torch.get_num_threads) == torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    try:
+        assert torch.get_num_threads() == 2 and engine._driver.run(torch.get_num_threads) == 1
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_what_is_given_up_is_aborted(pair):
     _, engine = pair
     (prompt,) = prompts_of([10], stop_ids=())

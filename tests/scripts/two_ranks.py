@@ -1,4 +1,4 @@
-"""Run by tests/builders/runs.py's `launch` under torchrun: several short trainings in one process group,
+"""Run by tests/builders/runs.py's `launch` in each rank: several short trainings in one process group,
 one after the other.
 """
 
