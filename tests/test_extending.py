@@ -48,12 +48,9 @@ def test_the_page_trains_as_printed(folder):
 
 
 def test_documents_of_the_page_train_as_printed(folder):
-    command = [str(Path(sys.executable).parent / "rlpretrain"), "train", "sums.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = str(Path(sys.executable).parent / "rlpretrain")
     for more in ("--dry-run",), ():
-        done = subprocess.run(
-            [*command, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=250
-        )
+        done = python(command, "train", "sums.yaml", *more, folder=folder)
         assert done.returncode == 0, done.stderr[-2000:]
     store, read = Store(folder / "sums" / "rollouts"), dial.tokenizer().decode
     documents = [document for step in store.steps() for document in store.read(step)[1]]

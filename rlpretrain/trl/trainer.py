@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 
 from rewards import leave_one_out
 from rlpretrain.config import ConfigError
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import Objective
+from rlpretrain.trl.next_token import add_next_token_logps, next_token_loss
 from rlpretrain.trl.prompts import check_documents, check_lengths, longest_row, position_of
 from rlpretrain.trl.reward import COLUMNS, ObjectiveReward
 
@@ -192,6 +192,8 @@ class RLPTrainer(GRPOTrainer):
             callbacks=[self.reward.callback, *(callbacks or [])],
             **others,
         )
+        if args.ntp_coef:
+            add_next_token_logps(self.model)
 
     def _prompts(self, dataset: Any, args: RLPConfig, further: bool) -> Any:
         columns = getattr(dataset, "column_names", None) or []
@@ -281,10 +283,9 @@ class RLPTrainer(GRPOTrainer):
         share = inputs["num_document_tokens"] / self.accelerator.num_processes
         if training:  # of one optimizer step
             share = share * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        times = Counter(
-            inputs["documents"]
-        )  # the thoughts of a position come with a document each: it is read once
-        ntp = self._next_token_loss(model, list(times), list(times.values())) / share
+        # Each thought of a position comes with the same document, which is read once.
+        times = Counter(inputs["documents"])
+        ntp = next_token_loss(model, list(times), list(times.values()), self.accelerator.device) / share
         self._metrics["train" if training else "eval"]["ntp/loss"].append(
             self.accelerator.gather(
                 ntp.detach() * (self.current_gradient_accumulation_steps if training else 1)
@@ -293,20 +294,3 @@ class RLPTrainer(GRPOTrainer):
             .item()
         )
         return loss + self.args.ntp_coef * ntp
-
-    def _next_token_loss(
-        self, model: Any, documents: Sequence[Sequence[int]], times: Sequence[int]
-    ) -> Tensor:
-        """Sum of -log p over all predicted tokens, each document as often as `times` says."""
-        device = self.accelerator.device
-        ids = pad_sequence([torch.tensor(d) for d in documents], batch_first=True).to(device)
-        sizes = torch.tensor([len(d) for d in documents], device=device)
-        mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
-        labels = ids.masked_fill(~mask, -100)
-        labels[:, 0] = -100
-        with self.accelerator.autocast():
-            logits = model(input_ids=ids, attention_mask=mask.long()).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
-        )
-        return (losses.sum(1) * torch.tensor(times, device=device)).sum()
