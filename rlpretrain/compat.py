@@ -86,7 +86,7 @@ def fill_vocabulary(tokenizer: Any) -> None:
         return
     by_id = {token["id"]: token["content"] for token in state["added_tokens"]}
     vocabulary.update({by_id.get(i, f"<unused_{i}>"): i for i in holes})
-    tokenizer._tokenizer = type(backend).from_str(json.dumps(state))
+    tokenizer._tokenizer = backend.from_str(json.dumps(state))
 
 
 def head_of(model: nn.Module) -> Head:
