@@ -1,6 +1,4 @@
-"""Rewards of reinforcement pretraining as pure torch maths: log-probabilities, information gain,
-advantages, ratios.
-"""
+"""Rewards of reinforcement pretraining in pure torch: log-probabilities, gains, advantages, ratios."""
 
 from rewards.advantages import batch_normalized, group_normalized, leave_one_out, zero_variance_fraction
 from rewards.controls import (

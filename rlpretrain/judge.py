@@ -1,16 +1,14 @@
-"""A model that says whether a written prediction is a semantic prefix of what really follows (RLPT, arXiv
-2509.19249).
+"""Judge models: is a written prediction a semantic prefix of the true continuation (RLPT, arXiv 2509.19249)?
 
-The prediction comes from a policy that is paid for the verdict, so it is not trusted: it reaches the judge as
-a JSON string, which it cannot end from within, and only a reply that is a verdict and nothing else counts.
-What cannot be judged, for a timeout or a reply that is none, is scored as the configuration says and counted;
-it never stops a step.
+The prediction comes from a policy that is rewarded for the verdict, so it is not trusted. It reaches the
+judge as a JSON string, which it cannot end from within, and a reply counts only if it is a verdict and
+nothing else. A prediction that cannot be judged (a timeout, no verdict in the reply) is scored as the
+configuration says and counted. It never stops a step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import json
 import math
@@ -20,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, plugins
 from rollout.engine import Engine
 from rollout.types import Prompt, SamplingParams
 
@@ -31,18 +29,19 @@ PROMPT = (
     "nothing else. Answer with the line `Score: 1` if it does and `Score: 0` if it does not, "
     "and write nothing more.\n\n{pair}\n"
 )
-"""Asks what the paper's judge is asked, in our words."""
+"""The question of the paper's judge, in our words."""
 CACHED = 200_000
+"""Verdicts that a judge keeps."""
 
 Pair = tuple[str, str]
 """(predicted, reference)."""
 Ask = Callable[[Sequence[str]], Awaitable[list[str | None]]]
-"""Prompts to replies; None where there is no reply."""
+"""From prompts to replies; None for a prompt without a reply."""
 
 
 @dataclass
 class Judge:
-    """Verdicts by a model that `ask` reaches: batched, each distinct pair once, failures counted."""
+    """Collects verdicts of the model behind `ask`: in batches, each distinct pair once, failures counted."""
 
     ask: Ask
     failure: Literal["zero", "leave_out"] = "zero"
@@ -50,40 +49,42 @@ class Judge:
     known: dict[Pair, float] = field(default_factory=dict)
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        """1 or 0 for each pair; for one that could not be judged 0, or NaN (not applicable) under
-        `leave_out`.
+        """Return 1 or 0 for each pair.
+
+        A pair that could not be judged gets 0, or NaN (not applicable) under `leave_out`.
         """
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         self.counts["cached"] += len(pairs) - len(new)
         self.counts["asked"] += len(new)
         replies = await self.ask([prompt_of(*pair) for pair in new]) if new else []
-        fresh = {pair: parse_verdict(reply) for pair, reply in zip(new, replies, strict=True)}
-        self.counts["failed"] += sum(v is None for v in fresh.values())
-        self.known |= {
-            pair: v for pair, v in fresh.items() if v is not None
-        }  # a failure is asked again next time
+        new_verdicts = {}
+        for pair, reply in zip(new, replies, strict=True):
+            verdict = parse_verdict(reply)
+            if verdict is not None:  # after a failure, the pair is asked again next time
+                new_verdicts[pair] = verdict
+        self.counts["failed"] += len(new) - len(new_verdicts)
+        self.known |= new_verdicts
         while len(self.known) > CACHED:
             del self.known[next(iter(self.known))]
         missing = math.nan if self.failure == "leave_out" else 0.0
-        found = {**self.known, **{pair: v for pair, v in fresh.items() if v is not None}}
-        return [found.get(pair, missing) for pair in pairs]
+        verdicts = {**self.known, **new_verdicts}  # a large batch may have pushed out some of its own
+        return [verdicts.get(pair, missing) for pair in pairs]
 
 
 def prompt_of(predicted: str, reference: str) -> str:
-    """The question about one pair."""
-    return PROMPT.replace(
-        "{pair}", json.dumps({"predicted": predicted, "reference": reference}, ensure_ascii=False)
-    )
+    """Return the question about one pair."""
+    pair = json.dumps({"predicted": predicted, "reference": reference}, ensure_ascii=False)
+    return PROMPT.replace("{pair}", pair)
 
 
 def parse_verdict(reply: str | None) -> float | None:
-    """1 or 0 where a reply is a verdict and nothing else; None otherwise.
+    """Return 1 or 0 if a reply is a verdict and nothing else, else None.
 
     >>> parse_verdict(" Score: 1\\n"), parse_verdict("Score: 1, or Score: 0")
     (1.0, None)
     """
-    found = re.fullmatch(r"\s*`?score\s*:\s*([01])`?\.?\s*", reply or "", re.IGNORECASE)
-    return float(found.group(1)) if found else None
+    match = re.fullmatch(r"\s*`?score\s*:\s*([01])`?\.?\s*", reply or "", re.IGNORECASE)
+    return float(match.group(1)) if match else None
 
 
 def endpoint(
@@ -95,11 +96,10 @@ def endpoint(
     concurrency: int = 32,
     retries: int = 3,
 ) -> Ask:
-    """An OpenAI-compatible server (`url` up to and without `/v1`); `key` names the environment variable with
-    its token.
+    """Return a judge on an OpenAI-compatible server; `url` ends before `/v1`.
 
-    Retried with back-off after a timeout, a broken connection, 429 and 5xx. ConfigError where `key` is not
-    set.
+    `key` names the environment variable with the server's token; ConfigError if that variable is not set.
+    Requests are retried with back-off after a timeout, a broken connection, 429 and 5xx.
     """
     import httpx
 
@@ -109,78 +109,70 @@ def endpoint(
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     address = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
 
-    async def one(client: Any, room: asyncio.Semaphore, prompt: str) -> str | None:
+    async def ask_once(client: Any, slots: asyncio.Semaphore, prompt: str) -> str | None:
         body = {
             "model": model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": 16,
         }
-        async with room:
+        async with slots:
             for attempt in range(retries + 1):
                 if attempt:
                     await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
                 try:
-                    answer = await client.post(address, json=body)
+                    response = await client.post(address, json=body)
                 except httpx.HTTPError:
                     continue
-                if answer.status_code == 429 or answer.status_code >= 500:
+                if response.status_code == 429 or response.status_code >= 500:
                     continue
+                if response.status_code != 200:
+                    return None
                 try:
-                    return (
-                        str(answer.json()["choices"][0]["message"]["content"])
-                        if answer.status_code == 200
-                        else None
-                    )
+                    return str(response.json()["choices"][0]["message"]["content"])
                 except (ValueError, KeyError, IndexError, TypeError):
                     return None
         return None
 
     async def ask(prompts: Sequence[str]) -> list[str | None]:
-        room = asyncio.Semaphore(concurrency)
+        slots = asyncio.Semaphore(concurrency)
         async with httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=False) as client:
-            return list(await asyncio.gather(*(one(client, room, prompt) for prompt in prompts)))
+            return list(await asyncio.gather(*(ask_once(client, slots, prompt) for prompt in prompts)))
 
     return ask
 
 
 def by_path(path: str) -> Ask:
-    """The judge that `package.module:function` names: an async function from prompts to replies.
-    ConfigError if there is none.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"objective.judge_function '{path}' cannot be loaded: {error}") from None
-    if not inspect.iscoroutinefunction(found):
+    """Return the async function at `package.module:function`; ConfigError if it cannot be used."""
+    judge = plugins.find(path, "objective.judge_function")
+    if not inspect.iscoroutinefunction(judge):
         raise ConfigError(f"objective.judge_function '{path}' must be an async function (prompts) -> replies")
-    return found
+    return judge
 
 
 def engine_judge(engine: Engine, tokenizer: Any) -> Ask:
-    """The policy itself, or any engine, greedily; its first line is its reply."""
+    """Return a judge that samples one line greedily from an engine, for instance the policy's."""
 
-    async def ask(prompts: Sequence[str]) -> list[str | None]:
-        made = [
-            Prompt(tuple(tokenizer(p + "\nScore:")["input_ids"]), (), stop_strings=("\n",)) for p in prompts
-        ]
+    async def ask(texts: Sequence[str]) -> list[str | None]:
+        prompts = []
+        for text in texts:
+            ids = tuple(tokenizer(text + "\nScore:")["input_ids"])
+            prompts.append(Prompt(ids, (), stop_strings=("\n",)))
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        sampled = await engine.sample(
-            made, SamplingParams(8, temperature=0.0, eos_ids=eos), 1, [0] * len(made)
-        )
+        params = SamplingParams(8, temperature=0.0, eos_ids=eos)
+        sampled = await engine.sample(prompts, params, 1, [0] * len(prompts))
         return ["Score:" + tokenizer.decode(t.token_ids, skip_special_tokens=True) for (t,) in sampled]
 
     return ask
 
 
 def worth_judging(predicted: str, context: str, min_words: int) -> bool:
-    """Whether a prediction says enough, and is not a piece of its context copied out.
+    """Return whether a prediction has at least `min_words` words and is not copied from its context.
 
     >>> context = "Once there was a cat."
     >>> worth_judging("The cat sat down.", context, 3), worth_judging("there was a cat", context, 3)
     (True, False)
     """
     words = re.findall(r"\w+", predicted.lower())
-    before = " ".join(re.findall(r"\w+", context.lower()))
-    return len(words) >= min_words and f" {' '.join(words)} " not in f" {before} "
+    context_words = " ".join(re.findall(r"\w+", context.lower()))
+    return len(words) >= min_words and f" {' '.join(words)} " not in f" {context_words} "

@@ -1,7 +1,6 @@
-"""Modules under the names that they had before they moved into folders: `rlpretrain.loop` is
-`rlpretrain.training.loop`.
+"""Old names of modules that moved into folders: `rlpretrain.loop` is now `rlpretrain.training.loop`.
 
-A script that imports an old name gets the module itself, and a DeprecationWarning that names the new one.
+A script that imports an old name gets the module, with a DeprecationWarning that gives the new name.
 """
 
 from __future__ import annotations
@@ -73,24 +72,24 @@ MOVED = {
     "trunks": "scoring.trunks",
     "writing": "files",
 }
-"""The old name and the new one, both below `rlpretrain`."""
+"""Old name to new name, both relative to `rlpretrain`."""
 
 
 class OldNames(MetaPathFinder, Loader):
-    """Finds the modules of `MOVED`. Python asks it last, so a file that exists is never hidden."""
+    """Finds the modules in `MOVED`. It is the last finder, so it never hides a file that exists."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for an old name, None for every other."""
+        """Return a spec for an old name, None for any other name."""
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == "rlpretrain" and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """None: `exec_module` puts the module of the new name in the place of this one."""
+        """Return None for Python's default: `exec_module` replaces that module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Let the old name mean the module of the new one."""
+        """Import the module under its new name and register it under the old one."""
         old = module.__name__
         new = f"rlpretrain.{MOVED[old.partition('.')[2]]}"
         warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=2)
@@ -98,6 +97,6 @@ class OldNames(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let Python find the old names; once a process."""
+    """Register the finder of old names, once per process."""
     if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
         sys.meta_path.append(OldNames())

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or several started by torchrun, deepspeed or accelerate."""
+"""The processes (ranks) of a run: one, or several started by torchrun, deepspeed or accelerate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from rlpretrain.config import ConfigError
 
 PATIENCE = timedelta(hours=1)
-"""How long ranks wait for each other: longer than any wait for an engine, NCCL's own ten minutes are not."""
+"""How long ranks wait for each other. It must exceed any wait for an engine; NCCL's ten minutes do not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among its peers."""
+    """This process's rank, the number of processes, and its device."""
 
     rank: int = 0
     size: int = 1
@@ -26,65 +26,75 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sums over all ranks, in float64."""
+        """Return element-wise sums over all ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: list[float]) -> list[float]:
-        """Element-wise maxima over all ranks."""
+        """Return element-wise maxima over all ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value)
-        return out
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.size == 1:
             return list(values)
-        t = torch.tensor(
-            values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu"
-        )
-        dist.all_reduce(t, op)
-        return t.tolist()
+        device = self.device if dist.get_backend() == "nccl" else "cpu"
+        reduced = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(reduced, op)
+        return reduced.tolist()
 
 
 def join(device: str = "auto") -> Ranks:
-    """Join the processes that a launcher started (RANK, WORLD_SIZE, MASTER_ADDR, ...), or be alone."""
-    size, rank, local = (
-        int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
-    if device == "auto":
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device '{device}' is none of auto, cpu, cuda, cuda:N") from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{device}': torch {torch.__version__} sees no CUDA device here")
-    if where.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed where it is installed
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
+    """Join the processes that a launcher started (RANK, WORLD_SIZE, MASTER_ADDR, ...), or run as one."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch_device = _resolve_device(device, local_rank)
+    if torch_device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed if it is installed
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE
-        )
-    return Ranks(rank, size, where)
+        dist.init_process_group(_backend(torch_device), rank=rank, world_size=size, timeout=PATIENCE)
+    return Ranks(rank, size, torch_device)
+
+
+def _resolve_device(device: str, local_rank: int) -> torch.device:
+    """Return the torch device of a setting `device`; ConfigError if there is no such device."""
+    if device == "auto":
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch_device = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device '{device}' is not one of auto, cpu, cuda, cuda:N") from None
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}': torch {torch.__version__} finds no CUDA device")
+    return torch_device
+
+
+def _backend(device: torch.device) -> str:
+    """Return the communication backend of torch.distributed for a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def ensure_group(ranks: Ranks) -> None:
-    """A process group even for one process, and a LOCAL_RANK: DeepSpeed wants both."""
+    """Make a process group and set LOCAL_RANK even for a single process: DeepSpeed needs both."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, not in __all__
+        dist.init_process_group(_backend(ranks.device), store=store, rank=0, world_size=1)

@@ -150,11 +150,11 @@ def test_merged_weights_of_somebody_elses_adapters(family, settings):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (peft.LoraConfig(lora_bias=True, target_modules=["q_proj"]), "lora_bias has no place"),
+        (peft.LoraConfig(lora_bias=True, target_modules=["q_proj"]), "lora_bias cannot be merged"),
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "not LoRA"),
         (
             peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-            "that the checkpoint ties",
+            "which the checkpoint ties",
         ),
     ],
     ids=["bias", "IA3", "tied"],

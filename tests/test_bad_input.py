@@ -262,7 +262,7 @@ def test_a_checkpoint_without_some_of_its_weights(values, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("gpu", "is none of auto, cpu, cuda"), ("cuda:0", "sees no CUDA device")]
+    ("device", "said"), [("gpu", "is not one of auto, cpu, cuda"), ("cuda:0", "finds no CUDA device")]
 )
 def test_a_device_that_is_not_there(values, device, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

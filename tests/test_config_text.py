@@ -213,10 +213,10 @@ def test_no_number_is_nan_in_python_either(values):
     "name", ["seed", "max_steps", "sampling.thoughts", "optim.lr", "objective.every", "objective.clip"]
 )
 def test_a_truth_value_is_no_number(file, values, name):
-    with pytest.raises(ConfigError, match=f"'{name}': a number is due, got true"):
+    with pytest.raises(ConfigError, match=f"'{name}': expected a number, got true"):
         parse_section(load_config(file, [f"--{name}", "true"], config_of).objective)
     *section, leaf = name.split(".")
-    with pytest.raises(ConfigError, match=f"'{name}': a number is due, got true"):
+    with pytest.raises(ConfigError, match=f"'{name}': expected a number, got true"):
         changed = values | (
             {section[0]: {**values.get(section[0], {}), leaf: True}} if section else {leaf: True}
         )

@@ -106,7 +106,7 @@ def test_sdpa_drops_the_soft_cap_and_is_not_taken(name, tmp_path, caplog):
         load_model(ModelConfig(path=str(folder), attn_implementation="sdpa"))
     with caplog.at_level("WARNING", "rlpretrain.models.loading"):
         model = load_model(ModelConfig(path=str(folder)))
-    assert "attends by eager" in caplog.text
+    assert "uses eager attention" in caplog.text
     (thought,) = asyncio.run(HFEngine(model).sample([Prompt(tuple(ids), ())], SamplingParams(8), 1, [0]))[0]
     again = logps_of(eager(folder), [*ids, *thought.token_ids])[-8:]
     torch.testing.assert_close(torch.tensor(thought.behaviour_logps), again.detach(), rtol=0, atol=1e-4)

@@ -1,8 +1,7 @@
-"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in
-Python.
+"""The configuration of a run: one dataclass per section, with the same names in YAML, CLI and Python.
 
-`base` has what sections are made with, `inputs`, `engines` and `schema` the sections, `io` reads and checks
-them.
+`base` has the types that sections share, `inputs`, `engines` and `schema` have the sections, and `io` reads
+and checks them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed

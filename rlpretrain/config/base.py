@@ -1,4 +1,4 @@
-"""What every section of the configuration is made with."""
+"""Types and options that all sections of the configuration share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Whole = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What numpy, torch and vLLM all take."""
+"""A seed that numpy, torch and vLLM accept."""
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path, or a hub id; a `~` at its beginning is the user's home folder, since no shell reads a YAML file."""
+"""A path, or a hub id. A leading `~` becomes the user's home folder, since no shell expands it in YAML."""
 
 
 def headed(head: str) -> BeforeValidator:
-    """Let a plain string stand for a section whose `head` field it is."""
+    """Accept a plain string for a section, as the value of its field `head`."""
     return BeforeValidator(lambda value: {head: value} if isinstance(value, str) else value)
 
 
@@ -38,4 +38,4 @@ class Varied:
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says which key, why, and what would do."""
+    """A configuration that cannot be used; the message says which key, why, and what to use instead."""

@@ -27,23 +27,19 @@ class ModelConfig:
     """Precision of the trained weights."""
     attn_implementation: str | None = None
     """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default one that
-    computes the model.
+    computes all of the model's attention.
     """
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless you know the author."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    """Linear layers in four (nf4) or eight bits by bitsandbytes, for adapters on top (QLoRA, arXiv
-    2305.14314).
-    """
+    """Linear layers in four (nf4) or eight bits with bitsandbytes, for QLoRA (arXiv 2305.14314)."""
     from_scratch: bool = False
-    """Take only the configuration of `path` and initialise the weights from the seed: pretraining from
-    nothing.
-    """
+    """Use only the configuration of `path` and initialise the weights from the seed."""
     config_beside: PathText | None = None
-    """Folder, relative to the YAML file, with the model's config.json: what `--dry-run` reads where `path`
-    is on the hub.
+    """Folder with the model's config.json, relative to the YAML file; `--dry-run` reads it if `path` is on
+    the hub.
     """
 
 
@@ -62,8 +58,8 @@ class DataConfig:
     column: str = "text"
     """Column with the text, or with the prompt where `answer_column` is set."""
     answer_column: str | None = None
-    """Column with the answer to the prompt: a document is the two after each other, `positions: answer`
-    think between them.
+    """Column with the answer to the prompt. A document is the prompt and then the answer; with `positions:
+    answer` the thought is between them.
     """
     answer_join: str = "\n"
     """Text between prompt and answer; it belongs to the prompt."""
@@ -74,8 +70,8 @@ class DataConfig:
     append_eos: bool = True
     """End every document with the tokenizer's end-of-text token, if it has one."""
     shuffle: bool = True
-    """Draw a new seeded permutation each epoch. Streams keep their order: a shuffle buffer could not be
-    resumed exactly.
+    """Use a new seeded permutation in each epoch. Streams keep their order, since a shuffle buffer could not
+    be resumed exactly.
     """
     streaming: bool = False
     """Read lazily instead of tokenising everything first."""

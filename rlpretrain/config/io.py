@@ -1,6 +1,4 @@
-"""Reading configurations: YAML, command-line overrides, checks with the nearest name, and what `--fields`
-prints.
-"""
+"""Reading configurations: YAML, command-line overrides, checks, and the output of `--fields`."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -31,50 +29,48 @@ HEADS = {
     "engine": "name",
     "baseline": "name",
 }
-"""Sections that a plain string may stand for, and the field it then is."""
+"""Sections that may be given as a plain string, and the field that the string is."""
 
 
 Find = Callable[[str], type]
-"""The Config class of an objective by its name: `rlpretrain.objectives.config_of`."""
+"""From an objective's name to its Config class: `rlpretrain.objectives.config_of`."""
 
 
 def build(values: Mapping[str, Any], find: Find | None = None) -> PretrainConfig:
-    """A checked PretrainConfig from plain nested values; fields of `model` may stand beside it (DESIGN §6).
+    """Return a checked PretrainConfig from plain nested values.
 
-    With `find`, an objective's text fields that were read from YAML or a command line stay the text that
-    stands there.
+    Fields of `model` may also be given beside it (DESIGN §6). With `find`, text fields of the objective keep
+    the text in the YAML file or on the command line, even where YAML reads it as a number.
     """
     values = dict(values)
     if "objective" in values:
         values["objective"] = section(values["objective"], find)
-    fields_of_model = names.names(ModelConfig)
-    beside = {
-        k: values.pop(k)
-        for k in list(values)
-        if k not in names.names(PretrainConfig) and k in fields_of_model
-    }
+    top_level = names.names(PretrainConfig)
+    model_only = [name for name in names.names(ModelConfig) if name not in top_level]
+    beside = {key: values.pop(key) for key in list(values) if key in model_only}
     if beside:
         model = values.get("model")
-        values["model"] = (
-            dict(model) if isinstance(model, Mapping) else {"path": model} if model else {}
-        ) | beside
+        if not isinstance(model, Mapping):
+            model = {"path": model} if model else {}
+        values["model"] = dict(model) | beside
     return parse(PretrainConfig, values)
 
 
-def section(given: Any, find: Find | None = None) -> Any:
-    """An objective section as it was given, its scalars settled."""
-    given = plain.unwrapped(given)
-    if isinstance(given, str):
-        return str(given)
-    if find is None or not isinstance(given, Mapping):
-        return plain.typed(given)
-    owner = find(str(given.get("name", "rlp")))
-    return plain.settle(owner, given, "objective") | ({"name": str(given["name"])} if "name" in given else {})
+def section(value: Any, find: Find | None = None) -> Any:
+    """Return an objective section with its scalars settled."""
+    value = plain.unwrapped(value)
+    if isinstance(value, str):
+        return str(value)
+    if find is None or not isinstance(value, Mapping):
+        return plain.typed(value)
+    settled = plain.settle(find(str(value.get("name", "rlp"))), value, "objective")
+    return settled | ({"name": str(value["name"])} if "name" in value else {})
 
 
 def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """`values` as an instance of the dataclass `owner`; raises ConfigError with key, reason and the
-    nearest known name.
+    """Return `values` as an instance of the dataclass `owner`.
+
+    Raises ConfigError with the key, the reason, and a hint for unknown keys.
     """
     values = plain.settle(owner, values, where)
     try:
@@ -84,7 +80,7 @@ def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
         for item in error.errors():
             key = ".".join(str(part) for part in (*filter(None, [where]), *item["loc"]))
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                lines.append(f"unknown key '{key}': {_instead(owner, item['loc'])}")
+                lines.append(f"unknown key '{key}': {_hint(owner, item['loc'])}")
             elif item["type"] in ("missing", "missing_argument"):
                 lines.append(f"'{key}' is required")
             else:
@@ -94,42 +90,38 @@ def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
 
 @functools.cache
 def _adapter(owner: type) -> TypeAdapter[Any]:
-    """Pydantic's reader of a dataclass, which takes a while to make."""
+    """Return pydantic's parser of a dataclass, which is slow to make."""
     return TypeAdapter(owner)
 
 
-def _instead(owner: type, place: Sequence[Any]) -> str:
-    """What could be meant by the key at `place`, which is none."""
-    known = names.names(owner_at(owner, place[:-1]))
-    if owner is PretrainConfig and len(place) == 1:
-        known += [
-            name for name in names.names(ModelConfig) if name not in known
-        ]  # they may stand beside `model`
-    return names.hint(str(place[-1]), known, tuple(dotted(owner)))
+def _hint(owner: type, path: Sequence[Any]) -> str:
+    """Return a hint for the unknown key at `path`."""
+    known = names.names(owner_at(owner, path[:-1]))
+    if owner is PretrainConfig and len(path) == 1:  # fields of `model` may be given beside it
+        known += [name for name in names.names(ModelConfig) if name not in known]
+    return names.hint(str(path[-1]), known, tuple(dotted(owner)))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), find: Find | None = None) -> PretrainConfig:
-    """The configuration in a YAML file, with command-line `--section.field value` pairs laid over it; see
-    `build`.
+    """Return the configuration in a YAML file, with command-line overrides (`--section.field value`).
 
-    An error in it names the file, unless it is in what was laid over.
+    `find` is explained in `build`. Errors name the file.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(
             f"no such config file: {file} (it comes first: rlpretrain train CONFIG.yaml --field value)"
         )
-    values = read_mapping(file)
-    laid_over = apply_overrides(values, overrides)
+    values = apply_overrides(read_mapping(file), overrides)
     try:
-        return build(laid_over, find)
+        return build(values, find)
     except ConfigError as error:
-        where = f"{file}, or what was laid over it" if overrides else str(file)
+        where = f"{file}, or in its overrides" if overrides else str(file)
         raise ConfigError(f"{error} (in {where})") from None
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """What a YAML file holds, as `plain.read` gives it; ConfigError if it cannot be read or is no mapping."""
+    """Parse a YAML file with `plain.read`; ConfigError if it cannot be read or is not a mapping."""
     try:
         values = plain.read(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -142,9 +134,10 @@ def read_mapping(file: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`--optim.lr 1e-4 --max_steps=10` laid over nested values; each is read as its field's type wants it.
+    """Set command-line values such as `--optim.lr 1e-4 --max_steps=10` in nested values, in place.
 
-    `--engine.name` chooses another engine: settings in `values` that only the former one has are left out.
+    The values stay `Plain` until the types of their fields are known. `--engine.name` chooses another engine:
+    settings in `values` that only the former one has are left out.
     """
     given = list(_pairs(overrides))
     engine = plain.unwrapped(values.get("engine"))
@@ -152,15 +145,15 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         if isinstance(engine, dict):
             values["engine"] = own_settings(engine | {"name": name})
     for key, text in given:
-        *parents, leaf = key.split(".")
+        *parents, field = key.split(".")
         node = values
         for parent in parents:
-            below = plain.unwrapped(node.get(parent))
-            if not isinstance(below, dict):
-                below = {HEADS.get(parent, "path"): below} if isinstance(below, str) else {}
-            node[parent] = below
-            node = below
-        node[leaf] = plain.given(text)
+            child: Any = plain.unwrapped(node.get(parent))
+            if not isinstance(child, dict):
+                child = {HEADS.get(parent, "path"): child} if isinstance(child, str) else {}
+            node[parent] = child
+            node = child
+        node[field] = plain.given(text)
     return values
 
 
@@ -180,54 +173,60 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested values, as they go to run.json."""
+    """Return plain nested values, as `run.json` has them."""
     return asdict(config)
 
 
-def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(field, default, meaning) of a config dataclass and its parts: what `--help` prints."""
-    rows: list[tuple[str, str, str]] = []
+class FieldRow(NamedTuple):
+    """A field of a configuration, as `--fields` prints it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+def describe(owner: type, prefix: str = "") -> list[FieldRow]:
+    """Return the fields of a config dataclass and of its sections."""
+    rows: list[FieldRow] = []
     for kind in names.kinds(owner):
-        known = {row[0] for row in rows}
-        rows += [row for row in _rows(kind, prefix) if row[0] not in known]
+        known = {row.name for row in rows}
+        rows += [row for row in _rows(kind, prefix) if row.name not in known]
     return rows
 
 
-def _rows(owner: type, prefix: str) -> list[tuple[str, str, str]]:
+def _rows(owner: type, prefix: str) -> list[FieldRow]:
     """`describe` for one class."""
     rows = []
-    documented = (
-        getattr(owner, "__pydantic_fields__", None) or dataclass(config=STRICT)(owner).__pydantic_fields__
-    )
+    documented = getattr(owner, "__pydantic_fields__", None)
+    if not documented:
+        documented = dataclass(config=STRICT)(owner).__pydantic_fields__
     hints, meanings = typing.get_type_hints(owner), _meanings(owner)
-    for f in fields(owner):
-        kind = inner(hints[f.name])
-        text = meanings.get(f.name, "")
-        if is_dataclass(kind):
-            rows.append((f"{prefix}{f.name}", "", text))
-            rows += describe(kind, f"{prefix}{f.name}.")
+    for field in fields(owner):
+        name, meaning = f"{prefix}{field.name}", meanings.get(field.name, "")
+        kind = inner(hints[field.name])
+        if is_dataclass(kind) and isinstance(kind, type):
+            rows.append(FieldRow(name, "", meaning))
+            rows += describe(kind, f"{name}.")
         else:
-            info = documented.get(f.name)
-            default = info.get_default(call_default_factory=True) if info is not None else f.default
-            rows.append(
-                (f"{prefix}{f.name}", "required" if "Undefined" in repr(default) else str(default), text)
-            )
+            info = documented.get(field.name)
+            default = info.get_default(call_default_factory=True) if info is not None else field.default
+            default_text = "required" if "Undefined" in repr(default) else str(default)
+            rows.append(FieldRow(name, default_text, meaning))
     return rows
 
 
 def _meanings(owner: type) -> dict[str, str]:
-    """The sentence under each field in the source, inherited fields included."""
-    found = {}
+    """Return the docstring below each field in the source, inherited fields included."""
+    meanings = {}
     for base in [b for b in reversed(owner.__mro__) if is_dataclass(b)]:
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for line, below in itertools.pairwise(body):
-            if (
-                isinstance(line, ast.AnnAssign)
-                and isinstance(line.target, ast.Name)
-                and isinstance(below, ast.Expr)
-            ):
-                found[line.target.id] = inspect.cleandoc(str(ast.literal_eval(below.value)))
-    return found
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef), "the source of a class is its definition"
+        for statement, below in itertools.pairwise(definition.body):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(below, ast.Expr):
+                continue
+            if isinstance(statement.target, ast.Name):
+                meanings[statement.target.id] = inspect.cleandoc(str(ast.literal_eval(below.value)))
+    return meanings
 
 
 load = load_config  # the name it had before

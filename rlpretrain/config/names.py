@@ -1,6 +1,4 @@
-"""What to say of a name that no field has: the usual names of other libraries, the same name elsewhere,
-the nearest one.
-"""
+"""Hints for unknown field names: names that other libraries use, the same name elsewhere, similar names."""
 
 from __future__ import annotations
 
@@ -80,24 +78,25 @@ ALIASES = {
     "early_stopping_patience": "stop.patience",
     "wandb": "report_to",
 }
-"""What other trainers call our fields."""
+"""From names in other trainers to our fields."""
 
 
 def hint(name: str, known: Sequence[str], everywhere: Sequence[str] = ()) -> str:
-    """What to write instead of `name`, where `known` may stand; `everywhere` are the dotted names of all
-    fields.
+    """Return a hint for an unknown `name`, for the end of a message.
+
+    `known` are the names that are accepted at its place; `everywhere` are the dotted names of all fields.
     """
     if (alias := ALIASES.get(name)) in everywhere:
         return f"here it is '{alias}'"
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean '{near[0]}'?"
-    same = [dotted for dotted in everywhere if dotted.rpartition(".")[2] == name]
+    same = [path for path in everywhere if path.rpartition(".")[2] == name]
     if same:
-        return f"did you mean {' or '.join(repr(dotted) for dotted in same)}?"
-    by_end = {dotted.rpartition(".")[2]: dotted for dotted in reversed(everywhere)}
-    if near := difflib.get_close_matches(name, by_end, n=1):
-        return f"did you mean '{by_end[near[0]]}'?"
+        return f"did you mean {' or '.join(repr(path) for path in same)}?"
+    by_last_part = {path.rpartition(".")[2]: path for path in reversed(everywhere)}
+    if near := difflib.get_close_matches(name, by_last_part, n=1):
+        return f"did you mean '{by_last_part[near[0]]}'?"
     return f"known here: {', '.join(known) or 'no fields'}"
 
 
@@ -133,14 +132,14 @@ def kinds(owner: Any) -> list[type]:
 
 
 def inner(kind: Any) -> Any:
-    """X of `X | None`."""
+    """Return X for `X | None`, and any other type as it is."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(a for a in typing.get_args(kind) if a is not type(None))
+        return next(option for option in typing.get_args(kind) if option is not type(None))
     return kind
 
 
 def owner_at(owner: Any, path: Sequence[Any]) -> Any:
-    """The dataclass of the section at `path`."""
+    """Return the dataclass of the section at `path`."""
     for part in path:
         if typing.get_origin(owner) is dict:
             owner = typing.get_args(owner)[1]

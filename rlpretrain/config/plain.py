@@ -1,8 +1,7 @@
-"""YAML that keeps the text of what it reads as something else, until the field's type says which of the two
-is meant.
+"""YAML values that keep their text until the type of their field is known.
 
-YAML makes a number of `7864e12`, a date of `2024-01-01` and a truth of `yes`. For a field that takes text
-they are text.
+YAML reads `7864e12` as a number, `2024-01-01` as a date and `yes` as a boolean. If the field takes text, they
+are text.
 """
 
 from __future__ import annotations
@@ -24,22 +23,23 @@ NULLS = ("null", "Null", "NULL", "~")
 
 
 class Plain(str):
-    """An unquoted scalar, or a value of the command line: its text, and in `value` what YAML makes of it."""
+    """The text of an unquoted scalar or of a command-line value; `value` is the text as YAML reads it."""
 
     value: Any
 
     @classmethod
     def of(cls, text: str, value: Any) -> Plain:
-        """`text`, which may also be read as `value`; an error as `value` is raised once the text cannot be
-        meant.
+        """Return `text` with its YAML value.
+
+        The value may be a YAML error, which is raised if the field does not take text.
         """
-        found = cls(text)
-        found.value = value
-        return found
+        plain = cls(text)
+        plain.value = value
+        return plain
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with `1e-4` as a number and without dates and clock times, which no field takes."""
+    """YAML 1.1 with `1e-4` as a number, and without dates and clock times, which no field takes."""
 
 
 _KEPT = {
@@ -55,11 +55,11 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    """Null where nothing stands; else the text and its value."""
+    """Return None for an empty scalar, else its text with its value."""
     if not node.value:
         return None
-    made = yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
-    return Plain.of(node.value, node.value if ":" in node.value else made)  # 12:30 is not 750
+    value = yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+    return Plain.of(node.value, node.value if ":" in node.value else value)  # 12:30 is not 750
 
 
 for _tag in _KEPT:
@@ -67,18 +67,17 @@ for _tag in _KEPT:
 
 
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", EXPONENT, list("-+0123456789")
-)  # 1e-4, a word in YAML 1.1
+# In YAML 1.1, 1e-4 is a string.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
 def read(text: str) -> Any:
-    """What a YAML text holds, its scalars `Plain` where they are no text to YAML; raises yaml.YAMLError."""
+    """Parse a YAML text; scalars that are not strings in YAML become `Plain`. Raises yaml.YAMLError."""
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
 def given(text: str) -> Any:
-    """A value of the command line; one in quotes is what stands between them."""
+    """Parse a value of the command line; a value in quotes is a string."""
     try:
         value = read(text)
     except yaml.YAMLError as error:
@@ -90,81 +89,100 @@ def given(text: str) -> Any:
 
 
 def where_and_why(error: yaml.YAMLError) -> str:
-    """A YAML error in a line."""
+    """Return a YAML error in one line."""
     mark = getattr(error, "problem_mark", None)
-    why = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {why}" if mark else why
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
 def typed(value: Any) -> Any:
-    """`value` as YAML reads it, where no type says otherwise."""
+    """Return `value` as YAML reads it, for values without a known type."""
     if isinstance(value, Plain):
         if isinstance(value.value, yaml.YAMLError):
             raise ConfigError(f"'{value}' is not YAML: {where_and_why(value.value)}")
         return typed(value.value)
     if isinstance(value, Mapping):
-        return {typed(key): typed(below) for key, below in value.items()}
+        return {typed(key): typed(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(typed(below) for below in value)
+        return type(value)(typed(item) for item in value)
     return value
 
 
 def settle(kind: Any, value: Any, where: str = "") -> Any:
-    """`value` with each `Plain` as the type `kind` wants it: its text where that takes text, else what YAML
-    makes of it.
+    """Return `value` with every `Plain` read as the type `kind` needs it.
 
-    Raises ConfigError that names the field where a number is due and a truth value, NaN or infinity was
-    given.
+    That is its text if the type takes text, else its YAML value. Raises ConfigError with the field's name
+    for a boolean, NaN or infinity in place of a number.
     """
     options = _options(kind)
-    none = type(None) in options
     if isinstance(value, Plain):
-        if value.value is None and (value in NULLS or none and not value):
+        if _takes_none(options, value):
             return None
-        section = any(is_dataclass(option) for option in options)
-        listed = isinstance(value.value, list) and any(_is(option, tuple, list) for option in options)
-        if section and not isinstance(value.value, dict):
-            return str(value)  # a section given by its head: a path or a name
-        if not section and not listed and any(map(_is_text, options)):
+        if _takes_text(options, value):
             return str(value)
         if isinstance(value.value, yaml.YAMLError):
             raise ConfigError(f"'--{where} {value}' is not YAML: {where_and_why(value.value)}")
         value = value.value
     if isinstance(value, Mapping):
-        return _settled_mapping(options, value, where)
+        return _settle_mapping(options, value, where)
     if isinstance(value, list | tuple):
-        inner = [typing.get_args(option) for option in options if _is(option, tuple, list)]
-        below = inner[0] if inner else (Any,)
-        fixed = len(below) == len(value) and Ellipsis not in below
-        return type(value)(settle(below[i if fixed else 0], v, f"{where}.{i}") for i, v in enumerate(value))
+        return _settle_sequence(options, value, where)
     if not is_dataclass(value):
         _check_number(options, value, where)
     return value
 
 
-def _settled_mapping(options: Sequence[Any], value: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+def _takes_none(options: Sequence[Any], plain: Plain) -> bool:
+    """Return whether a value means None: `null`, or no text for a field that may be None."""
+    return plain.value is None and (plain in NULLS or (type(None) in options and not plain))
+
+
+def _takes_text(options: Sequence[Any], plain: Plain) -> bool:
+    """Return whether a value means its text.
+
+    A section takes text for one of its fields, as `headed` says, but not if the value is a mapping.
+    """
+    if any(is_dataclass(option) for option in options):
+        return not isinstance(plain.value, dict)
+    takes_list = any(_is(option, tuple, list) for option in options)
+    if takes_list and isinstance(plain.value, list):
+        return False
+    return any(map(_is_text, options))
+
+
+def _settle_sequence(options: Sequence[Any], values: list[Any] | tuple[Any, ...], where: str) -> Any:
+    """Settle the items of a list or a tuple, which may have a type for each place."""
+    arguments = [typing.get_args(option) for option in options if _is(option, tuple, list)]
+    kinds = arguments[0] if arguments else (Any,)
+    one_for_each = len(kinds) == len(values) and Ellipsis not in kinds
+    return type(values)(
+        settle(kinds[i if one_for_each else 0], value, f"{where}.{i}") for i, value in enumerate(values)
+    )
+
+
+def _settle_mapping(options: Sequence[Any], values: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """Settle the values of a section or of a dictionary."""
     owner = next((option for option in options if is_dataclass(option)), None)
     if isinstance(owner, type) and issubclass(owner, Varied):
-        owner = owner.variant(value)
+        owner = owner.variant(values)
     hints = _hints(owner) if owner is not None else {}
-    below = next((typing.get_args(option)[1] for option in options if _is(option, dict, Mapping)), Any)
-    dotted = f"{where}." if where else ""
+    default_kind = next((typing.get_args(option)[1] for option in options if _is(option, dict, Mapping)), Any)
+    prefix = f"{where}." if where else ""
     settled = {}
-    for key, item in value.items():
-        kind = hints.get(key, below)
-        settled[str(key)] = unwrapped(item) if _is_later(kind) else settle(kind, item, f"{dotted}{key}")
+    for key, value in values.items():
+        kind = hints.get(key, default_kind)
+        settled[str(key)] = unwrapped(value) if _is_later(kind) else settle(kind, value, f"{prefix}{key}")
     return settled
 
 
 @functools.cache
 def _hints(owner: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields, annotations included."""
     return typing.get_type_hints(owner, include_extras=True)
 
 
 LATER = "settled once its owner is known"
-"""In an annotation: the values of this mapping stay `Plain`, since another type than this field's says
-what they are.
-"""
+"""In an annotation: the values of this mapping stay `Plain`, since another type says what they are."""
 
 
 def _is_later(kind: Any) -> bool:
@@ -172,16 +190,14 @@ def _is_later(kind: Any) -> bool:
 
 
 def unwrapped(value: Any) -> Any:
-    """A mapping that the command line gave as one value, its own values still Plain."""
-    return (
-        value.value
-        if isinstance(value, Plain) and not isinstance(value.value, yaml.YAMLError | float | int)
-        else value
-    )
+    """Return the mapping, list or string that a command-line value holds; its items are still Plain."""
+    if isinstance(value, Plain) and not isinstance(value.value, yaml.YAMLError | float | int):
+        return value.value
+    return value
 
 
 def _options(kind: Any) -> list[Any]:
-    """The types that a value may have, without annotations: of `A | None` both."""
+    """Return the types that a value may have, without annotations: A and B for `A | B`."""
     if typing.get_origin(kind) is typing.Annotated:
         return _options(typing.get_args(kind)[0])
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
@@ -189,8 +205,8 @@ def _options(kind: Any) -> list[Any]:
     return [kind]
 
 
-def _is(kind: Any, *owners: Any) -> bool:
-    return typing.get_origin(kind) in owners
+def _is(kind: Any, *origins: Any) -> bool:
+    return typing.get_origin(kind) in origins
 
 
 def _is_text(kind: Any) -> bool:
@@ -199,15 +215,15 @@ def _is_text(kind: Any) -> bool:
 
 
 def _check_number(options: Sequence[Any], value: Any, where: str) -> None:
-    """No truth value and nothing infinite where a number is due; pydantic would take the first as 0 or 1."""
+    """Refuse booleans, which pydantic would read as 0 or 1, and infinities for fields that take a number."""
     numbers = [option for option in options if option in (int, float)]
     if not numbers or bool in options or any(map(_is_text, options)):
         return
     if isinstance(value, bool):
-        raise ConfigError(f"'{where}': a number is due, got {str(value).lower()}")
+        raise ConfigError(f"'{where}': expected a number, got {str(value).lower()}")
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return  # pydantic says what is wrong with it
+        return  # pydantic reports it
     if not math.isfinite(number):
-        raise ConfigError(f"'{where}': a finite number is due, got {value}")
+        raise ConfigError(f"'{where}': expected a finite number, got {value}")

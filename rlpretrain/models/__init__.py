@@ -1,12 +1,22 @@
-"""What the library knows of a Hugging Face model: loading, saving, adapters, lengths, randomness, kernels,
-operations.
-"""
+"""Hugging Face models: loading, saving, adapters, lengths, randomness, attention kernels, operations."""
 
-from rlpretrain.models.loading import count, load, load_model, load_tokenizer, load_with_tokenizer, reason
+from rlpretrain.models.load_errors import explain_load_error, reason
+from rlpretrain.models.loading import (
+    LoadedModel,
+    count,
+    count_parameters,
+    load,
+    load_model,
+    load_tokenizer,
+    load_with_tokenizer,
+)
 from rlpretrain.models.saving import model_card, push, save_model, save_start, try_saving
 
 __all__ = [
+    "LoadedModel",
     "count",
+    "count_parameters",
+    "explain_load_error",
     "load",
     "load_model",
     "load_tokenizer",

@@ -1,6 +1,4 @@
-"""How long a row may be for a model, and whether the rows of a run fit: asked before anything is sampled
-or trained.
-"""
+"""The longest row that a model takes, and checks that the rows of a run fit, before anything is sampled."""
 
 from __future__ import annotations
 
@@ -15,15 +13,16 @@ _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The longest row that a model computes as it was trained to, and why it is no longer."""
+    """The longest row that a model computes as it was trained to."""
 
     tokens: int
     reason: str
+    """Why longer rows do not work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the settings are called that make rows long: those of a run, or those of a trainer of TRL's."""
+    """Names, for messages, of the settings that make rows long: those of a run, or of TRL's trainers."""
 
     documents: str = "data"
     max_length: str = "data.max_length"
@@ -31,41 +30,42 @@ class Names:
 
 
 def limit_of(model: Any) -> Limit | None:
-    """The limit of a model, or of its configuration; None where it has none (state-space models, ALiBi
-    without a table).
+    """Return the limit of a model or a configuration.
 
-    A model with `longrope` (Phi-3) has two sets of rotary factors and takes the long ones for a whole batch
-    as soon as one of its rows is longer than the original length. A thought that grows past that length is
-    then sampled with one set and scored with the other, and so is every row beside it. No layout repairs
-    this, since a token's probability depends on what follows it: rows stay within the original length, unless
-    both sets are the same.
+    None if it has none (state-space models, ALiBi without a table).
+
+    A model with `longrope` (Phi-3) has two sets of rotary factors. It uses the long factors for a whole batch
+    as soon as one row is longer than the original length. If a thought grows past that length, it and all
+    rows of its batch are sampled with one set and scored with the other. No packing layout avoids this, since
+    a token's probability depends on the tokens after it. So rows must stay within the original length, unless
+    the two sets are equal.
     """
-    text = getattr(model, "config", model).get_text_config()
-    known = [value for name in _NAMES if (value := getattr(text, name, None))]
-    short = _original_length(text)
-    if short is not None and (not known or short < known[0]):
+    config = getattr(model, "config", model).get_text_config()
+    lengths = [length for name in _NAMES if (length := getattr(config, name, None))]
+    original = _original_length(config)
+    if original is not None and (not lengths or original < lengths[0]):
         reason = (
-            f"the model changes its rotary factors for rows over {short} tokens (longrope), for all rows of "
-            "a batch at once, so that rows on both sides cannot be scored together"
+            f"the model changes its rotary factors for rows over {original} tokens (longrope), for a whole "
+            "batch at once, so that shorter and longer rows cannot be scored together"
         )
-        return Limit(short, reason)
-    return Limit(known[0], f"the model has {known[0]} positions") if known else None
+        return Limit(original, reason)
+    return Limit(lengths[0], f"the model has {lengths[0]} positions") if lengths else None
 
 
-def _original_length(text: Any) -> int | None:
-    """The length up to which a longrope model uses its short factors; None where nothing changes with the
-    length.
-    """
-    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    nested = [part for part in parameters.values() if isinstance(part, Mapping)]  # by kind of layer
+def _original_length(config: Any) -> int | None:
+    """Return the length up to which a longrope model uses its short factors; None for other models."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer_type = [section for section in rope.values() if isinstance(section, Mapping)]
     lengths = []
-    for part in nested or [parameters]:
-        kind = part.get("rope_type", part.get("type"))
-        if kind == "longrope" and list(part["short_factor"]) != list(part["long_factor"]):
-            at = part.get("original_max_position_embeddings")
-            lengths.append(
-                at or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
+    for section in by_layer_type or [rope]:
+        rope_type = section.get("rope_type", section.get("type"))
+        if rope_type == "longrope" and list(section["short_factor"]) != list(section["long_factor"]):
+            length = (
+                section.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or config.max_position_embeddings
             )
+            lengths.append(length)
     return min(lengths, default=None)
 
 
@@ -77,39 +77,40 @@ def check_rows(
     *,
     thought_tokens: int | None = None,
 ) -> None:
-    """Raise ConfigError if some row that a document of `longest` tokens can make is longer than the model's
-    limit.
+    """Raise ConfigError if a document of `longest` tokens can make a row that exceeds the model's limit.
 
-    `thought_tokens` is the longest thought; by default the one of the objective's setting.
+    `thought_tokens` is the longest thought; by default that of the objective's settings.
     """
-    names, need = names or Names(), objective.window(longest, thought_tokens)
+    names = names or Names()
+    longest_row = objective.window(longest, thought_tokens).row
     proxy = getattr(objective, "proxy", None)
-    reads = limit_of(proxy.model) if proxy is not None else None
-    if reads is not None and longest > reads.tokens:
+    proxy_limit = limit_of(proxy.model) if proxy is not None else None
+    if proxy_limit is not None and longest > proxy_limit.tokens:
         raise ConfigError(
-            f"objective.proxy reads whole documents, and {reads.reason}, but a document of {names.documents} "
-            f"has {longest} tokens: set {names.max_length} to at most {reads.tokens}, or take another proxy"
+            f"objective.proxy reads whole documents, and {proxy_limit.reason}, but a document of "
+            f"{names.documents} has {longest} tokens: set {names.max_length} to at most "
+            f"{proxy_limit.tokens}, or take another proxy"
         )
-    if limit is None or need.row <= limit.tokens:
+    if limit is None or longest_row <= limit.tokens:
         return
-    room = longest - (need.row - limit.tokens)
-    said = f"{limit.reason}, but a document of {names.documents} with {longest} tokens"
+    longest_document = longest - (longest_row - limit.tokens)
+    problem = f"{limit.reason}, but a document of {names.documents} with {longest} tokens"
     if not objective.has_positions:
-        raise ConfigError(f"{said} is longer: set {names.max_length} to at most {limit.tokens}")
-    if room < objective.min_length:
+        raise ConfigError(f"{problem} is longer: set {names.max_length} to at most {limit.tokens}")
+    if longest_document < objective.min_length:
         remedy = f"lower {names.max_thought_tokens}: it leaves no room for a document"
     else:
-        remedy = f"set {names.max_length} to at most {room}, or lower {names.max_thought_tokens}"
+        remedy = f"set {names.max_length} to at most {longest_document}, or lower {names.max_thought_tokens}"
     raise ConfigError(
-        f"{said} makes rows of up to {need.row}, with its template, thought, close tag and target: {remedy}"
+        f"{problem} makes rows of up to {longest_row}, with its template, thought, close tag and target: "
+        f"{remedy}"
     )
 
 
 def check_run(model: Any, objective: Any, stream: Any, others: Any, held_out: Sequence[Any] | None) -> None:
-    """What a run can know of lengths once its data is read: ConfigError for documents that do not fit the
-    model.
+    """Raise ConfigError if documents of a run do not fit the model.
 
-    `stream` has the training documents and `others` those of `ntp_data`; None where there are none.
+    `stream` has the training documents and `others` those of `ntp_data`; None if there are none.
     """
     limit = limit_of(model)
     if stream is not None:
@@ -123,15 +124,16 @@ def check_run(model: Any, objective: Any, stream: Any, others: Any, held_out: Se
         check_rows(objective, max(len(d.token_ids) for d in held_out), limit, Names("eval.data"))
 
 
-def check_engine(objective: Any, longest: int, most: int | None, names: Names | None = None) -> None:
-    """Raise ConfigError if some prompt with its thought, and what is said after it, is longer than an
-    engine takes (`most`).
-    """
-    if most is None or not objective.has_positions or (need := objective.window(longest).sampled) <= most:
+def check_engine(objective: Any, longest: int, max_tokens: int | None, names: Names | None = None) -> None:
+    """Raise ConfigError if a prompt and all that is sampled after it can exceed the engine's `max_tokens`."""
+    if max_tokens is None or not objective.has_positions:
+        return
+    sampled = objective.window(longest).sampled
+    if sampled <= max_tokens:
         return
     names = names or Names()
     raise ConfigError(
-        f"the engine takes {most} tokens (max_model_len), but a document of {names.documents} with {longest} "
-        f"tokens makes prompts that reach {need} with their thoughts: raise the engine's max_model_len, or "
-        f"lower {names.max_length} or {names.max_thought_tokens}"
+        f"the engine takes {max_tokens} tokens (max_model_len), but a document of {names.documents} with "
+        f"{longest} tokens makes prompts that reach {sampled} with their thoughts: raise the engine's "
+        f"max_model_len, or lower {names.max_length} or {names.max_thought_tokens}"
     )

@@ -1,4 +1,4 @@
-"""Saving the trained model as an ordinary Hugging Face folder, with its card."""
+"""Saving the trained model as a Hugging Face folder, with its card."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlpretrain import __version__
+from rlpretrain.compat import without_progress_bars
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.files import writing
 from rlpretrain.models.adapters import adapter_config, has_lora, pieces, plain_name
-from rlpretrain.models.loading import no_bars
 from rlpretrain.prompts import Delimiters
 from rollout.folders import MARK, begin_folder, finish_folder
 from rollout.weights import write_adapter
@@ -42,11 +42,10 @@ text = strip_thoughts(generated, Delimiters("{open}", "{close}"))
 
 
 def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
-    """Write the policy's weights and the tokenizer to `path` (aside, then renamed). All ranks call it, the
-    first one writes.
+    """Write the policy's weights and the tokenizer to `path`. All ranks call it, and the first rank writes.
 
-    With LoRA the weights are merged; the adapter alone goes to `adapter` beside it, as PEFT's
-    `from_pretrained` reads it.
+    The folder is written under a temporary name and then renamed. With LoRA the weights are merged, and the
+    adapter alone goes to the folder `adapter` beside it, which PEFT's `from_pretrained` reads.
     """
     lora = has_lora(policy.model)
     adapter = {name: tensor.to("cpu", copy=True) for name, tensor in policy.adapter()} if lora else {}
@@ -66,22 +65,22 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
 
 
 def save_start(model: Any, tokenizer: Any, path: Path) -> None:
-    """Write a model that is not (or no longer) what its path holds, for an engine that loads from disk."""
+    """Write a model that differs from the checkpoint at its path, for an engine that loads from disk."""
     _write(model, {piece.name: piece.make() for piece in pieces(model)}, tokenizer, path)
 
 
 def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> None:
-    """An ordinary folder, aside and then renamed; of a quantised model one in its full precision."""
-    kept = model.state_dict().keys()  # buffers too are the checkpoint's, where they are stored
-    buffers = {plain_name(model, n): b for n, b in model.named_buffers() if n in kept}
-    state = {n: b for n, b in buffers.items() if n is not None} | state
+    """Write a Hugging Face folder under a temporary name, then rename it. No weights are quantised in it."""
+    stored = model.state_dict().keys()  # a checkpoint has those buffers that are in the state dict
+    buffers = {plain_name(model, name): b for name, b in model.named_buffers() if name in stored}
+    state = {name: buffer for name, buffer in buffers.items() if name is not None} | state
     if getattr(model, "is_quantized", False):
-        config, ends = copy.deepcopy(model.config), model.generation_config
+        config, generation_config = copy.deepcopy(model.config), model.generation_config
         del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        model.generation_config = ends
-    with writing(path), no_bars():
+        model.generation_config = generation_config
+    with writing(path), without_progress_bars():
         work = begin_folder(path)
         try:
             model.save_pretrained(work, state_dict=_tied_once(model, state))
@@ -93,11 +92,10 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
 
 
 def try_saving(model: Any, tokenizer: Any, config: ModelConfig) -> None:
-    """Write everything but the weights, as at the end of a run, and delete it: ConfigError for what cannot be
-    saved.
+    """Raise ConfigError if a model could not be saved at the end of a run.
 
-    transformers refuses to save some configurations that it loads, for instance one that sets `temperature`
-    without `do_sample`.
+    Everything but the weights is written to a temporary folder. transformers loads some configurations that
+    it refuses to save, for instance one that sets `temperature` without `do_sample`.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -106,28 +104,31 @@ def try_saving(model: Any, tokenizer: Any, config: ModelConfig) -> None:
                 model.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:
-        why = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ConfigError(
             f"the model could not be saved at the end, transformers refuses the configuration or the "
-            f"tokenizer of '{config.path}': {why}"
+            f"tokenizer of '{config.path}': {message}"
         ) from None
 
 
 def _tied_once(model: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Names of one tied weight with one tensor, which is stored once: what was gathered or merged came as
-    a copy for each.
+    """Give all names of a tied weight the same tensor, so that it is stored once.
+
+    Gathering and merging make a copy for each name.
     """
-    first: dict[int, str] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        name = plain_name(model, full)
-        kept = first.setdefault(id(parameter), name) if name in state else None
-        if kept is not None and kept != name and torch.equal(state[kept], state[name]):
-            state[name] = state[kept]
+    first_names: dict[int, str] = {}
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(model, full_name)
+        if name is None or name not in state:
+            continue
+        first = first_names.setdefault(id(parameter), name)
+        if first != name and torch.equal(state[first], state[name]):
+            state[name] = state[first]
     return state
 
 
 def model_card(path: Path, *, base: str, objective: str, steps: int, delimiters: Delimiters | None) -> None:
-    """README.md of a saved model: where it comes from, and how to strip the delimiters at inference."""
+    """Write the README.md of a saved model: its origin, and how to remove thoughts at inference."""
     thinking = THINKING.format(open=delimiters.open, close=delimiters.close) if delimiters else ""
     local = Path(base).exists()
     (path / "README.md").write_text(

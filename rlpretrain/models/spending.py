@@ -1,11 +1,15 @@
-"""What a run spends: every token that a model reads, to score, to train or to sample, and the operations that
-it takes.
+"""The compute of a run: tokens that models read to score, train or sample, and operations.
 
-Counted are all forwards of the policy (training in every inner epoch, the scoring pass before it, entropies,
-the probe of other engines), those of frozen and averaged models and of an objective's own proxy, and what
-engines read and write: each prompt once, each thought, what is said after it behind all that stands before
-it, groups that are left out later, and a judge that is the policy itself. Not counted are evaluation, checks
-at the start, the second forward of gradient checkpointing, and models behind a URL.
+Counted are
+
+- all forwards of the policy: training in every inner epoch, the scoring pass before it, entropies, and the
+  probe of other engines;
+- forwards of frozen and averaged models, and of an objective's own proxy;
+- what engines read and write: each prompt once, each thought, each text that is sampled after a thought
+  (with everything before it as context), groups that are dropped later, and the policy as a judge.
+
+Not counted are evaluation, checks at the start, the second forward of gradient checkpointing, and models
+behind a URL.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from rollout.types import Prompt, SamplingParams, Thought
 
 @dataclass(slots=True)
 class Reads:
-    """Tokens that a model read, and the pairs of tokens that its attention compared; those with gradient
-    apart.
+    """Tokens that a model read, and pairs of tokens that its attention compared.
+
+    Forwards with gradient are counted separately, in `trained_tokens` and `trained_pairs`.
     """
 
     tokens: float = 0.0
@@ -31,12 +36,12 @@ class Reads:
     trained_pairs: float = 0.0
 
     def add(self, length: int, behind: int = 0) -> None:
-        """A row of `length` tokens, read behind `behind` others that were read before."""
+        """Count a row of `length` tokens after `behind` tokens that were counted before."""
         self.tokens += length
         self.pairs += length * behind + length * (length + 1) / 2
 
     def add_forward(self, tokens: float, pairs: float, trained: bool) -> None:
-        """A forward of a batch."""
+        """Count a forward of a batch."""
         if trained:
             self.trained_tokens += tokens
             self.trained_pairs += pairs
@@ -45,30 +50,33 @@ class Reads:
             self.pairs += pairs
 
     def merge(self, other: Reads) -> None:
-        """Add what another counted."""
+        """Add the counts of another."""
         for name, value in zip(self.__dataclass_fields__, astuple(other), strict=True):
             setattr(self, name, getattr(self, name) + value)
 
     def take(self) -> Reads:
-        """What was counted since the last time."""
-        found = Reads(*astuple(self))
+        """Return the counts since the last call, and start again from 0."""
+        counts = Reads(*astuple(self))
         self.tokens = self.pairs = self.trained_tokens = self.trained_pairs = 0.0
-        return found
+        return counts
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parameters of a model, those of them that are trained, and the width of its attention over all
-    layers.
-    """
+    """The size of a model, for counting operations."""
 
     parameters: int
     trained: int
+    """Parameters that are trained."""
     attention: int
+    """Width of attention (heads × head dimension), summed over layers."""
 
     def operations(self, reads: Reads) -> float:
-        """2 N a token and 4 widths a pair for a forward; a backward goes through all N for activations,
-        through the trained for their gradients, and twice through attention.
+        """Return the operations of these reads.
+
+        A forward takes 2 per parameter and token, and 4 per attention width and pair. A backward takes 2 per
+        parameter and token for the activations, 2 per trained parameter and token for its gradient, and twice
+        the forward's attention.
         """
         forward = 2 * self.parameters * (reads.tokens + reads.trained_tokens)
         backward = 2 * (self.parameters + self.trained) * reads.trained_tokens
@@ -76,26 +84,24 @@ class Size:
 
 
 def size_of(model: nn.Module, parameters: int) -> Size:
-    """The size of a model with so many parameters (sharded and rounded ones as if whole)."""
+    """Return the size of a model with `parameters` parameters, as `models.count_parameters` counts them."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads, layers = (
-        getattr(config, "num_attention_heads", 0) or 0,
-        getattr(config, "num_hidden_layers", 0) or 0,
-    )
-    head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
-    frozen = any(not trained for trained, _ in sizes)
-    return Size(
-        parameters, sum(n for trained, n in sizes if trained) if frozen else parameters, layers * heads * head
-    )
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    layers = getattr(config, "num_hidden_layers", 0) or 0
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    trained = parameters
+    if not all(p.requires_grad for p in model.parameters()):
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return Size(parameters, trained, layers * heads * head_dim)
 
 
 def read_by(
     input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, tree: Any
 ) -> tuple[float, float]:
-    """Tokens and pairs of a forward; in a tree each token meets those on its own path, as many as its
-    position says.
+    """Return the tokens and pairs of a forward.
+
+    In a tree, each token attends to the tokens on its path, and its position id is their number.
     """
     if tree is not None and position_ids is not None:
         return float(input_ids.numel()), float((position_ids + 1).sum())
@@ -104,7 +110,7 @@ def read_by(
 
 
 class Metered:
-    """An engine that counts what it reads and writes; everything else is the engine's own."""
+    """An engine that counts the tokens it reads and writes; all other attributes are those of the engine."""
 
     def __init__(self, engine: Any):
         self.engine, self.reads = engine, Reads()
@@ -112,14 +118,14 @@ class Metered:
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
     ) -> list[list[Thought]]:
-        """The engine's thoughts: each prompt is read once, each thought behind it."""
-        found = await self.engine.sample(prompts, params, n, seeds)
-        for prompt, thoughts in zip(prompts, found, strict=True):
-            before = len(prompt.token_ids)
-            self.reads.add(before)
+        """Sample with the engine; count each prompt once, and each thought after it."""
+        thoughts_per_prompt = await self.engine.sample(prompts, params, n, seeds)
+        for prompt, thoughts in zip(prompts, thoughts_per_prompt, strict=True):
+            prompt_length = len(prompt.token_ids)
+            self.reads.add(prompt_length)
             for thought in thoughts:
-                self.reads.add(len(thought.token_ids), before)
-        return found
+                self.reads.add(len(thought.token_ids), prompt_length)
+        return thoughts_per_prompt
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

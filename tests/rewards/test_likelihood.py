@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewards import row_entropies, token_logps, token_logps_from_logits
 
-likelihood = importlib.import_module("rewards.likelihood")
+logit_tiles = importlib.import_module("rewards.logit_tiles")
 
 
 def problem(
@@ -101,7 +101,7 @@ def test_equals_full_logits_whatever_the_chunks(
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     direction = torch.randn(rows, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "_row_block", lambda _: block)
+        patch.setattr(logit_tiles, "_rows_per_tile", lambda _: block)
         chunked = token_logps(hidden, weight, labels, chunk_size=chunk, **options)
         gradients = torch.autograd.grad(chunked, inputs, direction)
         entropies = row_entropies(
@@ -123,7 +123,7 @@ def test_equals_full_logits_whatever_the_chunks(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradients_by_finite_differences(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_row_block", lambda _: 2)
+    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 2)
     hidden, weight, bias, labels = problem(rows=5, hidden=3, vocabulary=7)
     labels[1] = -100
     heat = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
@@ -137,7 +137,7 @@ def test_gradients_by_finite_differences(softcap: float | None, monkeypatch: pyt
 
 
 def test_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_row_block", lambda _: 16)
+    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 16)
     hidden, weight, bias, labels = problem(rows=64, hidden=4, vocabulary=1000, dtype=torch.float32)
     with Watch() as watch:
         token_logps(
@@ -167,7 +167,7 @@ def test_frozen_inputs_cost_no_product() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_row_block", lambda _: 8)
+    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 8)
     hidden, weight, bias, labels = problem(rows=512, hidden=16, vocabulary=64, dtype=dtype)
     logps = token_logps(hidden, weight, labels, bias=bias, chunk_size=10)
     assert logps.dtype == torch.float32
