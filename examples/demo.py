@@ -127,7 +127,7 @@ def train(
     from rlpretrain import Pretrainer
     from rlpretrain.config.io import build
 
-    values = yaml.safe_load_objective((HERE / recipe).read_text())
+    values = yaml.safe_load((HERE / recipe).read_text())
     head = values["model"] if isinstance(values["model"], dict) else {}
     values |= {"model": head | {"path": str(model)}, "output_dir": str(output_dir), "console": False}
     values["data"] |= {"path": str(data)}

@@ -176,7 +176,7 @@ def recipe(args: argparse.Namespace, overrides: Sequence[str]) -> PretrainConfig
 
     from rlpretrain.config.io import apply_overrides, build
 
-    values = yaml.safe_load_objective(RECIPE.read_text())
+    values = yaml.safe_load(RECIPE.read_text())
     values |= {
         "model": args.model or str(args.out / "base" / "model"),
         "output_dir": str(args.out / "rlp"),

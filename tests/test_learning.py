@@ -28,7 +28,7 @@ FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"
 @pytest.mark.slow
 def test_rlp_makes_thinking_pay(tmp_path):
     dial.write(tmp_path, base=10, train=2000, held_out=160, held_out_depths=(1, 2, 3, 4))
-    values = yaml.safe_load_objective((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
+    values = yaml.safe_load((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
     values |= {
         "model": str(BASE),
         "data": {"path": str(tmp_path / "train.jsonl"), "max_length": 128},
@@ -64,7 +64,7 @@ def test_a_short_comparison_learns(tmp_path):
     its compute does not.
     """
     dial_family.write(tmp_path / "corpus", base=1, train=2000, held_out=120, held_out_depths=(1, 2, 3, 4))
-    experiment = yaml.safe_load_objective((FAMILY / "compare.yaml").read_text())
+    experiment = yaml.safe_load((FAMILY / "compare.yaml").read_text())
     methods = {name: experiment["methods"][name] for name in ("rlp", "rpt", "ntp_flops")}
     for method in methods.values():
         method["config"] = str(FAMILY / method["config"])
