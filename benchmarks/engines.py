@@ -27,7 +27,8 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from examples.demo import BASE_SEEDS, DEPTHS, HERE, evaluation, make_base, make_corpus, numbers, train
+from benchmarks.dial_runs import evaluation, numbers, train
+from examples.demo import BASE_SEEDS, DEPTHS, HERE, make_base, make_corpus
 from rlpretrain.training.records import write_json
 from tests.builders.servers import free_port
 

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.demo import DEPTHS, GATE, HERE, evaluation, make_corpus, numbers, train, write_json
+from benchmarks.dial_runs import evaluation, numbers, train
+from examples.demo import DEPTHS, GATE, HERE, make_corpus
+from rlpretrain.training.records import write_json
 
 RECIPES: dict[str, dict[str, Any]] = {
     "recipe": {},

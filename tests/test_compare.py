@@ -19,8 +19,9 @@ from rich.console import Console
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval
-from rlpretrain.experiments.compare import compare, differences, table, to_evaluate
-from rlpretrain.experiments.experiment import Job, laid_over, load_experiment
+from rlpretrain.experiments.compare import compare, differences, table
+from rlpretrain.experiments.experiment import Job, load_experiment, overlay
+from rlpretrain.experiments.jobs import evaluation_to_do
 from tests.builders.configs import tiny_values
 from tests.builders.processes import warm
 
@@ -153,14 +154,14 @@ def evaluations(file: Path, name: str) -> list[dict[str, Any]]:
 def test_an_evaluation_without_source_rows_is_made_again(done, corpus, tmp_path):
     """One of an older version cannot say which positions belong together."""
     job = Job(experiment=load_experiment(done[0]), name="rlp", seed=0, where=done[0].parent)
-    assert to_evaluate(job) is None
+    assert evaluation_to_do(job) is None
     old = evaluations(done[0], "rlp")[0]
     del old["common"]["rows"]
     file = job.folder / "evaluation.json"
     kept = file.read_text()
     try:
         file.write_text(json.dumps(old))
-        assert to_evaluate(job) == old["settings"]
+        assert evaluation_to_do(job) == old["settings"]
     finally:
         file.write_text(kept)
 
@@ -191,7 +192,7 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
     file = written(
         tmp_path, corpus, output_dir=str(done[0].parent / "compared"), common={"optim": {"lr": 2e-3}}, jobs=1
     )
-    with pytest.raises(ConfigError, match=r"it was run otherwise: optim.lr was 0.001, is 0.002"):
+    with pytest.raises(ConfigError, match=r"has other settings: optim.lr was 0.001, is 0.002"):
         compare(file)
 
 
@@ -200,10 +201,10 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
     [
         ({"methods": {}}, "at least one method"),
         ({"seeds": []}, "at least one method and one seed"),
-        ({"seeds": [1, 1]}, "holds one twice"),
+        ({"seeds": [1, 1]}, "contains a seed twice"),
         ({"sedes": [1]}, "did you mean 'seeds'"),
         ({"methods": {"base": {"config": "rlp.yaml"}}}, "not 'base'"),
-        ({"methods": {"a/b": {"config": "rlp.yaml"}}}, "of letters, digits"),
+        ({"methods": {"a/b": {"config": "rlp.yaml"}}}, "consists of letters, digits"),
         ({"methods": {"a": {"config": "nothing.yaml"}}}, "method a .*cannot be read"),
         (
             {"methods": {"a": {"config": "rlp.yaml", "set": {"optm": {"lr": 1}}}}},
@@ -213,8 +214,11 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
             {"methods": {"a": {"config": "rlp.yaml", "set": {"objective": {"clipp": 1}}}}},
             "did you mean 'clip'",
         ),
-        ({"methods": {"a": {"config": "rlp.yaml", "match": "flops"}}}, "match and like go together"),
-        ({"methods": {"a": {"config": "rlp.yaml", "match": "flops", "like": "b"}}}, "must be another method"),
+        ({"methods": {"a": {"config": "rlp.yaml", "match": "flops"}}}, "match and like need each other"),
+        (
+            {"methods": {"a": {"config": "rlp.yaml", "match": "flops", "like": "b"}}},
+            "must be a method without",
+        ),
         (
             {
                 "methods": {
@@ -232,7 +236,7 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
                     "b": {"config": "rlp.yaml", "set": {"model": "other"}},
                 }
             },
-            "same base: model.path was .* is 'other'",
+            "same base model: model.path was .* is 'other'",
         ),
     ],
 )
@@ -253,7 +257,7 @@ def test_an_unknown_number_names_those_there_are(done, corpus, tmp_path):
     shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
     for wanted in (tmp_path / "compared").glob("*/wanted.json"):
         wanted.write_text(wanted.read_text().replace(str(done[0].parent), str(tmp_path)))
-    with pytest.raises(ConfigError, match="own 'lenght' is none of its numbers: .*length"):
+    with pytest.raises(ConfigError, match="own 'lenght' is not one of its numbers: .*length"):
         compare(file)
 
 
@@ -332,16 +336,16 @@ def test_laying_over():
         "optim": {"lr": 1.0, "schedule": "cosine"},
         "data": {"path": "a", "x": 1},
     }
-    assert laid_over(below, {"objective": {"clip": 2.0}})["objective"] == {"name": "rlp", "clip": 2.0}
-    assert laid_over(below, {"objective": {"name": "rpt", "strip": True}})["objective"] == {
+    assert overlay(below, {"objective": {"clip": 2.0}})["objective"] == {"name": "rlp", "clip": 2.0}
+    assert overlay(below, {"objective": {"name": "rpt", "strip": True}})["objective"] == {
         "name": "rpt",
         "strip": True,
     }
-    assert laid_over(below, {"objective": "ntp"})["objective"] == {"name": "ntp"}
-    assert laid_over({"objective": "rlp"}, {"objective": {"clip": 1.0}})["objective"] == {
+    assert overlay(below, {"objective": "ntp"})["objective"] == {"name": "ntp"}
+    assert overlay({"objective": "rlp"}, {"objective": {"clip": 1.0}})["objective"] == {
         "name": "rlp",
         "clip": 1.0,
     }
-    assert laid_over(below, {"data": "b"})["data"] == {"path": "b", "x": 1}
-    assert laid_over(below, {"optim": {"lr": 2.0}})["optim"] == {"lr": 2.0, "schedule": "cosine"}
+    assert overlay(below, {"data": "b"})["data"] == {"path": "b", "x": 1}
+    assert overlay(below, {"optim": {"lr": 2.0}})["optim"] == {"lr": 2.0, "schedule": "cosine"}
     assert below["optim"] == {"lr": 1.0, "schedule": "cosine"}

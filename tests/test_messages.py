@@ -251,7 +251,7 @@ def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys)
     experiment = compare.Experiment(evaluation={"data": "x"}, output_dir=str(tmp_path))
     monkeypatch.setattr(compare, "load_experiment", lambda path: experiment)
     monkeypatch.setattr(compare, "collect", lambda experiment: results)
-    monkeypatch.setattr(compare, "_each", lambda experiment, jobs: iter(["trained [rlp]"] if jobs else []))
+    monkeypatch.setattr(compare, "run_experiment", lambda experiment, where, say: say("trained [rlp]"))
     monkeypatch.setattr(compare, "check", lambda experiment, where: None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["compare", "e.yaml"]) == 0

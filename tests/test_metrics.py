@@ -23,7 +23,7 @@ from rlpretrain.ranks import Ranks
 from rlpretrain.tracking.console import Console, thought_table
 from rlpretrain.tracking.metrics import METRICS
 from rlpretrain.tracking.step_metrics import StepMetrics
-from rlpretrain.tracking.trackers import COLUMNS, Trackers, markdown, thought_rows
+from rlpretrain.tracking.trackers import THOUGHT_COLUMNS, Trackers, markdown, thought_rows
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
@@ -225,7 +225,7 @@ def check_board(found: list[dict], numbers: dict[int, dict], tables: dict[int, l
             assert numbers[row["step"]][name] == pytest.approx(row[name])
     assert sorted(numbers) == sorted(tables) == [1, 2, 3]
     for step, thoughts in tables.items():
-        assert len(thoughts) == 4 * 4 and all(list(t) == list(COLUMNS) for t in thoughts)
+        assert len(thoughts) == 4 * 4 and all(list(t) == list(THOUGHT_COLUMNS) for t in thoughts)
         assert all(
             "shows" in t["context"] and type(t["tokens"]) is int and 1 <= t["tokens"] <= 6 for t in thoughts
         )

@@ -1,6 +1,4 @@
-"""What a person sees while a run goes on: a progress bar with the time left, and now and then the thoughts
-of one position.
-"""
+"""What a run prints: a progress bar, the numbers of its steps, and sometimes the thoughts of a position."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from rlpretrain.config import PretrainConfig
 from rlpretrain.data.token_text import TokenReader
 from rollout.types import Group
 
-SHOWN = {
+SHORT_NAMES = {
     "loss": "loss",
     "ig/mean": "gain",
     "ig/frozen": "frozen",
@@ -26,12 +24,18 @@ SHOWN = {
     "completions/mean_length": "length",
     "grad_norm": "norm",
 }
+"""The metrics that are printed, and their names there."""
 LONGEST = 2_000
-"""Characters of a thought or context that are shown."""
+"""Characters of a thought or context that are printed."""
+CONTEXT_TOKENS = 24
+TABLES_PER_RUN = 5
+ZERO_WIDTH_JOINER = "\u200d"
+INVISIBLE = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+"""Unicode categories without a glyph, or that change the direction of text."""
 
 
 class Console:
-    """Speaks on the first rank only, and not at all with `console: false`."""
+    """Prints on the first rank only, and not at all with `console: false`."""
 
     def __init__(self, config: PretrainConfig, total: int, done: int, first: bool):
         self.quiet, self.every = not (first and config.console), config.log_every
@@ -44,65 +48,66 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
         )
         self.progress = Progress(*columns, console=self.rich, disable=self.quiet or not self.rich.is_terminal)
-        self.task = self.progress.add_task(
-            str(config.objective.get("name", "rlp")), total=total, completed=done, numbers=""
-        )
-        self.tables = max(1, total // 5)
+        name = str(config.objective.get("name", "rlp"))
+        self.task = self.progress.add_task(name, total=total, completed=done, numbers="")
+        self.table_every = max(1, total // TABLES_PER_RUN)
         self.progress.start()
 
     def say(self, text: str | None) -> None:
-        """A line, if there is one."""
+        """Print a line, if there is one."""
         if text:
             self.rich.print(escape(text))
 
     def step(self, step: int, row: dict[str, float], groups: Sequence[Group], tokenizer: Any) -> None:
-        """One step's numbers; five times a run, the thoughts of a position."""
+        """Print one step's numbers, and five times a run the thoughts of a position."""
         if self.quiet:
             return
-        numbers = "  ".join(f"{short} {row[name]:.3f}" for name, short in SHOWN.items() if name in row)
+        numbers = "  ".join(f"{short} {row[name]:.3f}" for name, short in SHORT_NAMES.items() if name in row)
         self.progress.update(self.task, completed=step, numbers=numbers)
-        if not self.rich.is_terminal and (step % self.every == 0):
+        if not self.rich.is_terminal and step % self.every == 0:
             self.rich.print(escape(f"step {step}  {numbers}  {row['step_time']:.2f} s"), soft_wrap=True)
-        if groups and (step == 1 or step % self.tables == 0):
+        if groups and (step == 1 or step % self.table_every == 0):
             self.rich.print(thought_table(groups[0], tokenizer))
-        held_out = {k: v for k, v in row.items() if k.startswith("eval/")}
+        held_out = [f"{name} {value:.3f}" for name, value in sorted(row.items()) if name.startswith("eval/")]
         if held_out:
-            self.rich.print(
-                escape(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(held_out.items()))),
-                soft_wrap=True,
-            )
+            self.rich.print(escape(f"step {step}  " + "  ".join(held_out)), soft_wrap=True)
 
     def close(self) -> None:
+        """Remove the progress bar."""
         self.progress.stop()
 
 
 def thought_table(group: Group, tokenizer: Any, limit: int = 4) -> Table:
     """The thoughts of one position, as text."""
     reader, position = TokenReader(tokenizer), group.position
-    context = shown(reader.text(position.context_ids[-24:], after=position.context_ids[:-24]))
-    target = shown(reader.spelled(position.target_ids, after=position.context_ids))
-    table = Table("thought", "tokens", "ended", title=escape(f"…{context} ▸ {target}"), title_justify="left")
-    for t in group.thoughts[:limit]:
-        text = shown(reader.text(t.token_ids, after=group.prompt.token_ids))
-        table.add_row(escape(text), str(len(t.token_ids)), str(t.finish_reason))
+    before, context_ids = position.context_ids[:-CONTEXT_TOKENS], position.context_ids[-CONTEXT_TOKENS:]
+    context = printable(reader.text(context_ids, after=before))
+    target = printable(reader.spelled(position.target_ids, after=position.context_ids))
+    title = escape(f"…{context} ▸ {target}")
+    table = Table("thought", "tokens", "ended", title=title, title_justify="left")
+    for thought in group.thoughts[:limit]:
+        text = printable(reader.text(thought.token_ids, after=group.prompt.token_ids))
+        table.add_row(escape(text), str(len(thought.token_ids)), str(thought.finish_reason))
     return table
 
 
-def shown(text: str, longest: int = LONGEST) -> str:
-    """Text as it can be shown: cut in the middle, and what would be invisible or turn the line around made
-    visible.
+def printable(text: str, longest: int = LONGEST) -> str:
+    """Text that is safe to print: shortened in the middle, with invisible characters spelled out.
+
+    >>> printable("a\\x1b[0m"), printable("abcdefgh", 4)
+    ('a␛[0m', 'abc … 4 characters left out … h')
     """
     if len(text) > longest:
-        text = (
-            f"{text[: longest * 3 // 4]} … {len(text) - longest} characters left out … "
-            f"{text[-longest // 4 :]}"
-        )
+        head, tail = text[: longest * 3 // 4], text[-longest // 4 :]
+        text = f"{head} … {len(text) - longest} characters left out … {tail}"
     return "".join(map(_visible, text))
 
 
-def _visible(c: str) -> str:
-    if c in "\n\t" or c.isprintable() or c == "\u200d":  # the last joins emoji
-        return c
-    if ord(c) < 32:
-        return chr(0x2400 + ord(c))
-    return f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c
+def _visible(character: str) -> str:
+    if character in "\n\t" or character.isprintable() or character == ZERO_WIDTH_JOINER:
+        return character
+    if ord(character) < 32:
+        return chr(0x2400 + ord(character))  # its control picture
+    if unicodedata.category(character) in INVISIBLE:
+        return f"⟨U+{ord(character):04X}⟩"
+    return character

@@ -1,4 +1,4 @@
-"""The numbers of one step: gathered over its micro-batches, averaged over all ranks."""
+"""The metrics of one step: collected over its micro-batches, averaged over all ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from rollout.types import Group
 
 def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
     """How many steps ago the thoughts of a batch were sampled."""
-    ages = [version - t.policy_version for g in groups for t in g.thoughts]
-    return {"sample/staleness_mean": sum(ages) / len(ages), "sample/staleness_max": max(ages)} if ages else {}
+    ages = [version - thought.policy_version for group in groups for thought in group.thoughts]
+    if not ages:
+        return {}
+    return {"sample/staleness_mean": sum(ages) / len(ages), "sample/staleness_max": max(ages)}
 
 
 class StepMetrics:
@@ -28,16 +30,14 @@ class StepMetrics:
         self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.totals: dict[str, float] = defaultdict(float)
         self.longest = 0.0
-        self.rewards: dict[tuple[str, int], float] = {}  # of each thought, by its group and place there
+        self.rewards: dict[tuple[str, int], float] = {}  # (group id, index of the thought) to reward
 
     def total(self, name: str, value: Any) -> None:
-        """Add to a number that is summed, not averaged (the loss, whose terms are divided by global counts
-        already).
-        """
+        """Add to a metric that is summed: a loss, whose terms are divided by global counts already."""
         self.totals[name] += float(value)
 
     def add(self, name: str, values: Any, weight: float | None = None) -> None:
-        """Add a tensor's elements, or a mean with its weight; what is not finite is not added."""
+        """Add a tensor's elements, or a mean with its weight; values that are not finite are left out."""
         if isinstance(values, torch.Tensor):
             values = values[torch.isfinite(values)].double()
             total, n = float(values.sum()), float(values.numel())
@@ -51,10 +51,9 @@ class StepMetrics:
     def observe(
         self, micro: MicroBatch, scores: Scores, reward: torch.Tensor, self_logps: torch.Tensor
     ) -> None:
-        """What one micro-batch shows; `self_logps` [B, T] are the current model's without a thought."""
-        self.add(
-            "batch/padding_frac", 1 - float(micro.attention_mask.float().mean()), micro.attention_mask.numel()
-        )
+        """Add one micro-batch; `self_logps` [B, T] are the current model's without a thought."""
+        padding = 1 - float(micro.attention_mask.float().mean())
+        self.add("batch/padding_frac", padding, micro.attention_mask.numel())
         self.add("batch/packing_ratio", micro.row_tokens / micro.input_ids.numel(), micro.input_ids.numel())
         if scores.trunk_logps.numel():
             self.add("ntp/loss", -scores.trunk_logps.detach())
@@ -62,26 +61,20 @@ class StepMetrics:
             return
         counted = scores.counted
         if scores.target_mask.any():
-            self._gains(scores, self_logps)
+            self._add_gains(scores, self_logps)
         self.add("reward", reward[counted])
-        spread = torch.stack(
-            [
-                r[c].std(correction=0) if c.any() else r.new_tensor(torch.nan)
-                for r, c in zip(reward, counted, strict=True)
-            ]
-        )
-        self.add("reward_std", spread)
-        self.add("frac_reward_zero_std", (spread[torch.isfinite(spread)] == 0).float())
+        deviations = torch.stack([_deviation(r[c]) for r, c in zip(reward, counted, strict=True)])
+        self.add("reward_std", deviations)
+        self.add("frac_reward_zero_std", (deviations[torch.isfinite(deviations)] == 0).float())
         self.add("thought/uncounted_frac", (~counted).float())
-        for group, first, given in zip(micro.groups, micro.offsets, reward.tolist(), strict=True):
-            self.rewards.update({(group.id, first + k): given[k] for k in range(len(group.thoughts))})
-            self._thoughts(group)
+        for group, first, rewards in zip(micro.groups, micro.offsets, reward.tolist(), strict=True):
+            for k in range(len(group.thoughts)):
+                self.rewards[group.id, first + k] = rewards[k]
+            self._add_thoughts(group)
 
     def observe_dropped(self, group: Group, counted: Sequence[bool], rewards: Sequence[float]) -> None:
-        """A group that is left out of training: it counts in what is said of thoughts and their rewards
-        all the same.
-        """
-        self._thoughts(group)
+        """Add a group that is left out of training; the metrics of thoughts and rewards include it."""
+        self._add_thoughts(group)
         self.add("thought/uncounted_frac", 1.0 - torch.tensor(counted, dtype=torch.float64))
         known = torch.tensor([r for r in rewards if math.isfinite(r)], dtype=torch.float64)
         self.add("reward", known)
@@ -89,44 +82,48 @@ class StepMetrics:
             self.add("reward_std", known.std(correction=0))
             self.add("frac_reward_zero_std", float(known.max() == known.min()))
 
-    def _thoughts(self, group: Group) -> None:
-        for t in group.thoughts:
-            n = len(t.token_ids)
-            self.longest = max(self.longest, n)
-            self.add("completions/mean_length", n)
-            self.add("completions/clipped_ratio", t.finish_reason == "length")
-            self.add("thought/closed_frac", t.finish_reason == "close")
-            self.add("thought/eos_frac", t.finish_reason == "eos")
-        t = group.thoughts[0]  # one a group is enough for a trend
-        self.add("thought/leakage", target_leakage(t.token_ids, group.position.target_ids))
-        self.add("thought/repetition", repetition(t.token_ids))
+    def _add_thoughts(self, group: Group) -> None:
+        for thought in group.thoughts:
+            length, reason = len(thought.token_ids), thought.finish_reason
+            self.longest = max(self.longest, length)
+            self.add("completions/mean_length", length)
+            self.add("completions/clipped_ratio", reason == "length")
+            self.add("thought/closed_frac", reason == "close")
+            self.add("thought/eos_frac", reason == "eos")
+        first = group.thoughts[0]  # one per group is enough for a trend
+        self.add("thought/leakage", target_leakage(first.token_ids, group.position.target_ids))
+        self.add("thought/repetition", repetition(first.token_ids))
 
-    def _gains(self, scores: Scores, self_logps: torch.Tensor) -> None:
+    def _add_gains(self, scores: Scores, self_logps: torch.Tensor) -> None:
         counted, mask = scores.counted, scores.target_mask
         target = (scores.target_logps.detach() * mask[:, None]).sum(-1)
         base, own = (scores.baseline_logps * mask).sum(-1), (self_logps * mask).sum(-1)
         gain = (target - base[:, None])[counted]
+        lengths = mask.sum(-1, keepdim=True).expand_as(counted)[counted]
         self.add("ig/mean", gain)
         self.add("ig/square", gain**2)
         self.add("ig/positive_frac", (gain > 0).float())
-        self.add(
-            "ig/per_token",
-            (target - base[:, None])[counted] / mask.sum(-1, keepdim=True).expand_as(counted)[counted],
-        )
+        self.add("ig/per_token", gain / lengths)
         self.add("ig/self", (target - own[:, None])[counted])
         self.add("reader/loss", -target[counted])
         self.add("baseline/logp", base)
         self.add("baseline/self", own)
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        """Name → mean over all ranks. Every rank must call it with the same names."""
+        """Every metric's mean over all ranks. All ranks call it."""
         names = sorted(set().union(*ranks.gather(sorted(self.sums))))
-        flat = ranks.sum([x for n in names for x in self.sums[n]])
-        out = {n: flat[2 * i] / flat[2 * i + 1] for i, n in enumerate(names) if flat[2 * i + 1]}
-        totals = sorted(set().union(*ranks.gather(sorted(self.totals))))
-        out |= dict(zip(totals, ranks.sum([self.totals[n] for n in totals]), strict=True))
-        if "ig/square" in out:
-            out["ig/std"] = max(0.0, out.pop("ig/square") - out["ig/mean"] ** 2) ** 0.5
-        if "completions/mean_length" in out:
-            out["completions/max_length"] = ranks.max([self.longest])[0]
-        return out
+        sums = ranks.sum([part for name in names for part in self.sums[name]])
+        pairs = zip(names, sums[::2], sums[1::2], strict=True)
+        means = {name: total / weight for name, total, weight in pairs if weight}
+        summed = sorted(set().union(*ranks.gather(sorted(self.totals))))
+        means |= dict(zip(summed, ranks.sum([self.totals[name] for name in summed]), strict=True))
+        if "ig/square" in means:
+            means["ig/std"] = max(0.0, means.pop("ig/square") - means["ig/mean"] ** 2) ** 0.5
+        if "completions/mean_length" in means:
+            means["completions/max_length"] = ranks.max([self.longest])[0]
+        return means
+
+
+def _deviation(rewards: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of a group's counted rewards; NaN if none counts."""
+    return rewards.std(correction=0) if rewards.numel() else rewards.new_tensor(torch.nan)

@@ -1,4 +1,4 @@
-"""Tables on a terminal, and whole where nobody folds them: piped, no name is cut short."""
+"""Prints tables without cutting their cells short."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 
 def show(table: Any) -> None:
-    """Print a table, `[words]` as they stand; a narrow terminal folds them, a pipe gets it as wide as it
-    is.
-    """
+    """Print a table without markup: folded on a narrow terminal, at full width into a pipe or file."""
     from rich.console import Console
 
     for column in table.columns:

@@ -1,0 +1,232 @@
+"""Runs the jobs of an experiment, in processes or on Ray: each trains and evaluates what is not done yet."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpretrain import models
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config.engines import own_settings
+from rlpretrain.config.io import build, to_dict
+from rlpretrain.data.stream import read_all
+from rlpretrain.evaluation.evaluate import evaluate
+from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job
+from rlpretrain.objectives import delimiters, load_objective
+from rlpretrain.ranks import join
+from rlpretrain.training.checkpoint import MACHINE, changes, without
+from rlpretrain.training.pretrainer import Pretrainer
+from rlpretrain.training.records import write_json
+
+Say = Callable[[str], None]
+EARLIER_EVALUATION = {"greedy": False, "own": True}
+"""What an evaluation did before these fields existed."""
+
+
+def run_experiment(experiment: Experiment, where: Path, say: Say = print) -> None:
+    """Train every method with every seed and evaluate it, and the base model, as far as that is not done.
+
+    `where` is the folder of the methods' files; `say` gets a line for each job. Methods whose budget comes
+    from other runs start after those. Raises the first failure, once the jobs under way have ended.
+    """
+    jobs = all_jobs(experiment, where)
+    for stage in range(3):
+        run_jobs(experiment, [job for job in jobs if _stage(job) == stage], say)
+
+
+def all_jobs(experiment: Experiment, where: Path) -> list[Job]:
+    """Every method and the base model, with every seed."""
+    return [
+        Job(experiment=experiment, name=name, seed=seed, where=where)
+        for seed in experiment.seeds
+        for name in (*experiment.methods, BASE)
+    ]
+
+
+def _stage(job: Job) -> int:
+    """0 if the job needs no other run, 1 if it needs one for its budget, 2 if it needs `cost_from` too."""
+    if job.method is None or job.method.match is None:
+        return 0
+    return 2 if job.method.cost_from else 1
+
+
+def run_jobs(experiment: Experiment, jobs: Sequence[Job], say: Say) -> None:
+    """Run jobs that do not need each other."""
+    pending = []
+    for job in jobs:
+        if training_to_do(job) is None and evaluation_to_do(job) is None:
+            say(run_job(job))
+        else:
+            pending.append(job)
+    if experiment.ray:
+        _run_on_ray(experiment, pending, say)
+    else:
+        _run_in_processes(experiment, pending, say)
+
+
+def _run_in_processes(experiment: Experiment, jobs: Sequence[Job], say: Say) -> None:
+    context = multiprocessing.get_context("forkserver")  # imports torch and transformers once, for all jobs
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(experiment.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        try:
+            for future in as_completed([pool.submit(run_job, job) for job in jobs]):
+                say(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run_on_ray(experiment: Experiment, jobs: Sequence[Job], say: Say) -> None:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('compare on ray: pip install "rlpretrain[ray]"') from error
+    ray.init(experiment.ray, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    options: dict[str, Any] = {"max_retries": 2, **experiment.resources}
+    remote_job = ray.remote(**options)(run_job)
+    pending = [remote_job.remote(job) for job in jobs]
+    while pending:
+        (finished,), pending = ray.wait(pending)
+        say(ray.get(finished))
+
+
+def run_job(job: Job) -> str:
+    """Train and evaluate, as far as that is not done; returns a line that says what was done."""
+    steps_done = []
+    try:
+        if config := training_to_do(job):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_json(job.folder / "wanted.json", to_dict(config))
+            ended = Pretrainer(config).train(resume="auto")
+            reason = f" ({ended['stopped']})" if ended["stopped"] else ""
+            steps_done.append(f"trained {ended['steps']} steps{reason}")
+        if settings := evaluation_to_do(job):
+            evaluate_job(job, settings)
+            steps_done.append("evaluated")
+    except ConfigError as error:
+        raise ConfigError(f"{job.name}, seed {job.seed}: {error}") from None
+    return f"{job.name}, seed {job.seed}: {', '.join(steps_done) or 'done before'}"
+
+
+def training_to_do(job: Job) -> PretrainConfig | None:
+    """The configuration to train; None if that is done. ConfigError if the run has other settings."""
+    if job.method is None:
+        return None
+    config = _with_budget(job)
+    wanted, record = job.folder / "wanted.json", job.folder / "run.json"
+    if wanted.exists():
+        before: dict[str, Any] = json.loads(wanted.read_text())
+        before["engine"] = own_settings(before["engine"])  # older versions wrote those of all engines
+        now: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+        if different := changes(without(before, MACHINE), without(now, MACHINE)):
+            raise ConfigError(
+                f"the run in {job.folder} has other settings: {'; '.join(different)}. Remove that folder or "
+                "choose another output_dir"
+            )
+    is_done = record.exists() and json.loads(record.read_text())["status"] == "done"
+    return None if is_done else config
+
+
+def _with_budget(job: Job) -> PretrainConfig:
+    """The configuration of a job with the budget of the method that it is matched to."""
+    config, method = job.config(), job.experiment.methods[job.name]
+    if method.like is None:
+        return config
+    budget = last_row(replace(job, name=method.like).folder)
+    if method.match == "tokens":
+        return replace(config, stop=replace(config.stop, input_tokens=int(budget["num_input_tokens"])))
+    if method.cost_from is None:
+        return replace(config, stop=replace(config.stop, flops=budget["num_flops"]))
+    spent = last_row(replace(job, name=method.cost_from).folder)
+    cost_of_position = spent["num_flops"] / (spent["step"] * job.config(method.cost_from).positions_per_step)
+    cost_of_step = cost_of_position * config.positions_per_step
+    return replace(config, max_steps=max(1, round(budget["num_flops"] / cost_of_step)))
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """The last line of a run's log."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def evaluation_to_do(job: Job) -> dict[str, Any] | None:
+    """The settings of an evaluation; None if it is done with these settings."""
+    file, evaluation = job.folder / "evaluation.json", job.experiment.evaluation
+    names = [job.name] if job.method else list(job.experiment.methods)
+    objectives = {name: job.config(name).objective for name in names} if evaluation.own else {}
+    settings = json.loads(json.dumps({"evaluation": to_dict(evaluation), "objectives": objectives}))
+    if not file.exists():
+        return settings
+    stored = json.loads(file.read_text())
+    before = stored.get("settings", {})
+    before = before | {"evaluation": EARLIER_EVALUATION | before.get("evaluation", {})}
+    has_rows = "rows" in stored.get("common", {})  # not in those of an older version
+    has_meta = set(stored.get("meta", {})) == set(evaluation.data.meta_columns)
+    return None if before == settings and has_rows and has_meta else settings
+
+
+def evaluate_job(job: Job, settings: dict[str, Any]) -> None:
+    """Evaluate by the common objective and by the method's own, the base model by those of all methods."""
+    evaluation = job.experiment.evaluation
+    config = job.config(job.name if job.method else next(iter(job.experiment.methods)))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    path = str(job.folder / "model") if job.method else config.model.path
+    common = _evaluate_model(job, common_config(config, evaluation), path, common=True)
+    own = {}
+    for name in settings["objectives"]:
+        own_config = replace(job.config(name), data=evaluation.data, ntp_data=evaluation.data)
+        own[name] = _evaluate_model(job, own_config, path)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "meta": common.pop("meta"), "common": common, "own": own}
+    write_json(job.folder / "evaluation.json", record)
+
+
+def common_config(config: PretrainConfig, evaluation: CommonEvaluation) -> PretrainConfig:
+    """The configuration by which all models are compared, with the model and device of `config`."""
+    return build(
+        {
+            "model": to_dict(config.model),
+            "data": to_dict(evaluation.data),
+            "objective": evaluation.objective,
+            "device": config.device,
+            "sampling": {"max_thought_tokens": evaluation.max_thought_tokens},
+        }
+    )
+
+
+def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = False) -> dict[str, Any]:
+    """Numbers per position of the model at `path`, with the base model as the frozen one.
+
+    `rows` are the source rows of the positions; with `common` the controls and `meta` are there too.
+    """
+    evaluation, device = job.experiment.evaluation, join(config.device).device
+    tags = delimiters(config.objective)
+    start = replace(config.model, path=path)
+    if job.method:
+        start = replace(start, quantization="none")  # a trained model was saved merged
+    model, tokenizer, _ = models.load_with_tokenizer(start, tags, job.seed)
+    base = models.load_with_tokenizer(config.model, tags, job.seed)[0]
+    result = evaluate(
+        model.to(device),
+        load_objective(config, tokenizer),
+        read_all(evaluation.data, tokenizer, limit=evaluation.documents),
+        frozen=base.to(device),
+        thoughts=evaluation.thoughts,
+        seed=job.seed,
+        controls=common,
+        greedy=common and evaluation.greedy,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+    values = result.values | {"no_think_loss": result.losses, "tokens": result.tokens}
+    record: dict[str, Any] = {name: array.tolist() for name, array in values.items()}
+    record["rows"] = result.rows
+    if common:
+        record["meta"] = {name: result.meta(name) for name in evaluation.data.meta_columns}
+    return record

@@ -1,0 +1,195 @@
+"""What a comparison found: each method's numbers with intervals, paired differences, and the CSV file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlpretrain.config import ConfigError
+from rlpretrain.evaluation.intervals import interval, points
+from rlpretrain.experiments.experiment import BASE, Experiment
+from rlpretrain.experiments.jobs import last_row
+from rlpretrain.files import finite, writing
+
+HEADINGS = {
+    "think_sampled": "thinks, sampled",
+    "direct": "answers directly",
+    "gain_frozen": "gain (nats)",
+    "empty": "gain, empty",
+    "shuffled": "gain, shuffled",
+    "no_think_loss": "no-think loss",
+}
+"""The numbers of the table, each with the heading of its column."""
+OWN_NUMBERS = ("asked", "reward", "gain_frozen", "no_think_loss")
+"""A method's own number is the first of these that it has, unless its `own` names one."""
+
+Numbers = dict[str, list[Any]]
+"""Number to its value at each position; null where it does not apply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """The numbers of one model at held-out positions, the same positions for each seed."""
+
+    by_seed: Sequence[Numbers]
+    rows: Sequence[str]
+    """The source row of each position."""
+    meta: dict[str, list[str]] = field(default_factory=dict)
+    """Columns of the positions' documents."""
+
+    def has(self, number: str) -> bool:
+        """Whether it was measured."""
+        return number in self.by_seed[0]
+
+    def where(self, column: str, values: Collection[str]) -> Measurements:
+        """Only the positions whose documents have one of `values` in a column."""
+        keep = [value in values for value in self.meta[column]]
+
+        def kept(items: Sequence[Any]) -> list[Any]:
+            return [item for item, wanted in zip(items, keep, strict=True) if wanted]
+
+        return Measurements(
+            [{name: kept(items) for name, items in seed.items()} for seed in self.by_seed],
+            kept(self.rows),
+            {name: kept(items) for name, items in self.meta.items()},
+        )
+
+    def array(self, number: str) -> np.ndarray:
+        """[seeds, positions]; NaN where the number does not apply."""
+        return np.array([seed[number] for seed in self.by_seed], float)
+
+    def weights(self, number: str) -> np.ndarray | None:
+        """A loss per token is weighted by the document's tokens; all other numbers count equally."""
+        return self.array("tokens") if number == "no_think_loss" else None
+
+    def interval(self, number: str, minus: Measurements | None = None) -> list[float]:
+        """[mean, low, high] over source rows and seeds; with `minus`, of the differences from that model."""
+        values = self.array(number)
+        if minus is not None:
+            values = values - minus.array(number)
+        mean, (low, high) = interval(values, self.weights(number), rows=self.rows)
+        return [mean, low, high]
+
+    def means(self, number: str) -> list[float]:
+        """The mean of each seed."""
+        return points(self.array(number), self.weights(number)).tolist()
+
+
+def read_evaluations(experiment: Experiment, name: str) -> list[dict[str, Any]]:
+    """evaluation.json of each seed of a method, or of the base model."""
+    folder = Path(experiment.output_dir)
+    files = [folder / f"{name}-{seed}" / "evaluation.json" for seed in experiment.seeds]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def read_measurements(experiment: Experiment) -> dict[str, Measurements]:
+    """What the common evaluation measured, of the base model and of every method."""
+    measured = {}
+    for name in (BASE, *experiment.methods):
+        evaluations = read_evaluations(experiment, name)
+        common = [evaluation["common"] for evaluation in evaluations]
+        measured[name] = Measurements(common, common[0]["rows"], evaluations[0].get("meta", {}))
+    return measured
+
+
+def collect(experiment: Experiment) -> dict[str, Any]:
+    """Every number of every method, with its 95% interval and each seed's mean; paired differences; costs."""
+    measured = read_measurements(experiment)
+    methods: dict[str, Any] = {}
+    for name, measurements in measured.items():
+        numbers = [number for number in HEADINGS if measurements.has(number)]
+        row: dict[str, Any] = {number: measurements.interval(number) for number in numbers}
+        row["by_seed"] = {number: measurements.means(number) for number in numbers}
+        if name != BASE:
+            if experiment.evaluation.own:
+                row["own"] = _own_number(experiment, name)
+            row |= _cost(experiment, name)
+        methods[name] = row
+    rows = measured[BASE].rows
+    results = {
+        "folder": str(Path(experiment.output_dir)),
+        "seeds": list(experiment.seeds),
+        "documents": len(rows),
+        "source_rows": len(set(rows)),
+        "methods": methods,
+        "differences": _differences(measured),
+    }
+    return finite(results)
+
+
+def _own_number(experiment: Experiment, name: str) -> dict[str, Any]:
+    """A method's own number, of the base model (before) and of the trained one (after)."""
+    after, before = (
+        Measurements(own, own[0]["rows"])
+        for own in (
+            [evaluation["own"][name] for evaluation in read_evaluations(experiment, model)]
+            for model in (name, BASE)
+        )
+    )
+    number = experiment.methods[name].own or next(filter(after.has, OWN_NUMBERS))
+    if not after.has(number):
+        raise ConfigError(
+            f"method {name}: own '{number}' is not one of its numbers: {', '.join(after.by_seed[0])}"
+        )
+    return {
+        "number": number,
+        "before": before.interval(number),
+        "after": after.interval(number),
+        "change": after.interval(number, before),
+        "by_seed": after.means(number),
+    }
+
+
+def _cost(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the runs of a method spent, how long they were and why they ended."""
+    folders = [Path(experiment.output_dir) / f"{name}-{seed}" for seed in experiment.seeds]
+    last_rows = [last_row(folder) for folder in folders]
+    records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    spent = {
+        unit: float(np.mean([row[f"num_{unit}"] for row in last_rows]))
+        for unit in ("input_tokens", "tokens", "flops")
+    }
+    return {
+        "spent": spent,
+        "steps": [row["step"] for row in last_rows],
+        "stopped": [record["stopped"] for record in records],
+    }
+
+
+def _differences(measured: dict[str, Measurements]) -> dict[str, dict[str, list[float]]]:
+    """{"a - b": {number: [mean, low, high]}} for every two models, at the same rows with the same seeds."""
+    names = list(measured)
+    differences = {}
+    for place, second in enumerate(names):
+        for first in names[place + 1 :]:
+            one, other = measured[first], measured[second]
+            shared = [number for number in HEADINGS if one.has(number) and other.has(number)]
+            differences[f"{first} - {second}"] = {number: one.interval(number, other) for number in shared}
+    return differences
+
+
+def write_csv(path: Path, results: dict[str, Any]) -> None:
+    """A line for each method (or difference of two) and number: mean, low, high, and each seed's mean."""
+    work = path.with_name(f".{path.name}.tmp")
+    with writing(path), work.open("w", newline="") as file:
+        out = csv.writer(file)
+        seeds = [f"seed {seed}" for seed in results["seeds"]]
+        out.writerow(("method", "number", "mean", "low", "high", *seeds))
+        for name, row in results["methods"].items():
+            for number in HEADINGS:
+                if number in row:
+                    out.writerow((name, number, *row[number], *row["by_seed"][number]))
+            if "own" in row:
+                for when in ("before", "after"):
+                    out.writerow((name, f"own {row['own']['number']}, {when}", *row["own"][when]))
+            for unit, mean in row.get("spent", {}).items():
+                out.writerow((name, unit, mean, "", ""))
+        for pair, row in results["differences"].items():
+            out.writerows((pair, number, *values) for number, values in row.items())
+    work.replace(path)

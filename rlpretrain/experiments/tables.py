@@ -1,0 +1,52 @@
+"""The tables of `rlpretrain compare`, as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlpretrain.experiments.experiment import BASE
+from rlpretrain.experiments.results import HEADINGS
+
+
+def table(results: dict[str, Any]) -> Any:
+    """Every method with its own number, the common numbers and what it cost."""
+    from rich.table import Table
+
+    title = (
+        f"{results['documents']} held-out documents of {results['source_rows']} rows, "
+        f"seeds {results['seeds']}; 95% intervals over rows and seeds"
+    )
+    columns = ("", "its own number", "base", "after", *HEADINGS.values(), "tokens", "TFLOP")
+    methods = Table(*columns, title=title)
+    for name, row in results["methods"].items():
+        own_cells = ("", "", "")
+        if own := row.get("own"):
+            own_cells = (own["number"], cell(own["before"]), cell(own["after"]))
+        cost_cells = ("", "")
+        if spent := row.get("spent"):
+            cost_cells = (f"{spent['input_tokens'] / 1e6:.3f} M", f"{spent['flops'] / 1e12:.2f}")
+        numbers = [cell(row.get(number)) for number in HEADINGS]
+        methods.add_row(name, *own_cells, *numbers, *cost_cells)
+    return methods
+
+
+def differences(results: dict[str, Any]) -> Any:
+    """Paired differences of each method from the base model and from the first method."""
+    from rich.table import Table
+
+    first = next(name for name in results["methods"] if name != BASE)
+    title = "at the same rows, with the same seeds; 95% intervals"
+    pairs = Table("paired differences", *HEADINGS.values(), title=title)
+    for pair, row in results["differences"].items():
+        if pair.endswith((f" - {BASE}", f" - {first}")):
+            pairs.add_row(pair, *(cell(row.get(number)) for number in HEADINGS))
+    return pairs
+
+
+def cell(values: Sequence[float | None] | None) -> str:
+    """Mean and interval; empty where there is no mean."""
+    if values is None or values[0] is None:
+        return ""
+    mean, *ends = values
+    return f"{mean:.2f}" if None in ends else f"{mean:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
