@@ -1,4 +1,4 @@
-"""What flows inside the trainer. Ids until a MicroBatch, tensors from there on.
+"""The data that flows inside the trainer: token ids up to a MicroBatch, tensors from there on.
 
 Legend: B positions (one a group), G thoughts, L thought tokens, T target tokens, M trunk tokens, R rows and S
 columns of the input (a tree is one row). "Row indices" point into the flattened [R*S] hidden states: the
@@ -19,12 +19,11 @@ from rollout.types import Document, Group
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on: groups, and the documents whose next-token loss it takes, each as often as it
-    was drawn.
+    """What one step trains on: groups, and the documents whose next-token loss is taken.
 
-    `progress` is how far the run is with this batch, 0 to 1. Raises ValueError for two documents of one id
-    that differ, or two groups with one id: by it groups are joined to their document, and parts of a group to
-    each other.
+    A document that was drawn twice is in `documents` twice. `progress` is the share of the run that is done
+    with this batch, 0 to 1. Raises ValueError if two different documents have the same id, or two groups:
+    ids join groups to their documents, and the parts of a split group to each other.
     """
 
     groups: Sequence[Group]
@@ -36,13 +35,13 @@ class Batch:
         for document in self.documents:
             if known.setdefault(document.id, document).token_ids != document.token_ids:
                 raise ValueError(
-                    f"two documents of a batch have the id {document.id!r}, and other tokens: ids must be "
+                    f"two documents of a batch have the id {document.id!r} but different tokens: ids must be "
                     "unique"
                 )
         ids = [group.id for group in self.groups]
         if len(set(ids)) < len(ids):
-            twice = next(id_ for id_ in ids if ids.count(id_) > 1)
-            raise ValueError(f"two groups of a batch have the id {twice!r}: ids must be unique")
+            repeated = next(id_ for id_ in ids if ids.count(id_) > 1)
+            raise ValueError(f"two groups of a batch have the id {repeated!r}: ids must be unique")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +55,19 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The most tokens that a document of some length makes; see `Objective.window`."""
+    """The largest numbers of tokens that a document of some length leads to; see `Objective.window`."""
 
     prompt: int
-    """Of a prompt, open tag included."""
+    """Tokens of a prompt, open tag included."""
     sampled: int
-    """Of a prompt with its thought and what is said after it: what an engine must take."""
+    """Tokens of a prompt with its thought and answer: the context length that an engine needs."""
     row: int
-    """Of a whole row, with an injected close tag and the target: what the model must take."""
+    """Tokens of a whole row, with an injected close tag and the target: the length that the model needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """The no-think arm alone, padded: what a model needs that scores nothing else (frozen and EMA
-    baselines).
-    """
+    """The no-think arm alone, padded: the input of the frozen and EMA baselines, which score nothing else."""
 
     input_ids: Tensor  # [A, W] int64
     attention_mask: Tensor  # [A, W] int64
@@ -82,8 +79,7 @@ class MicroBatch:
     """Groups and their documents, laid out for one forward.
 
     `tree` is None for the padded layout. A thought that is not `counted` (cut off under `cut: mask`, aborted)
-    is nowhere in the input and nowhere in the loss. `token_weights` carries the reduction within and over
-    thoughts.
+    is in neither the input nor the loss. `token_weights` holds the reduction within and over thoughts.
     """
 
     input_ids: Tensor  # [R, S] int64
@@ -91,45 +87,43 @@ class MicroBatch:
     position_ids: Tensor | None  # [R, S], or None where the model's own 0..S-1 is right
     tree: Tree | None
     arm: Arm
-    # tokens of all thoughts with their contexts, targets and documents, as if nothing were shared or padded
     row_tokens: int
+    """Tokens of thoughts, contexts, targets and documents, as if nothing were shared or padded."""
     groups: Sequence[Group]
-    documents: Sequence[
-        Document
-    ]  # whose next-token loss is taken here, in the order of `trunk_rows`, as often as drawn
-    offsets: Sequence[
-        int
-    ]  # [B] the first thought's place in its whole group; above 0 only in parts of one that fits nowhere
+    documents: Sequence[Document]
+    """Documents whose next-token loss is taken here, in the order of `trunk_rows`, as often as drawn."""
+    offsets: Sequence[int]
+    """[B] The index of each group's first thought in the whole group; above 0 only if the group is split."""
     thought_rows: Tensor  # [B, G, L] int64
     thought_labels: Tensor  # [B, G, L] int64
     thought_mask: Tensor  # [B, G, L] bool, true for sampled tokens of counted thoughts
     token_weights: Tensor  # [B, G, L] float32
     behaviour_logps: Tensor  # [B, G, L] float32
     counted: Tensor  # [B, G] bool
-    penalty: Tensor  # [B, G] float32, nats taken from the reward of an unclosed thought under `cut: penalise`
+    penalty: Tensor  # [B, G] float32, nats subtracted from an unclosed thought's reward under `cut: penalise`
     target_rows: Tensor  # [B, G, T] int64
     target_labels: Tensor  # [B, T] int64
     target_mask: Tensor  # [B, T] bool
     baseline_rows: Tensor  # [B, T] int64, the no-think arm; -1 where the layout has none
     trunk_rows: Tensor  # [M] int64
     trunk_labels: Tensor  # [M] int64
-    on_policy: bool = False  # sampled by the very weights that are trained: importance weights are exactly 1
-    asked: Sequence[
-        frozenset[int]
-    ] = ()  # for each of `documents`, the tokens before which groups of the step think
+    on_policy: bool = False
+    """The thoughts were sampled with the weights that are trained, so importance weights are exactly 1."""
+    asked: Sequence[frozenset[int]] = ()
+    """For each of `documents`, the indices of the tokens before which groups of the step think."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        moved = {
-            n: v.to(device) for n in self.__dataclass_fields__ if isinstance(v := getattr(self, n), Tensor)
-        }
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities (nats) of one micro-batch: thoughts at the sampling temperature, all else at
-    temperature 1.
+    """Log-probabilities (nats) of one micro-batch.
+
+    Thoughts are scored at the sampling temperature, everything else at temperature 1.
     """
 
     thought_logps: Tensor  # [B, G, L], with gradient
@@ -138,17 +132,19 @@ class Scores:
     trunk_logps: Tensor  # [M], with gradient
     target_mask: Tensor  # [B, T] bool
     counted: Tensor  # [B, G] bool
-    trunk_entropies: Tensor | None = (
-        None  # [M] nats, of the predictions of the trunk; only where they were asked for
-    )
-    target_hits: Tensor | None = (
-        None  # [B, G, T] bool, the target token is the likeliest; only where asked for
-    )
-    baseline_hits: Tensor | None = None  # [B, T] bool, the same without the thought
-    trunk_reference: Tensor | None = None  # [M], the frozen initial model's; only with need "reference"
-    thought_reference: Tensor | None = None  # [B, G, L], likewise, at the sampling temperature
+    trunk_entropies: Tensor | None = None
+    """[M] nats, entropies of the trunk's predictions; only on request."""
+    target_hits: Tensor | None = None
+    """[B, G, T] bool, whether the target token is the likeliest; only on request."""
+    baseline_hits: Tensor | None = None
+    """[B, T] bool, the same without the thought."""
+    trunk_reference: Tensor | None = None
+    """[M] `trunk_logps` under the frozen initial model; only with need "reference"."""
+    thought_reference: Tensor | None = None
+    """[B, G, L] `thought_logps` under the frozen initial model; only with need "reference"."""
 
     def detached(self) -> Scores:
         """The same numbers without their graph: what rewards may see."""
-        tensors = {n: getattr(self, n) for n in self.__dataclass_fields__}
-        return replace(self, **{n: tensor.detach() for n, tensor in tensors.items() if tensor is not None})
+        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        detached = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **detached)

@@ -1,5 +1,4 @@
-"""The configuration of a run: one dataclass per owner, the same names in YAML, on the command line and in
-Python.
+"""The configuration of a run: one dataclass per owner, with the same names in YAML, CLI and Python.
 
 Defaults are what held in our own experiments (NOTES.md). `recipe: paper` sets the values of the RLP paper
 (arXiv 2510.01265, table of hyper-parameters) wherever the user has not set them. "Our choice" marks what the
@@ -24,8 +23,9 @@ from rlpretrain.config.sampling import SamplingConfig
 
 @dataclass(config=STRICT, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) instead of all weights. No dropout: sampled and trained
-    log-probs must agree.
+    """Low-rank adapters (arXiv 2106.09685) instead of all weights.
+
+    There is no dropout, because sampled and trained log-probs must agree.
     """
 
     r: Count = 16
@@ -33,9 +33,7 @@ class LoraConfig:
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter is scaled by alpha / r."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get one: all-linear (all but the output head), or the ends of their names (q_proj,
-    v_proj, ...).
-    """
+    """Layers with an adapter: all-linear (all but the output head), or ends of names (q_proj, v_proj)."""
     use_dora: bool = False
     """Train the length of each weight column beside its direction (DoRA, arXiv 2402.09353)."""
     new_tokens: bool = True
@@ -49,17 +47,15 @@ class PolicyConfig:
     """How the model is trained."""
 
     backend: str = "auto"
-    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class, a policy
-    of your own (rlpretrain/training/backends/base.py).
+    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class.
+    A policy of your own follows rlpretrain/training/backends/base.py.
     """
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed_config: PathText | None = None
-    """A DeepSpeed JSON file; its values hold, except those that this library must own (batch sizes,
-    accumulation).
-    """
+    """A DeepSpeed JSON file. This library overrides batch sizes and accumulation, and keeps the rest."""
     lora: LoraConfig | None = None
-    """Train adapters, not all weights; `{}` takes the defaults."""
+    """Train adapters instead of all weights; `{}` takes the defaults."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Run the forward in bfloat16 over float32 weights (torch backend)."""
 
@@ -69,25 +65,26 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: str = "adamw"
-    """adamw, or package.module:factory, a function of (parameter groups, these settings) that gives a
-    torch optimizer.
+    """adamw, or package.module:factory.
+    A factory is a function of (parameter groups, these settings) that returns a torch optimizer.
     """
     lr: Amount = 1e-6
     """Peak learning rate."""
     schedule: str = "constant"
-    """Shape after warm-up: constant, cosine, linear (these two end at `min_lr_ratio` of the peak), or
-    package.module:function of (step, number of steps, these settings), which gives the factor on `lr`.
+    """Shape after warm-up: constant, cosine, linear, or package.module:function.
+    cosine and linear end at `min_lr_ratio` of the peak. A function of (step, number of steps, these settings)
+    returns the factor on `lr`.
     """
     min_lr_ratio: Amount = 0.0
     """Final learning rate over the peak."""
     warmup_steps: Whole = 10
-    """Steps of linear warm-up; like `max_steps` they are steps of the run, each of `loss.inner_epochs`
-    optimizer steps.
+    """Steps of linear warm-up.
+    As in `max_steps`, a step of the run has `loss.inner_epochs` optimizer steps.
     """
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's. Our choice: the paper gives none for RLP."""
+    """AdamW's betas. Our choice: the paper gives none for RLP."""
     weight_decay: Amount = 0.0
-    """AdamW's, on matrices only."""
+    """AdamW's weight decay, on matrices only."""
     clip_grad_norm: Amount = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -105,45 +102,42 @@ class LossConfig:
     ntp_coef: float = 0.3
     """Weight of the interleaved next-token loss on the documents. 0 in the paper."""
     reader_coef: float = 0.1
-    """Weight of -log p(target | context, thought), which keeps the reader honest. Not in the paper (0
-    there).
-    """
+    """Weight of -log p(target | context, thought), which keeps the reader calibrated. 0 in the paper."""
     reduction: Literal["auto", "thought_mean", "token_mean", "sum"] = "auto"
-    """thought_mean: mean over a thought's tokens, then over thoughts (RLP). token_mean: mean over all thought
-    tokens. sum: sum over a thought's tokens, then the mean over thoughts, which is the policy gradient
-    itself. auto: what the objective's paper has: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else
-    thought_mean.
+    """thought_mean: mean over a thought's tokens, then over thoughts (RLP).
+    token_mean: mean over all thought tokens.
+    sum: sum over a thought's tokens, then mean over thoughts, which is the policy gradient itself.
+    auto: the paper's: sum for `likelihood` with `direct: 1` (VeriFree, JEPO), else thought_mean.
     """
     importance_cap: Amount = 2.0
-    """Truncation of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
+    """Upper limit of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""
     terms: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
-    """The terms of the loss: next_token, surrogate, direct, or package.module:Class, a subclass of
-    training.losses.Loss. By default those of the objective, which are all three.
+    """The terms of the loss: next_token, surrogate, direct, or package.module:Class.
+    A class is a subclass of training.losses.Loss. By default the objective's terms, which are all three.
     """
     inner_epochs: Count = 1
-    """Optimizer steps on one batch; advantages and old log-probs are frozen at the first. The schedule
-    spans them all.
-    """
+    """Optimizer steps on one batch, with the advantages and old log-probs of the first."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class BaselineConfig:
-    """What log p(target | context) is measured against. Equal for all thoughts of a position, it cancels
-    in RLP's advantage.
+    """The no-think log-prob that is subtracted from log p(target | context, thought).
+
+    It is the same for all thoughts of a position, so it cancels in RLP's advantage.
     """
 
     name: Literal["none", "self", "frozen", "ema"] = "self"
-    """none: 0. self: the current model without a thought. frozen: the initial model. ema: its moving
-    average (the paper).
+    """none: 0. self: the current model without a thought. frozen: the initial model.
+    ema: a moving average of the current model (the paper).
     """
     decay: Annotated[float, Field(ge=0, le=1)] = 0.999
     """EMA decay per optimizer step."""
     frozen_every: Whole = 10
-    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never. Under LoRA
-    the initial model is the trained one with its adapters off, else it is a copy that 0 saves.
+    """Steps between measurements of the gain against the initial model (`ig/frozen`); 0: never.
+    The initial model is a copy in memory, which 0 avoids; under LoRA it is the model with its adapters off.
     """
     cache_tokens: Annotated[int, Field(ge=0)] = 2**24
-    """Log-probs of `frozen` to keep where documents come again, 4 bytes each; 0: none."""
+    """Log-probs of `frozen` to cache when documents repeat, 4 bytes each; 0: none."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -151,11 +145,11 @@ class EvalConfig:
     """Evaluation during training."""
 
     data: PathText | None = None
-    """Held-out documents; none, no evaluation."""
+    """Held-out documents; without them there is no evaluation."""
     every: Whole = 100
-    """Steps between evaluations; one more at the end. 0: only at the end."""
+    """Steps between evaluations, with a further evaluation at the end. 0: only at the end."""
     documents: Count = 64
-    """How many held-out documents."""
+    """Number of held-out documents."""
     thoughts: Count = 4
     """Sampled thoughts per position."""
 
@@ -165,9 +159,9 @@ class CheckpointConfig:
     """What is kept on disk."""
 
     every: Whole = 100
-    """Steps between checkpoints; one more at the end. 0: none, only the final model at the end."""
+    """Steps between checkpoints, with a further checkpoint at the end. 0: only the final model."""
     keep: Count = 3
-    """Newest checkpoints kept; the best one is kept beside them."""
+    """Number of newest checkpoints to keep; the best checkpoint is kept too."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -181,18 +175,18 @@ class StopConfig:
     collapse_window: Count = 20
     """Steps over which the monitor averages."""
     collapse_no_think: float = 0.3
-    """Nats that the no-think loss may rise above the start."""
+    """Nats by which the no-think loss may exceed its value at the start."""
     nonfinite: Count = 5
     """Skipped steps in a row (NaN or inf) after which the run stops."""
     input_tokens: Count | None = None
-    """Tokens of documents after which the run ends, the step that reaches them included."""
+    """Tokens of documents after which the run ends; the step that reaches them is completed."""
     flops: Annotated[float, Field(gt=0)] | None = None
-    """Floating-point operations (`num_flops`) after which it ends."""
+    """Floating-point operations (`num_flops`) after which the run ends."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class PretrainConfig:
-    """A whole run. `model` and `data` may be given as plain strings, `objective` as a name."""
+    """A whole run. `model` and `data` can be plain strings, `objective` a name."""
 
     model: Annotated[ModelConfig, headed("path")]
     """The base checkpoint."""
@@ -219,22 +213,20 @@ class PretrainConfig:
     stop: StopConfig = _field(default_factory=StopConfig)
     """When to stop before the end."""
     ntp_data: Annotated[DataConfig | None, headed("path")] = None
-    """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
+    """A separate stream for the next-token loss; by default the documents of the groups are used."""
     recipe: Literal["default", "paper"] = "default"
-    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, for objective rlp the paper's kind of
-    prompt (`objective.template: rlp`), wherever not set.
+    """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, wherever they are not set.
+    For objective rlp it also sets the paper's kind of prompt (`objective.template: rlp`).
     """
     positions_per_step: Count = 512
-    """Positions (groups) per optimizer step, over all ranks. For an objective without positions: documents
-    per step.
-    """
+    """Positions (groups) per optimizer step, over all ranks; documents, if the objective has no positions."""
     token_budget: Count = 16384
-    """Tokens per micro-batch, padding included. Thoughts of a larger group are scored first, then trained,
-    part by part.
+    """Tokens per micro-batch, padding included.
+    A larger group is split: all of its parts are scored first, then trained.
     """
     packing: Literal["tree", "padded"] = "tree"
-    """tree: what contexts share goes through the model once (models that cannot, run padded, and the run
-    says why).
+    """tree: tokens that contexts share go through the model once. padded: one row per thought.
+    Models that do not support trees run padded, and the run says why.
     """
     max_steps: Count | None = None
     """Steps, each a batch and `loss.inner_epochs` optimizer steps on it; or give `epochs`."""
@@ -243,18 +235,16 @@ class PretrainConfig:
     output_dir: PathText = "runs/rlp"
     """Folder of the run."""
     seed: Seed = 0
-    """Decides everything random."""
+    """Seed of all random numbers."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: Count | None = None
-    """torch threads; the machine's choice by default."""
+    """Threads of torch; torch's own default if not set."""
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...],
         BeforeValidator(lambda v: [v] if isinstance(v, str) else v),
     ] = ()
-    """Trackers beside the console and metrics.jsonl; five times a run they get some thoughts too, as a
-    table.
-    """
+    """Trackers beside the console and metrics.jsonl; they also get five tables of thoughts in a run."""
     log_every: Count = 1
     """Steps between console lines."""
     console: bool = True
@@ -262,8 +252,8 @@ class PretrainConfig:
     save_rollouts: bool = False
     """Keep every step's groups and documents as parquet under output_dir/rollouts."""
     replay: PathText | None = None
-    """Folder of a run that kept its rollouts, or of these alone: they are trained on, nothing is sampled.
-    `max_steps` is at most the number of steps it holds.
+    """Folder of a run or of its rollouts: train on the stored thoughts and sample nothing.
+    `max_steps` is at most the number of stored steps.
     """
     push_to_hub: str | None = None
     """Hub id for the final model."""
@@ -271,7 +261,7 @@ class PretrainConfig:
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, given: Any) -> Any:
-        """`recipe: paper` under what the user set; one epoch where neither steps nor epochs are given."""
+        """Apply `recipe: paper` where the user set nothing; one epoch if neither steps nor epochs are set."""
         values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
         if values.get("recipe") == "paper":
             values = _under(values, PAPER_RECIPE)
@@ -291,20 +281,20 @@ PAPER_RECIPE: dict[str, Any] = {
     "optim": {"lr": 1e-6, "schedule": "constant"},
     "positions_per_step": 512,
 }
-"""arXiv 2510.01265v2, hyper-parameters: what `recipe: paper` sets where the user did not."""
+"""Hyper-parameters of arXiv 2510.01265v2, which `recipe: paper` sets where the user did not."""
 
 
 def _under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` wherever `values` says nothing."""
+    """`values`, with `defaults` for the keys that it lacks."""
     merged = dict(defaults) | dict(values)
-    for key, below in defaults.items():
+    for key, default in defaults.items():
         given = values.get(key)
         if is_dataclass(given):
             raise ConfigError(
-                f"recipe: paper needs '{key}' as plain values, not a {type(given).__name__}: what is set "
-                "would be unknown"
+                f"recipe: paper needs '{key}' as plain values, not a {type(given).__name__}, which does not "
+                "say which of its fields were set"
             )
         given = {"name": given} if isinstance(given, str) else given
-        if isinstance(below, Mapping) and isinstance(given, Mapping):
-            merged[key] = _under(given, below)
+        if isinstance(default, Mapping) and isinstance(given, Mapping):
+            merged[key] = _under(given, default)
     return merged
