@@ -1,16 +1,16 @@
-# The environment is .venv, made from a committed lock by scripts/setup.sh; PYTHON=python3.12 chooses the interpreter.
+# scripts/setup.sh builds .venv from a committed lock; PYTHON=python3.12 chooses the interpreter.
 SHELL := bash
 PY := .venv/bin/python
 WORKERS ?= 2
 BENCHMARKS ?= token_logps engine demo_step step
 
 export TOKENIZERS_PARALLELISM ?= false
-export PYTHONDONTWRITEBYTECODE =  # torch and transformers compile for half a minute; do that once
+export PYTHONDONTWRITEBYTECODE =  # keep bytecode: compiling torch and transformers takes half a minute
 ifeq ($(wildcard /dev/nvidia0),)
 export DS_ACCELERATOR ?= cpu
 endif
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-ONE_THREAD := OMP_NUM_THREADS=1  # a test worker each core
+ONE_THREAD := OMP_NUM_THREADS=1  # one test worker per core
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check bench lock clean
@@ -18,10 +18,10 @@ ONE_THREAD := OMP_NUM_THREADS=1  # a test worker each core
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env:  ## only the environment: make env LOCK=demo-cpu leaves out vLLM, TRL, PEFT and Ray
+env:  ## build the environment only; LOCK=demo-cpu omits vLLM, TRL, PEFT and Ray
 	@bash scripts/setup.sh $(or $(LOCK),test-cpu)
 
-demo:  ## the whole path on a controlled corpus, with controls: one table, runs/demo/results.json
+demo:  ## corpus, base, RLP and controls: one table, runs/demo/results.json
 	@bash scripts/setup.sh demo-cpu
 	$(OFFLINE) $(PY) -m examples.demo $(ARGS)
 

@@ -2,13 +2,13 @@
 # Builds .venv from a committed lock:      scripts/setup.sh demo-cpu | test-cpu | all-cpu
 # Resolves the locks again (`make lock`):  scripts/setup.sh lock [--upgrade]
 #
-# Needs python >= 3.11 with its venv module (PYTHON=... to choose one), and does only what is not done yet:
-#   1. .venv, by python's own venv module;
-#   2. a pinned uv inside it, by pip; where uv cannot be had, pip does its work (slower);
-#   3. the packages of the lock, exactly those. uv does not read pip's configuration, so pip's find-links and indexes
-#      are handed to it. The CPU build of torch comes from there; if it is not there, from uv's own `--torch-backend cpu`.
-#      Nothing that needs CUDA is ever fetched: the `+cpu` pin fails rather than fall back to the CUDA build;
-#   4. this project itself, editable.
+# Needs python >= 3.11 with its venv module (PYTHON=... to choose one), and does only the steps that are missing:
+#   1. make .venv with python's own venv module;
+#   2. install a pinned uv in it with pip; if uv is not available, pip does its work (slower);
+#   3. install exactly the packages of the lock. uv does not read pip's configuration, so pip's find-links and indexes
+#      are passed to it. The CPU build of torch comes from there, or else from uv's own `--torch-backend cpu`.
+#      Nothing that needs CUDA is ever fetched: the `+cpu` pin fails instead of falling back to the CUDA build;
+#   4. install this project, editable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lock=${1:?which lock? demo-cpu, test-cpu, all-cpu, or: lock}
@@ -33,7 +33,7 @@ fi
 pip() { "$py" -m pip --disable-pip-version-check "$@"; }
 
 settings=$(pip config list)
-hand_over() {  # $1: pip's name of a setting, $2: uv's variable for it, $3: what separates values there
+hand_over() {  # $1: pip's name of a setting, $2: uv's variable for it, $3: the separator of its values
     local value
     value=$(sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" <<< "$settings" | head -n 1 | sed 's/\\n/ /g' | xargs | tr ' ' "$3")
     if [ -z "${!2:-}" ] && [ -n "$value" ]; then export "$2=$value"; fi
@@ -42,27 +42,27 @@ hand_over find-links UV_FIND_LINKS ,
 hand_over index-url UV_DEFAULT_INDEX ' '
 [ "$lock" = lock ] || hand_over extra-index-url UV_INDEX ' '  # locks are resolved from the default index alone
 hand_over cert SSL_CERT_FILE ' '
-export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"  # pip's own rule: all indexes count alike
+export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"  # pip's own rule: all indexes have equal rank
 
 torch=$(grep '^torch==' locks/pins-cpu.txt)
-hint="for $("$py" --version), which .venv was made with. Try another (rm -rf .venv, then PYTHON=python3.11 make ...), or put
+hint="for $("$py" --version), the python of .venv. Try another (rm -rf .venv, then PYTHON=python3.11 make ...), or put
 the wheel into a folder and set PIP_FIND_LINKS to it"
 if pip install --quiet uv==0.13.9 2>/dev/null; then
     uv() { .venv/bin/uv "$@"; }
     if ! uv pip install --python "$py" --quiet --dry-run --no-deps "$torch" 2>/dev/null; then
-        say "no $torch where pip is configured to look; trying uv's --torch-backend cpu"
+        say "no $torch in the places that pip is configured for; trying uv's --torch-backend cpu"
         export UV_TORCH_BACKEND=cpu
-        uv pip install --python "$py" --quiet --dry-run --no-deps "$torch" || die "no $torch in reach $hint"
+        uv pip install --python "$py" --quiet --dry-run --no-deps "$torch" || die "no $torch is available $hint"
     fi
     install() { uv pip install --python "$py" --no-deps "$@"; }
 else
-    say "uv cannot be had here: using pip, which takes longer"
+    say "uv is not available: using pip, which takes longer"
     [ "$lock" != lock ] || die "the locks are made with uv"
-    install() { pip install -qq --no-deps "$@" || die "pip could not install: $*. If it is for want of $torch, there is none $hint"; }
+    install() { pip install -qq --no-deps "$@" || die "pip could not install: $*. If the reason is $torch, there is none $hint"; }
 fi
 
 if [ "$lock" = lock ]; then
-    compile() {  # $1: the lock to write, the rest: what goes into it
+    compile() {  # $1: the lock to write, the rest: its contents
         uv pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
             --custom-compile-command "make lock" --overrides locks/overrides-cpu.txt --output-file "locks/$1.txt" \
             --extra deepspeed --extra tensorboard --extra plot "${@:2}"

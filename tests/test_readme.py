@@ -70,13 +70,3 @@ def test_the_objective_in_agents_md_trains(values, tmp_path, monkeypatch):
     }
     assert Pretrainer(build(values)).train()["steps"] == 3
     assert issubclass(__import__("mine_from_agents_md").Mine, base.Objective)
-
-
-def test_every_file_the_readme_names_exists():
-    for file in ("README.md", "AGENTS.md"):
-        text = (ROOT / file).read_text()
-        for name in re.findall(
-            r"`((?:examples|tests|rlpretrain|rewards|benchmarks|locks|rollout)/[\w./-]+\.\w+)`", text
-        ):
-            if name != "rlpretrain/objectives/mine.py":
-                assert (ROOT / name).exists(), f"{file} names {name}"
