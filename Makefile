@@ -25,7 +25,7 @@ demo:  ## corpus, base, RLP and controls: one table, runs/demo/results.json
 	@bash scripts/setup.sh demo-cpu
 	$(OFFLINE) $(PY) -m examples.demo $(ARGS)
 
-test:  ## all tests (ARGS="-k name" for some, WORKERS=0 in one process)
+test:  ## all tests (ARGS="-k name" for some, "-m learning" for a long one, WORKERS=0 in one process)
 	@bash scripts/setup.sh test-cpu
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

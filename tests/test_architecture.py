@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def imports(path: Path) -> Iterator[Import]:
+@cache
+def imports(path: Path) -> tuple[Import, ...]:
     """Every import of a file, whatever it is nested in. `from a import b` names a.b where that is a module
     of ours.
     """
@@ -138,9 +140,10 @@ def imports(path: Path) -> Iterator[Import]:
         else:
             inside = at_import and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             for child in ast.iter_child_nodes(node):
-                yield from visit(child, inside)
+                if not isinstance(child, ast.expr):
+                    yield from visit(child, inside)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8"), str(path)), True)
+    return tuple(visit(ast.parse(path.read_text(encoding="utf-8"), str(path)), True))
 
 
 def among(module: str, names: set[str]) -> bool:

@@ -82,7 +82,18 @@ def test_its_metadata(wheel):
 
 def test_it_imports_from_where_it_was_installed(wheel, tmp_path):
     target = tmp_path / "site"
-    run(*PIP, "install", "-q", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    run(
+        *PIP,
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--target",
+        target,
+        wheel,
+        cwd=tmp_path,
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
         "import rewards, rollout, rlpretrain\n"

@@ -337,7 +337,7 @@ def test_a_sharded_model_is_refused(corpus, tmp_path):
     reward.watch(whole(corpus))
 
 
-@pytest.mark.slow
+@pytest.mark.learning
 def test_thinking_comes_to_pay(tmp_path):
     """From the demo's base, on documents seen once, with thoughts up to two steps old: targets get
     likelier after a thought.
