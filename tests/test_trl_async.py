@@ -27,6 +27,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward
 from rlpretrain.trl import async_rollout as trl_async
 from rlpretrain.trl.async_rollout import AsyncRollouts
+from rlpretrain.trl.pending import cycle_positions
 from rollout.hf import HFEngine
 from tests.builders.engines import SHAPE
 from tests.builders.learning import BASE
@@ -307,13 +308,13 @@ def test_bad_settings(corpus, tmp_path):
     with pytest.raises(RuntimeError, match="as weight_transfer"):
         rollouts.update_model_version(1)
     with pytest.raises(ConfigError, match="the dataset is empty"):
-        next(trl_async._positions([]))
+        next(cycle_positions([]))
     texts = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().splitlines()[:3]]
     stream = reward.dataset(IterableDataset.from_generator(lambda: ({"text": t} for t in texts)))
     found = list(itertools.islice(AsyncRollouts(reward, engine, stream, args).positions, 4))
     assert found[3] == found[0] != found[1] and [p.document_id for p in found] == ["0", "1", "2", "0"]
     with pytest.raises(ConfigError, match="the dataset lacks document_id"):
-        next(trl_async._positions([{"prompt": "a"}]))
+        next(cycle_positions([{"prompt": "a"}]))
 
 
 def test_a_sharded_model_is_refused(corpus, tmp_path):

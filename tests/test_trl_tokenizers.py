@@ -18,7 +18,7 @@ from rlpretrain.objectives import parse_section
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.trl import InformationGainReward, ObjectiveReward, to_prompt_dataset
 from rlpretrain.trl.async_rollout import AsyncRollouts
-from rlpretrain.trl.data import prepare
+from rlpretrain.trl.prepared import prepare
 from rlpretrain.trl.prompts import JUDGED, check_prompts, position_of
 from rlpretrain.trl.rollout import Rollouts
 from rollout.hf import HFEngine

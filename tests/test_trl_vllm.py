@@ -78,6 +78,6 @@ def test_the_servers_tags(corpus, tmp_path):
         report_to="none",
         generation_kwargs={"min_tokens": 1},
     )
-    with pytest.raises(ConfigError, match="the vLLM server has them not"):
+    with pytest.raises(ConfigError, match="the vLLM server does not have them"):
         reward.callback.on_init_end(args, None, None, model)
     assert args.generation_kwargs == {"stop_token_ids": [reward.close_id], "min_tokens": 1}

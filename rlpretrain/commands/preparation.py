@@ -68,7 +68,7 @@ def register(commands: Any) -> None:
 def prepare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain prepare MODEL --out DIR --data FILE`."""
     from rlpretrain.config import ModelConfig
-    from rlpretrain.trl.data import prepare as run
+    from rlpretrain.trl.prepared import prepare as run
 
     model = ModelConfig(
         path=args.model, revision=args.revision, dtype=args.dtype, trust_remote_code=args.trust_remote_code

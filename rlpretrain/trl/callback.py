@@ -1,4 +1,4 @@
-"""The model that a trainer of TRL's trains: out of its wrappers, and handed to a reward by a callback."""
+"""The model of a TRL trainer: found inside its wrappers, and handed to a reward by a callback."""
 
 from __future__ import annotations
 
@@ -23,101 +23,85 @@ from rlpretrain.models.saving import save_start
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.references import Ema
 from rlpretrain.tracking.health import TRL_FIELDS, Health
-from rlpretrain.trl.data import ends_of
+from rlpretrain.trl.prepared import ends_of
 from rlpretrain.trl.prompts import check_lengths, longest_row
 from rollout.folders import usual_mode
 
 EMA = "ema.safetensors"
-"""In a checkpoint: the moving average of a reward's baseline."""
+"""File of a checkpoint that holds the moving average of a reward's baseline."""
 
 
 class LiveModel(TrainerCallback):
     """Hands the trained model to its reward when training begins, and moves the EMA after every step.
 
-    Before the trainer starts its vLLM, that is told where a thought ends, where to find tags that were added,
-    and how to live on a CPU.
+    Before the trainer starts its vLLM, the callback sets what vLLM needs: the token that ends a thought,
+    a checkpoint with the added tags, and the settings that a CPU requires.
     """
 
     def __init__(self, reward: Any):
         self.reward = reward
         self.health = Health(TRL_FIELDS)
         self.init_kwargs: dict[str, Any] | None = None  # how the model was loaded
-        self.named: str | None = None  # what the configuration calls the model
+        self.original_name: str | None = None  # of the model in its configuration, while it is replaced
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The trainer stands, its vLLM not yet."""
+        """The trainer is made, but not yet its vLLM."""
         if self.reward.late:
             raise ConfigError(
-                "a reward without model and tokenizer is for TRL's command line, which knows no callbacks: "
-                "here give it both"
+                "a reward without model and tokenizer is for TRL's command line, which has no callbacks: "
+                "give it both here"
             )
         reward, inner, adapters = self.reward, plain(model), adapters_of(model)
         if reward.baseline in ("frozen", "ema") and adapters is None and not sharded(model):
             reward.initial = {name: p.detach().to("cpu", copy=True) for name, p in inner.named_parameters()}
-        vllm, colocated = getattr(args, "use_vllm", False), getattr(args, "vllm_mode", "") == "colocate"
+        vllm = getattr(args, "use_vllm", False)
+        colocated = getattr(args, "vllm_mode", "") == "colocate"
         if vllm and not reward.objective.answer_tokens:
             args.generation_kwargs = {"stop_token_ids": [reward.close_id], **(args.generation_kwargs or {})}
         if vllm and reward.added and not colocated:
             raise ConfigError(
-                f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server has "
-                "them not: save model and tokenizer, start the server and the training from there"
+                f"{' and '.join(reward.added)} were added to the model just now, and the vLLM server does "
+                "not have them: save model and tokenizer, start the server and the training from there"
             )
-        referred = bool(getattr(args, "beta", 0)) and adapters is None
-        if reward.added and (vllm or referred) and sharded(inner):
+        loads_reference = bool(getattr(args, "beta", 0)) and adapters is None
+        loads_again = bool(reward.added) and (vllm or loads_reference)
+        if loads_again and sharded(inner):
             raise ConfigError(
                 f"{' and '.join(reward.added)} were added to the model just now, and it is sharded already: "
                 "save model and tokenizer, start the training from there"
             )
-        if (
-            self.init_kwargs is not None
-        ):  # after TRL has said that it ignores them, before it loads a reference
+        # Not before: TRL would warn that it ignores them. Not later: it loads its reference model with them.
+        if self.init_kwargs is not None:
             args.model_init_kwargs = self.init_kwargs
-        if reward.added and (vllm or referred):
+        if loads_again:
             start, ranks = Path(args.output_dir) / "start", ranks_of(torch.device("cpu"))
             if ranks.first:
                 save_start(inner, reward.tokenizer, start)
             ranks.barrier()
             inner.name_or_path = str(start)  # what TRL's vLLM loads
-            if referred:
-                self.named, inner.config._name_or_path = (
-                    inner.config._name_or_path,
-                    str(start),
-                )  # what its KL is measured to
+            if loads_reference:  # from this path, for its KL term
+                self.original_name = inner.config._name_or_path
+                inner.config._name_or_path = str(start)
         if vllm and colocated:
             trl_vllm_on_cpu()
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **_: Any
     ) -> None:
-        """The model as the trainer has it, adapters included."""
+        """The reward gets the model as the trainer has it, adapters included."""
         reward, inner = self.reward, plain(model)
-        if self.named is not None:
-            inner.config._name_or_path, self.named = self.named, None
-        lacks = (
-            max(reward.close_id, reward.objective.template.open_id)
-            >= inner.config.get_text_config().vocab_size
-        )
-        stops = reward.objective.answer_tokens or reward.attention or getattr(args, "use_vllm", False)
-        if lacks or not (stops or reward.close_id in ends_of(inner)):
-            what = (
-                "has no rows for the tags of a thought"
-                if lacks
-                else "does not end a generation at the close tag"
-            )
-            raise ConfigError(
-                f"the trained model is not the one that the reward was given, it {what}: give the "
-                "trainer and the reward the same model and tokenizer"
-            )
+        if self.original_name is not None:
+            inner.config._name_or_path, self.original_name = self.original_name, None
+        _check_same_model(reward, inner, getattr(args, "use_vllm", False))
         data = getattr(train_dataloader, "dataset", None)
         check_lengths(reward.objective, limit_of(inner), [*reward.longest, longest_row(data)], args)
         reward.watch(model)
         reward.initial = {}
         if state.global_step and isinstance(reward.reference, Ema):
             given = args.resume_from_checkpoint
-            folder = Path(
-                given if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state)
-            )
-            average = _average(folder, state)
+            named = isinstance(given, str) and Path(given).is_dir()
+            folder = Path(given) if named else _checkpoint(args, state)
+            average = _load_average(folder, state)
             if average is not None:
                 reward.reference.load_state_dict(average)
             else:
@@ -134,16 +118,14 @@ class LiveModel(TrainerCallback):
         if isinstance(self.reward.reference, Ema) and state.is_world_process_zero and folder.is_dir():
             work = folder / f".{EMA}.tmp"
             average = {name: p.contiguous() for name, p in self.reward.reference.state_dict().items()}
-            save_file(average, work, metadata={"log": _log(state)})
+            save_file(average, work, metadata={"log": _hash_log(state)})
             work.chmod(usual_mode(folder))
             work.replace(folder / EMA)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        """A warning, once, of each thing that keeps the training from learning: the rules of
-        rlpretrain/tracking/health.py.
-        """
+        """Warn once of each thing that keeps the training from learning (rlpretrain/tracking/health.py)."""
         row = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         for finding in self.health.observe(state.global_step, row):
             if state.is_world_process_zero:
@@ -156,7 +138,7 @@ class LiveModel(TrainerCallback):
 
 
 class _Weights:
-    """What `Ema.update` reads."""
+    """A model in the form that `Ema.update` reads."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -184,23 +166,37 @@ def _has_adapters(model: Any) -> bool:
     return hasattr(model, "get_base_model") and hasattr(model, "disable_adapter")
 
 
-def _log(state: Any) -> str:
-    """What tells a run's checkpoint from another's of the same step: transformers does not say which one
-    it resumed.
-    """
-    return blake2b(
-        json.dumps(state.log_history, sort_keys=True, default=str).encode(), digest_size=16
-    ).hexdigest()
+def _hash_log(state: Any) -> str:
+    """A hash of the log, which tells two runs apart: transformers does not name the resumed checkpoint."""
+    history = json.dumps(state.log_history, sort_keys=True, default=str)
+    return blake2b(history.encode(), digest_size=16).hexdigest()
 
 
-def _average(folder: Path, state: Any) -> dict[str, torch.Tensor] | None:
+def _load_average(folder: Path, state: Any) -> dict[str, torch.Tensor] | None:
     """The moving average in a checkpoint of this run, if there is one."""
     if not (folder / EMA).is_file():
         return None
     with safe_open(folder / EMA, "pt") as file:
-        if (file.metadata() or {}).get("log") != _log(state):
+        if (file.metadata() or {}).get("log") != _hash_log(state):
             return None
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _check_same_model(reward: Any, model: Any, use_vllm: bool) -> None:
+    """Raise ConfigError if the trained model cannot be the one that the reward was given."""
+    tags = reward.close_id, reward.objective.template.open_id
+    lacks_rows = max(tags) >= model.config.get_text_config().vocab_size
+    stops_otherwise = reward.objective.answer_tokens or reward.attention or use_vllm
+    if lacks_rows:
+        problem = "has no rows for the tags of a thought"
+    elif not stops_otherwise and reward.close_id not in ends_of(model):
+        problem = "does not end a generation at the close tag"
+    else:
+        return
+    raise ConfigError(
+        f"the trained model is not the one that the reward was given, it {problem}: give the "
+        "trainer and the reward the same model and tokenizer"
+    )
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
@@ -209,7 +205,7 @@ def _checkpoint(args: Any, state: Any) -> Path:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout."""
+    """While it lasts, the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -219,6 +215,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def ranks_of(device: torch.device) -> Ranks:
+    """The ranks of the process group; one rank where there is none."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():

@@ -1,11 +1,11 @@
-"""A `rollout_func` for TRL's trainers: one of our engines samples, the live model scores, the reward arrives
-as a field.
+"""A `rollout_func` for TRL's trainers: one of our engines samples, and the live model scores.
 
-    rollouts = Rollouts(reward, VLLMEngine(...), dataset) GRPOTrainer(model, reward_funcs=[reward],
-    callbacks=[reward.callback], rollout_func=rollouts, train_dataset=dataset, ...)
+    rollouts = Rollouts(reward, VLLMEngine(...), dataset)
+    GRPOTrainer(model, reward_funcs=[reward], callbacks=[reward.callback], rollout_func=rollouts,
+                train_dataset=dataset, ...)
 
-Before it samples, the engine is given the trainer's weights, if an optimizer step was made since. TRL marks
-its own interface as experimental.
+The reward reaches TRL as a field of the rollout. After each optimizer step the engine gets the trainer's
+weights before it samples. TRL marks this interface as experimental.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from rlpretrain.models.lengths import check_engine, check_rows, limit_of
 from rlpretrain.objectives import Setting
 from rlpretrain.rollouts.batches import roll_out
 from rlpretrain.trl.callback import plain
+from rlpretrain.trl.data import PROMPT_COLUMNS
 from rlpretrain.trl.prompts import NAMES, longest_row, position_of
-from rlpretrain.trl.reward import COLUMNS, ObjectiveReward
+from rlpretrain.trl.reward import ObjectiveReward
 from rollout.engine import Engine
 from rollout.types import Group, Position, SamplingParams
 
@@ -34,29 +35,28 @@ NO_MODEL = "Rollouts has no model yet: pass callbacks=[reward.callback] to the t
 
 
 class Rollouts:
-    """Samples with `engine` at the rows of `dataset` (made by `reward.dataset`), as the trainer's arguments
-    say.
+    """Samples with `engine` at the rows of a dataset that `reward.dataset` made, with the trainer's settings.
 
     Raises ConfigError for a dataset that is a stream or lacks columns, and for a prompt that is not in it.
     """
 
     def __init__(self, reward: ObjectiveReward, engine: Engine, dataset: Any, seed: int = 0):
-        if not hasattr(dataset, "__len__") or not set(COLUMNS) <= set(dataset.column_names):
+        if not hasattr(dataset, "__len__") or not set(PROMPT_COLUMNS) <= set(dataset.column_names):
             raise ConfigError(
                 "Rollouts needs the dataset that reward.dataset(documents) makes, and not as a stream: TRL "
-                "hands over prompts alone, their positions are looked up"
+                "hands over prompts only, and their positions are looked up in the dataset"
             )
         self.reward, self.engine, self.seed, self.calls = reward, engine, seed, 0
-        self.places: dict[str, Position] = {}
-        for row in dataset.select_columns(list(COLUMNS)):
-            self.places.setdefault(row["prompt"], position_of(row))
+        self.position_of_prompt: dict[str, Position] = {}
+        for row in dataset.select_columns(list(PROMPT_COLUMNS)):
+            self.position_of_prompt.setdefault(row["prompt"], position_of(row))
         self.synced: int | None = None
         reward.longest.append(longest_row(dataset))
 
     def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
         """Thoughts for the prompts, which TRL repeats as often as it wants completions."""
         step, args, tokenizer = trainer.state.global_step, trainer.args, self.reward.tokenizer
-        if unknown := next((p for p in prompts if p not in self.places), None):
+        if unknown := next((p for p in prompts if p not in self.position_of_prompt), None):
             raise ConfigError(f"a prompt is not in the dataset of Rollouts: …{unknown[-80:]!r}")
         if self.synced != step:
             self.engine.sync(self.weights, step)
@@ -69,19 +69,20 @@ class Rollouts:
             self._check_lengths(params)
         rng = np.random.default_rng((self.seed, self.calls, trainer.accelerator.process_index))
         self.calls += 1
-        asked = [(self.places[prompt], len(list(same))) for prompt, same in groupby(prompts)]
-        groups: list[Group | None] = [None] * len(asked)
+        runs = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
+        positions, counts = [self.position_of_prompt[prompt] for prompt, _ in runs], [n for _, n in runs]
+        by_place: dict[int, Group] = {}
         objective = self.reward.objective
-        for n in sorted({n for _, n in asked}):
-            here = [i for i, (_, times) in enumerate(asked) if times == n]
-            objective.setting = Setting(params, n, 0.0)
-            seeds = [int(s) for s in rng.integers(2**62, size=len(here))]
-            found = roll_out(objective, self.engine, [asked[i][0] for i in here], seeds)
-            for i, group in zip(here, found, strict=True):
-                groups[i] = replace(group, id=f"{group.id}:{i}")
-        whole = [g for g in groups if g is not None]
-        thoughts = [(g, t) for g in whole for t in g.thoughts]
-        rewards = self.reward.known(whole)
+        for count in sorted(set(counts)):  # usually one: an engine samples as often at every position
+            places = [i for i, n in enumerate(counts) if n == count]
+            objective.setting = Setting(params, count, 0.0)
+            seeds = [int(seed) for seed in rng.integers(2**62, size=len(places))]
+            sampled = roll_out(objective, self.engine, [positions[i] for i in places], seeds)
+            for i, group in zip(places, sampled, strict=True):
+                by_place[i] = replace(group, id=f"{group.id}:{i}")
+        groups = [by_place[i] for i in sorted(by_place)]
+        thoughts = [(group, thought) for group in groups for thought in group.thoughts]
+        rewards = self.reward.score_and_remember(groups)
         return {
             "prompt_ids": [list(g.prompt.token_ids) for g, _ in thoughts],
             "completion_ids": [list(t.token_ids) for _, t in thoughts],
@@ -90,7 +91,7 @@ class Rollouts:
         }
 
     def _check_lengths(self, params: SamplingParams) -> None:
-        """Before the first thought: raise ConfigError for rows that the model or the engine does not take."""
+        """Raise ConfigError for rows that are too long for the model or the engine."""
         if self.reward.model is None:
             raise RuntimeError(NO_MODEL)
         objective, longest = self.reward.objective, max(self.reward.longest)
@@ -99,9 +100,7 @@ class Rollouts:
         check_engine(objective, longest, self.engine.info.max_model_len, NAMES)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The trained model's weights under the names of its checkpoint, adapters merged in, shards
-        gathered.
-        """
+        """The trained weights under their checkpoint names, adapters merged in and shards gathered."""
         if self.reward.model is None:
             raise RuntimeError(NO_MODEL)
         for piece in pieces(plain(self.reward.model)):

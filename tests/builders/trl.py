@@ -46,15 +46,15 @@ class Kept(TrainerCallback):
     """What a reward function was given and gave, with the weights it was computed with."""
 
     def __init__(self, reward: ObjectiveReward):
-        self.reward, self.calls, call = reward, [], reward.rewards
+        self.reward, self.calls, call = reward, [], reward.score
 
         def spy(groups: Any) -> Any:
             out = call(groups)
             weights = {n: p.detach().clone() for n, p in reward.model.named_parameters()}
-            self.calls.append((groups, out[0], weights))
+            self.calls.append((groups, out.for_trl(), weights))
             return out
 
-        reward.rewards = spy
+        reward.score = spy
 
 
 def by_hand(model: Any, groups: Any, cut: str = "mask") -> list[float | None]:

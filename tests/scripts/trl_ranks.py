@@ -92,17 +92,17 @@ class Whole(Kept):
 
     def __init__(self, trainer: Any, deepspeed: Any):
         reward, self.calls = trainer.reward, []
-        call = reward.rewards
+        call = reward.score
 
         def spy(groups: Any) -> Any:
             out = call(groups)
             parameters = list(reward.model.parameters())
             with deepspeed.zero.GatheredParameters(parameters):
                 weights = {n: p.detach().clone() for n, p in reward.model.named_parameters()}
-            self.calls.append((groups, out[0], weights))
+            self.calls.append((groups, out.for_trl(), weights))
             return out
 
-        reward.rewards = spy
+        reward.score = spy
 
 
 if __name__ == "__main__":
