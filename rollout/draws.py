@@ -1,4 +1,4 @@
-"""How one token is drawn: a counter-based generator, truncated distributions, one uniform a row.
+"""Drawing tokens: a counter-based generator, truncated distributions, one uniform number per row.
 
 R rows, V vocabulary, L steps.
 """
@@ -19,10 +19,10 @@ _SEED = (1 << 63) - 1
 
 
 def thought_seed(seed: int, index: int) -> int:
-    """The seed of thought `index` of a prompt whose seed is `seed`: a non-negative 63-bit number.
+    """The seed of thought `index` of a prompt with seed `seed`: a non-negative 63-bit number.
 
-    Thought 0 keeps the prompt's own seed (modulo 2**63), so that a stored `Thought.seed` draws its thought
-    again with `n=1, seeds=[thought.seed]`. The others get a hash of both numbers.
+    Thought 0 keeps the prompt's seed (modulo 2**63), so that `n=1, seeds=[thought.seed]` draws a stored
+    thought again. The others get a hash of both numbers.
 
     >>> thought_seed(7, 0), thought_seed(thought_seed(7, 3), 0) == thought_seed(7, 3)
     (7, True)
@@ -39,7 +39,7 @@ def thought_seed(seed: int, index: int) -> int:
 def uniforms(seeds: Sequence[int], steps: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform numbers in (0, 1), [R, steps] float64: row r is the SplitMix64 stream of `seeds[r]`.
 
-    Number t of a row is a hash of (seed, t) alone. It is integer arithmetic up to an exact division, so every
+    Number t of a row is a hash of (seed, t) alone, in integer arithmetic and one exact division. So every
     device and every batch gives the same bits.
     """
     start = torch.tensor([seed & _SEED for seed in seeds], dtype=torch.int64, device=device)
@@ -52,13 +52,12 @@ def uniforms(seeds: Sequence[int], steps: int, device: torch.device | str = "cpu
 
 
 def truncated_logps(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The log-probabilities (nats, float32, [R, V]) a token is drawn from: temperature, then top-k, then
-    top-p.
+    """Log-probabilities (nats, float32, [R, V]) to draw from: temperature, top-k, then top-p.
 
-    Top-k keeps every token that ties with the k-th; top-p keeps the smallest set of most likely tokens whose
-    probability reaches it, at least one. Tokens outside are -inf and the rest are normalised again. At
-    temperature 0 nothing is truncated and the temperature-1 log-probabilities come back: greedy choice has no
-    distribution worth reporting.
+    Top-k keeps every token that ties with the k-th; top-p keeps the smallest set of most likely tokens
+    whose probability reaches it, at least one. Tokens outside are -inf and the rest are normalised again.
+    At temperature 0 nothing is truncated and the log-probabilities of temperature 1 are returned: a greedy
+    choice has no distribution of its own.
     """
     logits = logits.float()
     if params.temperature not in (0.0, 1.0):
@@ -76,12 +75,11 @@ def truncated_logps(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from `logits` [R, V] with `uniform` [R]: (token ids [R], their log-probabilities
-    [R]).
+    """Draw one token per row of `logits` [R, V] with `uniform` [R]: token ids [R], log-probabilities [R].
 
-    Inverts the cumulative distribution, summed in float64: the first token at which it reaches `uniform`,
-    which is never one of probability 0. Temperature 0 takes the most likely token, the lower id of two equal
-    ones. NaN logits give NaN log-probabilities; the caller looks for them once at the end.
+    Inverts the cumulative distribution, summed in float64: the token is the first at which the sum reaches
+    `uniform`, and never one of probability 0. Temperature 0 takes the most likely token, of equal ones the
+    lower id. NaN logits give NaN log-probabilities; the caller checks for them once at the end.
     """
     logps = truncated_logps(logits, params)
     if params.temperature == 0:

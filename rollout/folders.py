@@ -1,6 +1,4 @@
-"""Folders that are written, replaced and deleted: only what carries our mark is ever deleted, and files
-follow the umask.
-"""
+"""Writing, replacing and deleting folders: only folders with our mark are deleted; files follow the umask."""
 
 from __future__ import annotations
 
@@ -9,22 +7,20 @@ import time
 from pathlib import Path
 
 MARK = ".rlpretrain"
-"""An empty file in every folder that we wrote and may delete again."""
+"""The name of an empty file in every folder that this library wrote and may delete."""
 
 
 def begin_folder(folder: Path) -> Path:
-    """An empty folder beside `folder` to write into; `finish_folder` gives it its name."""
+    """Make an empty folder beside `folder` to write into; `finish_folder` renames it."""
     work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)  # what a run left that was killed while it wrote
+    shutil.rmtree(work, ignore_errors=True)  # a run that was killed may have left it
     work.mkdir(parents=True)
     (work / MARK).touch()
     return work
 
 
 def finish_folder(work: Path, folder: Path) -> Path | None:
-    """Let what `begin_folder` began be `folder`; where one that we did not write was moved to, if there
-    was one.
-    """
+    """Rename the folder of `begin_folder`; returns the new path of a foreign `folder`, or None."""
     follow_umask(work)
     moved = remove_folder(folder)
     work.replace(folder)
@@ -32,7 +28,7 @@ def finish_folder(work: Path, folder: Path) -> Path | None:
 
 
 def remove_folder(folder: Path) -> Path | None:
-    """Delete a folder that carries our mark. Anything else of that name is moved aside; returns where to."""
+    """Delete a folder with our mark; move anything else of that name aside and return its new path."""
     if not folder.exists() and not folder.is_symlink():
         return None
     if folder.is_dir() and not folder.is_symlink() and (folder / MARK).is_file():
@@ -44,14 +40,14 @@ def remove_folder(folder: Path) -> Path | None:
 
 
 def remove_ours(parent: Path, pattern: str, keep: Path) -> None:
-    """Delete the folders of a pattern that carry our mark, but not `keep`; what somebody else made stays."""
+    """Delete the folders of a pattern that carry our mark, except `keep`."""
     for folder in parent.glob(pattern):
         if folder != keep and (folder / MARK).is_file():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def now() -> str:
-    """The time as a part of a name, in UTC."""
+    """The present time in UTC, as part of a file name."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
 
 
@@ -62,9 +58,7 @@ def free_name(path: Path) -> Path:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the files of a folder the permissions of ordinary new files: those of safetensors are their
-    owner's alone.
-    """
+    """Give files the permissions of ordinary new files; safetensors writes them for their owner only."""
     usual = usual_mode(folder)
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != usual:

@@ -1,8 +1,8 @@
-"""The transformers engine: thoughts from any Hugging Face causal LM, the trainer's own module included.
+"""The transformers engine: thoughts from any Hugging Face causal LM, the trainer's module included.
 
-A context is read once and its cache forked to the context's thoughts, which are decoded together; rows whose
-thought has ended leave the batch. R rows (thoughts being decoded), T context tokens, L thought tokens, V
-vocabulary.
+A context is read once, and its cache is forked to the context's thoughts, which are decoded together. Rows
+whose thought has ended leave the batch. R rows (thoughts being decoded), T context tokens, L thought
+tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class HFEngine:
     `batch_size` thoughts are decoded at once; memory grows with batch_size x (T + L). `sample` computes in
     the caller's thread until it is done.
 
-    Which of three ways a model is run is found by trying its cache on the first prompt, and reported by
-    `health()`:
+    A model is run in one of three ways. The first prompt decides which, by trying the model's cache;
+    `health()` reports it:
 
     - `padded`: attention keys and values only; contexts of different lengths share a batch, padded on the
       left.
@@ -73,14 +73,14 @@ class HFEngine:
         """Draw `n` thoughts for each prompt; see `Engine.sample`.
 
         Thought k of prompt i depends on the weights, the prompt, `params` and `draws.thought_seed(seeds[i],
-        k)`, up to the rounding of a differently shaped batch. A thought ends with a stop id or stop string of
-        its prompt (CLOSE, which wins over EOS), one of `params.eos_ids` (EOS), or at `max_thought_tokens`
-        (LENGTH); the ending token stays in it. `behaviour_logps` are those of the distribution drawn from;
-        for temperature 0, those of temperature 1.
+        k)`, up to the rounding of a differently shaped batch. A thought ends with a stop id or stop string
+        of its prompt (CLOSE, which wins over EOS), one of `params.eos_ids` (EOS), or at
+        `max_thought_tokens` (LENGTH); the ending token stays in it. `behaviour_logps` are those of the
+        distribution drawn from, for temperature 0 those of temperature 1.
 
-        Raises ValueError for what cannot be sampled (empty or too long prompt, ids outside the vocabulary, no
-        tokenizer for stop strings, a seed missing) before anything runs, RuntimeError for NaN logits or a
-        closed engine.
+        Raises ValueError before anything runs for a request that cannot be sampled (empty or too long
+        prompt, ids outside the vocabulary, no tokenizer for stop strings, a missing seed), RuntimeError for
+        NaN logits or a closed engine.
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
@@ -111,17 +111,15 @@ class HFEngine:
     def sync(self, weights: WeightSource, version: int) -> None:
         """Take the policy's weights and stamp `version` on thoughts from now on.
 
-        With `shares_weights` the weights are already here and the source is not called. Otherwise
-        `copy_weights` copies them, strictly; when it raises, `version` stays.
+        With `shares_weights` the model has the weights already and the source is not called. Otherwise
+        `copy_weights` copies them; if it raises, `version` stays.
         """
         if not self.shares_weights:
             copy_weights(self.model, weights)
         self.version = version
 
     def health(self) -> dict[str, Any]:
-        """Kind, version, device, dtype, the path in use (None before the first prompt) and counters since
-        the start.
-        """
+        """Kind, version, device, dtype, decoding path (None before the first prompt), and counters."""
         facts = {
             "kind": "hf",
             "version": self.version,
@@ -142,15 +140,14 @@ class HFEngine:
         }
 
     def close(self) -> None:
-        """Let go of the model; calling it twice is harmless."""
+        """Release the model; a second call does nothing."""
         self.model = self._reader = None
         self._closed = True
 
     def _batches(self, prompts: Sequence[Prompt], n: int) -> Iterator[tuple[list[int], range]]:
-        """(prompts, thought indices) to decode together: neighbours in length, at most `batch_size` rows.
+        """(prompts, thought indices) to decode together: similar lengths, at most `batch_size` rows.
 
-        Lengths in a batch differ by a factor of two at most (short ones by more), so that little is spent on
-        padding.
+        Lengths in a batch differ by at most a factor of two (short ones by more), which bounds padding.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         most, start = max(1, self.batch_size // n), 0
@@ -164,9 +161,7 @@ class HFEngine:
             start = end
 
     def _decode(self, prompts: list[Prompt], params: SamplingParams, seeds: list[int]) -> list[Thought]:
-        """Decode len(seeds) / len(prompts) thoughts for each prompt, in the order of `seeds` (prompt by
-        prompt).
-        """
+        """Decode len(seeds) / len(prompts) thoughts for each prompt; `seeds` are ordered by prompt."""
         copies, steps, device = len(seeds) // len(prompts), params.max_thought_tokens, self.model.device
         owners = [prompt for prompt in prompts for _ in range(copies)]
         endings = [tuple({*prompt.stop_ids, *params.eos_ids}) for prompt in owners]
@@ -178,7 +173,7 @@ class HFEngine:
         text_ends: dict[int, int] = {}
         alive = torch.arange(len(owners), device=device)
         done = torch.zeros(len(owners), dtype=torch.bool, device=device)
-        patience = 1 if device.type == "cpu" else 8  # asking an accelerator who is done makes it wait
+        patience = 1 if device.type == "cpu" else 8  # reading `done` stalls an accelerator
         assert self._reader is not None
         rows = Rows(self._reader, [prompt.token_ids for prompt in prompts], copies, steps)
         for step in range(steps):
@@ -203,10 +198,10 @@ class HFEngine:
     def _find_strings(
         self, owners: list[Prompt], ids: Tensor, alive: Tensor, step: int, text_ends: dict[int, int]
     ) -> None:
-        """Note in `text_ends` the rows whose text has a stop string since this step.
+        """Note in `text_ends` the rows whose text has a stop string for the first time at this step.
 
-        Only as many tokens are decoded as the longest string has bytes (and some more, since decoders trim
-        the edges).
+        Only as many tokens are decoded as the longest string has bytes, and a few more, since decoders trim
+        the edges.
         """
         for row in alive.tolist():
             strings = owners[row].stop_strings
@@ -217,10 +212,10 @@ class HFEngine:
                     text_ends[row] = step
 
     def _readings(self, ids: list[int]) -> Iterator[str]:
-        """The text of ids whose first may lie within a character.
+        """The text of ids, the first of which may lie within a character.
 
-        With byte fallback one byte that belongs to no character makes U+FFFD of all bytes beside it, so the
-        text is read from the next tokens on too.
+        With byte fallback, one byte that belongs to no character turns all bytes beside it into U+FFFD. So
+        the text is also decoded from the second, third and fourth token on.
         """
         for first in range(min(4, len(ids))):
             text = self.tokenizer.decode(ids[first:])
@@ -237,7 +232,7 @@ class HFEngine:
         seed: int,
         text_end: int | None,
     ) -> Thought:
-        """Cut a row where its thought ended, and say why it did."""
+        """Cut a row at the end of its thought."""
         ends = (*prompt.stop_ids, *params.eos_ids)
         end = next(
             (step + 1 for step, token in enumerate(ids) if token in ends or step == text_end), len(ids)

@@ -1,8 +1,8 @@
-"""Rollouts ahead of the trainer, on a thread of their own, in the order they were asked for.
+"""Rollouts ahead of the trainer, on their own thread, in the order they were submitted.
 
-The trainer submits the rollouts of coming steps and takes those of this one. How far ahead it submits is the
-staleness bound: with 0 nothing is ahead, and the same code runs synchronously. While weights change the queue
-is paused: what runs is finished, what waits starts under the new weights, so a group is sampled under one
+The trainer submits the rollouts of coming steps and takes those of the present one. How far ahead it submits
+is the staleness bound; with 0 the same code runs synchronously. While weights change the queue is paused:
+running rollouts are finished and waiting ones start under the new weights, so a group is sampled under one
 version.
 """
 
@@ -21,7 +21,7 @@ import torch
 from rollout.types import Group
 
 Rollout = Callable[[], Awaitable[list[Group]]]
-"""Starts one piece of work: some positions' groups."""
+"""Starts one piece of work: the groups of some positions."""
 
 
 @dataclass
@@ -34,10 +34,9 @@ class Ticket:
 class RolloutQueue:
     """Runs submitted pieces, at most `in_flight` of them at a time.
 
-    `deadline` in seconds bounds every wait: for a result, for what runs when the queue is paused. None, the
-    default, leaves that to the engine: one that computes here may take long, one elsewhere has a deadline of
-    its own. What a piece raises is raised by `result`. Raises TimeoutError, saying what was waited for, and
-    RuntimeError once closed.
+    `deadline` in seconds bounds every wait, for a result or for a pause. None, the default, leaves that to
+    the engine: one in this process may take long, one elsewhere has its own deadline. `result` raises what
+    a piece raised. Waits raise TimeoutError, a closed queue RuntimeError.
     """
 
     def __init__(self, in_flight: int = 4, deadline: float | None = None):
@@ -54,7 +53,7 @@ class RolloutQueue:
         ready.wait()
 
     def submit(self, pieces: Sequence[Rollout]) -> Ticket:
-        """Queue some work; it starts when there is room."""
+        """Queue some work; it starts when fewer than `in_flight` pieces run."""
         if self._closed:
             raise RuntimeError("this queue is closed")
         return Ticket([asyncio.run_coroutine_threadsafe(self._piece(piece), self._loop) for piece in pieces])
@@ -68,7 +67,7 @@ class RolloutQueue:
                 groups += piece.result(None if end is None else max(0.0, end - time.monotonic()))
             except Late:
                 if piece.done():
-                    raise  # the work's own
+                    raise  # a TimeoutError of the piece itself
                 for late in ticket.pieces[i:]:
                     late.cancel()
                 missing = f"{len(ticket.pieces) - i} of {len(ticket.pieces)} pieces missing"
@@ -98,13 +97,11 @@ class RolloutQueue:
             ) from None
 
     def resume(self) -> None:
-        """Go on."""
+        """Start the pieces that wait."""
         self._loop.call_soon_threadsafe(self._gate.set)
 
     def close(self, deadline: float = 30.0) -> None:
-        """Give up what waits and what runs; wait at most `deadline` seconds for it. Calling it twice is
-        harmless.
-        """
+        """Cancel all pieces and wait at most `deadline` seconds for their end; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -120,7 +117,7 @@ class RolloutQueue:
         self._thread.join(deadline)
 
     def _serve(self, ready: threading.Event) -> None:
-        torch.set_num_threads(self._threads)  # a thread's own setting
+        torch.set_num_threads(self._threads)  # torch keeps this number for each thread
         asyncio.set_event_loop(self._loop)
         self._gate, self._room = asyncio.Event(), asyncio.Semaphore(self.in_flight)
         self._gate.set()

@@ -1,4 +1,4 @@
-"""Sequences that grow by a token a step: contexts read once, their caches forked, rows dropped when they end.
+"""Sequences that grow by one token a step: each context is read once, and its cache forked to its thoughts.
 
 R rows, B contexts, T context tokens, V vocabulary.
 """
@@ -34,14 +34,13 @@ class Path(StrEnum):
 
 
 class Reader:
-    """A model and how it is called: the names of its arguments, and the path found by trying its cache."""
+    """A model and how to call it: its argument names, and the decoding path found by trying its cache."""
 
     def __init__(self, model: Any, probe: Sequence[int]) -> None:
-        """Read the first tokens of `probe` (one at least), fork the cache, and read on."""
+        """Find the path: read the first tokens of `probe` (at least one), fork the cache, and read on."""
         self.model = model
-        inner = (
-            model.get_base_model() if hasattr(model, "get_base_model") else model
-        )  # an adapter hides the signature
+        # an adapter of PEFT hides the signature of the model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         accepts = inspect.signature(inner.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in accepts else "past_key_values"
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
@@ -53,7 +52,7 @@ class Reader:
         self.options["use_cache"] = self.path != Path.RECOMPUTE
 
     def _try_cache(self, probe: Sequence[int]) -> Path:
-        """Read, fork and read on, then look at what the cache is made of."""
+        """The path that the model's cache allows."""
         ids = torch.tensor([probe], device=self.model.device)
         try:
             _, cache = self.read(ids)
@@ -73,9 +72,7 @@ class Reader:
         return Path.PADDED if plain else Path.EQUAL_LENGTH
 
     def read(self, ids: Tensor, cache: Any = None, **options: Any) -> tuple[Tensor, Any]:
-        """Run the model on `ids` [R, T] after what `cache` holds: (logits of the next token [R, V], the
-        cache).
-        """
+        """Run the model on `ids` [R, T] after `cache`: logits of the next token [R, V], and the new cache."""
         if cache is not None:
             options[self.cache_name] = cache
         output = self.model(input_ids=ids, **self.options, **options)
@@ -86,11 +83,10 @@ class Rows:
     """The sequences being decoded: after each change, `logits` [R, V] are those of every row's next token."""
 
     def __init__(self, reader: Reader, contexts: Sequence[Sequence[int]], copies: int, room: int) -> None:
-        """Read each context once and fork it to `copies` rows (context by context) that may grow by `room`
-        tokens.
+        """Read each context once and fork it to `copies` rows, which may grow by `room` tokens.
 
-        Contexts of different lengths need the padded path: they are padded on the left, and mask and
-        positions say so, for models with learned positions as well as rotary ones.
+        Contexts of different lengths need the padded path: they are padded on the left, with mask and
+        positions to match, for models with learned positions as well as rotary ones.
         """
         self.reader, device = reader, reader.model.device
         lengths = [len(context) for context in contexts]
@@ -111,7 +107,7 @@ class Rows:
             self.keep(torch.arange(len(contexts), device=device).repeat_interleave(copies))
 
     def keep(self, indices: Tensor) -> None:
-        """Go on with these rows only; an index that comes twice forks its row."""
+        """Keep only the rows of these indices; an index that appears twice forks its row."""
         self.logits = self.logits[indices]
         if self.mask is not None and self.positions is not None:
             self.mask, self.positions = self.mask[indices], self.positions[indices]
@@ -132,9 +128,7 @@ class Rows:
             )
 
     def _places(self, start: int) -> dict[str, Tensor]:
-        """Mask and positions of the tokens from `start` to the present width; nothing where nothing is
-        padded.
-        """
+        """Mask and positions of the tokens from `start` on; empty if no row is padded."""
         if self.mask is None or self.positions is None:
             return {}
         return {
@@ -145,38 +139,38 @@ class Rows:
 
 @contextmanager
 def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient inside; outside, every submodule in the mode it had, and no trace of the
-    sampling.
+    """Eval mode without gradients; afterwards every submodule has its former mode.
 
-    A model of transformers' own runs in `torch.inference_mode`, which saves a small model a tenth of its
-    time; whatever it rebuilt meanwhile (rotary frequencies for a longer sequence) is replaced by an ordinary
-    copy that training may use. With hooks, which may swap parameters (ZeRO, offloading), or with other
-    people's code it is `torch.no_grad`.
+    A model of transformers runs in `torch.inference_mode`, which saves a small model a tenth of its time.
+    Tensors that it rebuilt meanwhile (rotary frequencies for a longer sequence) are then replaced by
+    ordinary copies, which training can use. Models with hooks, which may swap parameters (ZeRO,
+    offloading), and models of custom code run in `torch.no_grad`.
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
-    known = type(model).__module__.startswith("transformers.") and not any(
+    is_plain = type(model).__module__.startswith("transformers.") and not any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules
     )
     for module in training:
         module.training = False
     try:
-        with torch.inference_mode() if known else torch.no_grad():
+        with torch.inference_mode() if is_plain else torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
-        for store in (store for module in modules if known for store in (vars(module), module._buffers)):
+        stores = [store for module in modules for store in (vars(module), module._buffers)]
+        for store in stores if is_plain else ():
             for name, value in store.items():
                 if isinstance(value, Tensor) and value.is_inference():
                     store[name] = value.clone()
 
 
 class _RoomyLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into spare room instead of copying all keys and values at every token."""
+    """A `DynamicLayer` that appends to spare room instead of copying all keys and values at every token."""
 
     def __init__(self, layer: DynamicLayer) -> None:
-        """Take over the keys and values [R, heads, T, size] of a layer that has read something."""
+        """Take over the keys and values [R, heads, T, size] of a layer that is not empty."""
         super().__init__()
         assert layer.keys is not None and layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
@@ -184,11 +178,11 @@ class _RoomyLayer(DynamicLayer):
         self._make_room(self.get_seq_length())
 
     def _show(self, end: int) -> None:
-        """Let the first `end` tokens be the keys and values."""
+        """Make the first `end` tokens the keys and values."""
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
 
     def _make_room(self, end: int) -> None:
-        """Room for `end` tokens and, so that it is seldom made, half as many again."""
+        """Allocate room for `end` tokens and half as many more, so that this happens seldom."""
         assert self.keys is not None and self.values is not None
         spare = end + end // 2 + 16 - self.get_seq_length()
         self._keys, self._values = F.pad(self.keys, (0, 0, 0, spare)), F.pad(self.values, (0, 0, 0, spare))
@@ -196,7 +190,7 @@ class _RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [R, heads, new, size]; all of them so far."""
+        """Append keys and values [R, heads, new, size]; returns all so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self._keys.shape[-2]:
@@ -208,7 +202,7 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         end = self.get_seq_length()
         self._keys, self._values = (
             self._keys.index_select(0, beam_idx),

@@ -1,7 +1,7 @@
-"""What flows between objectives, engines and the trainer: token ids, and plain data about them.
+"""The data that objectives, engines and the trainer exchange: token ids, and plain data about them.
 
 Everything here is frozen and made of tuples and numbers, so that a group on disk, on a queue or in another
-process equals the one in memory. Text is never kept where ids would do: nothing is retokenised.
+process equals the one in memory. Token ids are kept instead of text, so nothing is retokenised.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from typing import Any
 from torch import Tensor
 
 WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Called once per sync, gives (parameter name, full tensor) pairs; tied weights appear under every name
-they have.
-"""
+"""Called once per sync; gives (parameter name, full tensor) pairs, tied weights under all their names."""
 
 
 class FinishReason(StrEnum):
@@ -34,7 +32,7 @@ class Document:
     """A tokenised text, as it is trained on, stored, replayed and resumed.
 
     `source` says where it came from (file and line, or dataset and row); `meta` keeps other columns of its
-    row. `answer_at` is the index of the answer's first token, where the text is a prompt with an answer.
+    row. `answer_at` is the index of the answer's first token, if the text is a prompt with an answer.
     `scores` has a number for each token, where an objective's `prepare` or a document source sets them.
     """
 
@@ -50,8 +48,8 @@ class Document:
 class Position:
     """A place in a document where the model may think before it predicts.
 
-    `target_ids` are the document's own ids from `index` on, `context_ids` those before it; `suffix_ids` is
-    what a method that may look ahead (a masked segment) is allowed to see after the target.
+    `target_ids` are the document's ids from `index` on, `context_ids` those before it. `suffix_ids` are ids
+    after the target, for a method that may read them (a masked segment).
     """
 
     document_id: str
@@ -66,8 +64,8 @@ class Prompt:
     """The ids around a thought: `token_ids` + sampled thought + `join_ids` + target.
 
     A thought ends by itself with one of `stop_ids` (the sampled close tag stays in the thought and is
-    trained) or when its decoded text contains one of `stop_strings`. `close_ids` are injected, never trained,
-    after a thought that did not close itself, where the cut-off policy asks for it.
+    trained) or when its decoded text contains one of `stop_strings`. If the cut-off policy asks for it,
+    `close_ids` are injected after a thought that did not close itself; they are never trained.
     """
 
     token_ids: tuple[int, ...]
@@ -78,9 +76,9 @@ class Prompt:
 
 
 def sane_temperature(value: float) -> float:
-    """The temperature itself, 0 (greedy) or a finite one of at least .01; ValueError for any other.
+    """The temperature, if it is 0 (greedy) or finite and at least .01; ValueError for any other.
 
-    Logits divided by less can leave float32's range, and vLLM would silently take .01 instead.
+    Logits divided by less can leave float32's range, and vLLM would silently use .01 instead.
     """
     if value == 0 or 0.01 <= value < math.inf:
         return value
@@ -89,9 +87,7 @@ def sane_temperature(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How thoughts are drawn. `top_k` 0 and `top_p` 1 mean no truncation; `temperature` is 0 (greedy) or
-    at least .01.
-    """
+    """How thoughts are drawn: `top_k` 0 and `top_p` 1 do not truncate, `temperature` 0 is greedy."""
 
     max_thought_tokens: int
     temperature: float = 1.0
@@ -130,9 +126,9 @@ class Thought:
 class Group:
     """G thoughts for one prompt: the unit of queueing, storage, staleness and dropping.
 
-    `position` names what is predicted, `rewards` (one a thought) is filled where a reward needs no live
-    log-probabilities, `role` tells groups of one objective apart, `parent_id` the group that asked for this
-    one.
+    `position` is what is predicted. `rewards` has one number per thought where a reward needs no live
+    log-probabilities. `role` tells groups of one objective apart, and `parent_id` names the group from which
+    this one was made.
     """
 
     id: str

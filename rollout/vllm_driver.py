@@ -81,7 +81,7 @@ class Driver:
             self._inbox.put((kind, what))
 
     def _drive(self) -> None:
-        torch.set_num_threads(self._threads)  # a thread's own setting, like the device
+        torch.set_num_threads(self._threads)  # torch keeps it for each thread, like the device
         if self._device is not None:
             torch.cuda.set_device(self._device)
         end = RuntimeError("this engine is closed")

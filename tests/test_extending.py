@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.training.losses import TERMS, make_losses
 from rlpretrain.training.optim import make_schedule
+from rollout.engine import EngineInfo
 from rollout.store import Store
 from tests.builders.learning import BASE
 from tests.builders.processes import ROOT, python
@@ -60,6 +62,32 @@ def test_documents_of_the_page_train_as_printed(folder):
         assert document.scores is not None and document.scores[:4] == (1.0, 1.0, 1.0, 2.0)
 
 
+def test_the_engine_of_the_page_samples_a_run(folder):
+    (line,) = re.findall(r"^\$ (rlpretrain train .*my_engine.*)$", TEXT, re.M)
+    _, *words = shlex.split(line)
+    command = str(Path(sys.executable).parent / "rlpretrain")
+    done = python(command, *words, "--max_steps", "4", folder=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((folder / "thoughts.txt").read_text().splitlines()) == 4 * 4 * 4  # steps, positions, thoughts
+    record = json.loads((folder / "sampled" / "run.json").read_text())
+    assert record["engine"] == {"kind": "smallest", "version": 4}
+    assert record["config"]["engine"]["options"] == {"file": "thoughts.txt"}
+    rows = [json.loads(line) for line in (folder / "sampled" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all("perf/probe_s" not in row for row in rows)
+
+
+def test_the_engine_of_the_page_draws_from_the_models_distribution(folder, values, monkeypatch, tmp_path):
+    """With weights of its own and a probe: its log-probs of its draws are those of the trainer."""
+    monkeypatch.syspath_prepend(folder)
+    engine = {"name": "my_engine:Smallest", "options": {"file": str(tmp_path / "t")}, "max_staleness": 1}
+    own = __import__("my_engine").Smallest
+    monkeypatch.setattr(own, "info", property(lambda self: EngineInfo(shares_weights=self.shares_weights)))
+    trained(values, output_dir=str(tmp_path / "run"), engine=engine, max_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["sampling/probe_difference"] <= 1e-5 for row in rows)
+    assert not (tmp_path / "run" / "start").exists()
+
+
 def test_a_term_of_ones_own_has_the_gradient_of_its_formula(folder, monkeypatch, values, tmp_path):
     """One step of gradient descent at rate 1 moves the weights by minus the gradient, whatever the
     packing.
@@ -89,6 +117,7 @@ def test_a_term_of_ones_own_has_the_gradient_of_its_formula(folder, monkeypatch,
         ({"optim": {"schedule": "nowhere:wsd"}}, "optim.schedule: 'nowhere:wsd' cannot be loaded"),
         ({"optim": {"name": "lion"}}, "optim.name: no 'lion'; there are adamw, or package.module:name"),
         ({"policy": {"backend": "torhc"}}, "policy.backend: no 'torhc'; did you mean 'torch'"),
+        ({"engine": "nowhere:Engine"}, "engine.name: 'nowhere:Engine' cannot be loaded"),
         ({"policy": {"backend": "math:nothing"}}, "policy.backend: 'math:nothing' cannot be loaded"),
         ({"loss": {"terms": ["surogate"]}}, "loss.terms: no 'surogate'; did you mean 'surrogate'"),
     ],

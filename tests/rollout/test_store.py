@@ -137,15 +137,6 @@ def test_a_half_written_step_is_not_there(tmp_path):
     assert store.steps() == [1]
 
 
-def test_a_store_is_cut_back_to_where_a_run_goes_on(tmp_path):
-    for rank in (0, 1):
-        for step in (2, 9, 10, 11):
-            Store(tmp_path, rank).write(step, [GROUP], [], {})
-    Store(tmp_path, 1).cut(9)
-    assert Store(tmp_path, 1).steps() == [2, 9] and Store(tmp_path, 0).steps() == [2, 9, 10, 11]
-    assert len(list(tmp_path.iterdir())) == 12
-
-
 def test_a_broken_or_foreign_file_is_named(tmp_path):
     store = Store(tmp_path)
     store.write(1, [GROUP], [], {})
