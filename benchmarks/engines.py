@@ -18,19 +18,18 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from benchmarks.dial_runs import evaluation, numbers, train
+from benchmarks.engines_processes import child, server
+from benchmarks.engines_table import REPORTED, table
 from examples.demo import BASE_SEEDS, DEPTHS, HERE, make_base, make_corpus
 from rlpretrain.training.records import write_json
-from tests.builders.servers import free_port
 
 VLLM = {"kv_cache_gib": 0.1, "block_size": 32}
 SERVER = {"name": "vllm_server", "block_size": 32}
@@ -44,10 +43,8 @@ ENGINES: dict[str, dict[str, Any]] = {
         "policy": {"backend": "deepspeed", "deepspeed_config": "examples/cluster/zero3.json"},
     },
 }
-RANKS = {
-    "zero3": 2
-}  # its JSON has a low persistence threshold: with DeepSpeed's default, weights this small are not sharded
-REPORTED = ("think_sampled", "gain_frozen", "no_think_loss")
+# zero3.json has a low persistence threshold: with DeepSpeed's default, weights this small are not sharded.
+RANKS = {"zero3": 2}
 MEDIANS = {
     "step_s": "step_time",
     "rollout_s": "perf/rollout_s",
@@ -171,54 +168,6 @@ def job(engine: str, seed: int, steps: int, base: str, folder: str, data: str, u
     return 0
 
 
-@contextmanager
-def child(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a process group of its own, one thread per process; the group is killed at the end."""
-    values = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, env=values, stdout=output, stderr=output, start_new_session=True)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@contextmanager
-def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
-    """A vLLM server on loopback, as a child process; its address once it answers."""
-    port = free_port()
-    flags = (
-        f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-num-seqs 256 --block-size 32"
-    )
-    flags += f" --no-enable-chunked-prefill --kv-cache-memory-bytes {100 << 20}"
-    flags += " --logprobs-mode processed_logprobs --generation-config vllm"
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        *flags.split(),
-    ]
-    log.unlink(missing_ok=True)
-    with child(command, log, VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="WARNING") as process:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > end:
-                    words = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(
-                        f"the vLLM server does not answer; the end of {log}:\n{words}"
-                    ) from None
-            time.sleep(0.5)
-        yield url
-
-
 def timings(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median seconds over steps, the parts of a weight sync, and the largest differences to the trainer."""
 
@@ -279,46 +228,6 @@ def noise(seeds: int) -> dict[str, float]:
         for name in REPORTED
     }
     return {name: STUDENT * (2 * variance / seeds) ** 0.5 for name, variance in pooled.items()}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: one row per engine; times are medians over the first seed's steps in milliseconds."""
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        low, high = row[f"{name}_ci"]
-        return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
-
-    def ms(value: float | None) -> str:
-        return "–" if value is None else f"{1000 * value:.1f}" if value < 0.1 else f"{1000 * value:.0f}"
-
-    lines = [
-        "| engine | thinks, sampled | gain (nats) | no-think loss | step | rollout | train | weight sync | "
-        "probe | largest probe difference | run (s) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines.append(
-        "| (base) | " + " | ".join(cell(results["base"], name) for name in REPORTED) + " |" + " – |" * 7
-    )
-    for engine, row in results["engines"].items():
-        t = row["runs"][0]["timings"]
-        times = " | ".join(ms(t[name]) for name in ("step_s", "rollout_s", "train_s", "sync_s", "probe_s"))
-        worst = [run["timings"]["probe_difference_max"] for run in row["runs"]]
-        difference = "–" if None in worst else f"{max(worst):.1e}"
-        scores = " | ".join(cell(row, name) for name in REPORTED)
-        seconds = " / ".join(f"{run['seconds']:.0f}" for run in row["runs"])
-        lines.append(f"| {engine} | {scores} | {times} | {difference} | {seconds} |")
-    for engine, row in results["engines"].items():
-        if "minus_hf" in row:
-            within = row["within_noise"]
-            verdict = ""
-            if within is not None:
-                verdict = ": within noise" if all(within.values()) else f": NOT within noise {within}"
-            differences = ", ".join(f"{n} {v:+.3f}" for n, v in row["minus_hf"].items())
-            lines.append(f"\n{engine} minus hf: {differences}{verdict}")
-    if results["noise"]:
-        limits = ", ".join(f"{n} {v:.3f}" for n, v in results["noise"].items())
-        lines.append(f"\nnoise (what 95% of pairs of hf runs with other seeds stay within): {limits}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""The faults of `benchmarks.faults`.
+
+Each function injects one fault, waits until it is over, and returns whether the run was alive for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from benchmarks.faults_site import DEADLINE, REQUEST, Site
+from tests.builders.servers import VLLMServer
+from tests.builders.trainers import Trainer
+
+
+def kill_server(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL a server and its engine process, and start it again.
+
+    In three of ten cases it does not wait until both servers are back, so the other may follow.
+    """
+    while not (working := [s for s in shared.servers if answers(s)]):
+        time.sleep(0.5)
+    server, alone = rng.choice(working), rng.random() < 0.7
+    server.kill()
+    time.sleep(rng.uniform(0, 3))
+    server.start()
+    shared.pace(6.0)
+    while alone and not all(map(answers, shared.servers)) and run.alive():  # half a minute at least
+        time.sleep(0.5)
+    shared.pace(0.5)
+    return True
+
+
+def answers(server: VLLMServer) -> bool:
+    """Whether a server answers."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=2):
+        return True
+    return False
+
+
+def hang_server(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGSTOP a server for longer than a request may take, until the run goes on; then wake it."""
+    group, before, end = rng.choice(shared.servers).process.pid, run.step(), time.monotonic() + 1.5 * DEADLINE
+    os.killpg(group, signal.SIGSTOP)
+    time.sleep(REQUEST + rng.uniform(0.5, 2))
+    while run.step() < before + 3 and run.alive() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(group, signal.SIGCONT)
+    return True
+
+
+def slow_server(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """Slow down answers, but stay within the time limit."""
+    return _through_proxy(shared, run, rng, "slow", rng.uniform(0.5, 2))
+
+
+def reset_connection(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """Break connections in the middle of an answer."""
+    return _through_proxy(shared, run, rng, "reset", rng.uniform(0, 0.3))
+
+
+def _through_proxy(shared: Site, run: Trainer, rng: random.Random, mode: str, seconds: float) -> bool:
+    proxy = rng.choice(shared.proxies)
+    before, proxy.mode = proxy.hit, mode
+    while proxy.hit == before and run.alive():  # until it affected an answer
+        time.sleep(0.005)
+    time.sleep(seconds)
+    proxy.mode = "pass"
+    return proxy.hit > before
+
+
+def kill_actor(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL a Ray actor, which may still be restarting after the last kill; Ray restarts it."""
+    while run.alive():
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # no actor exists, or it has just ended
+            tree = psutil.Process(run.process.pid).children(recursive=True)
+            rng.choice([p for p in tree if p.name().startswith("ray::Worker")]).kill()
+            return True
+    return False
+
+
+def kill_trainer(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL the trainer at any point, and resume it."""
+    run.kill()
+    time.sleep(rng.uniform(0, 0.5))
+    run.start("--resume", "auto")
+    return True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: how it is injected, the engine and length of its runs, and its timing."""
+
+    inject: Callable[[Site, Trainer, random.Random], bool]
+    engine: str
+    pace: float
+    steps: int  # of a run, for each injection
+    between: tuple[int, int]  # steps between two injections
+
+    def wait(self, run: Trainer, rng: random.Random) -> None:
+        """Wait some steps and a part of one; in a quarter of the cases a trainer is killed at its start."""
+        before, more = run.step(), rng.randint(*self.between)
+        if self.inject is kill_trainer and rng.random() < 0.25:
+            more = 0
+        while run.step() < before + more and run.alive():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4 + self.pace))
+
+
+KINDS = {
+    "server killed": Kind(kill_server, "servers", 0.5, 16, (1, 6)),
+    "server hung": Kind(hang_server, "servers", 0.2, 15, (1, 5)),
+    "server slow": Kind(slow_server, "proxies", 0.05, 10, (1, 4)),
+    "connection reset": Kind(reset_connection, "proxies", 0.05, 10, (1, 6)),
+    "actor killed": Kind(kill_actor, "ray", 0.3, 10, (1, 6)),
+    "trainer killed, embedded engine": Kind(kill_trainer, "hf", 0.05, 10, (1, 6)),
+    "trainer killed, servers": Kind(kill_trainer, "servers", 0.05, 10, (1, 6)),
+}

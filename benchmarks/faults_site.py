@@ -1,0 +1,119 @@
+"""What the runs of `benchmarks.faults` share: a tiny model, a corpus, servers, and the pace of rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlpretrain.corpora import dial
+from rlpretrain.objectives import rlp
+from rollout.types import Group
+from tests.builders.servers import Proxy, VLLMServer
+from tests.builders.tiny import tiny_model
+
+SHAPE = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+REQUEST = 5.0  # seconds for one answer of a server
+DEADLINE = 240.0  # seconds without any engine after which a run would stop
+
+
+@dataclass(kw_only=True)
+class Config(rlp.Config):
+    """RLP's fields, and the file that sets the pace."""
+
+    pace: str = ""
+    """A file with the seconds added to a rollout: otherwise a tiny model's run ends before a server is
+    back.
+    """
+
+
+class Paced(rlp.RLP):
+    """RLP with rollouts as slow as those of a larger model."""
+
+    Config = Config
+
+    async def rollout(self, engine: Any, positions: Any, seeds: Any) -> list[Group]:
+        """The groups, after the pause."""
+        await asyncio.sleep(float(Path(self.config.pace).read_text()))
+        return await super().rollout(engine, positions, seeds)
+
+
+@dataclass
+class Site:
+    """What runs share: base checkpoint and corpus, two servers, and a proxy in front of each."""
+
+    folder: Path
+    servers: list[VLLMServer] = field(default_factory=list)
+    proxies: list[Proxy] = field(default_factory=list)
+
+    def pace(self, seconds: float) -> None:
+        """Add this pause to every rollout from now on."""
+        (self.folder / ".pace").write_text(str(seconds))
+        (self.folder / ".pace").replace(self.folder / "pace")
+
+    def values(self, output_dir: Path, engine: str, steps: int, ahead: int = 0) -> dict[str, Any]:
+        """The configuration of a run."""
+        urls = [s.url for s in (self.proxies if engine == "proxies" else self.servers)]
+        engines = {
+            "hf": {"name": "hf"},
+            "ray": {"name": "ray", "of": "hf", "num_engines": 2, "request_timeout": 60.0},
+        }
+        servers = {"name": "vllm_server", "urls": urls, "request_timeout": REQUEST, "block_size": 32}
+        return {
+            "model": str(self.folder / "base"),
+            "data": {"path": str(self.folder / "corpus" / "train.jsonl"), "max_length": 64},
+            "objective": {
+                "name": "benchmarks.faults_site:Paced",
+                "positions": "after",
+                "marker": "shows",
+                "pace": str(self.folder / "pace"),
+            },
+            "sampling": {"thoughts": 3, "max_thought_tokens": 4, "cut": "force_close"},
+            "positions_per_step": 4,
+            "optim": {"lr": 1e-3, "warmup_steps": 2},
+            "policy": {"backend": "torch"},
+            "max_steps": steps,
+            "threads": 1,
+            "checkpoint": {"every": 5, "keep": 1000},
+            "stop": {"collapse": False},
+            "baseline": {"frozen_every": 0},
+            "console": False,
+            "device": "cpu",
+            "save_rollouts": True,
+            "output_dir": str(output_dir),
+            "engine": engines.get(engine, servers)
+            | ({} if engine == "hf" else {"deadline": DEADLINE})
+            | {"max_staleness": ahead, "in_flight": 2},
+        }
+
+
+@contextlib.contextmanager
+def site(folder: Path, with_servers: bool) -> Iterator[Site]:
+    """Set up what runs share, and close it at the end."""
+    dial.write(folder / "corpus", base=10, train=1000, held_out=10)
+    tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(folder / "base")
+    dial.tokenizer().save_pretrained(folder / "base")
+    shared = Site(folder)
+    try:
+        if with_servers:
+            shared.servers += [
+                VLLMServer(folder / "base", folder / f"server-{i}.log").start() for i in range(2)
+            ]
+            shared.proxies += [Proxy(server.ready().port) for server in shared.servers]
+        yield shared
+    finally:
+        for proxy in shared.proxies:
+            proxy.close()
+        for server in shared.servers:
+            server.kill()
