@@ -22,7 +22,7 @@ from rlpretrain.config.engines import (
     own_settings,
 )
 from rlpretrain.config.io import build, describe, load_config, to_dict
-from rlpretrain.experiments.experiment import laid_over
+from rlpretrain.experiments.experiment import overlay
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.training.checkpoint import check_same
 from rlpretrain.training.pretrainer import Pretrainer
@@ -132,7 +132,7 @@ def test_another_engine_on_the_command_line_leaves_the_settings_of_the_former(va
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values | {"engine": "hf"}))
     assert type(load_config(tmp_path / "c.yaml", ["--engine.name=ray"]).engine) is RayConfig
     below = {"engine": {"name": "ray", "num_engines": 2, "deadline": 9}}
-    assert laid_over(below, {"engine": "vllm_server"})["engine"] == {"name": "vllm_server", "deadline": 9}
+    assert overlay(below, {"engine": "vllm_server"})["engine"] == {"name": "vllm_server", "deadline": 9}
 
 
 def test_every_setting_is_listed_once():
