@@ -136,9 +136,8 @@ def multi_sample_bound(
     itself = torch.eye(size, dtype=torch.bool, device=logps.device)
     others = torch.where(itself, -torch.inf, filled.unsqueeze(-2))
     bound_without = others.logsumexp(-1) - (count - 1).clamp(min=1).log()
-    change = torch.where(
-        bound == bound_without, 0.0, bound - bound_without
-    )  # equal: also where both are −inf
+    equal = bound == bound_without  # both may be −inf
+    change = torch.where(equal, 0.0, bound - bound_without)
     advantage = torch.where(valid_turns & (count > 1), count * change, 0.0)
     weight = (count * (filled - log_sum).exp()).nan_to_num(0.0)
     return advantage.flatten(1).to(logps.dtype), weight.flatten(1).to(logps.dtype)

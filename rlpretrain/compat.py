@@ -76,8 +76,10 @@ def fill_vocabulary(tokenizer: Any) -> None:
     A tokenizer (tokenizers 0.23) gives a new token the number of its tokens as id. With unused ids below,
     that id belongs to another token.
     """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    state = json.loads(backend.to_str())
     vocabulary = state.get("model", {}).get("vocab")
     if not isinstance(vocabulary, dict):  # a list has no unused ids
         return

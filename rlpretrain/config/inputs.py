@@ -30,7 +30,7 @@ class ModelConfig:
     computes all of the model's attention.
     """
     trust_remote_code: bool = False
-    """Run code that comes with the checkpoint. Off unless you know the author."""
+    """Run code that comes with the checkpoint. Turn it on only for code that you trust."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward to save memory."""
     quantization: Literal["none", "4bit", "8bit"] = "none"

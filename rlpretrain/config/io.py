@@ -57,14 +57,14 @@ def build(values: Mapping[str, Any], find: Find | None = None) -> PretrainConfig
 
 
 def section(value: Any, find: Find | None = None) -> Any:
-    """Return an objective section with its scalars settled."""
+    """Return an objective section with its scalars resolved."""
     value = plain.unwrapped(value)
     if isinstance(value, str):
         return str(value)
     if find is None or not isinstance(value, Mapping):
         return plain.typed(value)
-    settled = plain.settle(find(str(value.get("name", "rlp"))), value, "objective")
-    return settled | ({"name": str(value["name"])} if "name" in value else {})
+    resolved = plain.resolve(find(str(value.get("name", "rlp"))), value, "objective")
+    return resolved | ({"name": str(value["name"])} if "name" in value else {})
 
 
 def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
@@ -72,7 +72,7 @@ def parse(owner: type, values: Mapping[str, Any], where: str = "") -> Any:
 
     Raises ConfigError with the key, the reason, and a hint for unknown keys.
     """
-    values = plain.settle(owner, values, where)
+    values = plain.resolve(owner, values, where)
     try:
         return _adapter(owner).validate_python(values)
     except ValidationError as error:
@@ -153,7 +153,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 child = {HEADS.get(parent, "path"): child} if isinstance(child, str) else {}
             node[parent] = child
             node = child
-        node[field] = plain.given(text)
+        node[field] = plain.parse_argument(text)
     return values
 
 

@@ -76,7 +76,7 @@ def read(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
-def given(text: str) -> Any:
+def parse_argument(text: str) -> Any:
     """Parse a value of the command line; a value in quotes is a string."""
     try:
         value = read(text)
@@ -108,7 +108,7 @@ def typed(value: Any) -> Any:
     return value
 
 
-def settle(kind: Any, value: Any, where: str = "") -> Any:
+def resolve(kind: Any, value: Any, where: str = "") -> Any:
     """Return `value` with every `Plain` read as the type `kind` needs it.
 
     That is its text if the type takes text, else its YAML value. Raises ConfigError with the field's name
@@ -124,9 +124,9 @@ def settle(kind: Any, value: Any, where: str = "") -> Any:
             raise ConfigError(f"'--{where} {value}' is not YAML: {where_and_why(value.value)}")
         value = value.value
     if isinstance(value, Mapping):
-        return _settle_mapping(options, value, where)
+        return _resolve_mapping(options, value, where)
     if isinstance(value, list | tuple):
-        return _settle_sequence(options, value, where)
+        return _resolve_sequence(options, value, where)
     if not is_dataclass(value):
         _check_number(options, value, where)
     return value
@@ -150,29 +150,29 @@ def _takes_text(options: Sequence[Any], plain: Plain) -> bool:
     return any(map(_is_text, options))
 
 
-def _settle_sequence(options: Sequence[Any], values: list[Any] | tuple[Any, ...], where: str) -> Any:
-    """Settle the items of a list or a tuple, which may have a type for each place."""
+def _resolve_sequence(options: Sequence[Any], values: list[Any] | tuple[Any, ...], where: str) -> Any:
+    """Resolve the items of a list or a tuple, which may have a type for each place."""
     arguments = [typing.get_args(option) for option in options if _is(option, tuple, list)]
     kinds = arguments[0] if arguments else (Any,)
     one_for_each = len(kinds) == len(values) and Ellipsis not in kinds
     return type(values)(
-        settle(kinds[i if one_for_each else 0], value, f"{where}.{i}") for i, value in enumerate(values)
+        resolve(kinds[i if one_for_each else 0], value, f"{where}.{i}") for i, value in enumerate(values)
     )
 
 
-def _settle_mapping(options: Sequence[Any], values: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """Settle the values of a section or of a dictionary."""
+def _resolve_mapping(options: Sequence[Any], values: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """Resolve the values of a section or of a dictionary."""
     owner = next((option for option in options if is_dataclass(option)), None)
     if isinstance(owner, type) and issubclass(owner, Varied):
         owner = owner.variant(values)
     hints = _hints(owner) if owner is not None else {}
     default_kind = next((typing.get_args(option)[1] for option in options if _is(option, dict, Mapping)), Any)
     prefix = f"{where}." if where else ""
-    settled = {}
+    resolved = {}
     for key, value in values.items():
         kind = hints.get(key, default_kind)
-        settled[str(key)] = unwrapped(value) if _is_later(kind) else settle(kind, value, f"{prefix}{key}")
-    return settled
+        resolved[str(key)] = unwrapped(value) if _is_later(kind) else resolve(kind, value, f"{prefix}{key}")
+    return resolved
 
 
 @functools.cache

@@ -36,11 +36,11 @@ def attending_by(model: nn.Module, implementation: str | None) -> Iterator[None]
         causal.set_attn_implementation(original)
 
 
-def settle(model: nn.Module, asked: str | None = None) -> str | None:
+def choose_kernel(model: nn.Module, requested: str | None = None) -> str | None:
     """Switch a model to eager attention if its kernel ignores a part of its attention.
 
     For instance, transformers gives Gemma 2 `sdpa`, which has no soft cap. Returns what the kernel ignores,
-    or None. `asked` is the kernel that the user named: ConfigError if that kernel ignores a part.
+    or None. `requested` is the kernel that the user named: ConfigError if that kernel ignores a part.
     """
     kernel = attention_of(model).removeprefix(PREFIX)
     ignored = _IGNORED.get(kernel, {})
@@ -51,9 +51,9 @@ def settle(model: nn.Module, asked: str | None = None) -> str | None:
     )
     if not dropped:
         return None
-    if asked == kernel:
+    if requested == kernel:
         raise ConfigError(
-            f"model.attn_implementation {asked}: {type(model).__name__} would lose {dropped}, which that "
+            f"model.attn_implementation {requested}: {type(model).__name__} would lose {dropped}, which that "
             "kernel does not compute: use eager (or leave it out), or on a GPU one that does "
             "(flash_attention_2, flex_attention)"
         )
@@ -117,3 +117,6 @@ def _next_logps(model: nn.Module, ids: Tensor) -> Tensor:
     output = forward_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
     logits = output.logits[0, :-1].float()
     return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+settle = choose_kernel  # the name it had before

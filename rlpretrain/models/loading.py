@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from rlpretrain.compat import keep_differentiable, require_library, without_progress_bars
 from rlpretrain.config import ConfigError, ModelConfig
-from rlpretrain.models.kernels import settle
+from rlpretrain.models.kernels import choose_kernel
 from rlpretrain.models.load_errors import (
     explain_load_error,
     explain_model_error,
@@ -60,7 +60,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """Load a checkpoint in evaluation mode; ConfigError if that is not possible.
 
     Nothing in its forward is random, since sampled and trained log-probs must agree, and its attention kernel
-    computes all of its attention (`kernels.settle`).
+    computes all of its attention (`kernels.choose_kernel`).
     """
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
@@ -72,7 +72,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     keep_differentiable(model)
     neutralise_generation(model)
     _check_finite(model, config.path)
-    if dropped := settle(model, config.attn_implementation):
+    if dropped := choose_kernel(model, config.attn_implementation):
         logger.warning(
             "%s uses eager attention: the default kernel does not compute %s", type(model).__name__, dropped
         )
@@ -113,8 +113,10 @@ def _load_checkpoint(config: ModelConfig, options: dict[str, Any]) -> PreTrained
         hint = ""
         if only_config(config.path):
             hint = " (a configuration without weights: from_scratch: true would initialise them)"
-        why = explain_model_error(config.path, error)
-        raise ConfigError(f"cannot load a causal language model from '{config.path}'{hint}: {why}") from error
+        reason = explain_model_error(config.path, error)
+        raise ConfigError(
+            f"cannot load a causal language model from '{config.path}'{hint}: {reason}"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(
             f"the checkpoint '{config.path}' lacks {len(missing)} weights of its model, for instance "
