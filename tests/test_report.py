@@ -135,6 +135,11 @@ HOSTILE = (
 )
 
 
+TAGS_OF_A_REPORT = """
+    article h3 a q p span div details summary table thead tbody tr th td label input select option output
+"""
+
+
 class Words:
     """A tokenizer that says hostile things: token k is the k-th of them."""
 
@@ -166,8 +171,8 @@ def hostile_page(documents: int = 1) -> Report:
 def test_hostile_thoughts_stay_text(tmp_path):
     page = render(hostile_page())
     tree, clean = Seen(page), Seen(render(Report("t", record={"config": {"x": "y"}})))
-    ours = "article h3 a q thead details p span div label input select option output table tr th tbody td summary"
-    assert {tag for tag, _ in tree.tags} <= {tag for tag, _ in clean.tags} | set(ours.split())
+    ours = set(TAGS_OF_A_REPORT.split())
+    assert {tag for tag, _ in tree.tags} <= {tag for tag, _ in clean.tags} | ours
     assert sum(tag == "script" for tag, _ in tree.tags) == 1
     assert not any("onmouseover" in a or "onerror" in a for _, a in tree.tags)
     assert "<script>alert(1)</script>" in tree.text and "{{ 7 * 7 }}" in tree.text and "49" not in tree.text

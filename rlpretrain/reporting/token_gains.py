@@ -1,7 +1,7 @@
 """Information gain of every target token after every thought, and after thoughts that should not help.
 
-A gain is log p(token | context, thought) - log p(token | context) in nats: the first under the reported model,
-the second under a reference, which is the initial model if there is one.
+A gain is log p(token | context, thought) - log p(token | context) in nats: the first under the reported
+model, the second under a reference, which is the initial model if there is one.
 """
 
 from __future__ import annotations
