@@ -1,15 +1,17 @@
-"""RLP with TRL's trainer, as a script of TRL's: flags or YAML, LoRA by --use_peft, plain text in.
+"""RLP with TRL's trainer and command line: flags or YAML, LoRA by --use_peft, plain text in.
 
-    python -m examples.trl_rlp --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name docs.jsonl
-    --output_dir runs/trl \\
-        --positions after --marker "=" --max_steps 100 --num_generations 8 --per_device_train_batch_size 8
+    python -m examples.trl_rlp --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name docs.jsonl \\
+        --output_dir runs/trl --positions after --marker "=" --max_steps 100 --num_generations 8 \\
+        --per_device_train_batch_size 8
     accelerate launch -m examples.trl_rlp --config rlp.yaml
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlpretrain.trl import RLPConfig, RLPTrainer
 
@@ -17,9 +19,9 @@ from rlpretrain.trl import RLPConfig, RLPTrainer
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and save."""
     from datasets import load_dataset
-    from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-    parser = TrlParser((ScriptArguments, RLPConfig, ModelConfig))
+    trl: Any = importlib.import_module("trl")  # its names are lazy: type checkers do not see them
+    parser = trl.TrlParser((trl.ScriptArguments, RLPConfig, trl.ModelConfig))
     script, args, model = parser.parse_args_and_config(None if argv is None else list(argv))
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             streaming=script.dataset_streaming,
         )
     trainer = RLPTrainer(
-        model.model_name_or_path, args=args, train_dataset=data, peft_config=get_peft_config(model)
+        model.model_name_or_path, args=args, train_dataset=data, peft_config=trl.get_peft_config(model)
     )
     trainer.train()
     trainer.save_model(args.output_dir)

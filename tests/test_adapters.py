@@ -608,13 +608,13 @@ def test_a_trained_model_is_not_rounded_again(rounded, tmp_path):
     """By those who load it with the settings of its run: the report, and a comparison (whose own lines are
     the same).
     """
-    from rlpretrain.reporting.report import _load
+    from rlpretrain.reporting.thoughts import load_model
 
     run = merged(rounded, model={"path": rounded["model"], "quantization": "4bit"})
     trained(run)
     config = build(run)
-    assert not getattr(_load(config, str(tmp_path / "run" / "model"))[0], "is_quantized", False)
-    assert _load(config, config.model.path)[0].is_quantized
+    assert not getattr(load_model(config, str(tmp_path / "run" / "model"))[0], "is_quantized", False)
+    assert load_model(config, config.model.path)[0].is_quantized
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_weights_of_a_sync_leave_folders_of_others_alone(tmp_path):
 
 def test_a_corpus_does_not_replace_files_of_others(tmp_path):
     (tmp_path / "train.jsonl").write_text("mine")
-    with pytest.raises(ConfigError, match="train.jsonl is there already and no corpus that rlpretrain made"):
+    with pytest.raises(ConfigError, match="train.jsonl exists, and is not part of a corpus"):
         dial.write(tmp_path, base=1, train=1, held_out=1)
     assert (tmp_path / "train.jsonl").read_text() == "mine" and list(tmp_path.iterdir()) == [
         tmp_path / "train.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import gsm8k_rlp
+from examples import gsm8k_base, gsm8k_rlp
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_documents_hold_no_annotations():
-    text = gsm8k_rlp.document("How many? ", "48/2 = <<48/2=24>>24 clips, $<<3*2=6>>6 each.\n#### 24")
+    text = gsm8k_base.document("How many? ", "48/2 = <<48/2=24>>24 clips, $<<3*2=6>>6 each.\n#### 24")
     assert text == "How many?\n48/2 = 24 clips, $6 each.\n#### 24"
 
 

@@ -16,7 +16,7 @@ from rlpretrain.evaluation.evaluate import Evaluation
 from rlpretrain.files import dumps, finite
 from rlpretrain.objectives.base import rewards_differ
 from rlpretrain.ranks import Ranks
-from rlpretrain.reporting.report import read
+from rlpretrain.reporting.report import read_run
 from rlpretrain.tracking.step_metrics import StepMetrics
 from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training.records import write_json
@@ -100,7 +100,7 @@ def test_metrics_hold_no_nan_and_trackers_are_not_given_any(tmp_path):
     (tmp_path / "metrics.jsonl").open("a").write(
         '{"step": 2, "loss": NaN, "reward": 1.0}\n'
     )  # as it was written before
-    assert [set(r) for r in read(tmp_path).rows] == [{"step", "time", "loss"}, {"step", "reward"}]
+    assert [set(r) for r in read_run(tmp_path).rows] == [{"step", "time", "loss"}, {"step", "reward"}]
 
 
 def test_means_leave_out_single_values_as_they_do_elements():

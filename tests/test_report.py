@@ -25,9 +25,11 @@ from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.evaluation.evaluate import MEANING
-from rlpretrain.reporting.html import CURVES, Page, render, shade, shown, warnings_of
-from rlpretrain.reporting.report import LARGEST, _thoughts, inspect, read, report
-from rlpretrain.reporting.token_gains import CONTROLS, places
+from rlpretrain.reporting.curves import CURVES
+from rlpretrain.reporting.html import Report, gain_colour, list_warnings, render
+from rlpretrain.reporting.report import LARGEST, add_thoughts, inspect, read_run, report
+from rlpretrain.reporting.token_gains import CONTROLS, score_positions
+from rlpretrain.tracking.console import printable
 from rlpretrain.tracking.metrics import METRICS
 from rlpretrain.types import Document
 from rollout.store import Store
@@ -133,6 +135,11 @@ HOSTILE = (
 )
 
 
+TAGS_OF_A_REPORT = """
+    article h3 a q p span div details summary table thead tbody tr th td label input select option output
+"""
+
+
 class Words:
     """A tokenizer that says hostile things: token k is the k-th of them."""
 
@@ -143,7 +150,7 @@ class Words:
         return " ".join(HOSTILE[i % len(HOSTILE)] for i in ids)
 
 
-def hostile_page(documents: int = 1) -> Page:
+def hostile_page(documents: int = 1) -> Report:
     out = []
     for d in range(documents):
         ids = tuple(range(len(HOSTILE)))
@@ -156,36 +163,15 @@ def hostile_page(documents: int = 1) -> Page:
             0,
             rewards=tuple(float(k) for k in ids),
         )
-        out.append((Document(HOSTILE[1], ids), places([group], {})))
+        out.append((Document(HOSTILE[1], ids), score_positions([group], {})))
     record = {"config": {"x": HOSTILE[0]}, "versions": {HOSTILE[2]: HOSTILE[0]}, "stopped": HOSTILE[1]}
-    return Page(HOSTILE[0], out, Words(), record)
+    return Report(HOSTILE[0], out, Words(), record)
 
 
 def test_hostile_thoughts_stay_text(tmp_path):
     page = render(hostile_page())
-    tree, clean = Seen(page), Seen(render(Page("t", record={"config": {"x": "y"}})))
-    ours = {
-        "article",
-        "h3",
-        "a",
-        "q",
-        "thead",
-        "details",
-        "p",
-        "span",
-        "div",
-        "label",
-        "input",
-        "select",
-        "option",
-        "output",
-        "table",
-        "tr",
-        "th",
-        "tbody",
-        "td",
-        "summary",
-    }
+    tree, clean = Seen(page), Seen(render(Report("t", record={"config": {"x": "y"}})))
+    ours = set(TAGS_OF_A_REPORT.split())
     assert {tag for tag, _ in tree.tags} <= {tag for tag, _ in clean.tags} | ours
     assert sum(tag == "script" for tag, _ in tree.tags) == 1
     assert not any("onmouseover" in a or "onerror" in a for _, a in tree.tags)
@@ -206,7 +192,7 @@ def test_a_page_never_outgrows_its_size(monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "LARGEST", 300_000)
     page = hostile_page(documents=40)
-    out = module._write(page, tmp_path / "page.html")
+    out = module.write_report(page, tmp_path / "page.html")
     assert out.stat().st_size < 300_000 and 0 < len(page.documents) < 40
     assert re.search(r"documents: only \d+ are shown", out.read_text())
     assert not list(tmp_path.glob(".*tmp"))
@@ -222,8 +208,8 @@ def test_a_page_never_outgrows_its_size(monkeypatch, tmp_path):
         ("", ""),
     ],
 )
-def test_shown(text, expected):
-    assert shown(text) == expected
+def test_printable(text, expected):
+    assert printable(text) == expected
 
 
 def test_every_curve_is_of_something_that_is_logged():
@@ -236,7 +222,7 @@ def test_every_curve_is_of_something_that_is_logged():
 
 
 def test_long_text_is_cut_in_the_middle():
-    text = shown("a" * 5000 + "END", 100)
+    text = printable("a" * 5000 + "END", 100)
     assert (
         text.startswith("a" * 75)
         and text.endswith("END")
@@ -246,8 +232,8 @@ def test_long_text_is_cut_in_the_middle():
 
 
 def test_colours_are_told_apart_and_centred():
-    assert shade(0.0, 1.0).endswith(",0.00)") and shade(2.0, 1.0) == shade(1.0, 1.0)
-    blue, orange = (tuple(map(int, re.findall(r"\d+", shade(g, 1.0))[:3])) for g in (1.0, -1.0))
+    assert gain_colour(0.0, 1.0).endswith(",0.00)") and gain_colour(2.0, 1.0) == gain_colour(1.0, 1.0)
+    blue, orange = (tuple(map(int, re.findall(r"\d+", gain_colour(g, 1.0))[:3])) for g in (1.0, -1.0))
     assert (
         blue[2] > blue[0] + 100 and orange[0] > orange[2] + 100
     )  # they differ in the blue that all colour-blind eyes see
@@ -256,19 +242,19 @@ def test_colours_are_told_apart_and_centred():
 def test_warnings_in_words():
     steady = {"ntp/loss": 1.0, "ig/frozen": 0.5, "thought/leakage": 0.2, "completions/clipped_ratio": 0.0}
     rows = [{"step": k, **steady} for k in range(1, 21)]
-    assert warnings_of(rows, []) == []
+    assert list_warnings(rows, []) == []
     ends = {"ntp/loss": 1.5, "ig/frozen": -1.0, "thought/leakage": 0.9}
-    said = warnings_of([*rows, *[{"step": k, **ends} for k in range(21, 41)]], [])
+    said = list_warnings([*rows, *[{"step": k, **ends} for k in range(21, 41)]], [])
     assert [line.split(":")[0] for line in said] == ["Step 21", "Step 23", "Step 23"], said
     assert any("loss without a thought rose from 1.00" in line for line in said)
     thought = Thought((5,), (0.0,), FinishReason.CLOSE, 0, 0)
     group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,), 0)
-    (place,) = places([group], {})
-    rows = [replace(place.rows[0], gains=(1.0,))]
-    assert "Delimiter only" in warnings_of([], [replace(place, rows=rows, controls={"empty": 0.95})])[0]
-    assert not warnings_of([], [replace(place, rows=rows, controls={"empty": 0.2})])
-    (said,) = warnings_of(
-        [], [replace(place, rows=[replace(place.rows[0], gains=(-6.3,))], controls={"empty": -6.1})]
+    (place,) = score_positions([group], {})
+    rows = [replace(place.thoughts[0], gains=(1.0,))]
+    assert "Delimiter only" in list_warnings([], [replace(place, thoughts=rows, controls={"empty": 0.95})])[0]
+    assert not list_warnings([], [replace(place, thoughts=rows, controls={"empty": 0.2})])
+    (said,) = list_warnings(
+        [], [replace(place, thoughts=[replace(place.thoughts[0], gains=(-6.3,))], controls={"empty": -6.1})]
     )
     assert "Thoughts cost: these gain -6.30 nats on average, an empty one -6.10" in said
 
@@ -389,18 +375,18 @@ def test_gains_of_places_add_up(corpus):
     ids = tuple(tokenizer("ann has 6 bob up3 shows 9 .")["input_ids"])
     thoughts = tuple(Thought((k, 4), (0.0, 0.0), FinishReason.CLOSE, 0, k) for k in (8, 9, 10))
     group = Group("g", Position("d", 6, ids[:6], ids[6:8]), Prompt((*ids[:6], 3), (4,), (4,)), thoughts, 0)
-    (place,) = places([group], {"d": Document("d", ids)}, model=model.eval())
-    assert place.gains == pytest.approx(np.mean([row.gains for row in place.rows], axis=0))
-    assert sum(row.advantage for row in place.rows) == pytest.approx(0.0, abs=1e-6)
-    assert [row.advantage for row in place.rows] == sorted(
-        (row.advantage for row in place.rows), reverse=True
+    (place,) = score_positions([group], {"d": Document("d", ids)}, model=model.eval())
+    assert place.gains == pytest.approx(np.mean([row.gains for row in place.thoughts], axis=0))
+    assert sum(row.advantage for row in place.thoughts) == pytest.approx(0.0, abs=1e-6)
+    assert [row.advantage for row in place.thoughts] == sorted(
+        (row.advantage for row in place.thoughts), reverse=True
     )
     assert set(place.controls) == {"empty", "shuffled"}  # one document: there is no other
-    (bare,) = places([replace(group, rewards=(1.0, 0.0, 0.0))], {})
+    (bare,) = score_positions([replace(group, rewards=(1.0, 0.0, 0.0))], {})
     assert (
         bare.gains == ()
-        and [row.reward for row in bare.rows] == [1.0, 0.0, 0.0]
-        and bare.rows[0].advantage == 1.0
+        and [row.reward for row in bare.thoughts] == [1.0, 0.0, 0.0]
+        and bare.thoughts[0].advantage == 1.0
     )
 
 
@@ -420,9 +406,9 @@ def test_rewards_are_those_of_the_objective(values, tmp_path, objective, low, hi
         sampling__cut="mask",
     )
     Pretrainer(build(run)).train()
-    page = read(tmp_path / "run")
-    _thoughts(page, tmp_path / "run", None, 9, None)
-    found = [row for _, there in page.documents for place in there for row in place.rows]
+    page = read_run(tmp_path / "run")
+    add_thoughts(page, tmp_path / "run", None, 9, None)
+    found = [row for _, there in page.documents for place in there for row in place.thoughts]
     cut = [row for row in found if row.thought.finish_reason is not FinishReason.CLOSE]
     kept = [row for row in found if row not in cut]
     assert (

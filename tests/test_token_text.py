@@ -14,8 +14,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rlpretrain.data.token_text import SPACES, TokenReader, _byte_level_alphabet
 from rlpretrain.prompts import ThoughtPrompt, ensure_delimiters
-from rlpretrain.reporting.html import Page, render
-from rlpretrain.reporting.token_gains import places
+from rlpretrain.reporting.html import Report, render
+from rlpretrain.reporting.token_gains import score_positions
 from rlpretrain.tracking.console import thought_table
 from rlpretrain.tracking.trackers import thought_rows
 from rlpretrain.types import Document
@@ -113,7 +113,7 @@ def test_the_page_shades_what_each_token_gave(family):
     size = len(tokenizer(text)["input_ids"])
     made = [group_of(tokenizer, text, at) for at in range(1, size)]
     groups = [replace(g, rewards=(0.5,)) for _, g in made]
-    page = render(Page("t", [(made[0][0], places(groups, {}))], tokenizer))
+    page = render(Report("t", [(made[0][0], score_positions(groups, {}))], tokenizer))
     (body,) = re.findall(r'<p class="text" dir="auto">(.*?)</p>', page, re.S)
     links = [Seen(link).text for link in re.findall(r"<a [^>]*>(.*?)</a>", body, re.S)]
     reader = TokenReader(tokenizer)

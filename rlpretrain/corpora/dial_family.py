@@ -1,9 +1,8 @@
-"""The dial in every method's format: what a small model must have read before it can box, write, mask and
-judge.
+"""The dial corpus in every method's format, so that a small base model has read each of them.
 
-A plain document has three sentences, `ann has 6 bob up3 cat times3 . it shows 7 . that is odd .`, so that
-there is one to be predicted from both sides. Beside plain, worked and idle text the base mix holds, each with
-a thought that is mostly useless:
+A plain document has three sentences, `ann has 6 bob up3 cat times3 . it shows 7 . that is odd .`; the second
+can be predicted from both sides. Beside prose, chains, worked and plain text, the base mix has documents of
+the following formats, with thoughts that are mostly useless:
 
     think      a thought before the digit, inside the document                      rlp, likelihood
     sentence   a thought before the second sentence                                 rlpt, information gain
@@ -13,21 +12,23 @@ a thought that is mostly useless:
     hide       `hide` + the document, thought, a piece of it in `\\mask{ }`          pretrain_zero, generator
     find       `find` + the document with a piece masked, thought, `\\boxed{ }`      pretrain_zero, predictor
 
-The word in front takes the place of an instruction. `judge` is an oracle for RLPT: it knows what a sentence
-says.
+The first word stands for an instruction. `judge` is an oracle for RLPT, which knows the meaning of a
+sentence.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlpretrain.corpora import dial
-from rlpretrain.corpora.dial import CLOSE, HMM, OPEN, Problem, draw, thought
+from rlpretrain.corpora.dial_formats import HMM, Formats, thought
+from rlpretrain.corpora.dial_formats import Mix as DialMix
+from rlpretrain.corpora.dial_problems import CLOSE, OPEN, Problem, draw, split_problems
 
 MASK, HIDDEN = "<MASK>", "[mask]"
 BOX, NAME, END = "\\boxed{", "\\mask{", "}"
@@ -37,10 +38,8 @@ WORDS = (*dial.WORDS, "it", "that", "is", "odd", "even", *TASKS, MASK, HIDDEN, B
 
 
 @dataclass(frozen=True, slots=True)
-class Mix(dial.Mix):
-    """Shares of all formats; how long their problems are and what is thought about them is as in the
-    dial's mixes.
-    """
+class Mix(DialMix):
+    """Shares of all formats; depths and thoughts are set as in the dial's mixes."""
 
     prose: float = 0.12
     chain: float = 0.10
@@ -85,7 +84,7 @@ def document(problem: Problem) -> list[str]:
 
 
 def plain(rng: random.Random, mix: Mix) -> list[str]:
-    """What reinforcement pretraining sees."""
+    """The documents of reinforcement pretraining."""
     return document(draw(rng, mix.plain_depths))
 
 
@@ -104,8 +103,8 @@ def sentence(rng: random.Random, mix: Mix) -> list[str]:
 def box(rng: random.Random, mix: Mix) -> list[str]:
     """The next word in a box, sometimes the next two."""
     problem, words = thought(rng, mix)
-    said = second(problem)[2 : 3 if rng.random() < 0.8 else 4]
-    return ["box", *first(problem), "it", "shows", OPEN, *words, CLOSE, BOX, *said, END]
+    prediction = second(problem)[2 : 3 if rng.random() < 0.8 else 4]
+    return ["box", *first(problem), "it", "shows", OPEN, *words, CLOSE, BOX, *prediction, END]
 
 
 def tell(rng: random.Random, mix: Mix) -> list[str]:
@@ -115,27 +114,28 @@ def tell(rng: random.Random, mix: Mix) -> list[str]:
 
 
 def fill(rng: random.Random, mix: Mix) -> list[str]:
-    """The second sentence, with the third known: between delimiters, as it is, or without a thought."""
+    """The second sentence after the third: between delimiters, without them, or without a thought."""
     problem, words = thought(rng, mix)
-    head, u = ["fill", *first(problem), MASK, *third(problem)], rng.random()
-    if u < 0.25:
+    head = ["fill", *first(problem), MASK, *third(problem)]
+    kind = rng.random()
+    if kind < 0.25:
         return [*head, *second(problem)]
-    said = second(problem) if u < 0.5 else [SAY, *second(problem), SAID]
-    return [*head, OPEN, *words, CLOSE, *said]
+    prediction = second(problem) if kind < 0.5 else [SAY, *second(problem), SAID]
+    return [*head, OPEN, *words, CLOSE, *prediction]
 
 
 def piece(rng: random.Random, words: Sequence[str]) -> tuple[int, int]:
-    """Where a piece to hide begins and ends: the answer, the last word, or one or two words anywhere."""
-    u = rng.random()
-    if u < 0.7:
-        at = len(words) - (6 if u < 0.5 else 2)
-        return at, at + 1
-    at = rng.randrange(len(words) - 1)
-    return at, at + rng.choice((1, 1, 2))
+    """(start, stop) of a piece to hide: the answer, the last word, or one or two words anywhere."""
+    kind = rng.random()
+    if kind < 0.7:
+        start = len(words) - (6 if kind < 0.5 else 2)
+        return start, start + 1
+    start = rng.randrange(len(words) - 1)
+    return start, start + rng.choice((1, 1, 2))
 
 
 def hide(rng: random.Random, mix: Mix) -> list[str]:
-    """A piece of the document named as a task."""
+    """The document, then a piece of it to hide."""
     words = document(draw(rng, mix.think_depths))
     start, stop = piece(rng, words)
     idle = [rng.choice(HMM) for _ in range(rng.randint(1, 3))]
@@ -143,25 +143,15 @@ def hide(rng: random.Random, mix: Mix) -> list[str]:
 
 
 def find(rng: random.Random, mix: Mix) -> list[str]:
-    """A hidden piece found again."""
-    problem, thoughts = thought(rng, mix)
+    """A document with a hidden piece, then the piece."""
+    problem, thought_words = thought(rng, mix)
     words = document(problem)
     start, stop = piece(rng, words)
-    return [
-        "find",
-        *words[:start],
-        HIDDEN,
-        *words[stop:],
-        OPEN,
-        *thoughts,
-        CLOSE,
-        BOX,
-        *words[start:stop],
-        END,
-    ]
+    question = ["find", *words[:start], HIDDEN, *words[stop:]]
+    return [*question, OPEN, *thought_words, CLOSE, BOX, *words[start:stop], END]
 
 
-FORMATS: dial.Formats = {
+FORMATS: Formats = {
     "prose": dial.prose,
     "chain": dial.chain,
     "worked": dial.worked,
@@ -177,9 +167,7 @@ FORMATS: dial.Formats = {
 
 
 def record(problem: Problem) -> dict[str, Any]:
-    """A plain document as a JSON line; `question` and `worked_answer` are the same with its true trace,
-    for `sft_mixed`.
-    """
+    """A plain document as a JSON line; `sft_mixed` reads its `question` and `worked_answer`."""
     answer = [OPEN, *problem.trace(), CLOSE, *document(problem)[-6:]]
     return {
         "text": " ".join(document(problem)),
@@ -201,41 +189,35 @@ def write(
     depths: Sequence[int] = (1, 2, 3, 4),
     held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6),
 ) -> dict[str, Path]:
-    """Make the corpus under `out`, as `dial.write` does: base.jsonl, train.jsonl, held_out.jsonl, and
-    model/.
-    """
+    """Write base.jsonl, train.jsonl, held_out.jsonl and model/ under `out`, as `dial.write` does."""
     if mix not in MIXES:
         raise ValueError(f"unknown mix '{mix}': one of {', '.join(MIXES)}")
-    kept_out, training = dial.apart(train, held_out, seed, depths, held_out_depths)
-    documents: Iterator[str] = dial.base_documents(base, seed, MIXES[mix], FORMATS)
-    return dial.save(
-        Path(out),
-        {
-            "base": ({"text": t} for t in documents),
-            "train": (record(p) for p in training),
-            "held_out": (record(p) for p in kept_out),
-        },
-        WORDS,
-    )
+    held_out_problems, training = split_problems(train, held_out, seed, depths, held_out_depths)
+    files = {
+        "base": ({"text": text} for text in dial.base_documents(base, seed, MIXES[mix], FORMATS)),
+        "train": (record(problem) for problem in training),
+        "held_out": (record(problem) for problem in held_out_problems),
+    }
+    return dial.save(Path(out), files, WORDS)
 
 
 def tokenizer():
-    """Its word-level tokenizer."""
+    """The word-level tokenizer of this corpus."""
     return dial.tokenizer(WORDS)
 
 
 async def judge(prompts: Sequence[str]) -> list[str | None]:
-    """An oracle for RLPT's judge: a prediction is right if it is a sentence of the dial and says the digit
-    of the reference.
-    """
-    return [f"Score: {int(_says(pair['predicted'], pair['reference']))}" for pair in map(_pair, prompts)]
+    """An oracle for RLPT's judge: a prediction is right if it names the digit of the reference."""
+    pairs = [_texts_of(prompt) for prompt in prompts]
+    return [f"Score: {int(_is_right(pair['predicted'], pair['reference']))}" for pair in pairs]
 
 
-def _says(predicted: str, reference: str) -> bool:
-    said, true = predicted.split(), reference.split()
-    return len(said) >= 3 and said[:2] == ["it", "shows"] and said == true[: len(said)]
+def _is_right(predicted: str, reference: str) -> bool:
+    """Whether a prediction is a prefix of the reference, at least up to its digit."""
+    words, true_words = predicted.split(), reference.split()
+    return len(words) >= 3 and words[:2] == ["it", "shows"] and words == true_words[: len(words)]
 
 
-def _pair(prompt: str) -> dict[str, str]:
-    """The pair of texts in a judge's prompt."""
+def _texts_of(prompt: str) -> dict[str, str]:
+    """The predicted and the reference text in a judge's prompt."""
     return json.loads(prompt[prompt.rindex('{"predicted"') :].strip())

@@ -1,9 +1,8 @@
-"""Means of measured numbers with 95% intervals that cover: whole source rows are resampled, and few seeds get
-a t interval.
+"""Means with 95% intervals that cover: source rows are resampled whole, and few seeds get a t interval.
 
-The pieces of a long text, and the positions in them, are not independent: what is drawn again is the row of
-the data that they come from. Two or three seeds are too few to resample; their part of the interval is
-Student's t over the seeds' own means.
+The pieces of a long text, and the positions in them, are not independent, so the resampled unit is the row of
+the data that they come from. Two or three seeds are too few to resample; they contribute Student's t over the
+seeds' means.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 FEWEST = 8
-"""Rows below which resampling them gives too narrow an interval; there it is Student's t."""
+"""With fewer rows a resampled interval is too narrow; they get Student's t."""
 LEVEL = 0.95
 
 
@@ -38,23 +37,18 @@ def interval(
     seed: int = 0,
     draws: int = 2000,
 ) -> tuple[float, list[float]]:
-    """Weighted mean of values [seeds, positions] and its 95% interval; the positions are the same for every
-    seed.
+    """Weighted mean of values [seeds, positions] and its 95% interval.
 
-    `rows` names each position's source row (None: each is a row of its own). NaN counts nowhere, as does
-    weight 0.
+    All seeds have the same positions. `rows` names each position's source row (None: each position is a row).
+    Values of NaN and of weight 0 are ignored.
 
-    One seed: a percentile bootstrap over whole rows, a little wider than the plain one (Hesterberg 2015,
-    expanded percentiles), or Student's t below `FEWEST` rows. It does not know how another seed would have
-    come out. Several seeds: the half-width is the root of the squares of two, t over the seeds' means and t
-    over the rows (whose error is that of a ratio of sums over rows). Where an interval would need a second
-    row it is NaN.
+    One seed: a percentile bootstrap over whole rows with expanded percentiles (Hesterberg 2015), or Student's
+    t with fewer than `FEWEST` rows. It does not include the variation between seeds. Several seeds: the
+    squared half-width is the sum of two squares, t over the seeds' means and t over the rows; the error over
+    rows is that of a ratio of sums. With a single row the interval is NaN.
     """
     values = np.atleast_2d(np.asarray(values, float))
-    weights = (
-        np.ones_like(values) if weights is None else np.broadcast_to(np.asarray(weights, float), values.shape)
-    )
-    weights = np.where(np.isfinite(values), weights, 0.0)
+    weights = _finite_weights(values, weights)
     if not weights.sum() > 0:
         return math.nan, [math.nan, math.nan]
     top, bottom = _sums_over_rows(np.nan_to_num(values) * weights, rows), _sums_over_rows(weights, rows)
@@ -64,42 +58,43 @@ def interval(
     if count < 2:
         return mean, [math.nan, math.nan]
     if len(values) == 1 and count >= FEWEST:
-        return mean, _resampled(top[0], bottom[0], seed, draws)
-    error = ((top - mean * bottom).sum(0) / bottom.sum()) @ ((top - mean * bottom).sum(0) / bottom.sum())
-    half = student(count - 1) ** 2 * error * count / (count - 1)
-    own = points(values, weights)
-    own = own[np.isfinite(own)]
-    if len(own) > 1:
-        half += student(len(own) - 1) ** 2 * own.var(ddof=1) / len(own)
-    return mean, [mean - math.sqrt(half), mean + math.sqrt(half)]
+        return mean, _bootstrap(top[0], bottom[0], seed, draws)
+    residuals = (top - mean * bottom).sum(0) / bottom.sum()
+    squared = student(count - 1) ** 2 * (residuals @ residuals) * count / (count - 1)
+    seed_means = points(values, weights)
+    seed_means = seed_means[np.isfinite(seed_means)]
+    if len(seed_means) > 1:
+        squared += student(len(seed_means) - 1) ** 2 * seed_means.var(ddof=1) / len(seed_means)
+    return mean, [mean - math.sqrt(squared), mean + math.sqrt(squared)]
 
 
 def points(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """The weighted mean of each seed [seeds]; NaN where nothing counts."""
+    """The weighted mean of each seed [seeds]; NaN if it has no value."""
     values = np.atleast_2d(np.asarray(values, float))
-    weights = (
-        np.ones_like(values) if weights is None else np.broadcast_to(np.asarray(weights, float), values.shape)
-    )
-    weights = np.where(np.isfinite(values), weights, 0.0)
-    total = weights.sum(1)
-    return np.divide(
-        (np.nan_to_num(values) * weights).sum(1), total, out=np.full(len(values), math.nan), where=total > 0
-    )
+    weights = _finite_weights(values, weights)
+    sums, total = (np.nan_to_num(values) * weights).sum(1), weights.sum(1)
+    return np.divide(sums, total, out=np.full(len(values), math.nan), where=total > 0)
+
+
+def _finite_weights(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """The weights in the shape of `values`, by default 1; 0 for values that are not finite."""
+    if weights is None:
+        return np.isfinite(values).astype(float)
+    return np.where(np.isfinite(values), np.broadcast_to(np.asarray(weights, float), values.shape), 0.0)
 
 
 @lru_cache(maxsize=256)
 def student(freedom: int) -> float:
-    """The number of standard errors on either side that 95% lie within, with so many degrees of freedom.
+    """Half-width in standard errors of a 95% interval, by degrees of freedom.
 
     >>> [round(student(n), 3) for n in (1, 2, 10, 1000)]
     [12.706, 4.303, 2.228, 1.962]
     """
-    angle = np.linspace(
-        0.0, math.pi / 2, 200_001
-    )  # t is sqrt(freedom) tan(angle), and the density of the angle is this
+    # with t = sqrt(freedom) tan(angle), the density of the angle is cos(angle) ** (freedom - 1)
+    angle = np.linspace(0.0, math.pi / 2, 200_001)
     density = np.cos(angle) ** (freedom - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(LEVEL, below / below[-1], angle)))
+    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(LEVEL, cumulative / cumulative[-1], angle)))
 
 
 def _sums_over_rows(values: np.ndarray, rows: Sequence[str] | None) -> np.ndarray:
@@ -108,19 +103,17 @@ def _sums_over_rows(values: np.ndarray, rows: Sequence[str] | None) -> np.ndarra
         return values
     if len(rows) != values.shape[1]:
         raise ValueError(f"{len(rows)} source rows are named for {values.shape[1]} positions")
-    _, place = np.unique(np.asarray(rows, str), return_inverse=True)
-    out = np.zeros((len(values), int(place.max()) + 1))
-    for k, part in enumerate(values):
-        out[k] = np.bincount(place, part, minlength=out.shape[1])
-    return out
+    names, row_of_position = np.unique(np.asarray(rows, str), return_inverse=True)
+    sums = [np.bincount(row_of_position, of_seed, minlength=len(names)) for of_seed in values]
+    return np.array(sums)
 
 
-def _resampled(top: np.ndarray, bottom: np.ndarray, seed: int, draws: int) -> list[float]:
+def _bootstrap(top: np.ndarray, bottom: np.ndarray, seed: int, draws: int) -> list[float]:
     """Percentiles of the mean over rows drawn with replacement."""
     rng, count = np.random.default_rng(seed), len(top)
     drawn = rng.integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
     times = np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count).astype(float)
-    weight = times @ bottom
+    weight = times @ bottom  # `times` is how often each row is in a draw
     means = (times @ top)[weight > 0] / weight[weight > 0]
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * student(count - 1))
     low, high = np.quantile(means, [tail, 1 - tail])

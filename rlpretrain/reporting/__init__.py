@@ -1,1 +1,1 @@
-"""A run as one HTML page."""
+"""Reports: a run as one HTML file."""

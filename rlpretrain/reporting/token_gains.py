@@ -1,9 +1,7 @@
-"""What thinking is worth, token by token: gains of target tokens after every thought, and after thoughts that
-should not help.
+"""Information gain of every target token after every thought, and after thoughts that should not help.
 
-What the report and `rlpretrain inspect` show. Numbers are log p(token | context, thought) - log p(token |
-context) in nats, the first under the model shown, the second under a reference (the initial model where there
-is one).
+A gain is log p(token | context, thought) - log p(token | context) in nats: the first under the reported
+model, the second under a reference, which is the initial model if there is one.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 
 from rewards import leave_one_out
-from rlpretrain.evaluation.evaluate import contrast
+from rlpretrain.evaluation.contrast import contrast
 from rlpretrain.scoring.groups import micro_batches, score_batch
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline
@@ -33,11 +31,12 @@ CONTROLS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One thought."""
+class ScoredThought:
+    """A thought with its gains, reward and advantage; None where there is no value."""
 
     thought: Thought
-    gains: tuple[float, ...]  # of each target token, nats; empty where nothing was scored
+    gains: tuple[float, ...]
+    """Of each target token, in nats; empty if nothing was scored."""
     reward: float | None
     advantage: float | None
 
@@ -48,21 +47,30 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One position with its thoughts, the most advantageous first."""
+class ScoredPosition:
+    """One position with its thoughts, the highest advantage first."""
 
     group: Group
-    rows: list[Row]
-    controls: dict[str, float] = field(default_factory=dict)  # mean gain of the target
+    thoughts: list[ScoredThought]
+    controls: dict[str, float] = field(default_factory=dict)
+    """Mean gain of the target after each kind of control thought."""
 
     @property
     def gains(self) -> tuple[float, ...]:
         """Mean gain of each target token over the thoughts."""
-        scored = [row.gains for row in self.rows if row.gains]
-        return tuple(float(x) for x in np.mean(scored, axis=0)) if scored else ()
+        scored = [thought.gains for thought in self.thoughts if thought.gains]
+        return tuple(float(gain) for gain in np.mean(scored, axis=0)) if scored else ()
 
 
-def places(
+@dataclass(frozen=True, slots=True)
+class TokenLogps:
+    """Log-probabilities of target tokens, by group id."""
+
+    after: dict[str, np.ndarray]  # [G, T] after each thought
+    without: dict[str, np.ndarray]  # [T] without a thought
+
+
+def score_positions(
     groups: Sequence[Group],
     documents: Mapping[str, Document],
     *,
@@ -73,51 +81,58 @@ def places(
     pad_id: int = 0,
     seed: int = 0,
     token_budget: int = 16384,
-) -> list[Place]:
-    """The groups as places. Without a `model` only what is stored on them is shown: rewards, no gains.
+) -> list[ScoredPosition]:
+    """The groups with their gains; without a `model` only with their stored rewards.
 
-    Rewards are those stored, else those of `rewarded` (group id → one for each thought, NaN where it does not
-    count), else gains.
+    Rewards are the stored ones, else those of `rewarded` (by group id; NaN for a thought that does not
+    count), else the gains.
     """
     gains: dict[str, np.ndarray] = {}
-    controls: dict[str, dict[str, float]] = {g.id: {} for g in groups}
-    wanted = [g for g in groups if g.position.target_ids]
-    if model is not None and wanted:
+    controls: dict[str, dict[str, float]] = {group.id: {} for group in groups}
+    targeted = [group for group in groups if group.position.target_ids]
+    if model is not None and targeted:
         layout = Layout(token_budget, cut="force_close", pad_id=pad_id, no_think_ids=dict(no_think or {}))
-        known = [
-            documents[i] for i in dict.fromkeys(g.position.document_id for g in wanted) if i in documents
-        ]
-        base = token_logps(
-            reference or model, [replace(g, thoughts=g.thoughts[:1]) for g in wanted], known, layout
-        )[1]
-        gains = {i: after - base[i] for i, after in token_logps(model, wanted, known, layout)[0].items()}
-        kinds = [
-            kind for kind in CONTROLS if kind != "other" or len({g.position.document_id for g in wanted}) > 1
-        ]
-        for kind in kinds:
-            for i, after in token_logps(model, contrast(wanted, kind, seed), known, layout)[0].items():
-                controls[i][kind] = float((after - base[i]).sum(-1).mean())
-    out = []
+        ids = dict.fromkeys(group.position.document_id for group in targeted)
+        context = ([documents[document_id] for document_id in ids if document_id in documents], layout)
+        first_thoughts = [replace(group, thoughts=group.thoughts[:1]) for group in targeted]
+        base = token_logps(reference or model, first_thoughts, *context).without
+        scored = token_logps(model, targeted, *context).after
+        gains = {group_id: after - base[group_id] for group_id, after in scored.items()}
+        for kind in CONTROLS:
+            if kind == "other" and len(ids) < 2:
+                continue
+            scored = token_logps(model, contrast(targeted, kind, seed), *context).after
+            for group_id, after in scored.items():
+                controls[group_id][kind] = float((after - base[group_id]).sum(-1).mean())
+    positions = []
     for group in groups:
-        found = gains.get(group.id)
+        group_gains = gains.get(group.id)
         rewards = group.rewards if group.rewards is not None else (rewarded or {}).get(group.id)
         if rewards is None:
-            rewards = [np.nan] * len(group.thoughts) if found is None else found.sum(-1).tolist()
-        advantages = [np.nan] * len(rewards)
-        if len(rewards) > 1:
-            advantages = leave_one_out(torch.tensor([list(rewards)], dtype=torch.float64))[0].tolist()
-        rows = [
-            Row(
-                t,
-                () if found is None else tuple(found[k].tolist()),
-                None if r != r else r,
-                None if r != r or a != a else a,
+            rewards = [np.nan] * len(group.thoughts) if group_gains is None else group_gains.sum(-1).tolist()
+        thoughts = _scored_thoughts(group, group_gains, rewards)
+        positions.append(ScoredPosition(group, thoughts, controls[group.id]))
+    return positions
+
+
+def _scored_thoughts(group: Group, gains: np.ndarray | None, rewards: Sequence[float]) -> list[ScoredThought]:
+    advantages = [np.nan] * len(rewards)
+    if len(rewards) > 1:
+        advantages = leave_one_out(torch.tensor([list(rewards)], dtype=torch.float64))[0].tolist()
+    scored = []
+    for k, (thought, reward, advantage) in enumerate(zip(group.thoughts, rewards, advantages, strict=True)):
+        thought_gains = () if gains is None else tuple(gains[k].tolist())
+        has_reward = not np.isnan(reward)
+        scored.append(
+            ScoredThought(
+                thought,
+                thought_gains,
+                reward if has_reward else None,
+                advantage if has_reward and not np.isnan(advantage) else None,
             )
-            for k, (t, r, a) in enumerate(zip(group.thoughts, rewards, advantages, strict=True))
-        ]
-        rows.sort(key=lambda row: -(row.advantage if row.advantage is not None else -np.inf))
-        out.append(Place(group, rows, controls[group.id]))
-    return out
+        )
+    scored.sort(key=lambda row: -(row.advantage if row.advantage is not None else -np.inf))
+    return scored
 
 
 def rewards_now(
@@ -128,23 +143,25 @@ def rewards_now(
     documents: Sequence[Document],
     layout: Layout,
 ) -> dict[str, list[float]]:
-    """{group id: what its thoughts earn under the model as it is, NaN where one does not count}, for rewards
-    that are made of log-probabilities of the target.
+    """{group id: rewards of its thoughts under the present model, NaN for one that does not count}.
+
+    For objectives whose rewards are made of log-probabilities of the target, which are not stored.
     """
     micros = micro_batches(Batch(tuple(groups), tuple(documents)), layout)
     device = next(model.parameters()).device
-    found = score_batch(
-        score_function(Scorer(model)), micros, device, reference=baseline, objective=objective
-    ).groups
-    return {id_: scores.rewards.tolist() for id_, scores in found.items()}
+    score = score_function(Scorer(model))
+    scored = score_batch(score, micros, device, reference=baseline, objective=objective).groups
+    return {group_id: scores.rewards.tolist() for group_id, scores in scored.items()}
 
 
 def token_logps(
     model: nn.Module, groups: Sequence[Group], documents: Sequence[Document], layout: Layout
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """({group id: log-probs [G, T] after each thought}, {group id: log-probs [T] without one})."""
-    batch = Batch(tuple(replace(g, rewards=None) for g in groups), tuple(documents))
+) -> TokenLogps:
+    """Log-probabilities of each group's target tokens, after its thoughts and without one."""
+    batch = Batch(tuple(replace(group, rewards=None) for group in groups), tuple(documents))
     device = next(model.parameters()).device
-    found = score_batch(score_function(Scorer(model)), micro_batches(batch, layout), device).groups
-    after = {id_: scores.target_logps.double().numpy() for id_, scores in found.items()}
-    return after, {id_: scores.baseline_logps.double().numpy() for id_, scores in found.items()}
+    scored = score_batch(score_function(Scorer(model)), micro_batches(batch, layout), device).groups
+    return TokenLogps(
+        {group_id: scores.target_logps.double().numpy() for group_id, scores in scored.items()},
+        {group_id: scores.baseline_logps.double().numpy() for group_id, scores in scored.items()},
+    )

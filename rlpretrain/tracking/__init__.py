@@ -1,1 +1,1 @@
-"""What a run logs, and what a person sees of it."""
+"""Metrics, trackers, console output and warnings of a run."""
