@@ -26,13 +26,13 @@ FAMILY = Path(__file__).parents[1] / "examples" / "dial_family"
 
 @pytest.mark.slow
 def test_rlp_makes_thinking_pay(tmp_path):
-    dial.write(tmp_path, base=10, train=2000, held_out=160, held_out_depths=(1, 2, 3, 4))
+    dial.write(tmp_path, base=10, train=2000, held_out=96, held_out_depths=(1, 2, 3, 4))
     values = yaml.safe_load((Path(__file__).parents[1] / "examples" / "dial_rlp.yaml").read_text())
     values |= {
         "model": str(BASE),
         "data": {"path": str(tmp_path / "train.jsonl"), "max_length": 128},
-        "max_steps": 70,
-        "optim": {"lr": 3e-4},
+        "max_steps": 24,
+        "optim": {"lr": 5e-4},
         "output_dir": str(tmp_path / "run"),
         "console": False,
         "policy": {"backend": "torch"},
@@ -54,7 +54,7 @@ def test_rlp_makes_thinking_pay(tmp_path):
     assert after["other"] < 0 and after["shuffled"] < after["gain_frozen"] - 0.5
     assert after["no_think_loss"] < before["no_think_loss"] + 0.05
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 70 and all(r["run/skipped_steps"] == 0 for r in rows)
+    assert len(rows) == 24 and all(r["run/skipped_steps"] == 0 for r in rows)
 
 
 @pytest.mark.slow
