@@ -129,11 +129,9 @@ class EngineConfig(Varied):
 
     def memory_notes(self) -> list[str]:
         """What a table of the run's memory leaves out."""
-        return (
-            []
-            if self.in_process
-            else [f"engine {self.name}: what it needs on its own devices is not in this table"]
-        )
+        if self.in_process:
+            return []
+        return [f"engine {self.name}: what it needs on its own devices is not in this table"]
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -92,8 +92,7 @@ class EngineContext:
             raise ConfigError(
                 f"engine.max_model_len is {wanted}, but {limit.reason}: set it to at most {limit.tokens}"
             )
-        needed = max(self.objective.window(self.config.data.max_length).sampled, 512)
-        return wanted or min(needed, limit.tokens if limit else needed)
+        return wanted or longest(self.config, self.objective, limit.tokens if limit else None)
 
     def sampling_module(self) -> tuple[nn.Module, bool]:
         """A transformers module with whole weights, and whether it is the trained one.
@@ -180,6 +179,12 @@ def write_start(
         save_start(model, tokenizer, start)
     ranks.barrier()
     return start
+
+
+def longest(config: PretrainConfig, objective: Objective, most: int | None) -> int:
+    """Positions for the longest prompt and thought, and for the probe; at most `most`, the model's own."""
+    wanted = max(objective.window(config.data.max_length).sampled, 512)
+    return min(wanted, most or wanted)
 
 
 class SyncProbe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -164,9 +165,25 @@ def test_vllm_in_actors(vllm_pool, model):
         assert worst(model, prompts, groups) <= 1e-4
 
 
-def test_no_room_is_said(model, cluster):
+def test_no_room_is_said(model, cluster, monkeypatch):
+    monkeypatch.setattr("rollout.ray_actors.EVERY", 0.8)
+    lines: list[str] = []
     with pytest.raises(TimeoutError, match=r"Ray has no room for 1 engines with \{'num_cpus': 99\} each"):
-        RayEngine("hf", {"model": str(model.folder)}, resources={"num_cpus": 99}, deadline=2.0)
+        RayEngine(
+            "hf", {"model": str(model.folder)}, resources={"num_cpus": 99}, deadline=2.0, say=lines.append
+        )
+    assert 1 <= len(lines) <= 2
+    assert re.match(
+        r"waiting for Ray to place 1 engines with \{'num_cpus': 99\} each, 1 s more \(engine.deadline\)",
+        lines[0],
+    )
+
+
+def test_actors_that_load_are_said(make, monkeypatch):
+    monkeypatch.setattr("rollout.ray_actors.EVERY", 0.2)
+    lines: list[str] = []
+    make(num_engines=1, say=lines.append)
+    assert any(line.startswith("waiting for 1 of 1 Ray actors to load their model") for line in lines)
 
 
 def test_a_closed_pool_says_so(pool):
