@@ -142,9 +142,7 @@ def test_the_base_folder_is_never_the_output(values, tmp_path, marked, resume):
         Run(build(merged(values, model={"path": str(base)}, output_dir=str(tmp_path))), resume)
     assert {p.name: p.read_bytes() for p in base.iterdir()} == files
     with (
-        pytest.raises(ConfigError, match="model exists, and no run wrote it")
-        if not marked
-        else nullcontext()
+        pytest.raises(ConfigError, match="model exists, and no run wrote it") if not marked else nullcontext()
     ):
         Run(build(merged(values, output_dir=str(tmp_path))), resume).close()  # with another base
     assert {p.name: p.read_bytes() for p in base.iterdir()} == files

@@ -30,7 +30,8 @@ def check(config: PretrainConfig) -> None:
         path = folder / name
         if name in written and path.exists() and not (path / MARK).is_file():
             raise ConfigError(
-                f"{path} exists, and no run wrote it, but this run would replace it: choose another output_dir"
+                f"{path} exists, and no run wrote it, but this run would replace it: choose another "
+                "output_dir"
             )
 
 
