@@ -299,8 +299,8 @@ def test_an_output_folder_that_cannot_be_made(values, tmp_path):
     ("damage", "said"),
     [
         (lambda c: (c / "state.json").unlink(), "state.json is missing"),
-        (lambda c: os.truncate(c / "state.json", 100), "state.json is not what was written"),
-        (lambda c: (c / "state.json").write_text("{}"), "state.json is not what was written"),
+        (lambda c: os.truncate(c / "state.json", 100), "state.json is damaged"),
+        (lambda c: (c / "state.json").write_text("{}"), "state.json is damaged"),
         (lambda c: os.truncate(c / "policy.pt", 1000), "policy.pt has 1000 bytes"),
         (lambda c: (c / "rank-0.pt").unlink(), "rank-0.pt is missing"),
     ],

@@ -57,7 +57,7 @@ def test_what_came_after_an_older_checkpoint_is_set_aside_and_auto_follows_the_n
     before = {p.name: p.stat().st_ino for p in folder.glob("checkpoint-*")}
     assert list(before) and checkpoint.steps(folder) == [4, 6]
     again = Run(build(merged(run, max_steps=5)), str(folder / "checkpoint-4"))
-    assert "what came after step 4 is set aside" in capsys.readouterr().out
+    assert "moved what the run wrote after step 4 to" in capsys.readouterr().out
     (aside,) = folder.glob("abandoned-*")
     assert checkpoint.steps(folder) == [4] and checkpoint.steps(aside) == [6]  # at once, before any step
     assert (aside / "checkpoint-6").stat().st_ino == before["checkpoint-6"]
@@ -142,9 +142,7 @@ def test_the_base_folder_is_never_the_output(values, tmp_path, marked, resume):
         Run(build(merged(values, model={"path": str(base)}, output_dir=str(tmp_path))), resume)
     assert {p.name: p.read_bytes() for p in base.iterdir()} == files
     with (
-        pytest.raises(ConfigError, match="model is there already and no run wrote it")
-        if not marked
-        else nullcontext()
+        pytest.raises(ConfigError, match="model exists, and no run wrote it") if not marked else nullcontext()
     ):
         Run(build(merged(values, output_dir=str(tmp_path))), resume).close()  # with another base
     assert {p.name: p.read_bytes() for p in base.iterdir()} == files

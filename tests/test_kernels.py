@@ -143,7 +143,7 @@ def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):
     ).eval()
     attention.install(model)
     with pytest.raises(
-        ValueError, match="attention sdpa other ones than by eager.*attn_implementation: eager"
+        ValueError, match="attention sdpa differs from eager.*attn_implementation: eager"
     ) as caught:
         check_tree(policy_of(model), micro, layout, totals, ranks)
     assert "packing: padded" not in str(caught.value) and attention_of(model) == "tree_sdpa"
@@ -157,7 +157,7 @@ def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):
     mixing = tiny_model("llama", VOCABULARY, seed=1)
     mixing.model.layers[0].mlp = torch.nn.Sequential(Neighbours(), mixing.model.layers[0].mlp)
     attention.install(mixing)
-    with pytest.raises(ValueError, match="rules that tree attention does not know.*packing: padded"):
+    with pytest.raises(ValueError, match="tree packing does not support.*packing: padded"):
         check_tree(policy_of(mixing), micro, layout, totals, ranks)
     fine = tiny_model("llama", VOCABULARY, seed=1)
     attention.install(fine)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from rlpretrain.config import ConfigError
 from rlpretrain.data.token_text import TokenReader
@@ -87,7 +88,7 @@ class PositionPicker:
         self.marker = self._marker(marker, tokenizer) if self.kind in ("before", "after") else None
 
     def __call__(
-        self, document: Document, rng: np.random.Generator, entropies: Sequence[float] | None = None
+        self, document: Document, rng: np.random.Generator, entropies: Sequence[float] | Tensor | None = None
     ) -> list[int]:
         """Sorted, distinct indices.
 
@@ -126,7 +127,7 @@ class PositionPicker:
         return [bisect_left(starts, match.end()) for match in self.marker.finditer(text)]
 
     def _least_sure(
-        self, document: Document, found: list[int], entropies: Sequence[float] | None
+        self, document: Document, found: list[int], entropies: Sequence[float] | Tensor | None
     ) -> list[int]:
         if entropies is None:
             raise ValueError("positions 'entropy' need the entropies of the document's tokens")

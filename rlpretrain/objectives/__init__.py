@@ -43,7 +43,7 @@ def available() -> list[str]:
 
 
 def find(name: str) -> type[Objective]:
-    """The class that a module name or a `package.module:Class` path names.
+    """The class of a module name or of a `package.module:Class` path.
 
     Raises ConfigError with the nearest name.
     """
@@ -51,11 +51,9 @@ def find(name: str) -> type[Objective]:
     if not attribute:
         if name not in available():
             near = difflib.get_close_matches(name, available(), n=1)
-            hint = (
-                f"did you mean '{near[0]}'?"
-                if near
-                else f"there are {', '.join(available())}, or package.module:Class"
-            )
+            hint = f"there are {', '.join(available())}, or package.module:Class"
+            if near:
+                hint = f"did you mean '{near[0]}'?"
             raise ConfigError(f"unknown objective '{name}': {hint}")
         module, attribute = f"{__name__}.{name}", "OBJECTIVE"
     try:
@@ -65,7 +63,7 @@ def find(name: str) -> type[Objective]:
 
 
 def config_of(name: str) -> type:
-    """The Config class of an objective: what `config.io.build` settles the values of its section with."""
+    """The Config class of an objective, by which `config.io.build` reads its section."""
     return find(name).Config
 
 

@@ -34,32 +34,32 @@ RENAMED = {
     "said": "answer_text",
     "rewarded": "add_rewards",
 }
-"""Hooks by the names that they had before; subclasses that override or call an old name keep working."""
+"""Old names of hooks; subclasses that override or call an old name keep working."""
 
 
 def rewards_differ(group: Group) -> bool:
-    """Whether two thoughts of a group earn different rewards; NaN (not applicable) is not counted."""
+    """Whether two thoughts of a group have different rewards; NaN (not applicable) is ignored."""
     return len({reward for reward in group.rewards or () if not math.isnan(reward)}) > 1
 
 
 class Objective:
     """A pretraining objective. Subclass it in a file of its own and name the class `OBJECTIVE`; see rlp.py.
 
-    `needs` says what a run must provide, in the words of `NEEDS`; log-probs without the thought come with
-    "target".
+    `needs` lists what a run must provide, by the keys of `NEEDS`; "target" includes log-probs without the
+    thought.
     """
 
     Config: type = Config
     needs: frozenset[str] = frozenset({"target"})
     has_positions = True
     proxy: Any = None
-    """A second model that the objective reads with, if any; it has `model` and `reads`, which are counted."""
+    """A second model of the objective, if any. It has `model`, and `reads` with the tokens that it read."""
     answer_tokens = 0
-    """Most tokens sampled after a thought, up to `config.closing`; 0: none."""
+    """Most tokens sampled after a thought, up to `config.closing`; 0: no answer is sampled."""
     token_reduction = "thought_mean"
     """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
     setting: Setting = DEFAULT_SETTING
-    """How thoughts are drawn and how far the run is; the run sets it."""
+    """How thoughts are sampled, and the progress of the run; the run sets it."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -92,7 +92,7 @@ class Objective:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done when the present batch is trained, 0 to 1.
+        """The share of the run that is done when the current batch is trained, 0 to 1.
 
         It is the same for the batch's positions, prompts, rewards and losses.
         """
@@ -128,20 +128,20 @@ class Objective:
 
     @property
     def added_tokens(self) -> int:
-        """Most tokens that a prompt adds to its context: the words of the template and the open tag."""
+        """Most tokens that a prompt adds to its context: the template's text and the open tag."""
         return len(self.prompt(Position("", 1, (0,), (0,))).token_ids) - 1
 
     @property
     def shortest_target(self) -> int:
-        """Fewest tokens of a document that are never part of a prompt, since they are predicted."""
+        """Fewest tokens of a document that are in no prompt, because they are predicted."""
         return 1 if self.config.positions == "answer" else self.config.target_length
 
     def window(self, size: int, thought_tokens: int | None = None) -> Window:
         """The longest prompt, sample and row of a document of `size` tokens.
 
         Thoughts have up to `thought_tokens` tokens (by default those of the setting). Context and target are
-        parts of the document, so a row is the document plus what is inserted between them. An objective with
-        prompts that hold more than that overrides `added_tokens`.
+        parts of the document, so a row is the document plus the tokens inserted between them. An objective
+        whose prompts add other tokens overrides `added_tokens`.
         """
         if not self.has_positions:
             return Window(size, size, size)
@@ -169,30 +169,29 @@ class Objective:
         `trunk[i]` is the entropy (nats) of the model's prediction of token i, if "entropy" is needed.
         """
         ids, size = document.token_ids, self.config.target_length
-        return [
-            Position(document.id, i, ids[:i], ids[i : i + size]) for i in self.picker(document, rng, trunk)
-        ]
+        indices = self.picker(document, rng, trunk)
+        return [Position(document.id, i, ids[:i], ids[i : i + size]) for i in indices]
 
     def mix(self, documents: int) -> int:
         """How many of a step's documents come from `ntp_data`, for objectives without positions."""
         return 0
 
     def prompt(self, position: Position) -> Prompt:
-        """The ids before the thought, what ends it, and the ids between thought and target."""
+        """The ids before the thought, the ids that end it, and the ids between thought and target."""
         return self.template(position)
 
     def no_think(self, position: Position) -> tuple[int, ...] | None:
         """The context of the no-think arm; None: the document itself."""
-        return (
-            None if self.config.no_think == "raw" else self.template.no_think(position, self.config.no_think)
-        )
+        if self.config.no_think == "raw":
+            return None
+        return self.template.no_think(position, self.config.no_think)
 
     # sampling
 
     async def rollout(
         self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]
     ) -> list[Group]:
-        """G thoughts for each position, the answers after them, and rewards that need no live log-probs."""
+        """Sample G thoughts for each position, their answers, and the rewards that need no live log-probs."""
         prompts = [self.prompt(position) for position in positions]
         groups = await self.sample_thoughts(engine, positions, prompts, seeds)
         if self.answer_tokens:
@@ -219,8 +218,8 @@ class Objective:
 
         Sampling continues until `closing` or `answer_tokens`. Thought and answer become one sampled
         sequence and are trained alike; `answer_span` marks the answer. The sequence has the answer's finish
-        reason, and the older policy version if the weights changed between the two. Other thoughts stay as
-        they are.
+        reason, and the older policy version if the weights changed between the two. Other thoughts do not
+        change.
         """
         params = replace(self.setting.params, max_thought_tokens=self.answer_tokens)
         return await sampling.sample_answers(engine, params, groups, closing)

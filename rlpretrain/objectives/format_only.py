@@ -1,9 +1,8 @@
-"""A control: a thought is rewarded for its form alone, a close tag after at least so many tokens, whatever it
-says.
+"""A control: a thought is rewarded only for its form, a close tag after at least `least` tokens.
 
-Part of what a reward teaches a base model is to close its thoughts; this measures that part by itself.
-Everything else is as in RLP, and the gain is logged as ever. Use `sampling.cut: force_close`, or thoughts
-that did not close count nowhere and all others earn the same.
+One thing that a reward teaches a base model is to close its thoughts; this control measures it alone.
+Everything else is as in RLP, and the gain is logged as usual. Use `sampling.cut: force_close`. Otherwise
+unclosed thoughts do not count, and all others have the same reward.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from dataclasses import dataclass, replace
 from rlpretrain.config import Count
 from rlpretrain.objectives import base
 from rollout.engine import Engine
-from rollout.types import FinishReason, Group
+from rollout.types import FinishReason, Group, Thought
 
 
 @dataclass(kw_only=True)
 class Config(base.Config):
-    """One field more."""
+    """The shared fields, and the shortest thought."""
 
     least: Count = 2
-    """Tokens that a thought must have, the close tag included."""
+    """Fewest tokens of a rewarded thought, the close tag included."""
 
 
 class FormatOnly(base.Objective):
@@ -31,16 +30,14 @@ class FormatOnly(base.Objective):
 
     async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """1 for thoughts that have the form, 0 for the others."""
-        return [
-            replace(
-                g,
-                rewards=tuple(
-                    float(t.finish_reason is FinishReason.CLOSE and len(t.token_ids) >= self.config.least)
-                    for t in g.thoughts
-                ),
-            )
-            for g in groups
-        ]
+        out = []
+        for group in groups:
+            rewards = tuple(float(self._has_form(thought)) for thought in group.thoughts)
+            out.append(replace(group, rewards=rewards))
+        return out
+
+    def _has_form(self, thought: Thought) -> bool:
+        return thought.finish_reason is FinishReason.CLOSE and len(thought.token_ids) >= self.config.least
 
 
 OBJECTIVE = FormatOnly

@@ -1,4 +1,4 @@
-"""The likelihood family: reward a thought by how likely it makes the true target, in the ways the papers do.
+"""The likelihood family: reward a thought by how likely it makes the true target, in several papers' ways.
 
 With p the probability of the target after context and thought, p_k that of its k-th token, and T its length:
 
@@ -11,21 +11,21 @@ With p the probability of the target after context and thought, p_k that of its 
 - `perplexity_gain`: 100 (1 - PPL with / PPL without the thought), or its steps. VR-CLI, arXiv 2503.22828.
 
 The gradient of an expected likelihood has two terms: the policy gradient of the thoughts, and the derivative
-of the likelihood itself, which trains the reader to say the target after this thought. `direct` is the weight
-of the second; VeriFree and JEPO have it (1), RLP has not (0). It comes on top of `loss.reader_coef`, which
-weighs log p whatever the reward is.
+of the likelihood itself, which trains the reader to predict the target after the thought. `direct` is the
+weight of the second term: 1 in VeriFree and JEPO, 0 in RLP. `loss.reader_coef` is added to it, and weights
+log p under every reward.
 
-The first term is a sum over a thought's tokens. With `direct: 1` that is what `loss.reduction: auto` takes:
-on-policy and with `reader_coef: 0`, the two terms together have the gradient of the expected score as their
-mean. With another `direct` it takes RLP's mean, which divides the first term by the thought's length and the
-second by nothing: the gradient of no expectation.
+The first term is a sum over a thought's tokens, and `loss.reduction: auto` takes this sum with `direct: 1`.
+On-policy and with `reader_coef: 0`, the two terms together then have the gradient of the expected score as
+their mean. With another `direct`, auto takes RLP's mean, which divides only the first term by the thought's
+length: that is not the gradient of an expectation.
 
-Ours: leave-one-out advantages throughout (RLPR divides by the deviation), the score of the live model (VR-CLI
-has a frozen one), `samples` below G.
+Our choices: leave-one-out advantages for all (RLPR divides by the deviation), the score of the live model
+(VR-CLI has a frozen one), `samples` below G.
 
-Pitfalls: `prob` is 0 on long targets; a mean of probabilities is ruled by easy tokens; where answers cannot
-be verified all of them shrink thoughts to a few tokens once `direct` does the work (arXiv 2602.03979); a
-clipped gain teaches nothing where no thought helps yet. For prompts with answers set `data.answer_column` and
+Pitfalls: `prob` is 0 on long targets. Easy tokens dominate a mean of probabilities. Where answers cannot be
+verified, all of them shrink thoughts to a few tokens once `direct` dominates (arXiv 2602.03979). A clipped
+gain gives no signal where no thought helps yet. For prompts with answers set `data.answer_column` and
 `positions: answer`.
 """
 
@@ -64,9 +64,9 @@ class Config(base.Config):
     direct: Amount = 0.0
     """Weight of the derivative of the score by the target's own log-probs; 0 trains thoughts only."""
     samples: Count | None = None
-    """jepo: thoughts that share a bound; all of a group by default, 1 is log_prob."""
+    """jepo: the number of thoughts that share a bound; all of a group by default, 1 is log_prob."""
     steps: bool = False
-    """perplexity_gain: VR-CLI's 0, .5, .9, 1 above 0, .05, 1, 2 percent, in place of the percentage."""
+    """perplexity_gain: VR-CLI's 0, .5, .9, 1 above 0, .05, 1, 2 percent, instead of the percentage."""
 
 
 class Likelihood(base.Objective):
@@ -83,48 +83,39 @@ class Likelihood(base.Objective):
         if config.direct == 1:
             self.token_reduction = "sum"
         if config.direct and config.score == "jepo":
-            self.needs = self.needs | {"group"}  # its weights are shares of a bound over all thoughts
+            self.needs = self.needs | {"group"}  # the weights are shares of a bound over all thoughts
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
-        """The score [B, G]; for jepo the log-probability, which its advantages are made of."""
-        logps, plain, mask, name = (
-            scores.target_logps,
-            scores.baseline_logps,
-            scores.target_mask,
-            self.config.score,
-        )
+        """The score [B, G]; for jepo the log-probability, from which `advantage` computes the bound."""
+        logps, baseline, mask = scores.target_logps, scores.baseline_logps, scores.target_mask
+        name = self.config.score
         if name in ("log_prob", "mean_log_prob", "jepo"):
             return target_logp(logps, mask, mean=name == "mean_log_prob")
         if name in ("prob", "mean_prob"):
             return target_probability(logps, mask, mean=name == "mean_prob")
         if name == "debiased_prob":
-            return debiased_probability(logps, plain, mask)
-        return perplexity_gain(logps, plain, mask, steps=VR_CLI_STEPS if self.config.steps else None)
+            return debiased_probability(logps, baseline, mask)
+        return perplexity_gain(logps, baseline, mask, steps=VR_CLI_STEPS if self.config.steps else None)
 
     def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Leave-one-out, or what a thought adds to JEPO's bound."""
-        return (
-            multi_sample_bound(reward, self.config.samples)[0]
-            if self.config.score == "jepo"
-            else leave_one_out(reward)
-        )
+        """Leave-one-out advantages, or what each thought adds to JEPO's bound."""
+        if self.config.score == "jepo":
+            return multi_sample_bound(reward, self.config.samples)[0]
+        return leave_one_out(reward)
 
     def target_weights(self, groups: Sequence[Group], scores: Scores) -> Tensor:
-        """`reader_coef`, and `direct` times the derivative of the score by each log-prob."""
+        """`reader_coef` plus `direct` times the derivative of the score by each log-prob."""
         weights = super().target_weights(groups, scores)
-        return (
-            weights + self.config.direct * self._slope(scores.detached()).to(weights.dtype)
-            if self.config.direct
-            else weights
-        )
+        if not self.config.direct:
+            return weights
+        return weights + self.config.direct * self._slope(scores.detached()).to(weights.dtype)
 
     def _slope(self, scores: Scores) -> Tensor:
-        """d score / d log p_k [B, G, T]; JEPO's is the thought's share in its bound."""
+        """d score / d log p_k [B, G, T]; JEPO's is the thought's share of the bound."""
         if self.config.score == "jepo":
             logps = self.reward((), scores).masked_fill(~scores.counted, torch.nan)
-            return (
-                multi_sample_bound(logps, self.config.samples)[1].unsqueeze(-1).expand_as(scores.target_logps)
-            )
+            _, shares = multi_sample_bound(logps, self.config.samples)
+            return shares.unsqueeze(-1).expand_as(scores.target_logps)
         with torch.enable_grad():
             leaf = scores.target_logps.double().requires_grad_()
             value = self.reward((), replace(scores, target_logps=leaf))

@@ -1,6 +1,4 @@
-"""NTP: plain next-token prediction, an objective without positions. The control of every experiment, in
-the same loop.
-"""
+"""NTP: plain next-token prediction, the control of every experiment; an objective without positions."""
 
 from __future__ import annotations
 
@@ -13,20 +11,18 @@ from rollout.types import Position
 
 @dataclass(kw_only=True)
 class Config:
-    """NTP has no fields; its loss is the mean over all predicted tokens of the step, whatever
-    `loss.ntp_coef` says.
-    """
+    """NTP has no fields. Its loss is the mean over all predicted tokens of the step, without `ntp_coef`."""
 
 
 class NTP(base.Objective):
-    """Continue the pretraining as usual."""
+    """Continue plain pretraining."""
 
     Config = Config
     needs = frozenset()
     has_positions = False
 
     def positions(self, document: Any, rng: Any, trunk: Any = None) -> list[Position]:
-        """None: no thoughts."""
+        """An empty list: there are no thoughts."""
         return []
 
 

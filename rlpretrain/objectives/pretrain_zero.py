@@ -1,24 +1,25 @@
 r"""PretrainZero: one model proposes what to hide in a paragraph, and finds it again (arXiv 2512.03442).
 
-Two roles, one set of weights. The generator reads a paragraph, thinks, and names a span in `\mask{}`; for
-each span the predictor reads the paragraph with the span replaced by `[mask]`, thinks, and names it in
-`\boxed{}`.
+Two roles share one set of weights. The generator reads a paragraph, thinks, and names a span in `\mask{}`.
+For each span the predictor reads the paragraph with the span replaced by `[mask]`, thinks, and names the span
+in `\boxed{}`. The rewards are:
 
-    predictor   1 if the prediction is the span, else 0 generator   1 - the predictors' accuracy, but 0 where
-    none of them finds it: noise is no task; 0 for a span that will not do
+- predictor: 1 if the prediction is the span, else 0.
+- generator: 1 - the predictors' accuracy. 0 if no predictor finds the span, since noise is not a task, and 0
+  for an invalid span.
 
-A span must stand in the paragraph verbatim, as whole words, at most `max_occurrences` times (the first is
-hidden), be no longer than `max_span_tokens`, and hold no delimiter. A span that several thoughts name is
-predicted once, and all of them earn the same. Of the predictors' groups, those that are all right or all
-wrong are left out.
+A valid span occurs in the paragraph verbatim, as whole words, at most `max_occurrences` times (the first is
+hidden). It has at most `max_span_tokens` tokens and contains no delimiter. A span that several thoughts name
+is predicted once, and all of these thoughts have the same reward. Groups of predictors that are all right or
+all wrong are left out.
 
-Ours: leave-one-out advantages (the paper divides by the deviation), the wording of both prompts, the limit in
-tokens, which occurrence is hidden. The paper keeps spans that occur fewer than 8 times.
+Our choices: leave-one-out advantages (the paper divides by the deviation), the wording of both prompts, the
+limit in tokens, which occurrence is hidden. The paper keeps spans that occur fewer than 8 times.
 
-Pitfalls: a base model that never saw the task names no spans: begin with one that can (the paper gave SmolLM3
-100 steps on random masks). Accuracy within a group is the generator's signal, so few thoughts make it coarse.
-A step costs a round of predictors for every distinct span: `positions_per_step` paragraphs become up to
-(thoughts + 1) times as many groups.
+Pitfalls: a base model that never saw the task names no spans; begin with a model that does (the paper trained
+SmolLM3 on random masks for 100 steps). The generator's signal is the accuracy within a group, so few thoughts
+make it coarse. A step samples a group of predictors for every distinct span: `positions_per_step` paragraphs
+become up to (thoughts + 1) times as many groups.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Config(base.Config):
     template: str = GENERATOR
     """The generator's instruction, in our words; raw or another text with {context}."""
     predictor_template: str = PREDICTOR
-    """The predictor's."""
+    """The predictor's instruction; raw or another text with {context}."""
     naming: str = "\\mask{"
     """Text before a span that the generator names."""
     opening: str = "\\boxed{"
@@ -71,13 +72,13 @@ class Config(base.Config):
     max_answer_tokens: Count = 48
     """Longest span or prediction, with its brackets."""
     max_span_tokens: Count = 16
-    """Longest span that will do."""
+    """Longest valid span."""
     max_occurrences: Count = 7
-    """Times that a span may stand in its paragraph."""
+    """Most occurrences of a valid span in its paragraph."""
 
 
 class PretrainZero(base.Objective):
-    """Learn to find what is hidden, and what is worth hiding."""
+    """Learn to find hidden spans, and to choose spans that are worth hiding."""
 
     Config = Config
     needs = frozenset()
@@ -89,70 +90,78 @@ class PretrainZero(base.Objective):
 
     @property
     def added_tokens(self) -> int:
-        """The longer of the two prompts; the predictor's holds a mask too."""
-        finder = len(self.predictor.head) + len(self.predictor.tail) + len(self._ids(self.config.mask)) + 1
-        return max(len(self.template.head) + len(self.template.tail) + 1, finder)
+        """Those of the longer of the two prompts; the predictor's has a mask too."""
+        mask_size = len(self._ids(self.config.mask))
+        predictor = len(self.predictor.head) + len(self.predictor.tail) + mask_size + 1
+        generator = len(self.template.head) + len(self.template.tail) + 1
+        return max(generator, predictor)
 
     @property
     def shortest_target(self) -> int:
-        """The whole paragraph is read."""
+        """0: the whole paragraph is part of the prompt."""
         return 0
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
-        """The whole paragraph: its position is its end."""
+        """One position: the end of the paragraph, with the whole paragraph as context."""
         return [Position(document.id, len(document.token_ids), document.token_ids, ())]
 
     def prompt(self, position: Position) -> Prompt:
-        """The generator's."""
+        """The generator's prompt."""
         return self.template(replace(position, context_ids=self._ids(self.text(position))))
 
     async def rollout(
         self, engine: Engine, positions: Sequence[Position], seeds: Sequence[int]
     ) -> list[Group]:
-        """A generator's group for each paragraph, and a predictor's for each distinct span of it."""
-        c = self.config
-        makers = await self.sample_thoughts(
-            engine, positions, [self.prompt(p) for p in positions], seeds, role="generator"
-        )
-        makers = await self.sample_answers(engine, makers, c.closing)
-        texts = [self.text(g.position) for g in makers]
-        spans = [[self.span(t, text) for t in g.thoughts] for g, text in zip(makers, texts, strict=True)]
-        tasks = [(b, span) for b, found in enumerate(spans) for span in dict.fromkeys(s for s in found if s)]
-        places = [replace(makers[b].position, context_ids=self.hidden(texts[b], span)) for b, span in tasks]
-        prompts = [self.predictor(p) for p in places]
-        again = [base.derive_seed(seeds[b], 2 + k) for k, (b, _) in enumerate(tasks)]
-        finders = (
-            await self.sample_thoughts(engine, places, prompts, again, role="predictor") if tasks else []
-        )
-        finders = await self.sample_answers(engine, finders, c.closing)
+        """A generator's group for each paragraph, and a predictor's group for each distinct span in it."""
+        prompts = [self.prompt(position) for position in positions]
+        generators = await self.sample_thoughts(engine, positions, prompts, seeds, role="generator")
+        generators = await self.sample_answers(engine, generators, self.config.closing)
+        spans: list[list[str | None]] = []  # for each generator, the span of each thought
+        tasks: list[tuple[int, str]] = []  # (generator, span) of each predictor
+        masked: list[Position] = []
+        for b, group in enumerate(generators):
+            text = self.text(group.position)
+            spans.append([self.span(thought, text) for thought in group.thoughts])
+            for span in dict.fromkeys(span for span in spans[b] if span):
+                tasks.append((b, span))
+                masked.append(replace(group.position, context_ids=self.hidden(text, span)))
+        predictors = await self._sample_predictors(engine, masked, [seeds[b] for b, _ in tasks])
         accuracy: dict[tuple[int, str], float] = {}
-        for k, ((b, span), group) in enumerate(zip(tasks, finders, strict=True)):
-            hits = tuple(float(self.prediction(t) == span) for t in group.thoughts)
+        for k, ((b, span), group) in enumerate(zip(tasks, predictors, strict=True)):
+            hits = tuple(float(self.prediction(thought) == span) for thought in group.thoughts)
             accuracy[b, span] = sum(hits) / len(hits)
-            finders[k] = replace(group, rewards=hits, parent_id=makers[b].id, extra={"span": span})
-        for b, group in enumerate(makers):
-            rewards = (1 - accuracy[b, s] if s and accuracy[b, s] > 0 else 0.0 for s in spans[b])
-            makers[b] = replace(group, rewards=tuple(rewards), extra={"spans": spans[b]})
-        return makers + finders
+            predictors[k] = replace(group, rewards=hits, parent_id=generators[b].id, extra={"span": span})
+        for b, group in enumerate(generators):
+            rewards = [1 - accuracy[b, s] if s and accuracy[b, s] > 0 else 0.0 for s in spans[b]]
+            generators[b] = replace(group, rewards=tuple(rewards), extra={"spans": spans[b]})
+        return generators + predictors
+
+    async def _sample_predictors(
+        self, engine: Engine, masked: list[Position], parent_seeds: list[int]
+    ) -> list[Group]:
+        """A predictor's group with answers for each masked paragraph; seeds derive from the generators'."""
+        if not masked:
+            return []
+        prompts = [self.predictor(position) for position in masked]
+        seeds = [base.derive_seed(seed, 2 + k) for k, seed in enumerate(parent_seeds)]
+        groups = await self.sample_thoughts(engine, masked, prompts, seeds, role="predictor")
+        return await self.sample_answers(engine, groups, self.config.closing)
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups whose thoughts do not all earn the same."""
+        """Groups whose thoughts do not all have the same reward."""
         return [g for g in groups if base.rewards_differ(g)]
 
     def span(self, thought: Thought, text: str) -> str | None:
-        """The span that a generator's thought names, if it will do."""
-        found = (
-            last_between(self.answer_text(thought), self.config.naming, self.config.closing) or ""
-        ).strip()
-        tags = self.template.delimiters
-        marks = (tags.open, tags.close, self.config.mask, self.config.naming, self.config.opening)
-        if (
-            not found
-            or any(mark in found for mark in marks)
-            or len(self._ids(found, False)) > self.config.max_span_tokens
-        ):
+        """The span that a generator's thought names; None if it is not valid."""
+        c, tags = self.config, self.template.delimiters
+        span = (last_between(self.answer_text(thought), c.naming, c.closing) or "").strip()
+        delimiters = (tags.open, tags.close, c.mask, c.naming, c.opening)
+        if not span or any(delimiter in span for delimiter in delimiters):
             return None
-        return found if 0 < len(list(whole_words(found, text))) <= self.config.max_occurrences else None
+        if len(self._ids(span, False)) > c.max_span_tokens:
+            return None
+        occurrences = len(list(whole_words(span, text)))
+        return span if 0 < occurrences <= c.max_occurrences else None
 
     def hidden(self, text: str, span: str) -> tuple[int, ...]:
         """The paragraph's ids with the first occurrence of the span replaced by the mask."""
@@ -160,9 +169,9 @@ class PretrainZero(base.Objective):
         return self._ids(text[:at] + self.config.mask + text[at + len(span) :])
 
     def prediction(self, thought: Thought) -> str | None:
-        """What a predictor's thought names; None where it names nothing."""
-        found = last_between(self.answer_text(thought), self.config.opening, self.config.closing)
-        return None if found is None else found.strip()
+        """The span that a predictor's thought names; None if it names nothing."""
+        span = last_between(self.answer_text(thought), self.config.opening, self.config.closing)
+        return None if span is None else span.strip()
 
     def text(self, position: Position) -> str:
         """The paragraph as text."""

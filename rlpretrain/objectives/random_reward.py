@@ -1,8 +1,8 @@
-"""A control: thoughts are rewarded at random, so whatever improves is not owed to the reward.
+"""A control: thoughts are rewarded at random, so no improvement comes from the reward.
 
 Everything else is as in RLP: positions, thoughts, update, next-token loss, reader term. A base model may
-still change under random rewards (clipping and length weights have a direction of their own), which is what
-this is there to show. The gain is logged as ever.
+still change under random rewards, since clipping and length weights are biased; this control shows that
+effect. The gain is logged as usual.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from rollout.types import Group
 
 @dataclass(kw_only=True)
 class Config(base.Config):
-    """One field more."""
+    """The shared fields, and the probability of a reward."""
 
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of thoughts that earn 1; the others earn 0."""
+    """Share of thoughts with reward 1; the others have 0."""
 
 
 class RandomReward(base.Objective):
-    """Reward thoughts by the toss of a coin."""
+    """Reward thoughts at random."""
 
     Config = Config
 
     async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
         """Rewards that depend on the thoughts' seeds alone."""
-        return [
-            replace(
-                g,
-                rewards=tuple(
-                    float(np.random.default_rng((t.seed, 1, i)).random() < self.config.probability)
-                    for i, t in enumerate(g.thoughts)
-                ),
-            )
-            for g in groups
-        ]
+        out = []
+        for group in groups:
+            rewards = tuple(self._reward(thought.seed, i) for i, thought in enumerate(group.thoughts))
+            out.append(replace(group, rewards=rewards))
+        return out
+
+    def _reward(self, seed: int, index: int) -> float:
+        """1 or 0, from the seed of a thought and its index in the group."""
+        return float(np.random.default_rng((seed, 1, index)).random() < self.config.probability)
 
 
 OBJECTIVE = RandomReward

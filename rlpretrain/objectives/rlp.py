@@ -10,14 +10,13 @@ are leave-one-out within the G thoughts of a position (eq. 7), and only the log-
 trained: the reward is a constant. Since the baseline is the same for all G thoughts it cancels in the
 advantage exactly; it matters for `clip`, for what is logged, and for objectives that compare positions.
 
-Ours, not the paper's: targets of several tokens (`target_length`) with a discounted horizon, the reader term
+Our additions: targets of several tokens (`target_length`) with a discounted horizon, the reader term
 (`loss.reader_coef`) and the interleaved next-token loss (`loss.ntp_coef`); `recipe: paper` switches the last
 two off.
 
-Pitfalls: short thought limits damage the model (thoughts cut off are masked, see `sampling.cut`); a template
-alone can change log p, so `no_think` names what the arm without a thought sees; the gain against the current
-model flatters itself when the no-think channel degrades, so the gain against the frozen model is logged
-beside it.
+Pitfalls: short thought limits damage the model (thoughts that are cut off are masked, see `sampling.cut`). A
+template alone can change log p, so `no_think` names the context of the no-think arm. The gain against the
+current model grows if the no-think arm gets worse, so the gain against the frozen model is logged too.
 """
 
 from __future__ import annotations

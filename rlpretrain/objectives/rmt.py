@@ -1,18 +1,18 @@
-"""RMT: RPT with a budget for the thought and a curriculum from easy to hard places (arXiv 2509.24375).
+"""RMT: RPT with a budget for the thought and a curriculum from easy to hard positions (arXiv 2509.24375).
 
-The instruction names a budget of B tokens that shrinks as the run goes on, B = max(least, floor(B0 * decay **
-(t / T))), and a thought earns a share for coming near it:
+The instruction names a budget of B tokens that shrinks during the run,
+B = max(least, floor(B0 * decay ** (t / T))), and a part of the reward is for a length near the budget:
 
     reward = (1 - w) match + w max(0, 1 - |length - B| / B)
 
-Places to think are easy, middling or hard by the entropy of the next token. Until `curriculum_from` of the
-run all are easy, from `curriculum_to` on all are hard; in between the share moves evenly from easy over
-middling to hard. The next-token loss leaves out the tokens that were thought about; the paper weighs it by
-.1: set `loss.ntp_coef`.
+Positions are easy, medium or hard by the entropy of the next token. Until the share `curriculum_from` of the
+run all are easy, from `curriculum_to` on all are hard; in between the mixture moves evenly from easy over
+medium to hard. The next-token loss leaves out the tokens before which the model thought. The paper weights
+this loss by .1: set `loss.ntp_coef`.
 
-Ours where the paper is silent: w, the instruction's words, three bands with RPT's bounds, the length of the
-thought without its prediction. Pitfall: early on, with a base that hits nothing, the length is all there is
-to earn; keep w small.
+Our choices where the paper is silent: w, the instruction's wording, three bands with RPT's bounds, the length
+of the thought without its prediction. Pitfall: at the start, with a base model that predicts nothing right,
+only the length has a reward; keep w small.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ class Config(rpt.Config):
     """RMT's own fields."""
 
     template: str = TEMPLATE
-    """RPT's instruction in our words, with {budget} where its number is to stand."""
+    """RPT's instruction in our words, with {budget} in place of the number of tokens."""
     budget: Count = 800
     """B0, tokens of a thought at the start."""
     budget_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """What is left of it at the end, as a share."""
+    """The budget at the end of the run as a share of B0."""
     min_budget: Count = 1
     """Smallest budget."""
     length_weight: Share = 0.1
-    """w, share of the reward that is for the length. Our choice."""
+    """w, the share of the length in the reward. Our choice."""
     min_entropy: Amount = 0.5
-    """Nats below which a place is not thought about at all."""
+    """Smallest entropy (nats) of the next token at a position."""
     bands: tuple[float, float] = (1.0, 1.5)
-    """Nats where middling and hard places begin."""
+    """Entropies (nats) from which positions are medium and hard."""
     curriculum_from: Share = 0.3
-    """Share of the run up to which all places are easy."""
+    """Share of the run up to which all positions are easy."""
     curriculum_to: Share = 0.7
-    """Share from which all are hard; with `curriculum_from`, 0 takes places as they come."""
+    """Share of the run from which all positions are hard; 0, with `curriculum_from` 0: no curriculum."""
 
 
 class RMT(rpt.RPT):
-    """Reward right predictions after thoughts of a shrinking length, at places that get harder."""
+    """Reward right predictions after thoughts of a shrinking length, at positions that get harder."""
 
     Config = Config
 
@@ -77,25 +77,23 @@ class RMT(rpt.RPT):
 
     @property
     def budget(self) -> int:
-        """B for the batch at hand."""
+        """B for the current batch."""
         c = self.config
         return max(c.min_budget, math.floor(c.budget * c.budget_decay**self.progress))
 
     def admitted(self, entropies: Tensor, rng: Any) -> Tensor:
-        """The entropies of one band, which depends on how far the run is; NaN elsewhere."""
-        c, found = self.config, super().admitted(entropies, rng)
+        """The entropies of one band, which depends on the progress of the run; NaN elsewhere."""
+        c, allowed = self.config, super().admitted(entropies, rng)
         if not c.curriculum_to:
-            return found
+            return allowed
         width = max(c.curriculum_to - c.curriculum_from, 1e-9)
-        place = 2 * min(
-            1.0, max(0.0, (self.progress - c.curriculum_from) / width)
-        )  # 0 easy, 1 middling, 2 hard
-        band = math.floor(place) + int(rng.random() < place % 1)
+        difficulty = 2 * min(1.0, max(0.0, (self.progress - c.curriculum_from) / width))
+        band = math.floor(difficulty) + int(rng.random() < difficulty % 1)  # 0 easy, 1 medium, 2 hard
         low, high = (c.min_entropy, *c.bands, math.inf)[band : band + 2]
-        return found.masked_fill(~((found >= low) & (found < high)), torch.nan)
+        return allowed.masked_fill(~((allowed >= low) & (allowed < high)), torch.nan)
 
     def prompt(self, position: Position) -> Prompt:
-        """The instruction with the present budget."""
+        """The instruction with the current budget."""
         budget = self.budget
         if budget not in self.templates:
             text = self.config.template.replace("{budget}", str(budget))
@@ -103,27 +101,24 @@ class RMT(rpt.RPT):
         return self.templates[budget](position)
 
     async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
-        """RPT's, with what the thoughts' lengths earn."""
+        """RPT's rewards mixed with those for the lengths of the thoughts."""
         budget, w = self.budget, self.config.length_weight
-        groups = await super().add_rewards(engine, groups)
-        return [
-            replace(
-                g,
-                rewards=tuple(
-                    (1 - w) * hit + w * max(0.0, 1 - abs(_length(t) - budget) / budget)
-                    for t, hit in zip(g.thoughts, g.rewards or (), strict=True)
-                ),
-                extra={"budget": budget},
-            )
-            for g in groups
-        ]
+        out = []
+        for group in await super().add_rewards(engine, groups):
+            rewards = []
+            for thought, hit in zip(group.thoughts, group.rewards or (), strict=True):
+                nearness = max(0.0, 1 - abs(_length(thought) - budget) / budget)
+                rewards.append((1 - w) * hit + w * nearness)
+            out.append(replace(group, rewards=tuple(rewards), extra={"budget": budget}))
+        return out
 
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
-        """Weights [M]: 0 where a token was thought about, whatever micro-batch the thoughts are in."""
+        """Weights [M]: 0 for tokens before which the model thought, in this micro-batch or another."""
         weights = super().ntp_weights(micro, scores)
-        drawn = zip(micro.documents, micro.asked, strict=True)
-        asked = [i in places for document, places in drawn for i in range(1, len(document.token_ids))]
-        return weights.masked_fill(torch.tensor(asked, dtype=torch.bool, device=weights.device), 0.0)
+        left_out: list[bool] = []
+        for document, indices in zip(micro.documents, micro.asked, strict=True):
+            left_out += [i in indices for i in range(1, len(document.token_ids))]
+        return weights.masked_fill(torch.tensor(left_out, dtype=torch.bool, device=weights.device), 0.0)
 
 
 def _length(thought: Thought) -> int:

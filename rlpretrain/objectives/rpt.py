@@ -1,27 +1,27 @@
 r"""RPT: reinforcement pre-training (arXiv 2506.08007), next-token reasoning.
 
-The model thinks, closes its thought, and says the next token or tokens in `\boxed{}`. The reward looks at
-nothing but bytes:
+The model thinks, closes its thought, and writes the next token or tokens in `\boxed{}`. The reward compares
+bytes:
 
-- `prefix`: 1 if the prediction is an exact prefix of what follows and ends where one of its tokens ends,
-  else 0.
+- `prefix`: 1 if the prediction is an exact prefix of the following text and ends where one of its tokens
+  ends, else 0.
 - `first_token`: 1 if the prediction begins with the next token.
 - `dense`: 1 as under `prefix`, else the probability of the next token after thought and prediction.
-- `conditional_dense`: the same, but only where no thought of the group is right.
+- `conditional_dense`: as `dense`, but only if no thought of the group is right, else as `prefix`.
 
 Thought and prediction are one sampled sequence and trained alike (`answer_span` marks the prediction): first
 up to the close tag, then up to the end of the box. Nothing is injected between the two.
 
-Ours where the paper is silent: `first_token` on bytes; the dense variants' probability and condition; the
-entropy threshold of the positions; groups that are all right or all wrong are dropped from the start
-(`dynamic_sampling`; the paper from step 500 on).
+Our choices where the paper is silent: `first_token` on bytes; the dense variants' probability and condition;
+the entropy threshold of the positions; groups that are all right or all wrong are dropped from the start
+(`dynamic_sampling`; in the paper from step 500 on).
 
-Pitfalls: the reward is sparse, and a base model that never saw a box earns nothing: look at the hits of the
-base first. Tokens carry their leading space, so ` the` is not `the` (`strip` forgives white space, for
-tokenizers that cannot write it in a box). A closing bracket ends the prediction. Under `dense` it can pay to
-write no box at all, since the next token is then likely enough: where hits were rare it did
-(docs/objectives.md). Entropy-filtered positions on noisy text are mostly unpredictable: all groups are then
-wrong.
+Pitfalls: the reward is sparse, and 0 for a base model that never saw a box: check the base model's hits
+first. Tokens include their leading space, so ` the` is not `the`; `strip` ignores white space, for tokenizers
+that cannot write it in a box. A closing bracket ends the prediction. Under `dense` a thought without a box
+can have the larger reward, since the next token is then likely enough; this happened where hits were rare
+(docs/objectives.md). On noisy text, positions of high entropy are mostly unpredictable, and then all groups
+are wrong.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEMPLATE = (
     "it, with its leading space if it "
     "has one and without \\text{}.\n\n### Context\n{context}\n\n"
 )
-"""Says what the paper's prompt says, in our words."""
+"""The paper's prompt, in our words."""
 
 
 @dataclass(kw_only=True)
@@ -58,26 +58,24 @@ class Config(base.Config):
     template: str = TEMPLATE
     """RPT's instruction in our words; raw or another text with {context} as elsewhere."""
     target_length: Count = 8
-    """Window: tokens of the true continuation that a prediction may cover. A longer prediction is wrong."""
+    """Tokens of the true continuation that a prediction may cover. A longer prediction is wrong."""
     match: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
-    """What a prediction earns; see the objective's documentation."""
+    """The reward of a prediction; see the objective's documentation."""
     opening: str = "\\boxed{"
     """Text before a prediction."""
     closing: str = "}"
-    """Text that ends it, and sampling."""
+    """Text that ends a prediction, and its sampling."""
     max_prediction_tokens: Annotated[int, Field(ge=2)] = 32
-    """Longest prediction, with its box."""
+    """Longest prediction, box included."""
     strip: bool = False
     """Compare without white space around prediction and continuation."""
     dynamic_sampling: bool = True
     """Leave out groups that are all right or all wrong."""
     proxy: str | None = None
-    """Model (hub id or folder, same tokenizer) whose entropies choose positions; without one `min_entropy`
-    asks the policy.
-    """
+    """Model (hub id or folder, same tokenizer) whose entropies choose positions; by default the policy."""
     min_entropy: Amount = 0.0
-    """Nats that the next token's entropy must have at a position: over the 16 likeliest tokens of `proxy`, or
-    over all of the policy's. The paper splits at .5, 1 and 1.5.
+    """Smallest entropy (nats) of the next token at a position. The paper splits at .5, 1 and 1.5.
+    It is taken over the 16 likeliest tokens of `proxy`, or over all tokens of the policy.
     """
 
 
@@ -89,7 +87,8 @@ class RPT(base.Objective):
 
     def __init__(self, config: Any, tokenizer: Any):
         if config.proxy or config.min_entropy:
-            config = replace(config, positions="entropy", top_fraction=1.0)  # any place that is unsure enough
+            # all positions whose entropy is large enough
+            config = replace(config, positions="entropy", top_fraction=1.0)
         super().__init__(config, tokenizer)
         self.answer_tokens = config.max_prediction_tokens
         if "dense" in config.match:
@@ -99,48 +98,50 @@ class RPT(base.Objective):
             self.needs = self.needs - {"entropy"}
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
-        """Places that are unsure enough and whose continuation begins with a whole character."""
-        values = trunk if self.proxy is None else self.proxy(document)
-        if values is not None and self.config.min_entropy:
-            values = self.admitted(values, rng)
-        return [p for p in super().positions(document, rng, values) if self.truth(p)[1]]
+        """Positions of sufficient entropy whose continuation begins with a whole character."""
+        entropies = trunk if self.proxy is None else self.proxy(document)
+        if entropies is not None and self.config.min_entropy:
+            entropies = self.admitted(entropies, rng)
+        candidates = super().positions(document, rng, entropies)
+        return [position for position in candidates if self.truth(position)[1]]
 
     def admitted(self, entropies: Tensor, rng: Any) -> Tensor:
-        """The entropies of places that may be thought about, NaN elsewhere."""
+        """The entropies of tokens that may have a position before them, NaN elsewhere."""
         return entropies.masked_fill(entropies < self.config.min_entropy, torch.nan)
 
     async def add_rewards(self, engine: Engine, groups: list[Group]) -> list[Group]:
-        """Groups with their matches."""
-        truths = [self.truth(g.position) for g in groups]
-        return [
-            replace(g, rewards=tuple(float(self.right(t, *truth)) for t in g.thoughts))
-            for g, truth in zip(groups, truths, strict=True)
-        ]
+        """Groups with reward 1 for right predictions, 0 for others."""
+        out = []
+        for group in groups:
+            truth, ends = self.truth(group.position)
+            rewards = tuple(float(self.right(thought, truth, ends)) for thought in group.thoughts)
+            out.append(replace(group, rewards=rewards))
+        return out
 
     def right(self, thought: Thought, truth: bytes, ends: Sequence[int]) -> bool:
-        """Whether a thought's prediction is."""
-        found = self.prediction(thought)
-        if found is None:
+        """Whether a thought's prediction is right."""
+        prediction = self.prediction(thought)
+        if prediction is None:
             return False
         if self.config.match == "first_token":
-            return found.startswith(truth[: ends[0]])
-        return prefix_match(found, truth, ends)
+            return prediction.startswith(truth[: ends[0]])
+        return prefix_match(prediction, truth, ends)
 
     def prediction(self, thought: Thought) -> bytes | None:
-        """The bytes in the last box after the close tag; None where there is none."""
+        """The bytes in the last box after the close tag; None if there is no box."""
         if thought.answer_span is None:
             return None
         start, end = thought.answer_span
-        said = b"".join(self.reader.raw(thought.token_ids[start:end], after=thought.token_ids[:start]))
-        found = last_between(said, self.config.opening.encode(), self.config.closing.encode())
-        return _stripped(found) if self.config.strip and found is not None else found
+        answer = b"".join(self.reader.raw(thought.token_ids[start:end], after=thought.token_ids[:start]))
+        boxed = last_between(answer, self.config.opening.encode(), self.config.closing.encode())
+        return _stripped(boxed) if self.config.strip and boxed is not None else boxed
 
     def truth(self, position: Position) -> tuple[bytes, list[int]]:
         """The bytes of the target, and the byte lengths of its first 1, 2, ... tokens.
 
-        Bytes come from the tokens, so a window may end within a character. Lengths that would cut a character
-        in two are left out: no prediction can end there. Where the context ends within a character there are
-        none.
+        Bytes come from the tokens, so a target may end within a character. Lengths that would split a
+        character are left out, since no prediction can end there. If the context ends within a character,
+        there are no lengths.
         """
         if _unfinished(b"".join(self.reader.raw(position.context_ids[-8:]))):
             return b"", []
@@ -150,47 +151,46 @@ class RPT(base.Objective):
         clean = [head for head in heads if not _unfinished(head)]
         if not self.config.strip:
             return whole, [len(head) for head in clean if head]
-        lead = (
-            len(whole) - len(_stripped(whole + b".")) + 1
-        )  # spaces at its end are those before another word
-        return whole[lead:], [len(kept) for head in clean if (kept := _stripped(head))]
+        # a "." protects white space at the end, which belongs to the next word
+        leading = len(whole) - len(_stripped(whole + b".")) + 1
+        lengths = [len(_stripped(head)) for head in clean]
+        return whole[leading:], [length for length in lengths if length]
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups that teach something."""
+        """The groups to train on; with `dynamic_sampling` not those that are all right or all wrong."""
         if not self.config.dynamic_sampling or "target" in self.needs:
             return list(groups)
-        return [g for g in groups if base.rewards_differ(g)]
+        return [group for group in groups if base.rewards_differ(group)]
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
-        """The matches [B, G]; dense variants put the next token's probability in place of a 0."""
+        """The matches [B, G]; dense variants replace 0 by the probability of the next token."""
         hits = super().reward(groups, scores)
         if "target" not in self.needs:
             return hits
         dense = torch.maximum(hits, scores.target_logps[..., 0].double().exp())
         if self.config.match == "dense":
             return dense
-        nobody = (hits.nan_to_num(0.0) == 0).all(1, keepdim=True)
-        return torch.where(nobody, dense, hits)
+        none_right = (hits.nan_to_num(0.0) == 0).all(1, keepdim=True)
+        return torch.where(none_right, dense, hits)
 
 
 def _unfinished(data: bytes) -> bool:
     """Whether bytes end within a character of UTF-8."""
     for size in range(1, min(3, len(data)) + 1):
         lead = data[-size]
-        if lead & 0b1100_0000 != 0b1000_0000:  # the byte that begins a character says how many it has
-            return lead >= 0b1100_0000 and size < (
-                2 if lead < 0b1110_0000 else 3 if lead < 0b1111_0000 else 4
-            )
+        if lead & 0b1100_0000 != 0b1000_0000:  # the first byte of a character tells its length
+            character_size = 2 if lead < 0b1110_0000 else 3 if lead < 0b1111_0000 else 4
+            return lead >= 0b1100_0000 and size < character_size
     return False
 
 
 def _stripped(data: bytes) -> bytes:
-    """Without the white space of any script around it; bytes that are no character stay."""
+    """Bytes without leading and trailing Unicode white space; bytes that are not UTF-8 are kept."""
     return data.decode("utf-8", "surrogateescape").strip().encode("utf-8", "surrogateescape")
 
 
 class _Proxy:
-    """A model whose entropies, over its 16 likeliest next tokens, show where text is hard to predict."""
+    """A model whose entropies over its 16 likeliest next tokens show where text is hard to predict."""
 
     def __init__(self, path: str):
         from transformers import AutoModelForCausalLM
@@ -202,7 +202,7 @@ class _Proxy:
 
     @torch.no_grad()
     def __call__(self, document: Document) -> Tensor:
-        """Nats for each token of a document but the first, which has NaN."""
+        """The entropy (nats) of each token of a document; NaN for the first."""
         ids = torch.tensor([document.token_ids], device=self.model.device)
         self.reads.add(len(document.token_ids))
         logits = self.model(input_ids=ids).logits[0, :-1].float()

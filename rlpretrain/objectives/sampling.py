@@ -1,4 +1,4 @@
-"""How groups are sampled for an objective: thoughts after prompts, then answers after thoughts."""
+"""Sample groups for an objective: thoughts after prompts, then answers after thoughts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams,
 
 
 def derive_seed(seed: int, k: int = 1) -> int:
-    """The seed of stream `k` of random numbers for what is sampled after something with `seed`."""
+    """Seed `k` for samples that follow a sample with `seed`."""
     return (seed * 0x9E3779B97F4A7C15 + k) % 2**62
 
 

@@ -1,4 +1,4 @@
-"""What is set about an objective: the fields of its section in the configuration, and what the run sets."""
+"""Settings of an objective: the fields of its configuration section, and the values that the run sets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Config:
     """The fields that every objective with thoughts has; an objective's own `Config` extends it."""
 
     positions: str = "random"
-    """Where to think: random, every_k, entropy, before, after, sentence, answer, or
-    package.module:function."""
+    """random, every_k, entropy, before, after, sentence, answer, or package.module:function."""
     positions_per_document: int = 1
-    """Positions drawn in each document; the paper uses one."""
+    """Positions drawn in each document; 1 in the paper."""
     target_length: int = 1
     """Tokens predicted after the thought; 1 in the paper."""
     min_context: int = 1
@@ -37,31 +36,32 @@ class Config:
     top_fraction: float = 0.2
     """Positions `entropy` draws among this share of a document's highest next-token entropies."""
     template: str = "raw"
-    """raw: the thought is opened inside the document. rlp: the paper's system prompt in our words. Or a text
-    with {context}."""
+    """raw: the thought begins inside the document. rlp: the paper's system prompt in our words.
+    Or a text with {context}.
+    """
     no_think: str = "raw"
     """The context of the no-think arm: raw (the document), template, or empty_thought."""
     open: str = "<think>"
-    """Delimiter that opens a thought; added to the tokenizer where it is missing."""
+    """Delimiter that opens a thought; added to the tokenizer if it is missing."""
     close: str = "</think>"
-    """Delimiter that closes it."""
+    """Delimiter that closes a thought; added to the tokenizer if it is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the run sets for its objective; constant during a batch."""
+    """Values that the run sets for its objective; constant during a batch."""
 
     params: SamplingParams
-    """How thoughts are drawn."""
+    """How thoughts are sampled."""
     thoughts: int
     """G, thoughts per position."""
     reader_coef: float
     """Weight of the reader term."""
     reduction: str = "thought_mean"
-    """How the tokens of a thought are weighed in the loss."""
+    """How the tokens of a thought are weighted in the loss."""
     progress: float = 0.0
     """The share of the run that is done when the batch is trained, 0 to 1."""
 
 
 DEFAULT_SETTING = Setting(SamplingParams(max_thought_tokens=1), thoughts=2, reader_coef=0.0)
-"""What an objective has before a run sets anything."""
+"""The setting of an objective before a run sets it."""

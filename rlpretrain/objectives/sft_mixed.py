@@ -1,9 +1,9 @@
-"""A control, and a strong one: next-token prediction on documents mixed with given reasoning traces.
+"""A strong control: next-token prediction on documents mixed with given reasoning traces.
 
 Plain supervised training on such a mixture beat next-token and next-segment reasoning after RLVR at a
-fraction of the compute (arXiv 2608.23256); who claims a gain for thinking before predicting has to beat it.
-`data` holds the documents, `ntp_data` the traces; those that are prompts with answers
-(`ntp_data.answer_column`) are trained on their answers only, while the mean is still over all tokens.
+fraction of the compute (arXiv 2608.23256), so a gain of thinking before predicting has to exceed it. `data`
+holds the documents, `ntp_data` the traces. Prompts with answers (`ntp_data.answer_column`) are trained on
+their answers only, while the mean is still over all tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rlpretrain.types import MicroBatch, Scores
 
 @dataclass(kw_only=True)
 class Config:
-    """One field."""
+    """The share of traces."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of a step's documents that are traces (from `ntp_data`)."""
 
 
 class SFTMixed(NTP):
-    """Continue the pretraining on documents and traces."""
+    """Continue pretraining on documents and traces."""
 
     Config = Config
     needs = frozenset({"ntp_data"})
@@ -38,7 +38,7 @@ class SFTMixed(NTP):
         return min(documents - 1, max(1, round(self.config.share * documents)))
 
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
-        """Weights [M]: 0 where a prompt is predicted, which nobody has to learn."""
+        """Weights [M]: 0 for the tokens of prompts, which are not to be learnt."""
         if not micro.documents:
             return super().ntp_weights(micro, scores)
         weights = [torch.arange(1, len(d.token_ids)) >= (d.answer_at or 0) for d in micro.documents]

@@ -1,6 +1,4 @@
-"""Groups and documents are packed into micro-batches, and a model's log-probabilities are read off one
-forward.
-"""
+"""Pack groups and documents into micro-batches, and compute a model's log-probs in one forward."""
 
 from rlpretrain.scoring.checks import check_head, check_model, check_tree
 from rlpretrain.scoring.scorer import NoGradScorer, Scorer, score

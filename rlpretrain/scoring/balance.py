@@ -1,4 +1,4 @@
-"""Documents, and their groups, moved between ranks so that all have about the same to compute."""
+"""Move documents, with their groups, between ranks until all ranks have about the same cost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rlpretrain.types import Batch
 def balance(batch: Batch, layout: Layout, ranks: Ranks) -> Batch:
     """This rank's batch after documents, with their groups, moved from loaded ranks to others.
 
-    All ranks call it. Nothing moves while the largest share is within 5% of the mean. The loss does not
-    depend on it: its denominators are those of all ranks.
+    All ranks call it. Nothing moves while the largest load is within 5% of the mean. The loss does not
+    change, because its denominators are counted over all ranks.
     """
     if ranks.size == 1:
         return batch
@@ -29,19 +29,24 @@ def balance(batch: Batch, layout: Layout, ranks: Ranks) -> Batch:
         repeats.append([Unit([], unit.document)] * further)
     if moves:
         leaving = {i: to for (rank, i), to in moves.items() if rank == ranks.rank}
-        sent = [(to, unit) for i, to in leaving.items() for unit in [units[i], *repeats[i]]]
+        sent: list[tuple[int, Unit]] = []
+        for i, to in leaving.items():
+            sent += [(to, unit) for unit in (units[i], *repeats[i])]
         received = [unit for part in ranks.gather(sent) for to, unit in part if to == ranks.rank]
         staying = [i for i in range(len(units)) if i not in leaving]
         units = [units[i] for i in staying] + received
         repeats = [repeats[i] for i in staying]
-    units = units + [unit for further in repeats for unit in further]
+    units = units + [unit for further_draws in repeats for unit in further_draws]
     groups = [group for unit in units for group in unit.groups]
     documents = [unit.document for unit in units if unit.document is not None]
     return replace(batch, groups=groups, documents=documents)
 
 
 def plan_moves(costs: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
-    """(rank, unit) → the rank that the unit moves to, given the cost of each rank's units; few move."""
+    """(rank, unit) → the rank that the unit moves to, given the cost of each rank's units.
+
+    A greedy plan, which moves few units.
+    """
     owner = {(rank, i): rank for rank, own in enumerate(costs) for i in range(len(own))}
     loads = [sum(own) for own in costs]
     while max(loads) > 1.05 * sum(loads) / len(loads):

@@ -1,8 +1,7 @@
-"""Groups in, numbers by group out: the one place that packs groups, scores them, and takes the scores apart
-again.
+"""Pack groups, score them, and give the scores of each group: the only place that does so.
 
 The training loop takes its micro-batches from here and keeps their graphs. Evaluation, entropies, report and
-TRL want numbers. Legend: see rlpretrain/types.py.
+TRL take numbers. Legend: see rlpretrain/types.py.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ ScoreFunction = Callable[[MicroBatch], Scores]
 
 @dataclass(frozen=True, slots=True)
 class GroupScores:
-    """What a model says of one group, without gradient and on the CPU. Log-probabilities are in nats."""
+    """A model's log-probs (nats) of one group, without gradient and on the CPU."""
 
     group: Group
-    thought_logps: (
-        Tensor  # [G, L] at the sampling temperature; 0 behind a thought's end, and where it is not counted
-    )
+    thought_logps: Tensor
+    """[G, L] at the sampling temperature; 0 after a thought's end and where it is not counted."""
     target_logps: Tensor  # [G, T] of each target token after the thought
     baseline_logps: Tensor  # [T] without a thought, by the reference where there is one
     joint_target: Tensor  # [G] float64, of the whole target after each thought
@@ -44,7 +42,7 @@ class GroupScores:
 
 @dataclass(frozen=True, slots=True)
 class DocumentScores:
-    """What a model says of one document, without gradient and on the CPU."""
+    """A model's log-probs of one document, without gradient and on the CPU."""
 
     document: Document
     logps: Tensor  # [tokens - 1] nats, of every token but the first
@@ -53,7 +51,7 @@ class DocumentScores:
 
 @dataclass(frozen=True, slots=True)
 class BatchScores:
-    """What a model says of a batch, by the ids of its groups and documents."""
+    """A model's scores of a batch, by the ids of its groups and documents."""
 
     groups: dict[str, GroupScores]
     documents: dict[str, DocumentScores]
@@ -84,10 +82,10 @@ def score_batch(
 ) -> BatchScores:
     """The scores of every group and document of the micro-batches, the parts of a split group joined.
 
-    `reference` replaces the no-think log-probs, as a baseline does. With an `objective` its rewards are there
-    too.
+    `reference` replaces the no-think log-probs, as a baseline does. With an `objective` the scores include
+    its rewards.
     """
-    found = BatchScores({}, {})
+    joined_scores = BatchScores({}, {})
     for micro in micros:
         micro = micro.to(device)
         own = score(micro)
@@ -96,22 +94,25 @@ def score_batch(
         if objective is not None and micro.groups:
             rewards = compute_rewards(objective, micro, scores)
         for part in _groups_of(micro, own, scores, rewards):
-            before = found.groups.get(part.group.id)
-            found.groups[part.group.id] = part if before is None else _join(before, part)
-        found.documents.update((part.document.id, part) for part in _documents_of(micro, own))
-    return found
+            before = joined_scores.groups.get(part.group.id)
+            joined_scores.groups[part.group.id] = part if before is None else _join(before, part)
+        for document_scores in _documents_of(micro, own):
+            joined_scores.documents[document_scores.document.id] = document_scores
+    return joined_scores
 
 
 def token_entropies(
     score: ScoreFunction, documents: Sequence[Document], token_budget: int, device: torch.device
 ) -> list[Tensor]:
-    """Per document, the entropy (nats) of a model's prediction of each token, 0 for the first. `score`
-    gives entropies.
+    """For each document, the entropies (nats) of a model's predictions of its tokens; 0 for the first.
+
+    `score` must give entropies; ValueError if it does not.
     """
-    found = score_batch(score, micro_batches(Batch((), documents), Layout(token_budget)), device).documents
+    micros = micro_batches(Batch((), documents), Layout(token_budget))
+    scores = score_batch(score, micros, device).documents
     out = []
     for document in documents:
-        entropies = found[document.id].entropies
+        entropies = scores[document.id].entropies
         if entropies is None:
             raise ValueError("token_entropies needs a score function that gives entropies")
         out.append(torch.cat([entropies.new_zeros(1), entropies]))
@@ -119,39 +120,39 @@ def token_entropies(
 
 
 def compute_rewards(objective: Objective, micro: MicroBatch, scores: Scores) -> Tensor:
-    """Rewards [B, G], less what the cut-off policy takes; NaN where a thought does not count or its reward
-    does not apply.
+    """Rewards [B, G] minus the penalties of the cut-off policy.
+
+    NaN where a thought does not count or its reward does not apply.
     """
     reward = objective.reward(micro.groups, scores.detached()) - micro.penalty
     return reward.masked_fill(~micro.counted, math.nan)
 
 
 def rows_by_group(micros: Sequence[MicroBatch], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """{group id: its rows [G, ...]} of values [B, G, ...] for each micro-batch; the parts of a split group
-    are joined.
+    """{group id: its rows [G, ...]} of values [B, G, ...], one tensor for each micro-batch.
+
+    The parts of a split group are joined.
     """
-    found: dict[str, Tensor] = {}
+    rows_of: dict[str, Tensor] = {}
     for micro, value in zip(micros, values, strict=True):
         for group, rows in zip(micro.groups, value, strict=True):
-            own, before = rows[: len(group.thoughts)], found.get(group.id)
-            found[group.id] = own if before is None else torch.cat([before, own])
-    return found
+            own, before = rows[: len(group.thoughts)], rows_of.get(group.id)
+            rows_of[group.id] = own if before is None else torch.cat([before, own])
+    return rows_of
 
 
 def whole_groups(micros: Sequence[MicroBatch]) -> dict[str, Group]:
     """{group id: the group}, the parts of a split group joined."""
-    found: dict[str, Group] = {}
+    groups: dict[str, Group] = {}
     for micro in micros:
         for group in micro.groups:
-            before = found.get(group.id)
-            found[group.id] = group if before is None else joined(before, group)
-    return found
+            before = groups.get(group.id)
+            groups[group.id] = group if before is None else joined(before, group)
+    return groups
 
 
 def no_think_contexts(objective: Objective, groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
-    """{group id: the context of its arm without a thought}, where that is not the document itself
-    (`Layout.no_think_ids`).
-    """
+    """{group id: the context of its no-think arm}, where that is not the document; `Layout.no_think_ids`."""
     contexts = {group.id: objective.no_think(group.position) for group in groups}
     return {id_: context for id_, context in contexts.items() if context is not None}
 
@@ -159,7 +160,10 @@ def no_think_contexts(objective: Objective, groups: Sequence[Group]) -> dict[str
 def _groups_of(
     micro: MicroBatch, own: Scores, scores: Scores, rewards: Tensor | None
 ) -> Iterator[GroupScores]:
-    """The groups, or parts of groups, of one micro-batch."""
+    """The scores of the groups, or parts of groups, of one micro-batch.
+
+    `own` are the model's scores, `scores` those after `reference`.
+    """
     mask = micro.target_mask
     joint_target = (scores.target_logps * mask[:, None]).sum(-1).double()
     joint_baseline = (scores.baseline_logps * mask).sum(-1).double()
@@ -171,15 +175,9 @@ def _groups_of(
         own_hits = (~mask | scores.baseline_hits).all(-1)
     if rewards is None:
         rewards = torch.full_like(joint_target, math.nan)
-    tables = [
-        scores.thought_logps,
-        scores.target_logps,
-        scores.baseline_logps,
-        joint_target,
-        joint_baseline,
-        joint_own,
-    ]
-    thoughts, targets, baselines, joint_target, joint_baseline, joint_own = (t.cpu() for t in tables)
+    thoughts, targets = scores.thought_logps.cpu(), scores.target_logps.cpu()
+    baselines = scores.baseline_logps.cpu()
+    joint_target, joint_baseline, joint_own = joint_target.cpu(), joint_baseline.cpu(), joint_own.cpu()
     hits, own_hits, rewards = hits.cpu(), own_hits.cpu(), rewards.double().cpu()
     for b, group in enumerate(micro.groups):
         n = len(group.thoughts)
@@ -200,12 +198,12 @@ def _groups_of(
 
 
 def _documents_of(micro: MicroBatch, scores: Scores) -> Iterator[DocumentScores]:
-    """The documents of one micro-batch whose next-token loss is taken there."""
+    """The scores of the documents of one micro-batch whose next-token loss is taken there."""
     sizes = [len(document.token_ids) - 1 for document in micro.documents]
     logps = scores.trunk_logps.cpu().split(sizes)
-    entropies = (
-        [None] * len(sizes) if scores.trunk_entropies is None else scores.trunk_entropies.cpu().split(sizes)
-    )
+    entropies: Sequence[Tensor | None] = [None] * len(sizes)
+    if scores.trunk_entropies is not None:
+        entropies = scores.trunk_entropies.cpu().split(sizes)
     for document, own, entropy in zip(micro.documents, logps, entropies, strict=True):
         yield DocumentScores(document, own, entropy)
 

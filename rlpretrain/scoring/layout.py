@@ -2,8 +2,8 @@
 
 There is a row for each counted thought (prompt, thought, target), one for each document (its next-token loss
 and the raw no-think arm), and one for each no-think context that is not the document itself. Padded rows are
-padded on the right, so a model's default position ids are right; a tree holds what rows share once. Legend:
-see rlpretrain/types.py.
+padded on the right, so a model's default position ids are right. A tree holds tokens that rows share only
+once. Legend: see rlpretrain/types.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 
 @dataclass(slots=True)
 class Layout:
-    """How thoughts are laid out and weighed; `cut` and `reduction` as in the configuration."""
+    """How thoughts are laid out and weighted; `cut` and `reduction` as in the configuration."""
 
     token_budget: int
     cut: str = "mask"
@@ -40,9 +40,9 @@ class Layout:
     pad_id: int = 0
     tree: bool = False
     target: bool = True
-    """False: no target is scored, since the rewards are stored on the groups."""
+    """False: no target is scored, because the rewards are stored on the groups."""
     whole_arms: bool = False
-    """`Arm` holds whole documents, for a baseline that remembers their log-probs."""
+    """`Arm` holds whole documents, for a baseline that caches their log-probs."""
     no_think_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Group id → context of its no-think arm, where that is not the document."""
 
@@ -64,7 +64,7 @@ def lay_out(
     groups = [group for unit in units for group in unit.groups]
     rows: list[tuple[int, ...]] = []
     documents: dict[str, int] = {}  # document id → its row
-    trunk: list[Trunk] = []  # a document that was drawn twice is in it twice and has one row
+    trunk: list[Trunk] = []  # has a document that was drawn twice two times, both with the same row
     for _, document in units:
         if document is not None and document.id not in documents:
             documents[document.id] = len(rows)
@@ -85,6 +85,7 @@ def lay_out(
         (input_ids, attention), tree, position_ids = _pad(rows, layout.pad_id), None, None
         indices = [np.arange(len(row)) + r * input_ids.shape[1] for r, row in enumerate(rows)]
     trunk_rows = [indices[t.row][: len(t) - 1] for t in trunk]
+    trunk_labels = [token for t in trunk for token in rows[t.row][1:]]
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention,
@@ -107,7 +108,7 @@ def lay_out(
         target_mask=torch.from_numpy(arrays.target_mask),
         baseline_rows=_flat_indices(arrays.baseline_at, indices),
         trunk_rows=torch.from_numpy(np.concatenate([*trunk_rows, np.zeros(0, np.int64)])),
-        trunk_labels=torch.tensor([token for t in trunk for token in rows[t.row][1:]], dtype=torch.int64),
+        trunk_labels=torch.tensor(trunk_labels, dtype=torch.int64),
         asked=[t.asked for t in trunk],
     )
 
@@ -148,7 +149,10 @@ def idle(pad_id: int) -> MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class _Arrays:
-    """What `MicroBatch` says of groups, being filled. `..._at` are pairs (row, column); -1: nowhere."""
+    """The fields of `MicroBatch` about groups, while they are filled.
+
+    `..._at` hold pairs (row, column); -1: in no row.
+    """
 
     thought_at: np.ndarray  # [B, G, L, 2]
     thought_labels: np.ndarray  # [B, G, L]
@@ -191,7 +195,7 @@ def _lay_no_think_arm(
     documents: dict[str, int],
     layout: Layout,
 ) -> None:
-    """The target of group `b` without a thought: in its document's row, or in a row of its own."""
+    """Lay the target of group `b` without a thought: in its document's row, or in a row of its own."""
     target = target_of(group, layout)
     size = len(target)
     if not size:
@@ -219,7 +223,7 @@ def _lay_no_think_arm(
 def _lay_thought(
     arrays: _Arrays, rows: list[tuple[int, ...]], b: int, g: int, group: Group, layout: Layout, totals: Totals
 ) -> None:
-    """The row of thought `g` of group `b`, if it is used."""
+    """Lay the row of thought `g` of group `b`, if the thought is used."""
     use = use_of_thought(group, g, layout.cut, layout.cut_penalty)
     if not use.counted:
         return
@@ -269,10 +273,15 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torc
 
 
 def _arm(rows: Sequence[Sequence[int]], at: np.ndarray, layout: Layout) -> Arm:
-    """The rows of the no-think arm, each up to the last state that is read, unless they are wanted whole."""
-    used, inverse = np.unique(at[..., 0][at[..., 0] >= 0], return_inverse=True)
-    ends = [None if layout.whole_arms else int(at[..., 1][at[..., 0] == r].max()) + 1 for r in used]
-    ids, mask = _pad([rows[r][:end] for r, end in zip(used, ends, strict=True)], layout.pad_id)
+    """The rows of the no-think arm, each up to the last state that is read, or whole (`whole_arms`)."""
+    row_of, column_of = at[..., 0], at[..., 1]
+    inside = row_of >= 0
+    used, inverse = np.unique(row_of[inside], return_inverse=True)
+    arm_rows = []
+    for row in used:
+        end = None if layout.whole_arms else int(column_of[row_of == row].max()) + 1
+        arm_rows.append(rows[row][:end])
+    ids, mask = _pad(arm_rows, layout.pad_id)
     flat = np.full(at.shape[:-1], -1)
-    flat[at[..., 0] >= 0] = inverse * ids.shape[1] + at[..., 1][at[..., 0] >= 0]
+    flat[inside] = inverse * ids.shape[1] + column_of[inside]
     return Arm(ids, mask, torch.from_numpy(flat))

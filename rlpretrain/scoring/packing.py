@@ -1,4 +1,4 @@
-"""Groups and documents → micro-batches of at most `token_budget` tokens.
+"""Pack groups and documents into micro-batches of at most `token_budget` tokens.
 
 A group is split over micro-batches only if it is larger than the budget. A document that was drawn twice
 counts twice. Legend: see rlpretrain/types.py.
@@ -35,37 +35,37 @@ __all__ = [
 
 
 def is_counted(group: Group, thought: Thought, reward_index: int, cut: str) -> bool:
-    """Whether a thought takes part in the step: not aborted, not left out as unclosed, its reward not NaN."""
+    """Whether a thought counts: it is not aborted, not left out as unclosed, and its reward is not NaN."""
     return use_of_thought(group, reward_index, cut).counted
 
 
 def stored_rewards(group: Group, layout: Layout) -> list[float]:
-    """The stored rewards minus penalties; NaN where there is none and where a thought does not count."""
-    rewards = group.rewards or (math.nan,) * len(group.thoughts)
-    uses = [use_of_thought(group, k, layout.cut, layout.cut_penalty) for k in range(len(group.thoughts))]
-    return [
-        reward - use.penalty if use.counted else math.nan for use, reward in zip(uses, rewards, strict=True)
-    ]
+    """The stored rewards minus penalties; NaN where there is no reward or the thought does not count."""
+    out = []
+    for k, reward in enumerate(group.rewards or (math.nan,) * len(group.thoughts)):
+        use = use_of_thought(group, k, layout.cut, layout.cut_penalty)
+        out.append(reward - use.penalty if use.counted else math.nan)
+    return out
 
 
 def count(batch: Batch, cut: str = "mask") -> Totals:
     """This rank's part of the step's denominators: counted thoughts, their tokens, predicted document tokens.
 
-    A document counts as often as it was drawn, as in any loop over a data set; so it does not matter which
+    A document counts as often as it was drawn, as in any loop over a data set. So it does not matter which
     rank drew it.
     """
-    lengths = [
-        len(thought.token_ids)
-        for group in batch.groups
-        for k, thought in enumerate(group.thoughts)
-        if use_of_thought(group, k, cut).counted
-    ]
-    return Totals(len(lengths), sum(lengths), sum(len(d.token_ids) - 1 for d in batch.documents))
+    lengths = []
+    for group in batch.groups:
+        for k, thought in enumerate(group.thoughts):
+            if use_of_thought(group, k, cut).counted:
+                lengths.append(len(thought.token_ids))
+    trunk = sum(len(document.token_ids) - 1 for document in batch.documents)
+    return Totals(len(lengths), sum(lengths), trunk)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sized:
-    """A unit with its number of rows and the longest of them; of a tree, its tokens as rows of one."""
+    """A unit with the number and the largest length of its rows; a tree counts as rows of one token."""
 
     unit: Unit
     rows: int
@@ -85,9 +85,9 @@ def pack(batch: Batch, layout: Layout, totals: Totals) -> Iterator[MicroBatch]:
     """The micro-batches of a batch, each of at most `token_budget` tokens with padding, with whole groups.
 
     A group that is larger than the budget (with its document) is split into several micro-batches, each with
-    as many of its thoughts as fit, at least one; `offsets` has the index of the first. Padded, units of
-    similar length go together, so that there is little padding. In a tree the groups of a document stay with
-    it as far as the budget allows.
+    as many of its thoughts as fit, at least one; `offsets` has the index of the first. Padded units of
+    similar length go together, so that there is little padding. Trees keep the groups of a document together
+    as far as the budget allows.
     """
     units: list[_Sized] = []
     too_large: list[Unit] = []
@@ -143,7 +143,7 @@ def joined(group: Group, part: Group) -> Group:
 
 
 def _split_group(group: Group, document: Document | None, layout: Layout) -> Iterator[tuple[int, Group]]:
-    """A group in parts that fit, each with the index of its first thought."""
+    """The parts of a group that fit the budget, each with the index of its first thought."""
 
     def part(first: int, last: int) -> Group:
         rewards = None if group.rewards is None else group.rewards[first:last]
@@ -158,7 +158,7 @@ def _split_group(group: Group, document: Document | None, layout: Layout) -> Ite
 
 
 def _fill_trees(single: Sequence[_Sized], document: Document | None, layout: Layout) -> Iterator[_Sized]:
-    """Units of a document with as many of its groups as the budget takes; `single` has one group each."""
+    """Units of a document with as many groups as fit the budget, from units with one group each."""
     trunk = len(document.token_ids) if document else 0
     groups: list[Group] = []
     size = trunk
@@ -173,7 +173,7 @@ def _fill_trees(single: Sequence[_Sized], document: Document | None, layout: Lay
 
 
 def _size(unit: Unit, layout: Layout) -> tuple[int, int]:
-    """Rows, and the longest of them; of a tree its tokens, as rows of one."""
+    """The number and the largest length of a unit's rows; a tree counts as rows of one token."""
     groups, document = unit
     trunk = len(document.token_ids) if document else 0
     if layout.tree:
@@ -189,9 +189,9 @@ def _size(unit: Unit, layout: Layout) -> tuple[int, int]:
 
 
 def _branch_tokens(group: Group, document: Document | None, layout: Layout) -> int:
-    """Most tokens that a group adds to its document's tree.
+    """The most tokens that a group adds to its document's tree.
 
-    What prompts of different groups share beyond the document is counted for each of them.
+    Tokens that prompts of different groups share beyond the document are counted for each of them.
     """
     prompt, target = group.prompt, target_of(group, layout)
     shared = common(np.asarray(document.token_ids), np.asarray(prompt.token_ids)) if document else 0

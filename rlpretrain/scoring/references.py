@@ -1,9 +1,8 @@
-"""What log p(target | context) is measured against: nothing, the current model, the initial model, or its
-moving average.
+"""Baselines: the no-think log-probs that a thought's log-probs are compared with.
 
-A baseline that is the same for all thoughts of a position cancels in RLP's leave-one-out advantage, so all
-four train the same weights under plain RLP. It matters where gains are clipped or compared across positions,
-and in what is logged.
+They are 0, or come from the current model, the initial model, or a moving average. A baseline that is the
+same for all thoughts of a position cancels in RLP's leave-one-out advantage, so all four train the same
+weights under plain RLP. It matters where gains are clipped or compared across positions, and in the log.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from rlpretrain.config import PretrainConfig
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.scorer import NoGradScorer, score
-from rlpretrain.types import MicroBatch, Scores
+from rlpretrain.types import Arm, MicroBatch, Scores
 
 
 class Baseline:
-    """Fills in `Scores.baseline_logps`. This one is "self": the policy's own no-think log-probs, from the
-    same forward.
+    """Fills in `Scores.baseline_logps`.
+
+    This class is the baseline "self": the policy's own no-think log-probs, from the same forward.
     """
 
     def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
@@ -38,7 +38,7 @@ class Baseline:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class NoBaseline(Baseline):
@@ -49,11 +49,10 @@ class NoBaseline(Baseline):
 
 
 class Frozen(Baseline):
-    """A model that never changes, usually the initial one: a copy, or a trained model with its adapters off
-    (`adapters_off`).
+    """A model that never changes, usually the initial one.
 
-    Of documents that come again, in whole rows (`Layout.whole_arms`), up to `keep` log-probs stay: a rank
-    reads each once.
+    It is a copy, or the trained model with its adapters off (`adapters_off`). Up to `keep` log-probs of whole
+    documents (`Layout.whole_arms`) are cached, so that a rank scores a document that repeats only once.
     """
 
     def __init__(
@@ -71,62 +70,68 @@ class Frozen(Baseline):
 
     @torch.no_grad()
     def logps(self, micro: MicroBatch) -> Tensor:
-        """log p(target | context) [B, T] under this model, without a thought. Under ZeRO-3 all ranks call
-        it together.
+        """log p(target | context) [B, T] under this model, without a thought.
+
+        Under ZeRO-3 all ranks call it together.
         """
         device = next(self.model.parameters()).device
         arm, seen = micro.arm, micro.arm.rows >= 0
         out = torch.zeros(seen.shape, device=device)
-        if not self.keep:
-            found = self._read(arm.input_ids, arm.attention_mask, arm.rows[seen], micro.target_labels[seen])
-            return out.masked_scatter(seen.to(device), found)
-        sizes = arm.attention_mask.sum(1).tolist()
-        rows = [arm.input_ids[r, :n].cpu() for r, n in enumerate(sizes)]
-        names = [blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows]
-        new = {name: r for r, name in enumerate(names) if name not in self.known}
-        ids, mask = (t[list(new.values())] for t in (arm.input_ids, arm.attention_mask))
-        inside = mask[:, 1:].bool()
-        at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, :-1]
-        found = self._read(ids, mask, at[inside], ids[:, 1:][inside]).cpu()
-        here = {name: self.known[name] for name in names if name not in new}
-        here |= zip(new, found.split([sizes[r] - 1 for r in new.values()]), strict=True)
-        for name, logps in here.items():
-            self._remember(name, logps)
-        width = arm.input_ids.shape[1]
-        values = (
-            torch.stack([here[names[i // width]][i % width] for i in arm.rows[seen].tolist()])
-            if seen.any()
-            else found[:0]
-        )
+        if self.keep:
+            values = self._cached_logps(arm, arm.rows[seen])
+        else:
+            labels = micro.target_labels[seen]
+            values = self._score_rows(arm.input_ids, arm.attention_mask, arm.rows[seen], labels)
         return out.masked_scatter(seen.to(device), values.to(device))
 
-    def _read(self, ids: Tensor, mask: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def _cached_logps(self, arm: Arm, rows: Tensor) -> Tensor:
+        """The log-probs at `rows` of an arm of whole documents; scores only documents not in the cache."""
+        sizes = arm.attention_mask.sum(1).tolist()
+        documents = [arm.input_ids[r, :size].cpu() for r, size in enumerate(sizes)]
+        keys = [blake2b(ids.numpy().tobytes(), digest_size=16).digest() for ids in documents]
+        new = {key: r for r, key in enumerate(keys) if key not in self.known}
+        new_rows = list(new.values())
+        ids, mask = arm.input_ids[new_rows], arm.attention_mask[new_rows]
+        inside = mask[:, 1:].bool()
+        at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, :-1]
+        scored = self._score_rows(ids, mask, at[inside], ids[:, 1:][inside]).cpu()
+        logps_of = {key: self.known[key] for key in keys if key not in new}
+        logps_of |= zip(new, scored.split([sizes[r] - 1 for r in new_rows]), strict=True)
+        for key, logps in logps_of.items():
+            self._remember(key, logps)
+        if not len(rows):
+            return scored[:0]
+        width = arm.input_ids.shape[1]
+        return torch.stack([logps_of[keys[i // width]][i % width] for i in rows.tolist()])
+
+    def _score_rows(self, ids: Tensor, mask: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Log-probs [K] of `labels` at `rows`. Under ZeRO-3 all ranks call it together."""
         device = next(self.model.parameters()).device
-        wanted = float(len(rows) > 0)
-        if not (self.ranks.max([wanted])[0] if self.scorer.sharded else wanted):
+        has_rows = len(rows) > 0
+        ranks_with_rows = self.ranks.max([float(has_rows)])[0] if self.scorer.sharded else float(has_rows)
+        if not ranks_with_rows:
             return torch.zeros(0, device=device)
-        if not wanted:  # others have something to read, and need this rank's part of the weights
+        if not has_rows:  # other ranks score rows, and need this rank's part of the weights
             ids, rows, labels = torch.zeros(1, 2, dtype=torch.int64), rows.new_zeros(1), rows.new_zeros(1)
             mask = torch.ones_like(ids)
-        logps, _ = self.scorer(
-            *(t.to(device) for t in (ids, mask)), None, *(t.to(device) for t in (rows, labels))
-        )
-        return logps if wanted else logps[:0]
+        logps, _ = self.scorer(ids.to(device), mask.to(device), None, rows.to(device), labels.to(device))
+        return logps if has_rows else logps[:0]
 
-    def _remember(self, name: bytes, logps: Tensor) -> None:
-        """Keep what was used last."""
-        if name in self.known:
-            self.known.move_to_end(name)
+    def _remember(self, key: bytes, logps: Tensor) -> None:
+        """Put log-probs into the cache, and drop those that were used least recently."""
+        if key in self.known:
+            self.known.move_to_end(key)
             return
-        self.known[name], self.kept = logps.clone(), self.kept + len(logps)
+        self.known[key], self.kept = logps.clone(), self.kept + len(logps)
         while self.kept > self.keep:
-            self.kept -= len(self.known.popitem(last=False)[1])
+            _, dropped = self.known.popitem(last=False)
+            self.kept -= len(dropped)
 
 
 class Ema(Frozen):
     """phi <- decay * phi + (1 - decay) * theta after each optimizer step (arXiv 2510.01265, algorithm 1).
 
-    Kept in float32, where increments of 1 - decay do not vanish, and whole on every rank, whatever the ZeRO
+    It is kept in float32, where increments of 1 - decay do not vanish, and whole on every rank at every ZeRO
     stage.
     """
 
@@ -139,10 +144,10 @@ class Ema(Frozen):
         shadow = dict(self.model.named_parameters(remove_duplicate=False))
         done: set[int] = set()
         for name, weight in policy.weights():
-            mine = shadow[name]
-            if id(mine) not in done:
-                done.add(id(mine))
-                mine.lerp_(weight.to(mine.device, torch.float32), 1 - self.decay)
+            average = shadow[name]
+            if id(average) not in done:  # a tied tensor has several names
+                done.add(id(average))
+                average.lerp_(weight.to(average.device, torch.float32), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters()}
@@ -154,9 +159,9 @@ class Ema(Frozen):
 
 
 class Reference:
-    """Log-probs of trunk and thoughts under a frozen model: what objectives with need "reference" see.
+    """Log-probs of trunk and thoughts under a frozen model, for objectives with need "reference".
 
-    It scores the same rows as the policy, thoughts at the same temperature, so equal models give equal
+    It scores the same rows as the policy, and thoughts at the same temperature, so equal models give equal
     numbers.
     """
 
@@ -174,25 +179,22 @@ class Reference:
 def make_references(
     config: PretrainConfig, initial: nn.Module, wanted: bool, again: bool, ranks: Ranks
 ) -> tuple[Frozen | None, Baseline]:
-    """(the frozen initial model if it is `wanted` for what is logged, the baseline that `baseline.name`
-    names).
+    """(the frozen initial model or None, the baseline that `baseline.name` names).
 
-    Called before the model gets adapters: with them it is its own frozen model, else that is one copy for
-    both purposes. `again`: documents will come more than once, so their log-probs are worth keeping.
+    The frozen model is made if it is the baseline, or if it is `wanted` for other uses. Called before the
+    model gets adapters: a model with adapters is its own frozen model, else a copy serves both purposes.
+    `again`: documents will repeat, so their log-probs are worth caching.
     """
-    b, adapters_off, frozen = config.baseline, config.policy.lora is not None, None
-    if wanted or b.name == "frozen":
-        raw = (
-            config.objective.get("no_think", "raw") == "raw"
-        )  # then an arm is the document itself, wherever the position is
-        keep = b.cache_tokens if again and raw and b.name == "frozen" else 0
-        frozen = Frozen(
-            initial if adapters_off else copy.deepcopy(initial),
-            adapters_off=adapters_off,
-            keep=keep,
-            ranks=ranks,
-        )
-    if frozen and b.name == "frozen":
+    settings, adapters_off, frozen = config.baseline, config.policy.lora is not None, None
+    is_baseline = settings.name == "frozen"
+    if wanted or is_baseline:
+        # the raw arm is the document itself, the same at every position
+        is_raw = config.objective.get("no_think", "raw") == "raw"
+        keep = settings.cache_tokens if again and is_raw and is_baseline else 0
+        model = initial if adapters_off else copy.deepcopy(initial)
+        frozen = Frozen(model, adapters_off=adapters_off, keep=keep, ranks=ranks)
+    if frozen is not None and is_baseline:
         return frozen, frozen
-    named = {"none": NoBaseline, "self": Baseline, "ema": lambda: Ema(copy.deepcopy(initial), b.decay)}
-    return frozen, named[b.name]()
+    if settings.name == "ema":
+        return frozen, Ema(copy.deepcopy(initial), settings.decay)
+    return frozen, NoBaseline() if settings.name == "none" else Baseline()

@@ -1,4 +1,4 @@
-"""MicroBatch → log-probabilities of thoughts, targets and trunk, in one forward.
+"""Compute the log-probabilities of thoughts, targets and trunk of a micro-batch in one forward.
 
 Only the rows that count reach the LM head, in chunks (`rewards.token_logps`); nothing of size tokens ×
 vocabulary is held. Legend: see rlpretrain/types.py; K counted rows, V vocabulary, H hidden.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,9 @@ class Scorer(nn.Module):
         want: str = "logps",
         tree: Tree | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [K] of `labels` given the states at `rows` of the flattened input; `want` adds
-        entropies or argmaxes [K].
+        """Log-probs [K] of `labels` given the states at `rows` of the flattened input.
+
+        `want` is "logps", or adds "entropies" [K] or the likeliest tokens ("top") [K].
         """
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
@@ -68,7 +69,7 @@ class Scorer(nn.Module):
     def read(
         self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str
     ) -> tuple[Tensor, Tensor | None]:
-        """What the head says of `labels` [K] given the states [K, H]."""
+        """Apply the head to the states [K, H]: log-probs of `labels` [K], and what `want` adds."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
         logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
@@ -85,11 +86,10 @@ class Scorer(nn.Module):
 
 
 class NoGradScorer(Scorer):
-    """A scorer of a model that is being trained by somebody else: without gradient, and with its adapters off
-    if `adapters_off`.
+    """A scorer of a model that another trainer owns: without gradient, and without adapters on request.
 
-    Where ZeRO-3 has sharded the model its layers are gathered by their own hooks, the head here: all ranks
-    must call it equally often (`sharded`).
+    If ZeRO-3 shards the model, hooks of the layers gather their weights, and this class gathers the head. All
+    ranks must then call it equally often (`sharded`).
     """
 
     def __init__(self, model: nn.Module, adapters_off: bool = False):
@@ -98,26 +98,26 @@ class NoGradScorer(Scorer):
 
     @property
     def sharded(self) -> bool:
-        """Whether a forward is an affair of all ranks."""
+        """Whether all ranks must run a forward together."""
         return sharded(self.model)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As Scorer's."""
+        """As `Scorer.forward`."""
         with adapters.off(self.model) if self.adapters_off else nullcontext():
             return super().forward(*args, **kwargs)
 
     def read(
         self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str
     ) -> tuple[Tensor, Tensor | None]:
-        """With the whole head."""
+        """As `Scorer.read`, with the whole head gathered."""
         with gathered(self.model.get_output_embeddings().parameters()):  # type: ignore[operator]
             return super().read(hidden, labels, temperature, want)
 
 
 @torch.no_grad()
 def top_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: int = 1024) -> Tensor:
-    """The likeliest token [K] after each state; soft-capping and positive scaling leave it as it is."""
+    """The likeliest token [K] after each state; soft-capping and positive scaling do not change it."""
     tops = [nn.functional.linear(part, weight, bias).argmax(-1) for part in hidden.split(chunk)]
     return torch.cat(tops) if tops else hidden.new_zeros(0, dtype=torch.long)
 
@@ -130,48 +130,72 @@ def score(
     entropies: bool = False,
     hits: bool = False,
 ) -> Scores:
-    """Scores of a micro-batch; with `entropies` those of the trunk, or with `hits` where a target token is
-    the likeliest.
+    """Score a micro-batch.
 
-    `scorer` is a Scorer or what wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`,
-    everything else at 1. Entries outside the masks are 0. Raises ValueError for entropies and hits at once:
-    they are read off different rows.
+    `entropies` adds the entropies of the trunk's predictions, `hits` whether a target token is the likeliest.
+    `scorer` is a Scorer or wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`, everything
+    else at 1. Entries outside the masks are 0. Raises ValueError for entropies and hits together, which need
+    different rows.
     """
     if entropies and hits:
         raise ValueError("score gives entropies or hits, not both at once")
-    seen = micro.target_mask[:, None, :] & micro.counted[:, :, None]
-    parts = [
-        (micro.thought_rows, micro.thought_labels, micro.thought_mask),
-        (micro.target_rows, micro.target_labels[:, None, :].expand_as(micro.target_rows), seen),
-        (micro.baseline_rows, micro.target_labels, micro.target_mask & (micro.baseline_rows >= 0)),
-        (micro.trunk_rows, micro.trunk_labels, torch.ones_like(micro.trunk_rows, dtype=torch.bool)),
-    ]
-    rows = torch.cat([r[m] for r, _, m in parts])
-    labels = torch.cat([y[m] for _, y, m in parts])
-    heat = torch.ones(len(rows), device=rows.device)
-    heat[: int(micro.thought_mask.sum())] = temperature or 1.0
+    thoughts, targets, baselines, trunk = parts = _parts(micro)
+    rows = torch.cat([part.rows[part.mask] for part in parts])
+    labels = torch.cat([part.labels[part.mask] for part in parts])
+    temperatures = torch.ones(len(rows), device=rows.device)
+    temperatures[: int(micro.thought_mask.sum())] = temperature or 1.0
     want = "entropies" if entropies else "top" if hits else "logps"
-    logps, more = scorer(
-        micro.input_ids, micro.attention_mask, micro.position_ids, rows, labels, heat, want, micro.tree
-    )
+    inputs = (micro.input_ids, micro.attention_mask, micro.position_ids)
+    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree)
 
-    sizes = [int(m.sum()) for _, _, m in parts]
-    thoughts, targets, baselines, trunk = (
-        torch.zeros(m.shape, dtype=v.dtype, device=v.device).masked_scatter(m, v)
-        for v, (_, _, m) in zip(logps.split(sizes), parts, strict=True)
+    sizes = [int(part.mask.sum()) for part in parts]
+    thought_logps, target_logps, baseline_logps, trunk_logps = logps.split(sizes)
+    scores = Scores(
+        thoughts.spread(thought_logps),
+        targets.spread(target_logps),
+        baselines.spread(baseline_logps).detach(),
+        trunk.spread(trunk_logps),
+        micro.target_mask,
+        micro.counted,
     )
-    scores = Scores(thoughts, targets, baselines.detach(), trunk, micro.target_mask, micro.counted)
     if entropies:
         return replace(scores, trunk_entropies=more.split(sizes)[3])
     if hits:
-        _, after, alone, _ = (
-            torch.zeros(m.shape, dtype=torch.bool, device=m.device).masked_scatter(m, v == y[m])
-            for v, (_, y, m) in zip(more.split(sizes), parts, strict=True)
-        )
-        return replace(scores, target_hits=after, baseline_hits=alone)
+        _, target_tops, baseline_tops, _ = more.split(sizes)
+        target_hits = targets.spread(target_tops == targets.labels[targets.mask])
+        baseline_hits = baselines.spread(baseline_tops == baselines.labels[baselines.mask])
+        return replace(scores, target_hits=target_hits, baseline_hits=baseline_hits)
     return scores
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Log-probs of one kind: the rows and labels of a micro-batch that they are read with."""
+
+    rows: Tensor
+    labels: Tensor
+    mask: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [K] of the masked entries in the shape of the mask; 0 or False elsewhere."""
+        blank = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
+        return blank.masked_scatter(self.mask, values)
+
+
+def _parts(micro: MicroBatch) -> tuple[_Part, _Part, _Part, _Part]:
+    """The log-probs of thoughts, targets, no-think targets and trunk."""
+    target_labels = micro.target_labels[:, None, :].expand_as(micro.target_rows)
+    target_mask = micro.target_mask[:, None, :] & micro.counted[:, :, None]
+    baseline_mask = micro.target_mask & (micro.baseline_rows >= 0)
+    trunk_mask = torch.ones_like(micro.trunk_rows, dtype=torch.bool)
+    return (
+        _Part(micro.thought_rows, micro.thought_labels, micro.thought_mask),
+        _Part(micro.target_rows, target_labels, target_mask),
+        _Part(micro.baseline_rows, micro.target_labels, baseline_mask),
+        _Part(micro.trunk_rows, micro.trunk_labels, trunk_mask),
+    )
+
+
 def score_function(scorer: Scorer, **extras: bool) -> Callable[[MicroBatch], Scores]:
-    """`score` with a scorer and what is asked of it: what `groups` scores micro-batches by."""
+    """`score` with a scorer and its extras fixed, for the functions of `groups`."""
     return partial(score, scorer, **extras)

@@ -1,6 +1,4 @@
-"""The documents of a step whose next-token loss is taken: each draw once, and what it leaves to the
-thoughts.
-"""
+"""The documents of a step whose next-token loss is taken: each draw counts once."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ class Trunk:
     row: int
     document: Document
     asked: frozenset[int]
+    """Indices of the tokens before which groups of the step think."""
 
     def __len__(self) -> int:
         return len(self.document.token_ids)
@@ -25,12 +24,12 @@ class Trunk:
 
 @dataclass(slots=True)
 class Trunks:
-    """The documents of a step whose next-token loss is still to be laid, and the tokens before which its
-    groups think.
-    """
+    """The documents of a step that are not yet in a micro-batch with their next-token loss."""
 
-    left: Counter[str]  # document id → how often it was drawn
+    left: Counter[str]
+    """Document id → the number of its draws."""
     places: Mapping[str, list[int]]
+    """Document id → indices of the tokens before which groups of the step think."""
 
     @classmethod
     def of(cls, batch: Batch) -> Trunks:
@@ -41,14 +40,13 @@ class Trunks:
         return cls(Counter(d.id for d in batch.documents), places)
 
     def take(self, document: Document) -> list[frozenset[int]]:
-        """For each time that the document was drawn, the tokens thought about then. Empty when its loss is
-        laid already.
+        """Remove a document; for each of its draws, the tokens before which groups think.
 
-        Which draw a group belongs to makes no difference to any sum over them: a place goes to the first that
-        lacks it.
+        Empty if the document was taken before. No sum over draws depends on which draw a group belongs to, so
+        a place goes to the first draw that does not have it.
         """
         draws: list[set[int]] = [set() for _ in range(self.left.pop(document.id, 0))]
         for place in self.places.get(document.id, ()):
-            free = next((draw for draw in draws if place not in draw), set())
-            free.add(place)
+            first_without = next((draw for draw in draws if place not in draw), set())
+            first_without.add(place)
         return [frozenset(draw) for draw in draws]

@@ -1,7 +1,6 @@
-"""What becomes of each sampled thought: whether it counts, what closes it, and what it loses of its reward.
+"""How each sampled thought is used: whether it counts, which tokens close it, and its penalty.
 
-A rule is chosen by `sampling.cut`. It decides about thoughts that did not close themselves; all others count
-as they are.
+`sampling.cut` names the rule for thoughts that did not close themselves. All others count as they are.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ class ThoughtUse:
     counted: bool = True
     """False: the thought is left out of the input, the loss and all denominators."""
     close_ids: tuple[int, ...] = ()
-    """Injected after the thought; never trained."""
+    """Ids that are injected after the thought and never trained."""
     penalty: float = 0.0
-    """Nats taken from the thought's reward."""
+    """Nats subtracted from the thought's reward."""
 
 
 NOT_USED = ThoughtUse(counted=False)

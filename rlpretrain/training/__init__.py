@@ -1,1 +1,1 @@
-"""Log-probabilities become an update: the loop, the parts of a run, checkpoints, backends."""
+"""Training: the loop, the parts of a run, losses, checkpoints and backends."""

@@ -1,5 +1,6 @@
-"""Going on from a checkpoint: what the run wrote after it is moved to a folder of its own, so that two
-branches never mix.
+"""On resume, move everything that the run wrote after the checkpoint to a folder of its own.
+
+Two branches of a run never mix.
 """
 
 from __future__ import annotations
@@ -17,19 +18,16 @@ STEP_FILE = re.compile(r"step-(\d+)-rank-\d+\..+")
 
 
 def set_aside(folder: Path, step: int, resumed_from: Path | None) -> str | None:
-    """Move everything that the run in `folder` wrote after `step` to `folder`/abandoned-<time>; what that
-    was, in a line.
+    """Move everything that the run in `folder` wrote after `step` to `folder`/abandoned-<time>.
 
-    Checkpoints come after the point of resumption if their step does, or if they were written later. One
-    process calls it, before the first step. None if there is nothing to move.
+    A checkpoint is moved if its step is later, or if it was written after `resumed_from`. One process calls
+    it, before the first step. Returns a line that says what was moved; None if there was nothing to move.
     """
     checkpoints = [path for path in checkpoint.by_age(folder) if _is_later(path, step, resumed_from)]
-    files = [file for name in ("rollouts", "nonfinite") for file in _later_files(folder / name, step)]
-    models = [
-        folder / name
-        for name in ("model", "adapter")
-        if (folder / name).is_dir() and _last_step(folder) > step
-    ]
+    files = [*_later_files(folder / "rollouts", step), *_later_files(folder / "nonfinite", step)]
+    models = []
+    if _last_step(folder) > step:
+        models = [path for path in (folder / "model", folder / "adapter") if path.is_dir()]
     log = folder / "metrics.jsonl"
     kept, later = _split_log(log, step)
     if not (checkpoints or files or models or later):
@@ -46,16 +44,16 @@ def set_aside(folder: Path, step: int, resumed_from: Path | None) -> str | None:
         work.replace(log)
     if (folder / "run.json").is_file():
         shutil.copyfile(folder / "run.json", aside / "run.json")
-    parts = [", ".join(path.name for path in [*checkpoints, *models])]
-    parts += [
-        f"{len(later)} lines of metrics.jsonl" if later else "",
-        f"{len(files)} files of steps" if files else "",
-    ]
-    return f"what came after step {step} is set aside in {aside}: {', '.join(filter(None, parts))}"
+    moved = [path.name for path in [*checkpoints, *models]]
+    if later:
+        moved.append(f"{len(later)} lines of metrics.jsonl")
+    if files:
+        moved.append(f"{len(files)} files of steps")
+    return f"moved what the run wrote after step {step} to {aside}: {', '.join(moved)}"
 
 
 def _is_later(path: Path, step: int, resumed_from: Path | None) -> bool:
-    """Whether a checkpoint came after the one that the run goes on from."""
+    """Whether a checkpoint was written after the one that the run resumes from."""
     if int(path.name.split("-")[1]) > step:
         return True
     if resumed_from is None or resumed_from.resolve().parent != path.resolve().parent:
@@ -64,15 +62,15 @@ def _is_later(path: Path, step: int, resumed_from: Path | None) -> bool:
 
 
 def _later_files(folder: Path, step: int) -> Iterator[Path]:
-    """Rollouts and batches of later steps."""
+    """Files of later steps, as of rollouts and of batches with NaN."""
     for file in sorted(folder.glob("step-*")):
-        found = STEP_FILE.fullmatch(file.name)
-        if found and int(found[1]) > step:
+        match = STEP_FILE.fullmatch(file.name)
+        if match and int(match[1]) > step:
             yield file
 
 
 def _last_step(folder: Path) -> int:
-    """The step at which run.json was written last; 0 if it is not there."""
+    """The step at which run.json was written last; 0 if there is no readable run.json."""
     try:
         return int(json.loads((folder / "run.json").read_text())["step"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -80,7 +78,7 @@ def _last_step(folder: Path) -> int:
 
 
 def _split_log(log: Path, step: int) -> tuple[list[str], list[str]]:
-    """The lines of metrics.jsonl up to `step`, and those after it; half a line counts as later."""
+    """The lines of metrics.jsonl up to `step`, and those after it; an incomplete line counts as later."""
     kept: list[str] = []
     later: list[str] = []
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():

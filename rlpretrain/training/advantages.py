@@ -1,5 +1,4 @@
-"""What thoughts earn and what follows for them: rewards and advantages, of a micro-batch or of a whole step
-at once.
+"""Rewards and advantages of thoughts, for one micro-batch or for a whole step at once.
 
 Legend: B positions, G thoughts, L thought tokens.
 """
@@ -25,13 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
-    """What the thoughts of one micro-batch earn, and what follows for them; no gradient."""
+    """Rewards and advantages of the thoughts of one micro-batch, without gradient."""
 
     rewards: Tensor  # [B, G], NaN where a thought does not count
     advantages: Tensor  # [B, G] float32, 0 where a thought does not count
-    old_logps: Tensor | None = (
-        None  # [B, G, L] that the ratio is taken against; None: those of the forward that trains
-    )
+    old_logps: Tensor | None = None
+    """[B, G, L] Old log-probs of the ratio; None: those of the forward that trains."""
 
 
 def compute_advantages(objective: Objective, micro: MicroBatch, scores: Scores) -> Advantages:
@@ -44,41 +42,47 @@ def compute_advantages(objective: Objective, micro: MicroBatch, scores: Scores) 
 def compute_step_advantages(run: Run, micros: Sequence[MicroBatch]) -> list[Advantages]:
     """Rewards, advantages and old log-probs of a whole step, before any update.
 
-    For several inner epochs, for objectives that compare groups, and where a group is split over
+    Used with several inner epochs, for objectives that compare groups, and where a group is split over
     micro-batches.
     """
     scored = [run.add_references(run.policy.score(micro), micro) for micro in micros]
     rewards = []
     for micro, scores in zip(micros, scored, strict=True):
-        here = micro.to(scores.counted.device)
-        rewards.append(mark_broken(compute_rewards(run.objective, here, scores), here, scores))
+        on_device = micro.to(scores.counted.device)
+        reward = compute_rewards(run.objective, on_device, scores)
+        rewards.append(mark_broken(reward, on_device, scores))
     groups, rows = whole_groups(micros), rows_by_group(micros, rewards)
     advantages = [torch.zeros_like(r, dtype=torch.float32) for r in rewards]
     if groups:
         matrix = pad_sequence([rows[id_] for id_ in groups], batch_first=True, padding_value=math.nan)
-        found = dict(zip(groups, run.objective.advantage(matrix, list(groups.values())).float(), strict=True))
+        by_group = run.objective.advantage(matrix, list(groups.values())).float()
+        advantage_of = dict(zip(groups, by_group, strict=True))
         for micro, advantage in zip(micros, advantages, strict=True):
             for b, (group, first) in enumerate(zip(micro.groups, micro.offsets, strict=True)):
-                advantage[b, : len(group.thoughts)] = found[group.id][first : first + len(group.thoughts)]
+                size = len(group.thoughts)
+                advantage[b, :size] = advantage_of[group.id][first : first + size]
     return [Advantages(r, a, s.thought_logps) for r, a, s in zip(rewards, advantages, scored, strict=True)]
 
 
 def mark_broken(rewards: Tensor, micro: MicroBatch, scores: Scores) -> Tensor:
-    """Rewards with inf for a NaN that comes of broken log-probs: the step is to be skipped, not quietly
-    made smaller.
+    """Rewards with inf in place of a NaN that non-finite log-probs caused.
+
+    With inf the whole step is skipped; a NaN would only leave out the thought.
     """
-    logps = (scores.thought_logps, scores.target_logps, scores.baseline_logps[:, None])
-    fine = [torch.isfinite(x).all(-1) for x in logps]
-    broken = rewards.isnan() & micro.counted & ~(fine[0] & fine[1] & fine[2])
+    thoughts_finite = torch.isfinite(scores.thought_logps).all(-1)
+    targets_finite = torch.isfinite(scores.target_logps).all(-1)
+    baselines_finite = torch.isfinite(scores.baseline_logps[:, None]).all(-1)
+    all_finite = thoughts_finite & targets_finite & baselines_finite
+    broken = rewards.isnan() & micro.counted & ~all_finite
     return rewards.masked_fill(broken, math.inf)
 
 
 def leave_out_unrewarded(
     run: Run, micros: Sequence[MicroBatch], rewards: Sequence[Tensor]
 ) -> list[MicroBatch]:
-    """The micro-batches of a step without the thoughts whose reward [B, G] is NaN; all ranks call it.
+    """The micro-batches of a step without the thoughts whose reward [B, G] is NaN. All ranks call it.
 
-    What `reward()` says of a thought is known only after scoring; `count` has left out those with a stored
+    The result of `reward()` is known only after scoring; `count` has already left out thoughts with a stored
     NaN.
     """
     out = []
@@ -87,9 +91,13 @@ def leave_out_unrewarded(
         out.append(replace(micro, counted=counted, thought_mask=micro.thought_mask & counted[..., None]))
     if run.layout.reduction != "token_mean":
         return out
-    sums = [float(sum(m.counted.sum() for m in part)) for part in (micros, out)]
-    sums += [float(sum(m.thought_mask.sum() for m in part)) for part in (micros, out)]
-    thoughts, fewer_thoughts, tokens, fewer_tokens = run.ranks.sum(sums)
+    local_totals = [
+        float(sum(micro.counted.sum() for micro in micros)),
+        float(sum(micro.counted.sum() for micro in out)),
+        float(sum(micro.thought_mask.sum() for micro in micros)),
+        float(sum(micro.thought_mask.sum() for micro in out)),
+    ]
+    thoughts, fewer_thoughts, tokens, fewer_tokens = run.ranks.sum(local_totals)
     if not fewer_tokens:
         return out
     scale = (fewer_thoughts / fewer_tokens) / (thoughts / max(tokens, 1))

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run."""
+"""Build the parts of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rollout.types import WeightSource
 
 @dataclass(kw_only=True, eq=False)
 class Parts:
-    """What a run is made of before its first step; `build_parts` constructs it."""
+    """The parts of a run before its first step; `build_parts` constructs them."""
 
     config: PretrainConfig
     ranks: Ranks
@@ -56,7 +56,7 @@ class Parts:
     frozen: Frozen | None
     """The initial model, where something is measured against it."""
     reference: Reference | None
-    """Log-probs of trunk and thoughts under it, where the objective needs them."""
+    """Log-probs of trunk and thoughts under the initial model, where the objective needs them."""
     baseline: Baseline
     policy: Policy
     engine_weights: WeightSource

@@ -1,5 +1,6 @@
-"""Checkpoints that resume bit-identically: written aside and renamed, checked before they are read,
-rotated.
+"""Checkpoints that resume bit-identically.
+
+They are written under a temporary name and renamed, checked before they are read, and rotated.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ MACHINE = (
     "engine.probe_tolerance",
     "baseline.cache_tokens",
 )
-"""Settings that say where a run runs and what it tells, and decide none of its numbers: machines move."""
+"""Settings of the machine and of the output, which change none of a run's numbers."""
 FREE_TO_CHANGE = (*MACHINE, "max_steps", "epochs", "checkpoint", "eval", "stop")
 """Settings that may differ between a checkpoint and the run that resumes from it."""
 
@@ -61,10 +62,10 @@ def save(
     state: dict[str, Any],
     rank_state: dict[str, Any],
 ) -> Path:
-    """Write `folder`/checkpoint-<step> whole or not at all.
+    """Write `folder`/checkpoint-<step> completely or not at all.
 
-    `parts` are objects with `save(path)`; `state` is the same on all ranks, `rank_state` is each rank's own.
-    The list of files with their sizes goes into state.json, last; then the folder gets its name.
+    `parts` are objects with `save(path)`; `state` is the same on all ranks, `rank_state` differs by rank.
+    state.json, with the sizes of all files, is written last; then the folder is renamed.
     """
     final, work = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     try:
@@ -77,13 +78,12 @@ def save(
             torch.save(rank_state, work / f"rank-{ranks.rank}.pt")
             ranks.barrier()
             if ranks.first:
-                files = {
-                    str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()
-                }
+                paths = [path for path in sorted(work.rglob("*")) if path.is_file()]
+                files = {str(path.relative_to(work)): path.stat().st_size for path in paths}
                 facts = {"step": step, "ranks": ranks.size, "written": time.time(), "files": files}
                 (work / "state.json").write_text(dumps(state | facts, indent=1))
                 if is_ours(final):
-                    (final / MARK).touch()  # one of an older version
+                    (final / MARK).touch()  # older versions wrote no mark
                 finish_folder(work, final)
     except CannotWrite as error:
         if ranks.first:
@@ -96,9 +96,7 @@ def save(
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint that `save` wrote; other trainers call theirs checkpoint-<step>
-    too.
-    """
+    """Whether `save` wrote a folder; other trainers use names like checkpoint-<step> too."""
     try:
         state = json.loads((path / "state.json").read_text())
         return isinstance(state["files"], dict) and "step" in state
@@ -108,22 +106,23 @@ def is_ours(path: Path) -> bool:
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, oldest first."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
-    return sorted(int(m[1]) for m in found if m)
+    matches = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def written(path: Path) -> float:
     """When a checkpoint was written, in seconds since 1970."""
     try:
         return float(json.loads((path / "state.json").read_text())["written"])
-    except (OSError, ValueError, LookupError, TypeError):  # of an older version, or broken
+    except (OSError, ValueError, LookupError, TypeError):  # an older version wrote it, or it is broken
         state = path / "state.json"
         return (state if state.is_file() else path).stat().st_mtime
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder, the one written last at the end: numbers begin again where a run goes
-    on from an older one.
+    """The checkpoints in a run folder, in the order in which they were written.
+
+    The order of their steps may differ, if a run resumed from an older checkpoint.
     """
     paths = [folder / f"checkpoint-{step}" for step in steps(folder)]
     return sorted(paths, key=written)
@@ -139,7 +138,7 @@ def broken(path: Path) -> str | None:
     except FileNotFoundError:
         return "state.json is missing (half-written?)"
     except (ValueError, LookupError, TypeError, AttributeError):
-        return "state.json is not what was written (half-written?)"
+        return "state.json is damaged (half-written?)"
     for name, size in files:
         file = path / name
         if not file.is_file():
@@ -150,28 +149,28 @@ def broken(path: Path) -> str | None:
 
 
 def open_folder(folder: Path, resume: str | bool | None, ranks: Ranks) -> Path | None:
-    """Make the folder of a run; the checkpoint to go on from, if `resume` (a path, or True or auto for the
-    newest) finds one.
+    """Make the folder of a run, and return the checkpoint to resume from, or None.
 
-    Raises ConfigError for a folder that holds another run or cannot be made.
+    `resume` is a path, or True or "auto" for the newest usable checkpoint. Raises ConfigError for a folder
+    that holds another run or cannot be made.
     """
-    found: Path | None = None
-    there = any(ranks.gather(holds_run(folder)))  # all ranks look before the first one writes
+    checkpoint: Path | None = None
+    has_run = any(ranks.gather(holds_run(folder)))  # all ranks look before the first one writes
     if resume in (True, "auto"):
-        found, problems = latest(folder)
+        checkpoint, problems = latest(folder)
         for problem in problems if ranks.first else ():
             print(f"ignored: {problem}")
     elif resume:
-        found = Path(str(resume)).expanduser()
-        if why := broken(found):
-            raise ConfigError(f"cannot resume from {found}: {why}")
-        if there and found.resolve().parent != folder.resolve():
+        checkpoint = Path(str(resume)).expanduser()
+        if problem := broken(checkpoint):
+            raise ConfigError(f"cannot resume from {checkpoint}: {problem}")
+        if has_run and checkpoint.resolve().parent != folder.resolve():
             raise ConfigError(
-                f"cannot resume from {found}: output_dir {folder} holds another run, and the two would mix. "
-                "Choose a new output_dir to branch off there, or go on with a checkpoint of this folder "
+                f"cannot resume from {checkpoint}: output_dir {folder} holds another run, and the two would "
+                "mix. Choose a new output_dir to branch off, or resume from a checkpoint of this folder "
                 "(--resume auto)"
             )
-    elif there:
+    elif has_run:
         raise ConfigError(
             f"{folder} holds another run: resume it (--resume auto) or choose another output_dir"
         )
@@ -181,36 +180,37 @@ def open_folder(folder: Path, resume: str | bool | None, ranks: Ranks) -> Path |
         raise ConfigError(f"output_dir {folder} cannot be made: {error}") from None
     if ranks.first:
         check_writable(folder, "output_dir")
-    return found
+    return checkpoint
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has anything of a run in it."""
-    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl")) or any(
-        is_ours(path) for path in folder.glob("checkpoint-*")
-    )
+    """Whether a folder has a run's log, run.json or checkpoint."""
+    if (folder / "run.json").exists() or (folder / "metrics.jsonl").exists():
+        return True
+    return any(is_ours(path) for path in folder.glob("checkpoint-*"))
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest usable checkpoint of a run, and what was wrong with newer ones."""
+    """The newest usable checkpoint of a run, and the problems of newer ones."""
     problems = []
     for path in reversed(by_age(folder)):
-        why = broken(path)
-        if why is None:
+        problem = broken(path)
+        if problem is None:
             return path, problems
-        problems.append(f"{path}: {why}")
+        problems.append(f"{path}: {problem}")
     return None, problems
 
 
 def read(
     path: Path, ranks: Ranks, backend: str, config: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, this rank's state) of a checkpoint; ConfigError if it is broken or belongs to another kind
-    of run.
+    """(state, this rank's state) of a checkpoint.
+
+    Raises ConfigError if it is broken, or if this run's ranks, backend or configuration differ.
     """
-    why = broken(path)
-    if why:
-        raise ConfigError(f"cannot resume from {path}: {why}")
+    problem = broken(path)
+    if problem:
+        raise ConfigError(f"cannot resume from {path}: {problem}")
     state = json.loads((path / "state.json").read_text())
     if state["ranks"] != ranks.size:
         raise ConfigError(
@@ -226,61 +226,63 @@ def read(
 
 
 def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> None:
-    """Raise ConfigError unless a run of `config` may go on with what one of the settings `before` left at
-    `where`.
-    """
+    """Raise ConfigError if `config` differs from the settings `before` of a run that is to be resumed."""
     now = json.loads(json.dumps(config))
     known = before | {"engine": own_settings(before["engine"])} if "engine" in before else before
     changed = changes(without(filled(known, now), FREE_TO_CHANGE), without(now, FREE_TO_CHANGE))
     if changed:
         raise ConfigError(
-            f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or set the "
-            "configuration back"
+            f"cannot resume from {where}: {'; '.join(changed)}. Use another output_dir, or restore the "
+            "configuration"
         )
 
 
 def without(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """A configuration less some of its fields, `section` or `section.field`."""
+    """A configuration without some of its fields, named `section` or `section.field`."""
     left = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items() if k not in fields}
-    for section, _, field in (name.partition(".") for name in fields if "." in name):
-        if isinstance(left.get(section), dict):
+    for name in fields:
+        section, _, field = name.partition(".")
+        if field and isinstance(left.get(section), dict):
             left[section].pop(field, None)
     return left
 
 
 def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an older version, with those of `now` that it did not know as they are by default:
-    what it did.
+    """The settings that an older version wrote, plus the fields of `now` that it lacked.
+
+    They have their default values, since that is how the older version behaved.
     """
     engine = (now.get("engine") or {}).get("name", "hf")
-    usual = json.loads(json.dumps(to_dict(build({"model": "", "data": "", "engine": engine}))))
+    defaults = json.loads(json.dumps(to_dict(build({"model": "", "data": "", "engine": engine}))))
     if (config.get("policy") or {}).get("lora"):
-        usual["policy"]["lora"] = {"use_dora": False, "new_tokens": False}
+        defaults["policy"]["lora"] = {"use_dora": False, "new_tokens": False}
 
-    def below(given: Any, default: Any, now: Any) -> Any:
-        if not all(isinstance(side, dict) for side in (given, default, now)):
+    def fill(given: Any, default: Any, now: Any) -> Any:
+        if not (isinstance(given, dict) and isinstance(default, dict) and isinstance(now, dict)):
             return given
+        old = {k: fill(value, default.get(k), now.get(k)) for k, value in given.items()}
         new = {k: default[k] for k in now if k in default and k not in given}
-        return {k: below(v, default.get(k), now.get(k)) for k, v in given.items()} | new
+        return old | new
 
-    return below(config, usual, now)
+    return fill(config, defaults, now)
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the `keep` checkpoints that were written last and the best one; never one that is not
-    ours.
-    """
-    for path in [p for p in by_age(folder) if is_ours(p)][:-keep]:
+    """Delete our checkpoints, except the `keep` that were written last and the best one."""
+    ours = [path for path in by_age(folder) if is_ours(path)]
+    for path in ours[:-keep]:
         if path.name != f"checkpoint-{best}":
             shutil.rmtree(path)
 
 
 def changes(old: Any, new: Any, name: str = "") -> list[str]:
-    """What differs, field by field; a field that is missing counts as null (older versions have fewer)."""
-    sides = [side if side is not None else {} for side in (old, new)]
-    if old != new and all(isinstance(side, dict) for side in sides):
-        keys = sorted({*sides[0], *sides[1]})
-        return [
-            x for k in keys for x in changes(sides[0].get(k), sides[1].get(k), f"{name}.{k}" if name else k)
-        ]
-    return [] if old == new else [f"{name} was {old!r}, is {new!r}"]
+    """The differences, field by field; a missing field counts as null (older versions have fewer)."""
+    if old == new:
+        return []
+    before, after = ({} if side is None else side for side in (old, new))
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [f"{name} was {old!r}, is {new!r}"]
+    differences = []
+    for key in sorted({*before, *after}):
+        differences += changes(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+    return differences

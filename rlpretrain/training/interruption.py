@@ -1,6 +1,4 @@
-"""Ctrl-C and SIGTERM: the step under way is finished, a checkpoint is written, and the run says how to go
-on.
-"""
+"""Ctrl-C and SIGTERM: the run finishes its step, writes a checkpoint and says how to resume."""
 
 from __future__ import annotations
 
@@ -12,13 +10,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 TOGETHER = 2.0
-"""Seconds within which several signals count as one: a terminal signals every process, and a launcher its
-own once more.
+"""Seconds within which several signals count as one.
+
+A terminal signals every process, and a launcher then signals its own again.
 """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run behind a whole step; the message says where it stands and how to go on."""
+    """A signal ended a run after a complete step; the message names the step and how to resume."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -26,17 +25,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM while its `with` block runs; a second Ctrl-C raises KeyboardInterrupt
-    there and then.
+    """Records the first SIGINT or SIGTERM while its `with` block runs.
 
-    Outside the main thread Python takes no signal handlers, and this does nothing.
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread Python allows no signal
+    handlers, and this does nothing.
     """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.number: int | None = None
-        """The signal that came."""
-        self.came = 0.0
+        """The first signal that arrived."""
+        self.arrived_at = 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -54,7 +53,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
-            self.number, self.came = number, time.monotonic()
+            self.number, self.arrived_at = number, time.monotonic()
             if not self.quiet:
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
                 text = (
@@ -62,5 +61,5 @@ class Signals:
                     f"checkpoint{again}\n"
                 )
                 os.write(2, text.encode())  # print is not safe inside a handler
-        elif number == signal.SIGINT and time.monotonic() - self.came > TOGETHER:
+        elif number == signal.SIGINT and time.monotonic() - self.arrived_at > TOGETHER:
             raise KeyboardInterrupt

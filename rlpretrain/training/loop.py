@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> None:
-    """Train until the run says stop."""
+    """Train until the run stops."""
     for step in run.remaining_steps():
         batch = run.next_batch()  # thoughts sampled under the present weights
         micros = run.pack(batch, run.count(batch))  # as many on every rank
@@ -29,14 +29,14 @@ def train(run: Run) -> None:
         if run.needs_step_advantages():
             micros, known = score_first(run, micros)
         for _ in range(run.config.loss.inner_epochs):
-            if not add_gradients(run, micros, known):  # a counted thought has no reward after all
+            if not add_gradients(run, micros, known):  # a counted thought has no reward: leave it out
                 run.policy.discard()
                 run.metrics = metrics
                 micros, known = score_first(run, micros)
                 add_gradients(run, micros, known)
             run.update()  # optimizer step, then the baseline's
         run.sync(version=step + 1)
-        run.finish(step + 1, batch)  # log, evaluate, checkpoint, decide whether to go on
+        run.finish(step + 1, batch)  # log, evaluate, checkpoint, decide whether to continue
 
 
 def score_first(run: Run, micros: Sequence[MicroBatch]) -> tuple[list[MicroBatch], list[Advantages]]:

@@ -1,5 +1,4 @@
-"""The terms of the loss, each a sum over one micro-batch and with its own count of what the loop divides it
-by.
+"""The terms of the loss: each is a sum over one micro-batch, and counts its own denominator.
 
 A term is one of `TERMS`, or a user's own subclass of `Loss` by its path `package.module:Class`. `loss.terms`
 names the terms of a run; by default they are those of the objective (`Objective.losses`). Legend: B
@@ -30,13 +29,12 @@ def clipped_surrogate(
     config: LossConfig,
     old_logps: Float[Tensor, "B G L"] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Minus the clipped policy-gradient objective of RLP (arXiv 2510.01265, eq. 8; PPO's, arXiv 1707.06347),
-    and diagnostics.
+    """Minus RLP's clipped policy-gradient objective (arXiv 2510.01265, eq. 8), and diagnostics.
 
-    Each thought token weighs `micro.token_weights` (1/|c| for RLP, 1 for a policy gradient:
-    `loss.reduction`). The ratio is taken against `old_logps` (this very forward when None: ratio exactly 1),
-    and what another engine or an older policy sampled enters with the truncated weight exp(old - behaviour).
-    Only log-probs of sampled thought tokens carry gradient.
+    The clipping is PPO's (arXiv 1707.06347). Each thought token has the weight `micro.token_weights` (1/|c|
+    for RLP, 1 for a policy gradient: `loss.reduction`). The ratio is taken against `old_logps`; None means
+    this forward, with a ratio of exactly 1. Tokens that another engine or an older policy sampled are also
+    weighted by the truncated exp(old - behaviour). Only log-probs of sampled thought tokens carry gradient.
     """
     new = scores.thought_logps
     old = new.detach() if old_logps is None else old_logps
@@ -57,8 +55,9 @@ def clipped_surrogate(
 
 
 def target_loss(scores: Scores, weights: Float[Tensor, "B G T"]) -> Tensor:
-    """Sum of weights × −log p(target | context, thought): the direct term (reader, VeriFree, JEPO), absent
-    from RLP's paper.
+    """Sum of weights × −log p(target | context, thought): the direct term (reader, VeriFree, JEPO).
+
+    RLP's paper does not have it.
     """
     counted = scores.target_mask[:, None, :] & scores.counted[:, :, None]
     return -(weights * scores.target_logps * counted).sum()
@@ -71,7 +70,7 @@ def ntp_loss(scores: Scores, weights: Float[Tensor, " M"]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What a term of the loss may use: one micro-batch, with what was scored of it and earned in it."""
+    """What a term of the loss may use: one micro-batch with its scores, rewards and advantages."""
 
     scores: Scores
     micro: MicroBatch
@@ -82,8 +81,9 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A sum over the micro-batch, with its graph, and numbers for the log. `metrics` that end in "loss"
-    are divided with it.
+    """A sum over the micro-batch, with its graph, and numbers for the log.
+
+    `metrics` whose names end in "loss" are divided by the same count as the sum.
     """
 
     loss: Tensor
@@ -91,13 +91,12 @@ class LossOutput:
 
 
 class Loss:
-    """One term of the loss. A subclass says what it sums over a micro-batch, and what that sum is divided
-    by.
-    """
+    """One term of the loss. A subclass defines its sum over a micro-batch, and the sum's denominator."""
 
     def count(self, micro: MicroBatch) -> float:
-        """This micro-batch's part of the denominator, which is added up over the whole step and all ranks:
-        its thoughts.
+        """This micro-batch's part of the denominator, by default its thoughts.
+
+        The parts are added up over the whole step and all ranks.
         """
         return float(micro.counted.sum())
 
@@ -110,19 +109,17 @@ class Surrogate(Loss):
     """The clipped policy-gradient objective on the tokens of the thoughts, times `loss.policy_coef`."""
 
     def __call__(self, inputs: LossInputs) -> LossOutput | None:
-        known = inputs.thoughts
-        if known is None:
+        thoughts = inputs.thoughts
+        if thoughts is None:
             return None
         loss, info = clipped_surrogate(
-            inputs.scores, inputs.micro, known.advantages, inputs.config, known.old_logps
+            inputs.scores, inputs.micro, thoughts.advantages, inputs.config, thoughts.old_logps
         )
         return LossOutput(inputs.config.policy_coef * loss, {"policy_loss": float(loss.detach()), **info})
 
 
 class Direct(Loss):
-    """−log p(target | context, thought) by the weights of the objective: the reader term, VeriFree's and
-    JEPO's.
-    """
+    """−log p(target | context, thought), with the objective's weights: reader term, VeriFree, JEPO."""
 
     def __call__(self, inputs: LossInputs) -> LossOutput | None:
         if inputs.thoughts is None:
@@ -132,12 +129,13 @@ class Direct(Loss):
 
 
 class NextToken(Loss):
-    """The next-token loss on the documents, by the weights of the objective, times `loss.ntp_coef` (1
-    without thoughts).
+    """The next-token loss on the documents, with the objective's weights, times `loss.ntp_coef`.
+
+    The factor is 1 for an objective without positions.
     """
 
     def count(self, micro: MicroBatch) -> float:
-        """Its predicted tokens."""
+        """The micro-batch's predicted document tokens."""
         return float(len(micro.trunk_labels))
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
@@ -158,14 +156,17 @@ def add_up(terms: Sequence[Loss], counts: Sequence[float], inputs: LossInputs) -
             continue
         share = output.loss / max(count, 1)
         total = share if total is None else total + share
-        metrics |= {n: v / max(count, 1) if n.endswith("loss") else v for n, v in output.metrics.items()}
+        for name, value in output.metrics.items():
+            metrics[name] = value / max(count, 1) if name.endswith("loss") else value
     if total is None:  # every rank must call backward equally often
         total = 0.0 * inputs.scores.trunk_logps.sum()
     return LossOutput(total, metrics)
 
 
 def make_losses(names: Sequence[str]) -> list[Loss]:
-    """The terms of a run, by name; ConfigError for one that is neither in `TERMS` nor a class that can be
-    imported.
+    """The terms of a run, by name.
+
+    Raises ConfigError for a name that is neither in `TERMS` nor the path of a class that can be imported.
     """
-    return [(TERMS[name] if name in TERMS else find(name, "loss.terms", TERMS))() for name in names]
+    classes = [TERMS[name] if name in TERMS else find(name, "loss.terms", TERMS) for name in names]
+    return [term() for term in classes]

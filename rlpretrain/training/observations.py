@@ -1,4 +1,4 @@
-"""What the log shows of a step: numbers of its micro-batches, and what it spent."""
+"""Numbers of a step for the log: means over its micro-batches, and the tokens and operations it spent."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 
 
 def observe(run: Run, inputs: LossInputs, output: LossOutput, own: Tensor) -> None:
-    """Gather the numbers of a micro-batch; `own` [B, T] are the policy's log-probs without a thought."""
+    """Collect the numbers of a micro-batch; `own` [B, T] are the policy's no-think log-probs."""
     scores, micro, epochs = inputs.scores, inputs.micro, run.config.loss.inner_epochs
     run.note(loss=output.loss.detach() / epochs)  # the mean over inner epochs
-    run.note(**{n: v / epochs if n.endswith("loss") else v for n, v in output.metrics.items()})
+    for name, value in output.metrics.items():
+        run.note(**{name: value / epochs if name.endswith("loss") else value})
     rewards = scores.counted.new_zeros(0) if inputs.thoughts is None else inputs.thoughts.rewards
     run.metrics.observe(micro, scores, rewards, own)
     if run.frozen is None or not run.measures_frozen():
         return
     frozen = scores.baseline_logps if run.frozen is run.baseline else run.frozen.logps(micro)
-    without = (frozen * micro.target_mask).sum(-1)
-    target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
+    joint_baseline = (frozen * micro.target_mask).sum(-1)
+    joint_target = (scores.target_logps.detach() * micro.target_mask[:, None]).sum(-1)
     if micro.target_mask.any():
-        run.metrics.add("ig/frozen", (target - without[:, None])[micro.counted])
+        run.metrics.add("ig/frozen", (joint_target - joint_baseline[:, None])[micro.counted])
 
 
 def account(run: Run, batch: Batch) -> None:
-    """Add the tokens and floating-point operations of a step to what the run spent. All ranks call it."""
+    """Add the tokens and floating-point operations of a step to the run's totals. All ranks call it."""
     readers: list[tuple[Any, Reads]] = [
         (run.policy.model, run.policy.scorer.reads),
         (run.policy.model, run.source.reads),
@@ -52,7 +53,7 @@ def account(run: Run, batch: Batch) -> None:
 
 
 def _size_of(run: Run, model: Any) -> Size:
-    """The size of a model that reads, computed once."""
+    """The size of a model, computed once."""
     if id(model) not in run.sizes:
         run.sizes[id(model)] = size_of(model, models.count(model))
     return run.sizes[id(model)]

@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate of each of its steps, and what is decayed."""
+"""The optimizer, its learning-rate schedule, and which parameters have weight decay."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlpretrain.config import OptimConfig
 from rlpretrain.config.plugins import find
 
 Schedule = Callable[[int, int, OptimConfig], float]
-"""(optimizer step after warm-up, number of them, settings) → factor on the peak learning rate."""
+"""(optimizer step after warm-up, number of such steps, settings) → factor on the peak learning rate."""
 
 
 def constant(step: int, total: int, config: OptimConfig) -> float:
-    """The peak, to the end."""
+    """The peak up to the end."""
     return 1.0
 
 
@@ -37,7 +37,7 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "linea
 
 
 def make_schedule(config: OptimConfig, total_steps: int, inner_epochs: int = 1) -> Callable[[int], float]:
-    """optimizer step → factor on the peak learning rate: linear warm-up, then what `optim.schedule` names.
+    """optimizer step → factor on the peak learning rate: linear warm-up, then `optim.schedule`.
 
     `warmup_steps` and `total_steps` are steps of the run, each of `inner_epochs` optimizer steps. The factor
     depends on the optimizer step alone, so a run that is resumed with another length follows the schedule of
@@ -63,8 +63,7 @@ def find_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer] 
 def make_optimizer(
     groups: Sequence[dict[str, Any]], config: OptimConfig, fused: bool
 ) -> torch.optim.Optimizer:
-    """What `optim.name` names: AdamW, or `package.module:factory`, a function of (parameter groups,
-    settings).
+    """The optimizer of `optim.name`: AdamW, or the result of a factory (parameter groups, settings).
 
     The learning rate of every group is set before every step; weight decay is in the groups.
     """
@@ -76,9 +75,10 @@ def make_optimizer(
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices, none on vectors (norms, biases)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    shape = [getattr(p, "ds_shape", p.shape) for p in trained]
-    matrices = [p for p, s in zip(trained, shape, strict=True) if len(s) > 1]
-    vectors = [p for p, s in zip(trained, shape, strict=True) if len(s) <= 1]
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # the full shape under ZeRO 3
+            (matrices if len(shape) > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
+    return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""What a run writes may not be what it reads, nor what somebody else put there."""
+"""Check that the outputs of a run replace neither its inputs nor files that no run wrote."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def check(config: PretrainConfig) -> None:
                     f"{field} is {path}, and a run with output_dir {folder} writes its own '{name}' there: "
                     "choose another output_dir"
                 )
-    if holds_run(folder):  # it is asked for by --resume, or refused elsewhere
+    if holds_run(folder):  # the folder is resumed with --resume, or `checkpoint.open_folder` refuses it
         return
     for name in ("model", "adapter", "start", "rollouts"):
         path = folder / name
         if name in written and path.exists() and not (path / MARK).is_file():
             raise ConfigError(
-                f"{path} is there already and no run wrote it, but this one would write its own: choose "
-                "another output_dir"
+                f"{path} exists, and no run wrote it, but this run would replace it: choose another "
+                "output_dir"
             )
 
 
 def _inputs(config: PretrainConfig) -> dict[str, Path]:
-    """The files and folders that a configuration names, as far as they exist."""
-    named = {
+    """The files and folders that a configuration names and that exist."""
+    paths = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "data.path": config.data.path,
@@ -47,4 +47,5 @@ def _inputs(config: PretrainConfig) -> dict[str, Path]:
         "policy.deepspeed_config": config.policy.deepspeed_config,
         **config.engine.files(),
     }
-    return {field: Path(str(path)) for field, path in named.items() if path and Path(str(path)).exists()}
+    named = {field: Path(str(path)) for field, path in paths.items() if path}
+    return {field: path for field, path in named.items() if path.exists()}

@@ -1,4 +1,4 @@
-"""What can be known of a run before its model is loaded: settings that cannot work, and its length."""
+"""Checks before the model is loaded: settings that cannot work, and the length of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlpretrain.training.optim import find_optimizer, make_schedule
 
 
 def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
-    """Check what needs no model, in a run and in a dry run. Raises ConfigError that names the setting."""
+    """Check settings without a model, in a run and a dry run. Raises ConfigError that names the setting."""
     if config.positions_per_step % ranks:
         raise ConfigError(
             f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks"
@@ -48,7 +48,7 @@ def count_steps(
 
 
 def _positions_per_document(objective: Objective) -> int:
-    """The most positions of one document."""
+    """The largest number of positions in one document."""
     return objective.config.positions_per_document if objective.has_positions else 1
 
 

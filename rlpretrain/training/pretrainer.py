@@ -1,4 +1,4 @@
-"""What a user constructs: `Pretrainer(PretrainConfig(...)).train()`."""
+"""The entry point in Python: `Pretrainer(PretrainConfig(...)).train()`."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ class Pretrainer:
         self.config = config
 
     def train(self, resume: str | bool | None = None) -> dict[str, Any]:
-        """Run to the end and save the model under `output_dir`/model; returns the last metrics, with what
-        ended the run.
+        """Run to the end and save the model as `output_dir`/model; returns the last metrics.
 
-        `resume`: "auto" or True goes on from the newest usable checkpoint (or starts), a path from that
-        checkpoint. Without it an `output_dir` that holds another run is refused. Raises ConfigError for
-        settings that cannot work, Diverged after `stop.nonfinite` skipped steps in a row, CannotWrite where
-        the disk is full, Interrupted (a KeyboardInterrupt) once Ctrl-C or SIGTERM ended the run behind a
-        whole step and its checkpoint.
+        They include the reason for an early stop. `resume`: "auto" or True resumes from the newest usable
+        checkpoint, or starts if there is none; a path resumes from that checkpoint. Without `resume`, an
+        `output_dir` that holds another run is refused. Raises ConfigError for settings that cannot work,
+        Diverged after `stop.nonfinite` skipped steps in a row, CannotWrite if the disk is full, Interrupted
+        (a KeyboardInterrupt) if Ctrl-C or SIGTERM ended the run after a complete step and its checkpoint.
         """
         run = Run(self.config, resume)
         try:
             with run.signals:
                 train(run)
                 return run.end()
-        except Interrupted:  # run.json says so already
+        except Interrupted:  # run.json is already marked
             raise
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -51,8 +50,9 @@ class Pretrainer:
             run.close()
 
     def rollout(self) -> dict[str, Any]:
-        """Only sample: every step's groups under the starting weights, kept under `output_dir`/rollouts;
-        for `replay`.
+        """Only sample: store every step's groups under `output_dir`/rollouts, for `replay`.
+
+        The starting weights sample all of them.
         """
         run = Run(replace(self.config, save_rollouts=True), None)
         groups = 0
@@ -80,8 +80,8 @@ class Pretrainer:
 
 
 def _note(run: Run, status: str, error: BaseException) -> None:
-    """Mark run.json. On a full disk that may fail too: the first error is the one to see."""
+    """Mark run.json. On a full disk this may fail too; then the first error is still the one raised."""
     try:
         run.write_run_json(status, error=f"{type(error).__name__}: {error}")
-    except CannotWrite as second:
-        run.console.say(f"run.json could not be marked {status}: {second}")
+    except CannotWrite as write_error:
+        run.console.say(f"run.json could not be marked {status}: {write_error}")

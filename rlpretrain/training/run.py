@@ -1,4 +1,4 @@
-"""One run: its state, and the steps that the loop calls by name.
+"""One run: its state, and the methods that the loop calls.
 
 Its parts come from `rlpretrain.training.builder`.
 """
@@ -38,7 +38,7 @@ class Diverged(RuntimeError):
 
 @dataclass(slots=True)
 class Timer:
-    """When a step began, and the seconds that its stages took."""
+    """The start of a step, and the seconds that its stages took."""
 
     start: float
     rollout: float = 0.0
@@ -47,15 +47,15 @@ class Timer:
 
 @dataclass(init=False, eq=False)
 class Run(Parts):
-    """The parts of one run, its state, and the steps that the loop calls by name."""
+    """The parts of one run, its state, and the methods that the loop calls."""
 
     step: int
-    """Steps that are done."""
+    """Completed steps."""
     spent: records.Spent
     skipped: int
     skipped_in_row: int
     best: dict[str, Any]
-    """The step and score of the best evaluation, and how many came after it."""
+    """The step and score of the best evaluation, and the number of evaluations after it."""
     monitor: CollapseMonitor
     stopped: str | None
     """The reason to end the run before its last step."""
@@ -96,7 +96,7 @@ class Run(Parts):
         if self.resumed_from is not None:
             run_state.restore(self, self.resumed_from)
         moved = run_state.set_aside(self, resume)
-        # also on resume, and since servers may hold the weights of another run
+        # servers may hold the weights of another run, or of a later step
         self.engine.sync(self.engine_weights, self.step)
         if self.probe:
             self.probe(self.step)
@@ -114,7 +114,7 @@ class Run(Parts):
     # what the loop calls, in its order
 
     def remaining_steps(self) -> Iterator[int]:
-        """Steps still to do; ends early when something asked the run to stop."""
+        """The remaining steps; ends early if there is a reason to stop."""
         while self.step < self.total_steps and self.stopped is None:
             self._begin_step()
             yield self.step
@@ -141,8 +141,8 @@ class Run(Parts):
 
     def count(self, batch: Batch) -> Totals:
         """Denominators over all ranks."""
-        here = count(batch, self.layout.cut)
-        return Totals(*self.ranks.sum([here.thoughts, here.thought_tokens, here.trunk]))
+        local = count(batch, self.layout.cut)
+        return Totals(*self.ranks.sum([local.thoughts, local.thought_tokens, local.trunk]))
 
     def pack(self, batch: Batch, totals: Totals) -> list[MicroBatch]:
         """Micro-batches, as many on every rank and of about the same cost."""
@@ -154,7 +154,7 @@ class Run(Parts):
         return scores if self.reference is None else self.reference(scores, micro)
 
     def count_losses(self, micros: Sequence[MicroBatch]) -> list[float]:
-        """What each term of the loss is divided by: its count over all micro-batches and ranks."""
+        """The denominator of each term of the loss: its count over all micro-batches and ranks."""
         return self.ranks.sum([sum(term.count(micro) for micro in micros) for term in self.losses])
 
     def needs_step_advantages(self) -> bool:
@@ -163,16 +163,16 @@ class Run(Parts):
         return self.objective.has_positions and (several or "batch" in self.objective.needs)
 
     def note(self, **values: Any) -> None:
-        """Numbers for the log: losses are summed over micro-batches, everything else averaged."""
+        """Add numbers to the log: losses are summed over micro-batches, everything else is averaged."""
         for name, value in values.items():
             (self.metrics.total if name.endswith("loss") else self.metrics.add)(name, float(value))
 
     def observe(self, inputs: LossInputs, output: LossOutput, own: torch.Tensor) -> None:
-        """Gather the numbers of a micro-batch; `own` [B, T] are the policy's log-probs without a thought."""
+        """Collect the numbers of a micro-batch; `own` [B, T] are the policy's no-think log-probs."""
         observations.observe(self, inputs, output, own)
 
     def find_problem(self, inputs: LossInputs, output: LossOutput, live: bool) -> Problem | None:
-        """What is wrong with a micro-batch on any rank. `live`: its rewards come from this very forward."""
+        """The problem of a micro-batch on any rank. `live`: its rewards come from the forward that trains."""
         return find_problem(self, inputs, output, live)
 
     def update(self) -> None:
@@ -196,11 +196,11 @@ class Run(Parts):
         self.timer.sync = time.perf_counter() - begin
         if self.probe:
             self.probe(version)
-            seen = {"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference}
-            self.note(**seen, **self.engine.info.timings)
+            probed = {"perf/probe_s": self.probe.seconds, "sampling/probe_difference": self.probe.difference}
+            self.note(**probed, **self.engine.info.timings)
 
     def finish(self, step: int, batch: Batch) -> None:
-        """Log, evaluate, checkpoint, and decide whether to go on."""
+        """Log, evaluate, checkpoint, and decide whether to continue."""
         finish_step(self, step, batch)
 
     # the end
@@ -209,8 +209,8 @@ class Run(Parts):
         """Save the final model: the best checkpoint's after a collapse, else the last."""
         if run_stop.was_interrupted(self):
             raise run_output.interruption(self)
-        if why := records.nothing_learnt(self.stopped, self.skipped, self.step, self.folder):
-            raise Diverged(why)
+        if reason := records.nothing_learnt(self.stopped, self.skipped, self.step, self.folder):
+            raise Diverged(reason)
         return run_output.end(self)
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class Run(Parts):
             self.trackers.close()
 
     def write_run_json(self, status: str, **more: Any) -> None:
-        """run.json: the resolved configuration, what the run found, all versions."""
+        """Write run.json: the resolved configuration, the results so far, all versions."""
         if self.ranks.first:
             records.write_json(self.folder / "run.json", run_output.record(self, status) | more)
 

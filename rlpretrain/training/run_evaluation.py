@@ -1,4 +1,4 @@
-"""Evaluation during a run, with the policy's present weights, on the held-out documents of all ranks."""
+"""Evaluation during a run, with the policy's current weights, on the held-out documents of all ranks."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class RunEvaluation:
     """A model of its own, for policies whose weights are spread over the ranks."""
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the present weights, the same on every rank. All ranks call it."""
+        """The metrics of the current weights, the same on every rank. All ranks call it."""
         config, ranks = self.parts.config, self.parts.ranks
         assert self.parts.held_out is not None, "a run evaluates only with eval.data"
-        mine = self.parts.held_out[ranks.rank :: ranks.size]
+        documents = self.parts.held_out[ranks.rank :: ranks.size]
         model, frozen = self.model(), self.parts.frozen and self.parts.frozen.model
         if self.parts.frozen and config.policy.lora:
             frozen = NoGradScorer(model, adapters_off=True)
-        here = evaluate(
+        local = evaluate(
             model,
             self.parts.objective,
-            mine,
+            documents,
             frozen=frozen,
             thoughts=config.eval.thoughts,
             seed=config.seed,
             token_budget=config.token_budget,
             pad_id=self.parts.layout.pad_id,
         )
-        joined = Evaluation.join(ranks.gather(here))
+        joined = Evaluation.join(ranks.gather(local))
         numbers = {name: value for name, value in joined.summary().items() if isinstance(value, int | float)}
         return {f"eval/{name}": value for name, value in numbers.items()}
 
     def model(self) -> nn.Module:
-        """A whole model with the policy's present weights; with adapters, where those are trained."""
+        """A whole model with the policy's current weights; with adapters, if these are trained."""
         config, policy = self.parts.config, self.parts.policy
         lora = config.policy.lora
         sampled = self.parts.engine.info.module
@@ -76,7 +76,7 @@ def evaluate_run(run: Run) -> dict[str, float]:
     """Evaluate, and compare with the best evaluation so far; returns the row. All ranks call it."""
     row = run.evaluation.evaluate()
     score, not_finite = score_of(row), row.get("eval/not_finite", 0.0)
-    if not_finite or not math.isfinite(score):  # neither a new best nor an evaluation without progress
+    if not_finite or not math.isfinite(score):  # neither a new best nor a lack of progress
         problem = (
             f"{not_finite:.0%} of the positions have log-probs of NaN or inf" if not_finite else "no number"
         )
@@ -94,5 +94,5 @@ def evaluate_run(run: Run) -> dict[str, float]:
 
 
 def score_of(row: dict[str, float]) -> float:
-    """The number by which evaluations are compared; more is better."""
+    """The number by which evaluations are compared; larger is better."""
     return row.get("eval/gain_frozen", row.get("eval/reward", -row["eval/no_think_loss"]))

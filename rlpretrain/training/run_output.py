@@ -1,4 +1,4 @@
-"""What a run prints when it begins, and what it leaves behind: run.json and the final model."""
+"""The output of a run: its first printed lines, run.json, stored rollouts and the final model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
     """The lines that a run prints before its first step."""
     lora = run.config.policy.lora
     if run.added:
-        fixed = "; policy.lora.new_tokens is off: their embeddings stay as they begin"
+        fixed = "; policy.lora.new_tokens is off: their embeddings are not trained"
         yield f"added to the tokenizer: {', '.join(run.added)}{fixed if lora and not lora.new_tokens else ''}"
     if run.padded_because:
         yield f"rows are padded, not packed in trees: {run.padded_because}"
@@ -38,13 +38,13 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
 
 
 def make_trackers(run: Run) -> Trackers:
-    """The trackers of `report_to`; a table of samples about five times in a run."""
+    """The trackers of `report_to`, which get a table of samples about five times in a run."""
     config, sample_every = run.config, max(1, run.total_steps // 5)
     return Trackers(run.folder, config.report_to, to_dict(config), run.folder.name, run.step, sample_every)
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What run.json says of this run beside its configuration."""
+    """The entries of run.json about this run, beside its configuration."""
     return {
         "added_tokens": run.added,
         "documents_too_short": run.dropped,
@@ -53,13 +53,13 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def logged_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl: of a resumed run those up to its checkpoint, else none."""
+    """The rows of metrics.jsonl: in a resumed run those up to its checkpoint, else none."""
     log = folder / "metrics.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def keep_rollouts(run: Run, batch: Batch) -> None:
-    """Store a batch before its step, with `save_rollouts`."""
+    """Store a batch before its step, if `save_rollouts` is set."""
     if run.store:
         facts = {
             "engine": run.engine.health(),
@@ -71,7 +71,7 @@ def keep_rollouts(run: Run, batch: Batch) -> None:
 
 
 def step_row(run: Run) -> dict[str, float]:
-    """What is logged of a step beside its own metrics: times, what was spent, where the run stands."""
+    """Numbers of a step beside its own metrics: times, tokens and operations spent, progress."""
     total, timer = time.perf_counter() - run.timer.start, run.timer
     return {
         "step_time": total,
@@ -86,7 +86,7 @@ def step_row(run: Run) -> dict[str, float]:
 
 
 def record(run: Run, status: str) -> dict[str, Any]:
-    """The content of run.json: the resolved configuration, what the run found, all versions."""
+    """The content of run.json: the resolved configuration, the results so far, all versions."""
     return {
         "status": status,
         "stopped": run.stopped,
@@ -101,7 +101,7 @@ def record(run: Run, status: str) -> dict[str, Any]:
         "versions": compat.versions(),
         "best": run.best,
         "warnings": [
-            {"step": found.step, "rule": found.rule, "text": found.text} for found in run.health.findings
+            {"step": item.step, "rule": item.rule, "text": item.text} for item in run.health.findings
         ],
         **run.facts,
     }
@@ -121,7 +121,7 @@ def save_model(run: Run) -> None:
 
 
 def interruption(run: Run) -> Interrupted:
-    """Mark run.json; what to raise, which says how to go on."""
+    """Mark run.json as interrupted; the exception to raise, which says how to resume."""
     run.write_run_json("interrupted")
     assert run.stopped is not None, "an interrupted run has a reason"
     name = run.stopped.removeprefix("interrupted: ")
@@ -133,17 +133,19 @@ def interruption(run: Run) -> Interrupted:
 
 
 def end(run: Run) -> dict[str, Any]:
-    """Save the final model, say so in run.json and on the console, upload it if asked to; what the run
-    returns.
+    """Save the final model, mark run.json as done, upload the model if `push_to_hub` is set.
+
+    After a collapse the best checkpoint is restored first. Returns the last metrics and the reason to stop.
     """
     best = run.folder / f"checkpoint-{run.best['step']}"
-    back = best if run.stopped and run.stopped.startswith("collapse") and best.is_dir() else None
-    if back:
-        run.policy.load(back)
+    restored = best if run.stopped and run.stopped.startswith("collapse") and best.is_dir() else None
+    if restored:
+        run.policy.load(restored)
     save_model(run)
-    run.write_run_json("done", best_checkpoint_restored=str(back) if back else None)
+    run.write_run_json("done", best_checkpoint_restored=str(restored) if restored else None)
     run.console.say(f"stopped early: {run.stopped}" if run.stopped else None)
-    run.console.say(f"model saved to {run.folder / 'model'}" + (f", from {back.name}" if back else ""))
+    origin = f", from {restored.name}" if restored else ""
+    run.console.say(f"model saved to {run.folder / 'model'}{origin}")
     if run.config.push_to_hub and run.ranks.first:
         models.push(run.folder / "model", run.config.push_to_hub)
     return run.last | {"stopped": run.stopped, "model": str(run.folder / "model"), "steps": run.step}

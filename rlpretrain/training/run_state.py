@@ -1,4 +1,4 @@
-"""What a run carries from one step to the next, written into a checkpoint and read back from it."""
+"""The state of a run: written into a checkpoint, and restored from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resolved(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint of the present step. All ranks call it."""
+    """Write the checkpoint of the current step. All ranks call it."""
     state = {
         "config": resolved(run),
         "backend": type(run.policy).__name__,
@@ -38,34 +38,33 @@ def save(run: Run) -> None:
         "skipped_in_row": run.skipped_in_row,
         "monitor": run.monitor.state_dict(),
     }
-    mine = {
+    rank_state = {
         "source": run.source.state_dict(),
         "baseline": run.baseline.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    checkpoint.save(run.folder, run.step, run.ranks, {"policy": run.policy}, state, mine)
+    checkpoint.save(run.folder, run.step, run.ranks, {"policy": run.policy}, state, rank_state)
     if run.ranks.first:
         checkpoint.rotate(run.folder, run.config.checkpoint.keep, run.best["step"])
 
 
 def restore(run: Run, path: Path) -> None:
-    """Go back to the checkpoint `path`. All ranks call it."""
-    state, mine = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
+    """Restore the checkpoint `path`. All ranks call it."""
+    state, rank_state = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
     run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
     run.stopped = run_stop.over_budget(run)
     run.skipped, run.skipped_in_row = state["skipped"], state["skipped_in_row"]
     run.monitor.load_state_dict(state["monitor"])
-    run.source.load_state_dict(mine["source"])
-    run.baseline.load_state_dict(mine["baseline"])
-    torch.set_rng_state(mine["rng"])
+    run.source.load_state_dict(rank_state["source"])
+    run.baseline.load_state_dict(rank_state["baseline"])
+    torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)
 
 
 def set_aside(run: Run, resume: str | bool | None) -> str | None:
-    """Move away what a resumed run wrote after its checkpoint, so that two branches never mix.
+    """Move what a resumed run wrote after its checkpoint to another folder; returns a line about it, or None.
 
-    Called on all ranks before the first step, also where a run is started again for want of a checkpoint.
-    Returns a line that says what was moved.
+    All ranks call it before the first step, also if the run starts again because it has no checkpoint.
     """
     message = None
     if resume and run.resumed_from is None and (run.folder / "run.json").is_file():

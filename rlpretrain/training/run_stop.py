@@ -1,4 +1,4 @@
-"""What ends a run before its last step. Each rule returns its reason as a text, or None."""
+"""Rules that end a run before its last step. Each returns its reason as a text, or None."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def make_monitor(config: PretrainConfig) -> CollapseMonitor:
 
 
 def over_budget(run: Run) -> str | None:
-    """`stop.input_tokens` or `stop.flops` is reached."""
+    """Stop if `stop.input_tokens` or `stop.flops` is reached."""
     return run.spent.over(run.config.stop.input_tokens, run.config.stop.flops)
 
 
 def nonfinite(run: Run) -> str | None:
-    """`stop.nonfinite` steps in a row were skipped."""
+    """Stop after `stop.nonfinite` skipped steps in a row."""
     if run.skipped_in_row < run.config.stop.nonfinite:
         return None
     where = run.folder / "nonfinite"
@@ -33,11 +33,11 @@ def nonfinite(run: Run) -> str | None:
 
 
 def collapsed(run: Run, row: Mapping[str, float]) -> str | None:
-    """The monitor of `stop.collapse` fires on a step's row."""
+    """Stop if the monitor of `stop.collapse` fires on a step's row."""
     if not run.config.stop.collapse or "ntp/loss" not in row or not run.objective.has_positions:
         return None
-    # ig/frozen cannot flatter, but is measured in some steps only; where ig/self flatters, the no-think loss
-    # rises
+    # ig/frozen is not biased by a worse no-think arm, but is measured in some steps only. Where ig/self is
+    # biased, the no-think loss rises.
     reason = run.monitor.observe(
         gain=row.get("ig/self", math.nan),
         no_think_loss=row["ntp/loss"],
@@ -48,18 +48,18 @@ def collapsed(run: Run, row: Mapping[str, float]) -> str | None:
 
 
 def interrupted(run: Run) -> str | None:
-    """A signal reached some rank. All ranks call it."""
+    """Stop if a signal reached some rank. All ranks call it."""
     number = int(run.ranks.max([float(run.signals.number or 0)])[0])
     return f"interrupted: {signal.Signals(number).name}" if number else None
 
 
 def was_interrupted(run: Run) -> bool:
-    """Whether a signal is what stopped the run."""
+    """Whether a signal stopped the run."""
     return run.stopped is not None and run.stopped.startswith("interrupted: ")
 
 
 def out_of_patience(run: Run) -> str | None:
-    """`stop.patience` evaluations in a row did not improve."""
+    """Stop after `stop.patience` evaluations in a row without a better gain."""
     if not run.config.stop.patience or run.best["stale"] < run.config.stop.patience:
         return None
     return f"patience: no better gain in {run.best['stale']} evaluations"

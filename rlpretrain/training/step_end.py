@@ -36,27 +36,27 @@ def finish_step(run: Run, step: int, batch: Batch) -> None:
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) happens after this one."""
+    """Whether something that happens every `every` steps (0: never) happens after this step."""
     return bool(every) and step % every == 0
 
 
 def _count_skipped(run: Run, batch: Batch) -> None:
-    """Count a step with NaN or inf, say so, and drop its metrics, which cover a part of it only."""
+    """Count and report a step with NaN or inf, and drop its metrics, which cover only a part of it."""
     if not run.bad:
         run.skipped_in_row = 0
         return
     run.skipped, run.skipped_in_row = run.skipped + 1, run.skipped_in_row + 1
     run.metrics = StepMetrics()
     run.console.say(f"step {run.step} skipped: NaN or inf in {run.bad} ({run.skipped_in_row} in a row)")
-    if run.bad == "gradients":  # a batch with another problem was kept when it was found
+    if run.bad == "gradients":  # `find_problem` has stored the batches with other problems
         records.keep_batch(run.folder, run.step, run.ranks.rank, run.bad, batch.groups, batch.documents)
 
 
 def _log(run: Run, row: dict[str, float], batch: Batch) -> None:
     """Write the row and samples to the trackers, and show the step with new warnings on the console."""
     if run.trackers:
-        scored_here = [group for group in batch.groups if (group.id, 0) in run.metrics.rewards]
-        run.trackers.write(run.step, row, scored_here, run.tokenizer, run.metrics.rewards)
+        scored_groups = [group for group in batch.groups if (group.id, 0) in run.metrics.rewards]
+        run.trackers.write(run.step, row, scored_groups, run.tokenizer, run.metrics.rewards)
     run.console.step(run.step, row, batch.groups, run.tokenizer)
     for finding in run.health.observe(run.step, row):
         run.console.say(f"warning, step {run.step}: {finding}")

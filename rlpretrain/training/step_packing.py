@@ -1,4 +1,4 @@
-"""One step's batch → micro-batches: balanced over ranks, packed, and checked against padded rows once."""
+"""Pack a step's batch into micro-batches: balance ranks, pack, compare with padded rows once."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def pack_step(run: Run, batch: Batch, totals: Totals) -> list[MicroBatch]:
 
 def _any_split(run: Run, micros: list[MicroBatch]) -> bool:
     """Whether some rank has a group that is split over micro-batches."""
-    split_here = any(offset for micro in micros for offset in micro.offsets)
-    return bool(run.ranks.max([float(split_here)])[0])
+    local_split = any(offset for micro in micros for offset in micro.offsets)
+    return bool(run.ranks.max([float(local_split)])[0])
 
 
 def _compare_with_padded(run: Run, micro: MicroBatch, layout: Layout, totals: Totals) -> None:
     """Check the tree layout against padded rows, once in a process.
 
-    What the check reads is not counted as spent, since a resumed run would then have spent more.
+    The tokens of the check do not count as spent, because a resumed run checks again.
     """
     spent = replace(run.policy.scorer.reads)
     difference = check_tree(run.policy, micro, layout, totals, run.ranks, run.half)
     run.policy.scorer.reads = spent
     run.facts["tree_difference"] = difference
-    run.console.say(f"packed trees and padded rows: the same to {difference:.1e} nats")
+    run.console.say(f"packed trees and padded rows agree to {difference:.1e} nats")

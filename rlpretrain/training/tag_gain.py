@@ -1,7 +1,6 @@
-"""What the tags of a thought are worth by themselves: the gain of a thought without content, measured while a
-run goes on.
+"""The gain of an empty thought, measured during a run.
 
-A gain that an empty thought has as well says nothing about thinking: the model has learnt what comes after
+A gain that an empty thought also has does not come from thinking: the model has learnt which tokens follow
 the close tag.
 """
 
@@ -21,14 +20,14 @@ from rlpretrain.types import Batch
 def gains_of_empty_thoughts(
     score: ScoreFunction, frozen: Frozen, batch: Batch, layout: Layout, ranks: Ranks
 ) -> Tensor:
-    """log p(target | context, empty thought) − log p(target | context) [P] in nats, the second under the
-    frozen model.
+    """log p(target | context, empty thought) − log p(target | context) [P] in nats.
 
-    P are the positions of this rank whose prompts have a close tag. All ranks call it together.
+    The second term is the frozen model's. P are this rank's positions whose prompts have a close tag. All
+    ranks call it together.
     """
     groups = contrast([group for group in batch.groups if group.prompt.close_ids], "empty")
     documents = batch.documents if groups else ()
     micros = micro_batches(Batch(groups, documents), layout, ranks)
-    found = score_batch(score, micros, ranks.device, reference=frozen).groups
-    gains = [scores.joint_target - scores.joint_baseline for scores in found.values()]
+    scored = score_batch(score, micros, ranks.device, reference=frozen).groups
+    gains = [scores.joint_target - scores.joint_baseline for scores in scored.values()]
     return torch.cat(gains) if gains else torch.zeros(0, dtype=torch.float64)

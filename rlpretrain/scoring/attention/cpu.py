@@ -3,7 +3,7 @@
 A token sees the path before its segment and its segment up to itself. The two parts are computed apart, each
 in batched products without a mask, and merged by their log-sum-exps. The backward pass gives each part the
 merged ones, so that its own softmax comes out right. Legend: H heads, K of them with keys and values, N
-tokens of the tree, D a head's width; n segments of a bin, L their longest.
+tokens of the tree, D a head's width; n segments of a bin, L tokens of the longest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpretrain.tree import Piece, Tree
+from rlpretrain.tree import Fork, Piece, Tree
 
 
 class TreeAttention(torch.autograd.Function):
-    """Attention along a tree, part by part: query [1, H, N, D], key and value [1, K, N, D], gives [1, H,
-    N, D].
-    """
+    """Attention along a tree: query [1, H, N, D], key and value [1, K, N, D] → [1, H, N, D]."""
 
     @staticmethod
     def forward(
@@ -39,16 +37,12 @@ class TreeAttention(torch.autograd.Function):
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_exact(q))
         for at, real in _bins(tree, q.device):
             seen = _near(tree, window, at) if window else None
-            some, sums = ahead(*(_take(x, at) for x in (q, k, v)), True, seen)
+            some, sums = ahead(_take(q, at), _take(k, at), _take(v, at), True, seen)
             out[0].index_copy_(1, at[real], some.transpose(0, 1)[:, real])
             lse[0].index_copy_(1, at[real], sums.transpose(0, 1)[:, real])
         for fork in tree.forks:
             own = slice(fork.start, fork.stop)
-            seen = (
-                _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None])
-                if window
-                else None
-            )
+            seen = _near_path(tree, window, fork)
             some, sums = ahead(q[:, :, own], _pieces(k, fork.path), _pieces(v, fork.path), False, seen)
             both = torch.logaddexp(sums, lse[:, :, own])
             share = (sums - both).exp().unsqueeze(-1).to(q.dtype)
@@ -67,16 +61,12 @@ class TreeAttention(torch.autograd.Function):
         for at, real in _bins(tree, q.device):
             seen = _near(tree, window, at) if window else None
             g, o, s = _take(grad, at) * real[:, None, :, None], _take(out, at), _take(lse, at)
-            parts = back(g, *(_take(x, at) for x in (q, k, v)), o, s, True, seen)
+            parts = back(g, _take(q, at), _take(k, at), _take(v, at), o, s, True, seen)
             for whole, part in zip((dq, dk, dv), parts, strict=True):
                 whole[0].index_copy_(1, at[real], part.transpose(0, 1)[:, real])
         for fork in tree.forks:
             own = slice(fork.start, fork.stop)
-            seen = (
-                _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None])
-                if window
-                else None
-            )
+            seen = _near_path(tree, window, fork)
             some, *pair = back(
                 grad[:, :, own],
                 q[:, :, own],
@@ -98,9 +88,9 @@ class TreeAttention(torch.autograd.Function):
 
 @lru_cache(maxsize=4)  # every layer asks
 def _bins(tree: Tree, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(tokens [n, L], which of them are real) of each bin."""
-    found = [torch.from_numpy(at).to(device) for at in tree.bins]
-    return [(at.clamp(min=0), at >= 0) for at in found]
+    """For each bin, its tokens [n, L] and a mask [n, L] that is False on padding."""
+    bins = [torch.from_numpy(at).to(device) for at in tree.bins]
+    return [(at.clamp(min=0), at >= 0) for at in bins]
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
@@ -112,11 +102,10 @@ def _take(x: Tensor, at: Tensor) -> Tensor:
 
 def _pieces(x: Tensor, path: tuple[Piece, ...]) -> Tensor:
     """[1, K, N, D] → the tokens of a path."""
-    return (
-        x[:, :, path[0][0] : path[0][1]]
-        if len(path) == 1
-        else torch.cat([x[:, :, a:b] for a, b in path], dim=2)
-    )
+    if len(path) == 1:
+        start, stop = path[0]
+        return x[:, :, start:stop]
+    return torch.cat([x[:, :, start:stop] for start, stop in path], dim=2)
 
 
 def _along(path: tuple[Piece, ...]) -> Tensor:
@@ -124,20 +113,26 @@ def _along(path: tuple[Piece, ...]) -> Tensor:
 
 
 def _near(tree: Tree, window: int, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-    """[n, 1, queries, keys] which keys before them queries see through a window; without `keys` their own
-    segment up to them.
+    """Mask [n, 1, queries, keys] of the keys within a query's window.
+
+    Without `keys`, the keys are the query's own segment up to the query.
     """
     depth = torch.from_numpy(tree.positions)
-    mine, theirs = (
-        depth[queries][:, None, :, None],
-        depth[queries if keys is None else keys][:, None, None, :],
-    )
-    seen = mine - theirs < window
+    query_depth = depth[queries][:, None, :, None]
+    key_depth = depth[queries if keys is None else keys][:, None, None, :]
+    seen = query_depth - key_depth < window
     return seen.tril() if keys is None else seen
 
 
+def _near_path(tree: Tree, window: int | None, fork: Fork) -> Tensor | None:
+    """`_near` for the tokens of a fork and the path before it; None without a window."""
+    if not window:
+        return None
+    return _near(tree, window, torch.arange(fork.start, fork.stop)[None], _along(fork.path)[None])
+
+
 def _exact(x: Tensor) -> torch.dtype:
-    """What log-sum-exps and softmaxes are computed in."""
+    """The dtype of log-sum-exps and softmaxes."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -146,9 +141,7 @@ Back = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _kernels(scale: float, softcap: float | None) -> tuple[Ahead, Back]:
-    """(forward, backward) of one part: torch's fused kernel, or plain products for what that does not
-    know.
-    """
+    """(forward, backward) of one part: torch's fused kernel, or plain products with cap or window."""
 
     def ahead(q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         if softcap is None and seen is None:

@@ -15,7 +15,7 @@ from rlpretrain.tree import Tree
 def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    limit = torch._dynamo.config.recompile_limit  # reached by one compilation for each bucket
+    limit = torch._dynamo.config.recompile_limit  # each bucket compiles once, and could reach it
     torch._dynamo.config.recompile_limit = max(limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 
@@ -31,7 +31,7 @@ def flex(
     q, k, v = (nn.functional.pad(x, (0, 0, 0, room - size)) for x in (q, k, v))
 
     def cap(score: Tensor, *_: Any) -> Tensor:
-        assert softcap is not None, "used only with one"
+        assert softcap is not None, "used only with a soft cap"
         return softcap * torch.tanh(score / softcap)
 
     out = _compiled()(

@@ -51,7 +51,7 @@ def install(model: Any) -> str | None:
 
 
 def placeholder(device: torch.device) -> Tensor:
-    """The attention mask passed beside a tree: empty, with four dimensions, which transformers passes on."""
+    """The attention mask passed beside a tree: four dimensions, so that transformers passes it unchanged."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 

@@ -1,4 +1,4 @@
-"""The trained model behind the methods of `Policy`; PyTorch and DeepSpeed give the same results.
+"""Backends: the trained model with the methods of `Policy`. PyTorch and DeepSpeed give the same results.
 
 The loss that `backward` takes is already divided by the step's global counts, so gradients are *summed* over
 micro-batches and over ranks.
@@ -35,7 +35,7 @@ BACKENDS: dict[str, Callable[..., Policy]] = {"torch": TorchPolicy, "deepspeed":
 def backend_of(config: PolicyConfig) -> str:
     """The name of the backend that `policy.backend` means: auto takes DeepSpeed where it is installed.
 
-    Raises ConfigError for settings of DeepSpeed's without it.
+    Raises ConfigError if DeepSpeed's settings are used with torch.
     """
     name = config.backend
     if name == "auto":
@@ -46,7 +46,7 @@ def backend_of(config: PolicyConfig) -> str:
 
 
 def find_backend(config: PolicyConfig) -> Callable[..., Policy]:
-    """The class that `policy.backend` means: one of `BACKENDS`, or a user's own."""
+    """The class that `policy.backend` means: one of `BACKENDS`, or the user's own class."""
     name = backend_of(config)
     return BACKENDS.get(name) or find(name, "policy.backend", ["auto", *BACKENDS])
 

@@ -1,4 +1,4 @@
-"""The protocol of a backend, and what the backends share."""
+"""The protocol of a backend, and functions that the backends share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlpretrain.types import MicroBatch, Scores
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
-    """What an optimizer step did."""
+    """The result of an optimizer step."""
 
     grad_norm: float
     lr: float
@@ -45,7 +45,7 @@ class Policy(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to what this step has gathered."""
+        """Add the gradient of `loss` to the gradient of this step."""
         ...
 
     def step(self) -> StepInfo:
@@ -53,7 +53,7 @@ class Policy(Protocol):
         ...
 
     def discard(self) -> None:
-        """Forget the gradients gathered so far."""
+        """Drop the gradient of this step."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -65,11 +65,11 @@ class Policy(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Everything that a bit-identical continuation needs, under the folder `path`."""
+        """Write the state that a bit-identical resume needs to the folder `path`."""
         ...
 
     def load(self, path: Path) -> None:
-        """Take back what `save` wrote."""
+        """Restore what `save` wrote."""
         ...
 
 

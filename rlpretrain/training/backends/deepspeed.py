@@ -53,7 +53,8 @@ class DeepSpeedPolicy:
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
         optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim, fused=False)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
-            settings["gradient_clipping"], self.clips = 0.0, True  # DeepSpeed would clip, and forget the norm
+            # DeepSpeed clips too, but does not keep the norm
+            settings["gradient_clipping"], self.clips = 0.0, True
             optimizer.register_step_pre_hook(self._clip)
         self.engine, *_ = deepspeed.initialize(
             model=scorer, optimizer=optimizer, config=settings, dist_init_required=False
@@ -95,13 +96,12 @@ class DeepSpeedPolicy:
         return StepInfo(norm, lr, applied)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Between DeepSpeed's reduction and the update."""
-        self.norm = float(
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.limit)
-        )
+        """Clip after DeepSpeed's reduction and before the update."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norm = float(nn.utils.clip_grad_norm_(parameters, self.limit))
 
     def discard(self) -> None:
-        """Forget the gradients gathered so far."""
+        """Drop the gradient of this step."""
         assert self.engine.optimizer is not None, "the engine is constructed with one"
         self.engine.zero_grad()
         self.engine.optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
@@ -114,10 +114,10 @@ class DeepSpeedPolicy:
         """As TorchPolicy.adapter."""
         return self._gathered(list(adapter_pieces(self.model)))
 
-    def _gathered(self, found: list[Piece]) -> Iterator[tuple[str, Tensor]]:
-        size = 16 if self.stage == 3 else len(found)
-        for i in range(0, len(found), size):
-            part = found[i : i + size]
+    def _gathered(self, all_pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
+        size = 16 if self.stage == 3 else len(all_pieces)
+        for i in range(0, len(all_pieces), size):
+            part = all_pieces[i : i + size]
             unique = list({id(p): p for piece in part for p in piece.needs}.values())
             with self.gathered(unique, enabled=self.stage == 3):
                 for piece in part:
@@ -133,16 +133,16 @@ class DeepSpeedPolicy:
         )
 
     def load(self, path: Path) -> None:
-        """Take back what `save` wrote, with the same stage and number of ranks."""
+        """Restore what `save` wrote, with the same stage and number of ranks."""
         read = copy_trained if self.rounded else None
-        where, client = self.engine.load_checkpoint(str(path), tag="deepspeed", custom_load_fn=read)
-        if where is None or client is None:
+        folder, client = self.engine.load_checkpoint(str(path), tag="deepspeed", custom_load_fn=read)
+        if folder is None or client is None:
             raise ConfigError(f"{path} holds no DeepSpeed state: it was written by another backend")
         self.steps = client["steps"]
 
 
 def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's JSON, with what this library must own laid over it."""
+    """The DeepSpeed configuration of a run: the user's JSON with the settings that this library must set."""
     settings: dict[str, Any] = {}
     if config.deepspeed_config:
         try:
@@ -173,5 +173,5 @@ def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) ->
 
 
 def _without_auto(node: dict[str, Any]) -> dict[str, Any]:
-    """Drop "auto" values, which only the HF Trainer fills in: DeepSpeed's own defaults hold instead."""
+    """Drop "auto" values, which only the HF Trainer fills in; DeepSpeed's own defaults apply instead."""
     return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in node.items() if v != "auto"}

@@ -60,7 +60,7 @@ class TorchPolicy:
             return score(self.scorer, micro.to(self.ranks.device), self.temperature, entropies=entropies)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to what this step has gathered."""
+        """Add the gradient of `loss` to the gradient of this step."""
         loss.backward()
 
     def step(self) -> StepInfo:
@@ -73,7 +73,7 @@ class TorchPolicy:
                 dist.all_reduce(p.grad)
         if self.masters:
             for p, m in self.masters:
-                assert p.grad is not None, "set above where backward left none"
+                assert p.grad is not None, "set above if backward left none"
                 m.grad, p.grad = p.grad.float(), None
         owned = [m for _, m in self.masters] or trained
         limit = self.optim.clip_grad_norm or math.inf
@@ -91,7 +91,7 @@ class TorchPolicy:
         return StepInfo(norm, lr, applied)
 
     def discard(self) -> None:
-        """Forget the gradients gathered so far."""
+        """Drop the gradient of this step."""
         for p in self.model.parameters():
             p.grad = None
 
@@ -107,9 +107,10 @@ class TorchPolicy:
         return ((piece.name, piece.make()) for piece in adapter_pieces(self.model))
 
     def save(self, path: Path) -> None:
-        """Everything a bit-identical continuation needs, under `path`."""
+        """Write the state that a bit-identical resume needs to the folder `path`."""
         if self.ranks.first:
-            rounded = getattr(self.model, "is_quantized", False)  # such a base is read again, not kept
+            # a quantized base is loaded from its own files, not from the checkpoint
+            rounded = getattr(self.model, "is_quantized", False)
             model = trained_parameters(self.model) if rounded else self.model.state_dict()
             state = {
                 "model": model,
@@ -120,7 +121,7 @@ class TorchPolicy:
             torch.save(state, path / "policy.pt")
 
     def load(self, path: Path) -> None:
-        """Take back what `save` wrote."""
+        """Restore what `save` wrote."""
         state = torch.load(path / "policy.pt", map_location=self.ranks.device, weights_only=True)
         if getattr(self.model, "is_quantized", False):
             copy_trained(state["model"], self.model)
