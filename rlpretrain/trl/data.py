@@ -83,10 +83,11 @@ def to_prompt_dataset(
         for _ in range(epochs):
             for given in _documents(documents, tokenizer, column, max_length, keep):
                 document = prepare_document(objective, given, (seed, i, DATA))
-                positions = []
-                if document is not None:
-                    positions = objective.positions(document, np.random.default_rng((seed, i)))
-                for p in positions:
+                rng = np.random.default_rng((seed, i))
+                i += 1
+                if document is None:
+                    continue
+                for p in objective.positions(document, rng):
                     text = write(p, objective.prompt(p).token_ids)
                     if streamed:
                         write.check(JUDGED)
@@ -104,7 +105,6 @@ def to_prompt_dataset(
                         zip(COLUMNS, values, strict=True)
                     )
                     yield row | ({"document_token_ids": document.token_ids} if whole else {})
-                i += 1
         write.check()
         if write.warning:
             warnings.warn(write.warning, stacklevel=2)
@@ -147,7 +147,8 @@ def _documents(
             for k, piece in enumerate(pieces):
                 if len(piece.token_ids) > 1:
                     number = k if len(pieces) > 1 else None
-                    yield splitter.make_document(piece, i, number, row if keep else {})
+                    values = {} if isinstance(row, str) or not keep else row
+                    yield splitter.make_document(piece, i, number, values)
 
     return split()
 
