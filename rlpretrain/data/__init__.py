@@ -1,3 +1,1 @@
-"""Text becomes documents, and documents become places to think: rows, token ids, an exact cursor,
-positions.
-"""
+"""From text to positions: rows, token ids, documents with an exact cursor, and where to think in them."""
