@@ -1,6 +1,4 @@
-"""`rlpretrain compare`: budgets that match, what is done stays done, mistakes before any training, one
-table that adds up.
-"""
+"""`rlpretrain compare`: equal budgets, resumed comparisons, early errors, and the tables."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from tests.builders.processes import warm
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
-    """An experiment file: rlp, and ntp on its tokens and on its operations."""
+    """An experiment file: rlp, and ntp with the same tokens and with the same operations."""
     values = tiny_values(corpus, folder / "unused") | {"optim": {"lr": 1e-3}, "threads": 1, "max_steps": 2}
     (folder / "rlp.yaml").write_text(yaml.safe_dump(values))
     ntp = {"config": "rlp.yaml", "set": {"objective": "ntp"}, "like": "rlp"}
@@ -55,7 +53,7 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A comparison that ran to its end, and its results. Copy the folder to change it."""
+    """A finished comparison and its results. Copy the folder to change it."""
     warm()
     folder = tmp_path_factory.mktemp("compare")
     file = written(folder, corpus)
@@ -118,7 +116,7 @@ def test_the_table_is_what_the_evaluations_hold(done):
 
 
 def test_methods_are_compared_by_paired_differences(done):
-    """Issue 15 V: at the same rows with the same seeds, beside the marginal numbers."""
+    """Issue 15 V: differences at the same rows with the same seeds."""
     file, results = done
     names = list(results["methods"])  # the base first
     assert list(results["differences"]) == [f"{b} - {a}" for k, a in enumerate(names) for b in names[k + 1 :]]
@@ -145,14 +143,14 @@ def test_methods_are_compared_by_paired_differences(done):
 
 
 def evaluations(file: Path, name: str) -> list[dict[str, Any]]:
-    """What each seed of a method was found to be."""
+    """The evaluation of each seed of a method."""
     return [
         json.loads((file.parent / "compared" / f"{name}-{s}" / "evaluation.json").read_text()) for s in (0, 1)
     ]
 
 
 def test_an_evaluation_without_source_rows_is_made_again(done, corpus, tmp_path):
-    """One of an older version cannot say which positions belong together."""
+    """An evaluation without `rows` cannot say which positions belong to one document."""
     job = Job(experiment=load_experiment(done[0]), name="rlp", seed=0, where=done[0].parent)
     assert evaluation_to_do(job) is None
     old = evaluations(done[0], "rlp")[0]
@@ -167,9 +165,7 @@ def test_an_evaluation_without_source_rows_is_made_again(done, corpus, tmp_path)
 
 
 def test_what_is_done_is_not_done_again(done, corpus, tmp_path):
-    """A training that was broken off and an evaluation that is lacking are made up; the rest stays, and so
-    do the numbers.
-    """
+    """Only an interrupted training and a missing evaluation run again, and the numbers stay the same."""
     file, results = done
     file = written(tmp_path, corpus, jobs=1)
     shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
@@ -311,7 +307,7 @@ def test_what_a_tokenizer_or_held_out_file_shows_is_known_before_any_training(
 
 
 def test_a_failure_names_its_training(corpus, tmp_path):
-    """Its own documents are read where it is trained; the base beside it needs none of them."""
+    """The documents of one method are read only when that method is trained."""
     bad = {"config": "rlp.yaml", "set": {"data": {"path": str(tmp_path / "nothing.jsonl")}}}
     file = written(tmp_path, corpus, methods={"bad": bad}, seeds=[3])
     with pytest.raises(ConfigError, match="bad, seed 3: .*nothing"):

@@ -1,6 +1,4 @@
-"""A trainer and `rlpretrain serve` meet for the first time: what cannot work is refused before the first
-step (issue 15.22).
-"""
+"""A trainer's first contact with `rlpretrain serve`: errors come before the first step (issue 15.22)."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Service:
-    """`rlpretrain serve` as a child process, with transformers behind it."""
+    """`rlpretrain serve` with the transformers engine, in a child process."""
 
     def __init__(self, folder: Path, words: list[str], port: int):
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "service.log"
@@ -49,7 +47,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def untagged(tmp_path_factory) -> Path:
-    """A base whose tokenizer never saw a tag."""
+    """A base whose tokenizer has no tags."""
     folder = tmp_path_factory.mktemp("untagged") / "base"
     tokenizer = word_tokenizer([word for word in dial.WORDS if word not in (dial.OPEN, dial.CLOSE)])
     tokenizer.save_pretrained(folder)
@@ -58,7 +56,7 @@ def untagged(tmp_path_factory) -> Path:
 
 
 def commands(file: str) -> dict[str, list[str]]:
-    """The `rlpretrain` and server commands of a document's blocks on servers, by their second word."""
+    """The commands of a document's blocks on servers, by their second word."""
     lines = [
         line.split(" #")[0].rstrip() for line in (ROOT / file).read_text().replace("\\\n", " ").splitlines()
     ]
@@ -73,9 +71,7 @@ def commands(file: str) -> dict[str, list[str]]:
 
 
 def test_the_commands_work_as_printed(untagged, values, tmp_path, capsys):
-    """With the base, the folder, the port and the configuration of this test, every other word as it
-    stands there.
-    """
+    """Only the base, the folders, the port and the configuration are replaced."""
     said = commands("README.md")
     assert commands("docs/rollout.md") == said
     assert {"tag", "serve", "train", "mkdir", "VLLM_SERVER_DEV_MODE"} <= set(said), said
@@ -111,7 +107,7 @@ def service(untagged, tmp_path_factory) -> Iterator[Service]:
 
 
 def trained(values, tmp_path, capsys, **engine) -> tuple[int, str, float]:
-    """The exit code, what was said, and how long it took."""
+    """Exit code, stderr and seconds."""
     path = tmp_path / "c.yaml"
     path.write_text(
         yaml.safe_dump(

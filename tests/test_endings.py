@@ -312,7 +312,7 @@ def test_machines_may_change_on_resume_and_numbers_may_not():
 
 
 def interrupted_at(run: Run, step: int, number: int) -> None:
-    """Let the process get a signal within a step."""
+    """Send this process a signal within a step."""
     take = run.next_batch
 
     def spy():
@@ -376,7 +376,7 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 def command(tmp_path: Path, values: dict, mode: str, *launcher: str) -> subprocess.CompletedProcess:
-    """`rlpretrain train` with SCRIPT's changes, by `launcher` in interpreters of their own."""
+    """`rlpretrain train` with the changes of SCRIPT; a `launcher` starts interpreters of its own."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     words = [str(tmp_path / "script.py"), mode, "train", str(tmp_path / "c.yaml")]

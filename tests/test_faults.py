@@ -1,4 +1,4 @@
-"""A trainer that is killed and resumed: the run ends as if nothing had happened."""
+"""A trainer that is killed and resumed ends like one that was not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base) -> Iterator[VLLMServer | None]:
-    """Starts while the first test runs, which does not need it."""
+    """A server that starts while the first test runs, which does not need it."""
     try:
         import vllm  # noqa: F401
     except ImportError:
@@ -55,7 +55,7 @@ def server(base) -> Iterator[VLLMServer | None]:
 
 @pytest.fixture(scope="module")
 def calm(base, corpus, server) -> Trainer:
-    """A run of the embedded engine that nothing happened to."""
+    """An undisturbed run of the embedded engine."""
     run = Trainer(settings(base, corpus, "calm"))
     assert run.wait()
     return run
@@ -74,7 +74,7 @@ def settings(base: Path, corpus: Path, name: str, **changes: Any) -> dict[str, A
 
 
 def killed_and_resumed(values: dict[str, Any]) -> Trainer:
-    """A run whose trainer is killed two steps or a few more after its first checkpoint."""
+    """A run that is killed a few steps after its first checkpoint, and resumed."""
     run, end = Trainer(values), time.monotonic() + 120
     while run.step() < SAVED + 2 and time.monotonic() < end:
         time.sleep(0.002)
@@ -87,7 +87,7 @@ def killed_and_resumed(values: dict[str, Any]) -> Trainer:
 
 
 def check(run: Trainer, calm: Trainer) -> dict[str, int]:
-    """Every step once in log and store, every group once and in its place, as many updates as steps."""
+    """Log and store hold every step once, every group is trained once, and there is one update a step."""
     assert (
         [row["step"] for row in rows(run.folder)]
         == Store(run.folder / "rollouts").steps()
@@ -121,7 +121,7 @@ def test_a_killed_trainer_of_a_server_trains_on_every_group_once(base, corpus, c
 
 
 def test_what_went_wrong_would_be_counted(base, corpus, calm, tmp_path):
-    """The account itself: a step that is missing, logged twice, or has the groups of another."""
+    """`account` finds a missing step, a step that was logged twice, and groups of another step."""
     import shutil
 
     def after(change: Any) -> dict[str, int]:

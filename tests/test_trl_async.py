@@ -55,9 +55,7 @@ def threads() -> int:
 
 
 def test_it_trains_on_gains_of_the_live_model(corpus, tmp_path):
-    """The gains are those of transformers' own logits with the weights of that moment, and the first
-    update is REINFORCE's.
-    """
+    """Gains equal those of transformers' logits under the live weights; the first update is REINFORCE's."""
     seen, before = Gradient(), threads()
     trainer, rollouts, kept, drawn = made(corpus, settings(tmp_path), callbacks=[seen])
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -107,9 +105,7 @@ def test_it_trains_on_gains_of_the_live_model(corpus, tmp_path):
 
 
 def test_versions_and_ratios(corpus, tmp_path):
-    """What is sampled under the trainer's weights has a ratio of 1; one step later it has not, and says
-    so.
-    """
+    """Thoughts of the current weights have a ratio of 1, thoughts that are one step older do not."""
     trainer, rollouts, kept, drawn = made(corpus, settings(tmp_path, max_staleness=0))
     trainer.train()
     logs = [row for row in trainer.state.log_history if "ratio" in row]
@@ -162,9 +158,7 @@ def test_the_trainer_gets_its_attention_back(corpus, tmp_path):
 
 
 def test_with_adapters(corpus, tmp_path):
-    """The engine gets merged weights under the names of the checkpoint; frozen is the model with its
-    adapters off.
-    """
+    """The engine gets merged weights under the checkpoint's names; frozen is the model without adapters."""
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     args = settings(tmp_path, max_staleness=0, learning_rate=0.1)
@@ -181,7 +175,7 @@ def test_with_adapters(corpus, tmp_path):
 
 
 class Broken(HFEngine):
-    """Fails, or hangs, when it is asked for a group too many."""
+    """An engine that fails or hangs after `good` groups."""
 
     def __init__(self, model: Any, tokenizer: Any, good: int, error: BaseException | None):
         super().__init__(model, tokenizer=tokenizer, shares_weights=False)
@@ -215,9 +209,7 @@ class Broken(HFEngine):
     ],
 )
 def test_an_engine_that_fails_ends_the_training(corpus, tmp_path, good, error, said):
-    """At once or later, by an error or by hanging before a step or a sync: train() says what happened, and
-    leaves no thread.
-    """
+    """train() raises what happened and leaves no thread, whether the engine raises or hangs."""
     before = threads()
     engine = Broken(whole(corpus), AutoTokenizer.from_pretrained(corpus / "base"), good, error)
     trainer, rollouts, _, _ = made(corpus, settings(tmp_path, heartbeat_stale_after_s=1.0), engine=engine)
@@ -236,9 +228,7 @@ def test_weights_that_do_not_fit_end_the_training(corpus, tmp_path):
 
 
 def test_thoughts_that_do_not_count_are_left_out(corpus, tmp_path, monkeypatch):
-    """Groups with a single counted thought are dropped, and counted; when nothing ever counts the run ends
-    with a word.
-    """
+    """Groups with fewer than two counted thoughts are dropped and counted; if all are, the run ends."""
     trainer, _, kept, drawn = made(
         corpus, settings(tmp_path, max_completion_length=24, learning_rate=0.0), cut="mask"
     )
@@ -263,7 +253,7 @@ def test_thoughts_that_do_not_count_are_left_out(corpus, tmp_path, monkeypatch):
 
 
 def test_the_seams_of_trl_are_there():
-    """An upgrade of TRL that asks for more, or for other arguments, fails here, by name."""
+    """If a TRL upgrade asks for other methods or arguments, this test names them."""
     for protocol in (async_grpo_trainer.RolloutWorkerProtocol, async_grpo_trainer.WeightTransferProtocol):
         for name, theirs in inspect.getmembers(protocol, inspect.isfunction):
             if not name.startswith("_"):
@@ -318,7 +308,7 @@ def test_bad_settings(corpus, tmp_path):
 
 
 def test_a_sharded_model_is_refused(corpus, tmp_path):
-    """By every rank, before anything waits for another."""
+    """Every rank refuses it before any rank waits for another."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -340,9 +330,7 @@ def test_a_sharded_model_is_refused(corpus, tmp_path):
 
 @pytest.mark.learning
 def test_thinking_comes_to_pay(tmp_path):
-    """From the demo's base, on documents seen once, with thoughts up to two steps old: targets get
-    likelier after a thought.
-    """
+    """From the demo's base, with thoughts up to two steps old, thoughts make targets more likely."""
     dial.write(tmp_path, base=10, train=1000, held_out=10)
     args = settings(
         tmp_path,
@@ -370,7 +358,7 @@ def test_thinking_comes_to_pay(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(corpus, tmp_path):
-    """The first one's thoughts are spread over both, which make the same step; the second needs no engine."""
+    """Rank 0 samples for both ranks, and both make the same update; rank 1 needs no engine."""
     words = ["-m", "tests.scripts.trl_async_ranks", str(corpus), str(tmp_path)]
     done = ranks(2, *words, environment=alone() | {"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-6000:]
@@ -385,9 +373,7 @@ def test_two_processes(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_vllm_samples_for_it(corpus, tmp_path):
-    """Real vLLM in process, on a CPU: it takes the weights in each sync, its tied head too, and the
-    trainer agrees with it.
-    """
+    """In-process vLLM on a CPU takes the weights at each sync, a tied head included."""
     pytest.importorskip("vllm")
     from rollout.vllm_local import VLLMEngine
 

@@ -20,9 +20,7 @@ pytest.importorskip("vllm")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "zero", "new-tags"])
 def test_a_script_of_trl_trains_with_its_vllm(corpus, tmp_path, kind):
-    """What vLLM sampled is as likely to the trainer at every step, so each step's weights arrived; the
-    gains are the scorer's.
-    """
+    """The trainer agrees with vLLM's log-probs at every step, so it got every step's weights."""
     base, tokenizer = tmp_path / "base", dial.tokenizer()
     if kind == "new-tags":
         tokenizer = word_tokenizer(
@@ -62,7 +60,7 @@ def test_on_an_accelerator_nothing_is_touched(monkeypatch):
 
 
 def test_the_servers_tags(corpus, tmp_path):
-    """A server has its own checkpoint: tags that were added a moment ago are not in it."""
+    """A vLLM server loads its own checkpoint, which lacks tags that were just added."""
     from rlpretrain.config import ConfigError
     from rlpretrain.trl import InformationGainReward
 

@@ -1,4 +1,4 @@
-"""The tutorial: its files are written as printed, its commands run, its own test passes."""
+"""The tutorial: its files and commands work as printed, and its own test passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.M)
 
 
 def ran(command: str, folder: Path) -> str:
-    """What a command of the page prints."""
+    """The output of one command of the page."""
     name, *words = command.split()
     assert name in ("rlpretrain", "pytest"), command
     script = str(Path(sys.executable).parent / name)
@@ -29,7 +29,7 @@ def ran(command: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_the_tutorial_works_as_printed(tmp_path):
-    """Smaller: two steps and eight documents, from the suite's base."""
+    """With two steps, eight documents, one seed and the suite's base."""
     assert set(FILES) == {"frugal.py", "frugal.yaml", "test_frugal.py", "compare.yaml"}
     dial.write(tmp_path / "corpus", base=1, train=80, held_out=24, held_out_depths=(1, 2))
     (tmp_path / "base").symlink_to(ROOT / "tests" / "data" / "dial_base")

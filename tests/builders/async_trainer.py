@@ -1,4 +1,4 @@
-"""TRL's asynchronous trainer with our rollouts, small and on a CPU, and what tests want to know of a run."""
+"""TRL's asynchronous trainer with our rollouts, small and on a CPU, and checks of its runs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def varlen_attention(
     causal: bool,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """What FlashAttention's varlen kernel computes: a causal mask that ends with the keys. q [N, H, D], k
-    and v [M, K, D].
+    """FlashAttention's varlen attention: a causal mask aligned at the last key.
+
+    Shapes: q [N, H, D], k and v [M, K, D].
     """
     assert causal and window_size == (-1, -1)
     out = []
@@ -48,7 +49,7 @@ def varlen_attention(
 
 
 def settings(folder: Path, **changes: Any) -> Any:
-    """Micro-batches of two groups of four thoughts, a step each."""
+    """Settings with two groups of four thoughts a step."""
     return async_grpo.AsyncGRPOConfig(
         **{
             "output_dir": str(folder / "out"),
@@ -72,7 +73,7 @@ def settings(folder: Path, **changes: Any) -> Any:
 
 
 class Busy(HFEngine):
-    """Never given weights while it samples."""
+    """An engine that fails if weights arrive while it samples."""
 
     busy = 0
 
@@ -99,7 +100,7 @@ def made(
     callbacks: Any = (),
     **fields: Any,
 ) -> tuple[Any, AsyncRollouts, Kept, list[tuple[Any, int]]]:
-    """(trainer, rollouts, what was scored, (sample, the trainer's version when it was drawn))."""
+    """(trainer, rollouts, recorded rewards, [(sample, the trainer's version when it was drawn)])."""
     path = path or corpus / "base"
     tokenizer = AutoTokenizer.from_pretrained(path)
     reward = InformationGainReward(tokenizer=tokenizer, **{"cut": "force_close", **AFTER} | fields)
@@ -136,9 +137,7 @@ def made(
 
 @torch.no_grad()
 def sampled_from(kept: Any, live: Any) -> float:
-    """How far (nats) behaviour log-probs are from what transformers makes of the trainer's weights of the
-    version they name.
-    """
+    """Largest difference in nats of behaviour log-probs from transformers' under the weights they name."""
     worst = 0.0
     for (group,), *_ in kept.calls:
         live.load_state_dict(kept.versions[group.policy_version], strict=False)

@@ -1,4 +1,4 @@
-"""The model that engines of their own load, and its rows."""
+"""The shape of models that vLLM has kernels for, and the metrics of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs, micro-batches and their gradients, built the short way."""
+"""Short runs and their weights and gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merged(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def trained(values: dict[str, Any], resume: Any = None, **changes: Any) -> dict[str, torch.Tensor]:
-    """The weights after a whole run."""
+    """The weights after a complete run."""
     config = build(merged(values, **changes))
     Pretrainer(config).train(resume=resume)
     return weights(Path(config.output_dir) / "model")
@@ -44,16 +44,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], within: float = 0.0) -> bool:
-    """The same names, and weights that are bit-identical or differ by no more than `within`."""
+    """Whether names agree and weights are bit-identical, or differ by no more than `within`."""
     return a.keys() == b.keys() and all(float((a[n] - b[n]).abs().max()) <= within for n in a)
 
 
 def one_step(
     values: dict[str, Any], prepare: Callable[[Run], None] = lambda run: None, **changes: Any
 ) -> tuple[Run, dict[str, torch.Tensor]]:
-    """A run after one step, and the gradient that step applied (before clipping); `prepare` is given it
-    before.
-    """
+    """A run after one step and the gradient of that step before clipping; `prepare` gets the run first."""
     run = Run(build(merged(values, **({"max_steps": 1, "optim__clip_grad_norm": 0.0} | changes))), None)
     prepare(run)
     gradient: dict[str, torch.Tensor] = {}

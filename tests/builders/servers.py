@@ -72,7 +72,7 @@ class VLLMServer:
         raise TimeoutError(self.log.read_text()[-3000:])
 
     def kill(self) -> None:
-        """Like the kernel's out-of-memory killer: the server and its engine process, at once."""
+        """Kill the server and its engine process at once, as the kernel does when memory runs out."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended, or has no session yet
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -82,8 +82,9 @@ class VLLMServer:
 
 
 class Proxy:
-    """Passes TCP on to `target`; `mode` pass | refuse | reset (mid-answer) | hang (says nothing) | slow,
-    for /v1/completions.
+    """Forwards TCP to `target`.
+
+    `mode` says what happens to answers of /v1/completions: pass, refuse, reset (in the middle), hang, slow.
     """
 
     def __init__(self, target: int, port: int | None = None):
@@ -135,7 +136,7 @@ class Proxy:
             up_writer.transport.abort()
 
     def close(self) -> None:
-        """Who connects from now on is refused."""
+        """Refuse all later connections."""
 
         async def end() -> None:
             self.server.close()

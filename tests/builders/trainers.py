@@ -1,4 +1,4 @@
-"""A training run as a process that can be killed and resumed, and what became of its groups."""
+"""A training run as a process that can be killed and resumed, and an account of its groups."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.builders.processes import PROCESSES, warm
 
 
 class Trainer:
-    """`rlpretrain train` in a process, and a watch over it: `longest` seconds between two steps, whatever
-    came between them.
+    """`rlpretrain train` in a process, with a thread that watches its log.
 
-    A process that makes no progress for `patience` seconds is killed.
+    `longest` is the longest time in seconds between two steps, restarts included. A process that makes no
+    progress for `patience` seconds is killed.
     """
 
     def __init__(self, values: dict[str, Any], patience: float = 480.0):
@@ -39,7 +39,7 @@ class Trainer:
         self.watcher.start()
 
     def start(self, *words: str) -> None:
-        """Start it, or start it again."""
+        """Start the trainer for the first time or again."""
         words = ("train", str(self.folder / "config.yaml"), *words)
         warm()
         self.process = PROCESSES.Process(
@@ -56,19 +56,17 @@ class Trainer:
         return (lines[0]["step"], lines[0]["time"]) if lines else (0, 0.0)
 
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
         return self.process.is_alive()
 
     def kill(self) -> None:
-        """SIGKILL: the trainer has no last word. `done_again` counts the steps that a resumed run will
-        repeat.
-        """
+        """Send SIGKILL; `done_again` counts the steps that a resumed run will repeat."""
         self.process.kill()
         self.process.join()
         self.done_again += self.step() - max(checkpoint.steps(self.folder), default=0)
 
     def wait(self) -> bool:
-        """Whether it ended well; what it said goes to stderr if not."""
+        """Wait for the end; returns whether the run is complete, and prints the end of its log if not."""
         self.process.join()
         self.ended.set()
         self.watcher.join()
@@ -98,7 +96,7 @@ class Trainer:
 
 
 def command_line(words: Sequence[str], log: Path) -> None:
-    """The command `rlpretrain` in this process, which then ends."""
+    """Run the command `rlpretrain` in this process and exit."""
     with log.open("ab") as out:
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
@@ -108,14 +106,14 @@ def command_line(words: Sequence[str], log: Path) -> None:
 
 
 def rows(folder: Path, newest: int = 0) -> list[dict[str, Any]]:
-    """A run's metrics, or the `newest` of them; a line that is being written is left out."""
+    """The rows of a run's metrics, or the `newest` of them, without a line that is still being written."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines[-newest:]]
 
 
 def trained(folder: Path) -> Iterator[tuple[int, Group]]:
-    """(step, group) for the groups of the steps that a run logged, in the order of its log."""
+    """(step, group) of every step that a run logged, in the order of its log."""
     store = Store(folder / "rollouts")
     held = set(store.steps())
     for step in (row["step"] for row in rows(folder)):
@@ -123,11 +121,10 @@ def trained(folder: Path) -> Iterator[tuple[int, Group]]:
 
 
 def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counter[str]:
-    """What became of the groups of a run that should have trained on those of the first `steps` of
-    `reference`, a calm run.
+    """Count what became of the groups of the first `steps` steps of `reference`, an undisturbed run.
 
-    `same` has the reference's thoughts, token for token: where nothing is sampled ahead, seeds and weights
-    decide them. `updates`: steps that the schedule of the optimizer counted. `left_over`: kept steps that
+    `same` groups have the reference's thoughts, token for token: without sampling ahead, seeds and weights
+    decide them. `updates` is the number of optimizer steps. `left_over` is the number of stored steps that
     were never logged.
     """
     wanted = {group.id: (step, group) for step, group in trained(reference) if step <= steps}
@@ -155,7 +152,7 @@ def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counte
 
 
 def apart(folder: Path, reference: Path, step: int) -> float:
-    """The largest difference of the weights in two runs' checkpoints of a step."""
+    """The largest difference between the weights of two runs' checkpoints at a step."""
     a, b = (
         torch.load(f / f"checkpoint-{step}" / "policy.pt", weights_only=True)["model"]
         for f in (folder, reference)

@@ -43,7 +43,7 @@ def settings(folder: Path, kind: Any = trl.GRPOConfig, **changes: Any) -> Any:
 
 
 class Kept(TrainerCallback):
-    """What a reward function was given and gave, with the weights it was computed with."""
+    """Records the arguments, the results and the model's weights of each call of a reward function."""
 
     def __init__(self, reward: ObjectiveReward):
         self.reward, self.calls, call = reward, [], reward.score
@@ -58,7 +58,7 @@ class Kept(TrainerCallback):
 
 
 def by_hand(model: Any, groups: Any, cut: str = "mask") -> list[float | None]:
-    """Gains from transformers' own logits, a row at a time."""
+    """Gains from transformers' own logits, one row at a time."""
 
     def logp(head: tuple[int, ...], target: tuple[int, ...]) -> torch.Tensor:
         logits = model(input_ids=torch.tensor([[*head, *target]])).logits[0].float().log_softmax(-1)

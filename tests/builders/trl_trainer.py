@@ -1,4 +1,4 @@
-"""Gradients of TRL trainers, and of ours beside them."""
+"""The gradients of TRL's trainers and of our own loop."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def rows(batch: Any, tokenizer: Any) -> Dataset:
 
 
 def stored(batch: Any) -> Any:
-    """A rollout_func that gives the thoughts of a batch."""
+    """A rollout_func that returns the thoughts of a batch."""
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         made = [(g, t) for g in batch.groups for t in g.thoughts]

@@ -1,4 +1,4 @@
-"""A model for vLLM, its weights and how they are moved."""
+"""Shape, weights, updates and probes of the models that vLLM serves in tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def weights_of(model, drop: tuple[str, ...] = ()):
 
 
 def move(model, size: float = 0.05) -> None:
-    """An update that every log-prob feels."""
+    """Change every weight at random, so that every log-prob changes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += size * torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""Engines as Ray actors: real Ray on this machine, actors that die and hang, and weights that follow them."""
+"""Engines as actors of a real local Ray: actors that die or hang, and the weights that a new one gets."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def started(model, kind: str = "hf", num_engines: int = 2, **settings) -> RayEng
 
 @pytest.fixture(scope="module")
 def actors(model, cluster) -> Iterator[RayEngine]:
-    """Two actors with the transformers engine, for all tests of this file: each takes seconds to start."""
+    """Two actors with the transformers engine, shared by this file because each takes seconds to start."""
     pool = started(model)
     yield pool
     pool.close()
@@ -65,7 +65,7 @@ def actors(model, cluster) -> Iterator[RayEngine]:
 
 @pytest.fixture
 def pool(actors, model) -> RayEngine:
-    """The actors with version 0 of the weights, and its counts at zero."""
+    """The shared actors with version 0 of the weights and all counts at zero."""
     actors.sync(weights_of(model), 0)
     actors.counts.clear()
     return actors
@@ -187,7 +187,7 @@ def test_actors_that_load_are_said(make, monkeypatch):
 
 
 def test_a_closed_pool_says_so(pool):
-    """Last in this file: the actors end with it."""
+    """This test stands last because it ends the shared actors."""
     pool.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
         asyncio.run(pool.sample(prompts_of([4]), PARAMS, 1, [0]))

@@ -1,6 +1,4 @@
-"""`rlpretrain serve`: a real one with vLLM under bad input and many clients; the routes in this process
-with the hf engine.
-"""
+"""`rlpretrain serve`: a real one with vLLM under load and bad input, and its routes in this process."""
 
 from __future__ import annotations
 
@@ -276,9 +274,7 @@ def test_text_in_and_out(client):
 
 
 def test_calls_share_batches_and_get_their_own(client, model, monkeypatch):
-    """Sixteen clients of one prompt each: fewer calls of the engine than clients, and everybody's thoughts
-    are their own.
-    """
+    """The engine is called fewer times than there are clients, and each client gets its own thoughts."""
     calls, inner = [], HFEngine.sample
 
     async def counted(self, prompts, *rest):
@@ -593,7 +589,7 @@ def test_prompt_bodies_read_back_as_prompts():
 
 
 def test_a_truth_is_no_number_in_any_body(client):
-    """issue 15.19: JSON's true was taken for token id 1, n 1, temperature 1."""
+    """Issue 15.19: JSON's true was read as token id 1, n 1 and temperature 1."""
     from rollout import wire
 
     good = {

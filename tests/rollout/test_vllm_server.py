@@ -1,6 +1,4 @@
-"""The client of vLLM servers against a real one: the same log-probs as the trainer, and faults that lose
-nothing.
-"""
+"""The client of vLLM servers against a real one: the trainer's log-probs, and faults that lose nothing."""
 
 from __future__ import annotations
 
@@ -173,7 +171,7 @@ def wait_until(true, timeout: float = 20.0) -> None:
 
 
 def test_a_server_that_was_killed_comes_back_with_the_present_weights(make, model, server):
-    """Within the deadline a clear error; started again with the old checkpoint, it gets our weights."""
+    """Sampling fails within the deadline; a restarted server has old weights and gets the current ones."""
     engine = make(server.url, deadline=4.0)
     move(model)
     engine.sync(weights_of(model), 1)
@@ -193,9 +191,7 @@ def test_a_server_that_was_killed_comes_back_with_the_present_weights(make, mode
 
 
 def test_a_sync_waits_for_the_only_server(make, model, server):
-    """Killed between sampling and a sync: the run goes on with the new weights once the server is there
-    again.
-    """
+    """A sync waits for a killed server, which gets the new weights after its restart."""
     engine = make(server.url, deadline=120.0)
     server.kill()
     move(model)
@@ -222,7 +218,7 @@ def test_a_sync_without_any_server_ends(make, model, server):
 
 
 def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
-    """Cancelled in the middle of a question, which swallows it: closing neither hangs nor raises."""
+    """Closing cancels a health request that swallows the cancellation; it neither hangs nor raises."""
     bad = Proxy(server.port)
     engine, asked = make(bad.url, server.url), threading.Event()
     healthy = Server.healthy
@@ -244,9 +240,7 @@ def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
 
 
 def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, monkeypatch):
-    """A run that was killed after its sync of version 1, and its resumption, whose own sync of version 1
-    fails at first.
-    """
+    """A resumed run's first sync of version 1 fails: the server's older version 1 must not be used."""
     make(server.url).sync(weights_of(model), 1)
     resumed, load, failed = make(server.url), Server.load_weights, []
 
@@ -264,7 +258,7 @@ def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, 
 
 
 def test_a_run_begins_with_the_servers_there_are(make, model, server, monkeypatch):
-    """A resumed run does not wait for a server that is down, and takes it in when it comes."""
+    """A run starts without a server that is down and uses it once it answers."""
     monkeypatch.setattr("rollout.vllm_pool.GRACE", 0.5)
     late = free_port()
     engine = make(f"http://127.0.0.1:{late}", server.url)
@@ -280,7 +274,7 @@ def test_a_run_begins_with_the_servers_there_are(make, model, server, monkeypatc
 
 
 def test_a_restart_that_nobody_saw_is_noticed(make, model, server):
-    """Killed and started again between two requests: it answers, but with the weights of its checkpoint."""
+    """A server that restarts between two requests answers with the weights of its checkpoint."""
     engine = make(server.url)
     move(model)
     engine.sync(weights_of(model), 1)
@@ -316,9 +310,7 @@ def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, mon
 
 
 def test_a_table_of_another_size_is_refused_before_any_weights_travel(make, server):
-    """issue 15.22, with vLLM's own server: it took no weights of another shape, and was asked for ten
-    minutes.
-    """
+    """Issue 15.22: vLLM cannot load weights of another shape, so the client refuses it at once."""
     assert sample(make(server.url, vocabulary=VOCABULARY), prompts_of([4]))
     for size, word in ((VOCABULARY + 2, "fewer"), (VOCABULARY - 1, "more")):
         with pytest.raises(Refused, match=f"of {word} than {size} tokens.*rlpretrain tag MODEL --out DIR"):
@@ -328,8 +320,9 @@ def test_a_table_of_another_size_is_refused_before_any_weights_travel(make, serv
 def test_weights_that_a_healthy_server_cannot_load_are_not_tried_until_the_deadline(
     make, model, server, monkeypatch
 ):
-    """issue 15.22: the folder is not where the server looks. Last in this file: nobody knows what the
-    server has then.
+    """Issue 15.22: the folder is not where the server looks.
+
+    This test stands last because the server's weights are undefined afterwards.
     """
     engine = make(server.url, deadline=120.0)
     monkeypatch.setattr("rollout.vllm_server.write_weights", lambda folder, state: None)

@@ -1,4 +1,4 @@
-"""TRL's asynchronous trainer in two processes, started by torchrun: the first samples and scores for both."""
+"""TRL's asynchronous trainer in two ranks: rank 0 samples and scores for both."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""TRL's own vLLM beside the trainer, on a CPU: a script of TRL's documented interface and our two lines,
-run by itself.
-"""
+"""A script with TRL's colocated vLLM and our reward or trainer, on a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from tests.builders.trl import AFTER, Kept, by_hand, settings  # noqa: E402
 
 
 def main(base: Path, documents: str, out: Path, kind: str) -> None:
-    """`kind`: lora or zero with GRPOTrainer, or new-tags, a tokenizer that lacks them, with RLPTrainer."""
+    """`kind`: lora or zero with GRPOTrainer; new-tags with RLPTrainer and a tokenizer without tags."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -1,6 +1,4 @@
-"""A TRL training in several processes, started by torchrun: the reward of every rank is the scorer's,
-whatever ZeRO does.
-"""
+"""A TRL training in several ranks: every rank's rewards are the scorer's under every ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Two ranks, started by torchrun, whose thoughts `Rollouts` sampled: at prompts of which one rank's has
-two targets.
-"""
+"""Two ranks that sample with `Rollouts`, where one rank has a prompt with two targets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Run by tests/builders/runs.py's `launch` in each rank: several short trainings in one process group,
-one after the other.
-"""
+"""Several short trainings in one process group, one after the other; `launch` runs this in each rank."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from tests.builders.faults import poison
 
 
 def gradient_of(config: dict[str, Any], path: str) -> None:
-    """One step; this rank's part of the gradient, and what it drew and trained on, go to `path`-RANK.pt."""
+    """Train one step and save this rank's gradient and groups to `path`-RANK.pt."""
     run = Run(build(config), None)
     said: dict[str, Any] = {}
     step, pack = run.policy.step, run.pack
