@@ -1,4 +1,4 @@
-"""The no-think log-probs and rewards of TRL's reward function are those of the library's own loop, exactly."""
+"""The no-think log-probs and rewards of TRL's reward function are those of the library's loop, exactly."""
 
 from __future__ import annotations
 

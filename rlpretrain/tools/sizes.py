@@ -1,0 +1,160 @@
+"""The sizes of a planned run: ranks, backend, tokens of rows, groups, micro-batches and steps."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpretrain import compat
+from rlpretrain.config import DataConfig, PretrainConfig
+from rlpretrain.data.sources import _files, open_rows, quiet
+from rlpretrain.data.tokenization import Cutter
+from rlpretrain.models.lengths import check_rows, limit_of
+from rlpretrain.objectives import Objective
+from rlpretrain.tools.memory import Sizes, count_parameters
+from rlpretrain.training.backends import backend_of
+from rlpretrain.training.backends.deepspeed import ds_settings
+from rlpretrain.types import Window
+
+SAMPLE = 20_000
+"""Rows of a data set that a dry run reads at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """The most tokens that a group puts through the model."""
+
+    shared: int
+    """Read once for all thoughts, the document included."""
+    per_thought: int
+
+
+def make_sizes(
+    config: PretrainConfig, objective: Objective, shape: Any, notes: list[str], longest: int | None = None
+) -> Sizes:
+    """Ranks, backend and lengths of the run; ConfigError for settings that cannot work together.
+
+    `longest` is the length of the longest document; where it is not known, `data.max_length` bounds it.
+    """
+    ranks, policy, backend = int(os.environ.get("WORLD_SIZE", 1)), config.policy, backend_of(config.policy)
+    if backend == "deepspeed" and not compat.has_deepspeed():
+        notes.append(f"DeepSpeed is not installed here: {compat.INSTALL['deepspeed']}")
+    stage = 0
+    if backend == "deepspeed":
+        settings = ds_settings(policy, config.optim, getattr(torch, config.model.dtype))
+        stage = settings["zero_optimization"]["stage"]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    longest = config.data.max_length if longest is None else longest
+    window = objective.window(longest)
+    step = count_step_tokens(config, objective, longest, ranks)
+    smallest_piece = 0  # that a micro-batch must hold
+    if objective.has_positions:
+        group = _count_group_tokens(config, objective, window, longest)
+        smallest_piece = group.shared + group.per_thought
+        whole_group = group.shared + config.sampling.thoughts * group.per_thought
+        if whole_group > config.token_budget:
+            notes.append(
+                f"the longest group has {whole_group:,} tokens, more than token_budget: its thoughts are "
+                "spread over micro-batches, and the step scores everything once more"
+            )
+    check_rows(objective, longest, limit_of(shape))
+    if objective.has_positions:
+        notes += _note_engine_memory(config)
+    micro = min(max(config.token_budget, window.row, smallest_piece), step)
+    parameters = count_parameters(shape, config.model.trust_remote_code, policy.lora)
+    return Sizes(
+        parameters=parameters.all,
+        trained=parameters.trained,
+        linear=parameters.linear,
+        ranks=ranks,
+        backend=backend,
+        stage=stage,
+        device=device,
+        prompt=window.prompt,
+        row=window.row,
+        micro=micro,
+        longest=longest,
+    )
+
+
+def _note_engine_memory(config: PretrainConfig) -> list[str]:
+    """What the memory table does not hold of the engine."""
+    engine = config.engine
+    if engine.name in ("vllm_server", "ray"):
+        return [f"engine {engine.name}: what it needs on its own devices is not in this table"]
+    if engine.name == "vllm_local" and engine.kv_cache_gib is None:
+        return [
+            f"engine.kv_cache_gib: null lets vLLM fill {engine.gpu_memory_utilization:.0%} of the "
+            "device, its weights included"
+        ]
+    return []
+
+
+def _count_group_tokens(
+    config: PretrainConfig, objective: Objective, window: Window, longest: int
+) -> GroupTokens:
+    target = objective.config.target_length
+    # Whether the arm without a thought is a row of its own.
+    own_arm = objective.config.no_think != "raw" or config.ntp_data is not None
+    if config.packing == "padded":
+        return GroupTokens((1 + own_arm) * window.row, window.row)
+    added = window.prompt if objective.template.head else objective.added_tokens
+    shared = longest + added + own_arm * (window.prompt + target)
+    return GroupTokens(shared, window.row - window.prompt + 1)
+
+
+def count_step_tokens(config: PretrainConfig, objective: Objective, longest: int, ranks: int) -> int:
+    """The most tokens that a step of one rank puts through the model. They bound a micro-batch, too."""
+    positions = config.positions_per_step // ranks
+    if not objective.has_positions:
+        return positions * longest
+    group = _count_group_tokens(config, objective, objective.window(longest), longest)
+    return positions * (group.shared + config.sampling.thoughts * group.per_thought)
+
+
+def measure_documents(config: PretrainConfig, objective: Objective, notes: list[str]) -> int | None:
+    """Tokens of the longest document; None where only `data.max_length` bounds it.
+
+    That is so where data or tokenizer are not on this machine, and for more than SAMPLE rows: only the
+    first are read, longer ones may follow, and a note says so.
+    """
+    data = config.data
+    has_tokenizer = Path(config.model.tokenizer or config.model.path).is_dir()
+    if not has_tokenizer or data.streaming or config.replay or not _is_local(data):
+        return None
+    with quiet():
+        rows: Any = open_rows(data)  # a Dataset, since `data` is no stream
+        cutter = Cutter(data, objective.tokenizer, objective.min_length)
+        part = rows.select(range(min(len(rows), SAMPLE)))
+        pieces = cutter.pieces({name: part[name] for name in cutter.columns}, range(len(part)))
+    longest = max((len(piece[0]) for row in pieces for piece in row), default=0)
+    if len(part) < len(rows):
+        notes.append(
+            f"the longest of the first {SAMPLE:,} documents has {longest:,} tokens; the rest, and the "
+            f"estimates, are bounded by data.max_length, {data.max_length:,}"
+        )
+        return None
+    return longest
+
+
+def count_rows(data: DataConfig, notes: list[str]) -> int | None:
+    """Rows of local files; None for a stream, and for data that is not on this machine.
+
+    ConfigError for files that cannot be read.
+    """
+    if "://" in data.path or not _is_local(data):
+        notes.append(
+            f"'{data.path}' was not looked for: it is no file or folder here, so it must be on the hub"
+        )
+        return None
+    with quiet():
+        rows: Any = open_rows(data)
+    return None if data.streaming else len(rows)
+
+
+def _is_local(data: DataConfig) -> bool:
+    return Path(data.path).expanduser().exists() or bool(_files(data))
