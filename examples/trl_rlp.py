@@ -1,7 +1,7 @@
 """RLP with TRL's trainer, as a script of TRL's: flags or YAML, LoRA by --use_peft, plain text in.
 
-    python -m examples.trl_rlp --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name docs.jsonl
-    --output_dir runs/trl \\
+    python -m examples.trl_rlp --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name docs.jsonl \\
+        --output_dir runs/trl \\
         --positions after --marker "=" --max_steps 100 --num_generations 8 --per_device_train_batch_size 8
     accelerate launch -m examples.trl_rlp --config rlp.yaml
 """
