@@ -1,6 +1,4 @@
-"""`rlpretrain`: train, rollout, serve, eval, compare, report, inspect, prepare, tag, corpus, doctor,
-metrics.
-"""
+"""The command line `rlpretrain`. Its commands are in rlpretrain/commands."""
 
 from __future__ import annotations
 
@@ -26,16 +24,16 @@ from rlpretrain.config import ConfigError
 from rlpretrain.files import FULL, LOCKED, explain
 
 FEATURES = (training, serving, evaluation, comparison, pages, preparation, corpora, installation)
-"""In the order in which `rlpretrain --help` lists their commands."""
+"""In the order of `rlpretrain --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Without traceback end: a ConfigError with exit code 2; other errors that say all, a full
-    disk and a folder that cannot be written with 1; Ctrl-C and SIGTERM with 128 and the signal's number.
+    """Run a command and return its exit code.
+
+    No traceback is printed for a ConfigError (code 2), for errors whose message is complete, a full disk
+    and a folder that cannot be written (1), and for Ctrl-C and SIGTERM (128 plus the signal's number).
     """
-    sys.path.append(
-        os.getcwd()
-    )  # objectives, position functions and judges of the user's own, as TRL's command line has it
+    sys.path.append(os.getcwd())  # for the user's own objectives, position functions and judges
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_fields:
@@ -46,20 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not getattr(
-            error, "says_all", False
-        ):  # no server, stale weights: what happened and what to do is in the message
+        # Set on errors whose message says what happened and what to do: no server, stale weights.
+        if not getattr(error, "says_all", False):
             raise
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in FULL and error.errno not in LOCKED:
             raise
-        where = Path(error.filename) if error.filename else Path()
-        print(
-            f"rlpretrain: {where if error.filename else 'writing failed'}: {explain(error, where)}",
-            file=sys.stderr,
-        )
+        file = Path(error.filename) if error.filename else Path()
+        subject = str(file) if error.filename else "writing failed"
+        print(f"rlpretrain: {subject}: {explain(error, file)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":

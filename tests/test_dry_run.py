@@ -16,8 +16,9 @@ from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build, load_config, read_mapping
 from rlpretrain.experiments.experiment import load_experiment
 from rlpretrain.objectives import parse_section
-from rlpretrain.tools.dry_run import dry_run, make_objective, make_sizes, model_shape
+from rlpretrain.tools.dry_run import dry_run, make_objective, model_shape
 from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
+from rlpretrain.tools.sizes import make_sizes
 from tests.builders.configs import written
 from tests.builders.runs import merged
 from tests.builders.tiny import tiny_model
@@ -72,16 +73,16 @@ def test_the_papers_recipe_resolves_offline(offline: None, capsys: pytest.Captur
 
 
 def test_parameters_are_counted_exactly_and_tied_ones_once(corpus: Path):
-    assert count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b"))[:2] == (
-        PARAMETERS,
-        PARAMETERS,
-    )
+    counts = count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b"))
+    assert (counts.all, counts.trained) == (PARAMETERS, PARAMETERS)
     built = tiny_model("llama")
     whole = sum(p.numel() for p in built.parameters())
-    assert count_parameters(built.config)[:2] == (whole, whole)
+    counts = count_parameters(built.config)
+    assert (counts.all, counts.trained) == (whole, whole)
     lora = LoraConfig(r=3, target_modules=("q_proj",))
     adapters = 2 * 3 * (built.config.hidden_size + built.config.hidden_size)  # two layers
-    assert count_parameters(built.config, lora=lora)[:2] == (whole + adapters, adapters)
+    counts = count_parameters(built.config, lora=lora)
+    assert (counts.all, counts.trained) == (whole + adapters, adapters)
 
 
 def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch):

@@ -201,11 +201,11 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(corpus, capsys):
         assert cli.main(["serve", str(corpus / "nowhere"), "--engine", "hf", "--port", str(port)]) == 2
     said = capsys.readouterr()
     assert (
-        f"cannot answer at 127.0.0.1:{port}: the port is in use; choose another --port" in said.err
+        f"cannot listen on 127.0.0.1:{port}: the port is in use; choose another --port" in said.err
         and not said.out
     )
     assert cli.main(["serve", str(corpus / "nowhere"), "--engine", "hf", "--port", "70000"]) == 2
-    assert "cannot answer at 127.0.0.1:70000" in capsys.readouterr().err
+    assert "cannot listen on 127.0.0.1:70000" in capsys.readouterr().err
 
 
 def test_fields_are_whole_when_piped_and_can_be_asked_for_by_section(capsys, tmp_path):

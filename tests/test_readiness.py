@@ -20,8 +20,10 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.prompts import Delimiters
 from rlpretrain.tools import readiness
-from rlpretrain.tools.dry_run import make_objective, make_sizes, measure_documents, model_shape
+from rlpretrain.tools.dry_run import make_objective, model_shape
 from rlpretrain.tools.memory import GIB, memory, peak
+from rlpretrain.tools.sizes import make_sizes, measure_documents
+from rlpretrain.tools.speed import format_duration, measure_speed
 from tests.builders.configs import written
 from tests.builders.runs import ROOT, alone, merged
 from tests.builders.tiny import tiny_model
@@ -162,9 +164,9 @@ def test_absent_tags_are_said(values):
 
 def test_a_time_is_estimated(values, tmp_path, capsys):
     before = dict(os.environ)
-    speed = readiness.measure_speed("cpu", torch.float32)
+    speed = measure_speed("cpu", torch.float32)
     assert 1e8 < speed.flops < 1e14 and 1e7 < speed.bandwidth < 1e13
-    assert [readiness.in_words(s) for s in (3.21, 300, 10000, 400000)] == [
+    assert [format_duration(s) for s in (3.21, 300, 10000, 400000)] == [
         "3.2 seconds",
         "5.0 minutes",
         "2.8 hours",

@@ -1,6 +1,4 @@
-"""What commands take as arguments: paths, seeds, and the objective section, as its YAML or a file that
-holds it.
-"""
+"""Types of command-line arguments: paths, seeds, numbers, and the objective section."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from rlpretrain.config.io import read_mapping, section
 
 
 def path(text: str) -> str:
-    """A path with `~` as the home folder: a shell leaves that of `--out=~/x` as it is."""
+    """A path with `~` expanded: a shell does not expand that of `--out=~/x`."""
     return os.path.expanduser(text)
 
 
@@ -31,7 +29,7 @@ def seed(text: str) -> int:
 def count(text: str) -> int:
     """A whole number from 1 on."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 on is due, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
     return int(text)
 
 
@@ -42,14 +40,12 @@ def amount(text: str) -> float:
     except ValueError:
         found = math.nan
     if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"a finite number above 0 is due, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got '{text}'")
     return found
 
 
 def objective_section(text: str) -> Any:
-    """The objective section of a command line: a name, YAML, or a YAML file with the section or a whole
-    run's configuration.
-    """
+    """The objective section from a name, YAML, or a YAML file with the section or a whole configuration."""
     from rlpretrain.objectives import available, config_of
 
     file = Path(text).expanduser()
@@ -66,7 +62,8 @@ def objective_section(text: str) -> Any:
         if isinstance(found, dict):
             return {}
         raise ConfigError(
-            f"--objective {text}: a name, fields as '{{name: rlp, positions: random}}', or a YAML file is due"
+            f"--objective {text}: expected a name, fields as "
+            "'{name: rlp, positions: random}', or a YAML file"
         )
     return section({"name": found} if isinstance(found, str) else found, config_of)
 

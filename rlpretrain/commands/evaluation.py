@@ -15,7 +15,7 @@ from rlpretrain.config import ConfigError, ModelConfig
 
 def register(commands: Any) -> None:
     """Add `eval` to the command line."""
-    p = commands.add_parser("eval", help="what thinking is worth on held-out text")
+    p = commands.add_parser("eval", help="measure the gain of thoughts on held-out text")
     p.add_argument("model", type=path, help="hub id or folder")
     p.add_argument("--data", type=path, required=True, help="held-out documents")
     p.add_argument(
@@ -42,9 +42,7 @@ def register(commands: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits with and
-    without thinking.
-    """
+    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits."""
     from rich.table import Table
 
     from rlpretrain import models

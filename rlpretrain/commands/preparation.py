@@ -15,7 +15,7 @@ def register(commands: Any) -> None:
     """Add `prepare` and `tag` to the command line."""
     p = commands.add_parser(
         "prepare",
-        help="what `trl grpo` takes from disk: a checkpoint that knows thoughts, and prompts",
+        help="write what `trl grpo` reads: a checkpoint with the thought tags, and prompts",
         description="Writes OUT/model and OUT/prompts; docs/trl.md has the rest.",
     )
     p.add_argument("model", type=path, help="hub id or folder")

@@ -104,7 +104,7 @@ def rollout(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _end(folder: str, result: dict[str, Any], summary: str) -> None:
-    """What came of a run: the last line says it, result.json has the numbers."""
+    """Write the numbers of a run to result.json, and print the last line."""
     from rlpretrain.training.records import write_json
 
     file = Path(folder) / "result.json"
@@ -113,8 +113,8 @@ def _end(folder: str, result: dict[str, Any], summary: str) -> None:
 
 
 def _trained(result: dict[str, Any]) -> str:
-    """Steps, and the gain in the most honest form there is."""
-    said = f"{result['steps']} steps" + (f" (stopped: {result['stopped']})" if result["stopped"] else "")
+    """Steps, and the gain: held-out if there is one, else against the frozen model, else the current one."""
+    summary = f"{result['steps']} steps" + (f" (stopped: {result['stopped']})" if result["stopped"] else "")
     gains = {
         "eval/gain_frozen": "held-out gain",
         "ig/frozen": "gain",
@@ -123,8 +123,8 @@ def _trained(result: dict[str, Any]) -> str:
     }
     name = next((name for name in gains if name in result), None)
     skipped = result.get("run/skipped_steps")
-    said += f" ({skipped:.0f} skipped: NaN or inf)" if skipped else ""
-    return said + (f", {gains[name]} {result[name]:.3f} nats" if name else "")
+    summary += f" ({skipped:.0f} skipped: NaN or inf)" if skipped else ""
+    return summary + (f", {gains[name]} {result[name]:.3f} nats" if name else "")
 
 
 def _print_fields(only: str, used: str | None) -> None:

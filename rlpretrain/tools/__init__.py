@@ -1,1 +1,1 @@
-"""What stands around a run: the check of an installation, the dry run, the server."""
+"""Tools beside a run: the check of an installation, the dry run, the server."""

