@@ -1,6 +1,6 @@
 """Engines that sample thoughts: token ids in, token ids and log-probabilities out."""
 
-from rollout.engine import Engine
+from rollout.engine import Engine, EngineInfo
 from rollout.hf import HFEngine
 from rollout.types import (
     Document,
@@ -16,6 +16,7 @@ from rollout.types import (
 __all__ = [
     "Document",
     "Engine",
+    "EngineInfo",
     "FinishReason",
     "Group",
     "HFEngine",
