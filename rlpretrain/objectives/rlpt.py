@@ -170,7 +170,7 @@ class RLPT(base.Objective):
 
     def segments(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """(first token, end) of each sentence that is more than white space; the end is exclusive."""
-        # pyright: a compiled module without stubs
+        # sentencex is a compiled module without stubs
         from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue]
 
         special = set(self.tokenizer.all_special_ids)
