@@ -107,10 +107,11 @@ class ObjectiveReward(LiveScorer):
                 "0, or use rlpretrain's own trainer"
             )
         policy_judges = getattr(self.objective, "judge", 0) is None and config.reward == "judge"
-        if "batch" in self.objective.needs or policy_judges:
+        if {"batch", "reference"} & self.objective.needs or policy_judges:
             raise ConfigError(
                 f"objective {section['name']} cannot be a reward function with these settings: it compares "
-                "whole batches, or asks the policy to judge (set judge_url or judge_function)"
+                "whole batches, needs a reference model, or asks the policy to judge (set judge_url or "
+                "judge_function)"
             )
         self.delimiters = Delimiters(config.open, config.close)
         self.close_id = self.objective.template.close_id

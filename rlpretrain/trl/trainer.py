@@ -150,7 +150,9 @@ class RLPTrainer(GRPOTrainer):
         self.latest_rewards: Tensor | None = None  # [thoughts, reward functions], all ranks
         self.rows: list[dict[str, Any]] = []  # rows of the dataset that are being sampled for
         self.limit = limit_of(model)
-        if args.ntp_coef and type(self.reward.objective).ntp_weights is not Objective.ntp_weights:
+        owner = type(self.reward.objective)
+        hooks = (owner.ntp_weights, owner.trunk_loss)
+        if args.ntp_coef and hooks != (Objective.ntp_weights, Objective.trunk_loss):
             raise ConfigError(
                 f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer "
                 "does not: set ntp_coef 0, or use rlpretrain's own trainer"
