@@ -218,7 +218,7 @@ class PretrainConfig:
     stop: StopConfig = _field(default_factory=StopConfig)
     """When to stop before the end."""
     ntp_data: Annotated[DataConfig | None, headed("path")] = None
-    """A separate stream for the next-token loss; by default it is taken on the documents of the groups."""
+    """Other documents for the next-token loss; by default it is computed on the documents of the groups."""
     recipe: Literal["default", "paper"] = "default"
     """paper: T .7, EMA .999, ntp_coef and reader_coef 0, G 16, lr 1e-6, for objective rlp the paper's kind of
     prompt (`objective.template: rlp`), wherever not set.
