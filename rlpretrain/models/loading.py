@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rlpretrain.compat import keep_differentiable, require_library, without_progress_bars
 from rlpretrain.config import ConfigError, ModelConfig
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class LoadedModel(NamedTuple):
     """A model with its tokenizer."""
 
-    model: PreTrainedModel
+    model: nn.Module
     tokenizer: Any
     added_tags: list[str]
     """The thought delimiters that had to be added to both."""
@@ -56,7 +56,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
+def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     """Load a checkpoint in evaluation mode; ConfigError if that is not possible.
 
     Nothing in its forward is random, since sampled and trained log-probs must agree, and its attention kernel
@@ -82,7 +82,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def _initialise(config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _initialise(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
     """Make a model with random weights from the configuration at `config.path`."""
     try:
         model_config = AutoConfig.from_pretrained(
@@ -97,7 +97,7 @@ def _initialise(config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel
     )
 
 
-def _load_checkpoint(config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _load_checkpoint(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
     """Load a model with all of its weights."""
     try:
         with without_progress_bars():
