@@ -187,7 +187,7 @@ def test_what_is_done_is_not_done_again(done, corpus, tmp_path):
 
 
 def test_a_cost_per_position_gives_the_nearest_number_of_steps(corpus, tmp_path):
-    """Two positions cost 20 operations in `ntp_tokens`, so 4 of them, a step, cost 40: 115 pay for 3 steps."""
+    """A position costs 10 operations in `ntp_tokens`, so a step of 4 costs 40: 115 pay for 3 steps."""
     ntp = {"config": "rlp.yaml", "set": {"objective": "ntp", "positions_per_step": 2}, "like": "rlp"}
     by_cost = {**ntp, "match": "flops", "cost_from": "ntp_tokens"}
     methods = {
