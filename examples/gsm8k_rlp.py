@@ -209,10 +209,10 @@ def change(before: Evaluation, after: Evaluation) -> dict[str, Any]:
 
 def means(values: Mapping[str, np.ndarray], rows: Sequence[str]) -> dict[str, Any]:
     """Means over positions, each with its 95% interval under the same name with `_ci`."""
-    found: dict[str, Any] = {}
+    with_intervals: dict[str, Any] = {}
     for name, of_positions in values.items():
-        found[name], found[f"{name}_ci"] = interval(of_positions, rows=rows)
-    return found
+        with_intervals[name], with_intervals[f"{name}_ci"] = interval(of_positions, rows=rows)
+    return with_intervals
 
 
 def show(results: dict[str, Any]) -> None:

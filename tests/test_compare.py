@@ -17,9 +17,9 @@ from rich.console import Console
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval
-from rlpretrain.experiments.compare import compare, differences, table
+from rlpretrain.experiments.compare import compare, differences, read_measurements, table
 from rlpretrain.experiments.experiment import Job, load_experiment, overlay
-from rlpretrain.experiments.jobs import evaluation_to_do
+from rlpretrain.experiments.jobs import evaluation_to_do, training_to_do
 from tests.builders.configs import tiny_values
 from tests.builders.processes import warm
 
@@ -184,6 +184,58 @@ def test_what_is_done_is_not_done_again(done, corpus, tmp_path):
     assert len(said) == 8
 
 
+def test_a_cost_per_position_gives_the_nearest_number_of_steps(corpus, tmp_path):
+    """A position costs 10 operations in `ntp_tokens`, so a step of 4 costs 40: 115 pay for 3 steps."""
+    ntp = {"config": "rlp.yaml", "set": {"objective": "ntp", "positions_per_step": 2}, "like": "rlp"}
+    by_cost = {**ntp, "match": "flops", "cost_from": "ntp_tokens"}
+    methods = {
+        "rlp": {"config": "rlp.yaml"},
+        "ntp_tokens": {**ntp, "match": "tokens"},
+        "ntp_compute": {**by_cost, "set": {"objective": "ntp", "positions_per_step": 4}},
+    }
+    file = written(tmp_path, corpus, methods=methods, seeds=[0])
+    for name, row in {
+        "rlp": {"step": 2, "num_flops": 115.0},
+        "ntp_tokens": {"step": 3, "num_flops": 60.0},
+    }.items():
+        (tmp_path / "compared" / f"{name}-0").mkdir(parents=True)
+        (tmp_path / "compared" / f"{name}-0" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    job = Job(experiment=load_experiment(file), name="ntp_compute", seed=0, where=tmp_path)
+    config = training_to_do(job)
+    assert config is not None and config.max_steps == 3 and config.stop.flops is None
+
+
+def test_only_the_common_evaluation_with_greedy_thoughts_and_columns(done, corpus, tmp_path):
+    evaluation = {
+        "data": {"path": str(corpus / "held_out.jsonl"), "max_length": 64, "meta_columns": ["depth"]},
+        "documents": 12,
+        "thoughts": 2,
+        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+        "max_thought_tokens": 6,
+        "greedy": True,
+        "own": False,
+    }
+    file = written(
+        tmp_path, corpus, methods={"rlp": {"config": "rlp.yaml"}}, seeds=[0], evaluation=evaluation, jobs=1
+    )
+    shutil.copytree(done[0].parent / "compared", tmp_path / "compared")
+    for wanted in (tmp_path / "compared").glob("*/wanted.json"):
+        wanted.write_text(wanted.read_text().replace(str(done[0].parent), str(tmp_path)))
+    results = compare(file)
+    assert "own" not in results["methods"]["rlp"] and results["methods"]["rlp"]["spent"]
+    measured = read_measurements(load_experiment(file))["rlp"]
+    before = evaluations(done[0], "rlp")[0]["common"]
+    assert measured.array("gain_frozen").tolist() == [before["gain_frozen"]]  # the same thoughts
+    assert measured.has("think_greedy") and len(measured.meta["depth"]) == 12
+    part = measured.where("depth", ["2"])
+    chosen = [
+        gain
+        for gain, depth in zip(before["gain_frozen"], measured.meta["depth"], strict=True)
+        if depth == "2"
+    ]
+    assert part.array("gain_frozen").tolist() == [chosen] and len(part.rows) == len(chosen) == 2
+
+
 def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
     file = written(
         tmp_path, corpus, output_dir=str(done[0].parent / "compared"), common={"optim": {"lr": 2e-3}}, jobs=1
@@ -214,6 +266,30 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
         (
             {"methods": {"a": {"config": "rlp.yaml", "match": "flops", "like": "b"}}},
             "must be a method without",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml"},
+                    "b": {"config": "rlp.yaml", "match": "tokens", "like": "a", "cost_from": "a"},
+                }
+            },
+            "cost_from 'a' needs match: flops",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml"},
+                    "b": {
+                        "config": "rlp.yaml",
+                        "set": {"objective": "ntp"},
+                        "match": "flops",
+                        "like": "a",
+                        "cost_from": "a",
+                    },
+                }
+            },
+            "cost_from 'a' must have the same objective",
         ),
         (
             {
