@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlpretrain.config import ConfigError
 from rlpretrain.trl import COLUMNS, InformationGainReward, ObjectiveReward, to_prompt_dataset
 from rlpretrain.trl.callback import plain
+from rlpretrain.trl.completions import make_thought
 from rollout.types import FinishReason
 from tests.builders.tiny import bpe_tokenizer
 from tests.builders.trl import AFTER, Kept, by_hand, settings, trl
@@ -77,14 +78,12 @@ def test_a_close_tag_ends_a_completion(base, corpus):
     reward = InformationGainReward(model, tokenizer, **AFTER)
     close, eos = reward.close_id, tokenizer.eos_token_id
     assert close in model.generation_config.eos_token_id and eos in model.generation_config.eos_token_id
-    assert reward.thought([7, close, 9, 0]).token_ids == (7, close)
-    assert reward.thought([7, 8]).finish_reason is FinishReason.LENGTH
-    assert (
-        reward.thought([7, eos, 0, 0]).token_ids == (7, eos)
-        and reward.thought([7, eos]).finish_reason is FinishReason.EOS
-    )
+    assert make_thought(reward.objective, [7, close, 9, 0]).token_ids == (7, close)
+    assert make_thought(reward.objective, [7, 8]).finish_reason is FinishReason.LENGTH
+    ended = make_thought(reward.objective, [7, eos, 0, 0])
+    assert ended.token_ids == (7, eos) and ended.finish_reason is FinishReason.EOS
     boxed = ObjectiveReward(None, tokenizer, "rpt", template="raw", opening="has", closing=".")
-    assert boxed.thought([7, close, 9, 11]).answer_span == (2, 4)
+    assert make_thought(boxed.objective, [7, close, 9, 11]).answer_span == (2, 4)
 
 
 def test_prompts_are_the_documents_own_ids(base, corpus):
