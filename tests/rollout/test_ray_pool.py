@@ -66,6 +66,10 @@ def actors(model, cluster) -> Iterator[RayEngine]:
 @pytest.fixture
 def pool(actors, model) -> RayEngine:
     """The shared actors with version 0 of the weights and all counts at zero."""
+    end = time.monotonic() + 90
+    while None in actors._all("about"):  # one that a test has killed is still starting
+        assert time.monotonic() < end, "an actor did not start again"
+        time.sleep(0.2)
     actors.sync(weights_of(model), 0)
     actors.counts.clear()
     return actors
