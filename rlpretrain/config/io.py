@@ -216,7 +216,7 @@ def _rows(owner: type, prefix: str) -> list[FieldRow]:
 
 
 def _meanings(owner: type) -> dict[str, str]:
-    """Return the docstring below each field in the source, inherited fields included."""
+    """Return the docstring below each field in the source as one line, inherited fields included."""
     meanings = {}
     for base in [b for b in reversed(owner.__mro__) if is_dataclass(b)]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
@@ -225,7 +225,10 @@ def _meanings(owner: type) -> dict[str, str]:
             if not isinstance(statement, ast.AnnAssign) or not isinstance(below, ast.Expr):
                 continue
             if isinstance(statement.target, ast.Name):
-                meanings[statement.target.id] = inspect.cleandoc(str(ast.literal_eval(below.value)))
+                text = str(ast.literal_eval(below.value))
+                meanings[statement.target.id] = " ".join(
+                    text.split()
+                )  # the source's line breaks mean nothing
     return meanings
 
 

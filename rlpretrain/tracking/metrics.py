@@ -88,7 +88,9 @@ METRICS: dict[str, Metric] = {
     ),
     "run/epoch": Metric("passes over the data so far"),
     "run/skipped_steps": Metric("steps skipped for NaN or infinity", "0"),
-    "run/documents_without_position": Metric("documents so far that `prepare` dropped or that had no position"),
+    "run/documents_without_position": Metric(
+        "documents so far that `prepare` dropped or that had no position"
+    ),
     "eval/*": Metric(
         "numbers on held-out documents; `rlpretrain eval` explains them",
         "eval/gain_frozen rises, eval/no_think_loss does not",
