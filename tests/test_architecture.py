@@ -249,7 +249,13 @@ def lines(path: str | Path) -> int:
 
 def test_no_file_over_400_lines():
     counted = {str(path.relative_to(ROOT)): lines(path) for package in OURS for path in files(package)}
-    fail_if([f"{path}: {n} lines" for path, n in counted.items() if n > 560], "files over 400 lines:")
+    fail_if([f"{path}: {n} lines" for path, n in counted.items() if n > 400], "files over 400 lines:")
+
+
+def test_few_files_are_over_300_lines():
+    counted = {str(path.relative_to(ROOT)): lines(path) for package in OURS for path in files(package)}
+    long = [f"{path}: {n} lines" for path, n in counted.items() if n > 300]
+    assert len(long) <= 5, "at most five files over 300 lines:\n  " + "\n  ".join(long)
 
 
 def test_the_paper_reads_in_three_files():
@@ -261,7 +267,7 @@ def test_the_paper_reads_in_three_files():
             "rlpretrain/training/loop.py",
         )
     }
-    assert sum(three.values()) < 350, three
+    assert sum(three.values()) <= 250, three
     assert three["rlpretrain/training/loop.py"] <= 100, three
 
 
