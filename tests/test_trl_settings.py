@@ -302,6 +302,7 @@ def test_a_reference_for_the_kl_has_the_tags_too(tmp_path):
             "frozen",
             "weights of the model itself are trained as well",
         ),
+        ("LoraConfig(target_modules=['q_proj', 'lm_head'])", "self", "name the output head"),
     ],
 )
 def test_adapters_that_scoring_would_not_see(tmp_path, config, baseline, said):
