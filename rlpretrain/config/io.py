@@ -141,7 +141,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     """
     given = list(_pairs(overrides))
     engine = plain.unwrapped(values.get("engine"))
-    for name in (plain.given(text) for key, text in given if key == "engine.name"):
+    for name in (plain.parse_argument(text) for key, text in given if key == "engine.name"):
         if isinstance(engine, dict):
             values["engine"] = own_settings(engine | {"name": name})
     for key, text in given:

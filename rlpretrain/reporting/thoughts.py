@@ -43,7 +43,7 @@ class Models:
 def load_models(report: Report, config: PretrainConfig, folder: Path, model: str | None) -> Models:
     """The trained model of a run, or `model`, and the run's base model, as far as they can be loaded."""
     trained = Path(model) if model else folder / "model"
-    live = None
+    live = tokenizer = None
     try:
         if not trained.exists() and model is None:
             raise ConfigError(f"{trained} is written when a run ends (--model takes another)")

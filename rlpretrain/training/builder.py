@@ -128,26 +128,25 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         config.sampling.temperature,
         config.loss.inner_epochs,
     )
-    engine = (
-        Recorded(replayed.facts)
-        if replayed
-        else make_engine(
-            config, model, tokenizer, objective, ranks, shares=policy.shares_weights, start=start
+    if replayed is not None:
+        engine, source = Recorded(replayed.facts), replayed
+    else:
+        shares = policy.shares_weights
+        engine = make_engine(config, model, tokenizer, objective, ranks, shares=shares, start=start)
+        assert stream is not None, "only a replay has no documents of its own"
+        source = BatchSource(
+            objective,
+            stream,
+            engine,
+            policy,
+            seed=config.seed,
+            rank=ranks.rank,
+            size=ranks.size,
+            ntp_stream=others,
+            token_budget=config.token_budget,
+            in_flight=config.engine.in_flight,
+            steps=total_steps,
         )
-    )
-    source = replayed or BatchSource(
-        objective,
-        stream,
-        engine,
-        policy,
-        seed=config.seed,
-        rank=ranks.rank,
-        size=ranks.size,
-        ntp_stream=others,
-        token_budget=config.token_budget,
-        in_flight=config.engine.in_flight,
-        steps=total_steps,
-    )
     probed = engine.info.needs_probe
     padded_because = attention.install(model) if config.packing == "tree" else None
     if reference is not None and config.packing == "tree" and padded_because is None:
