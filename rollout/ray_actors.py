@@ -23,8 +23,12 @@ def place(
 
     group = placement_group([_bundle(resources)] * number, strategy=strategy)
     needed = f"{number} engines with {dict(resources)} each"
-    end = time.monotonic() + deadline
-    while not group.wait(max(0.0, min(EVERY, end - time.monotonic()))):
+    end, ready = time.monotonic() + deadline, group.ready()
+    while True:
+        # group.wait would take whole seconds only
+        placed, _ = ray.wait([ready], timeout=max(0.0, min(EVERY, end - time.monotonic())))
+        if placed:
+            return group
         left = end - time.monotonic()
         if left <= 0:
             remove_placement_group(group)
@@ -33,7 +37,6 @@ def place(
             f"waiting for Ray to place {needed}, {left:.0f} s more (engine.deadline); it has "
             f"{ray.available_resources()}"
         )
-    return group
 
 
 def start_workers(
