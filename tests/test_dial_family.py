@@ -35,7 +35,7 @@ def ids(text: str) -> tuple[int, ...]:
 
 def objective(name: str, **fields):
     """The objective of an example configuration."""
-    values = yaml.safe_load_config((FAMILY / f"{name}.yaml").read_text())
+    values = yaml.safe_load((FAMILY / f"{name}.yaml").read_text())
     values["objective"] |= fields
     return load_objective(build(values), TOKENIZER)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import importlib
 import importlib.util
 import re
-import typing
 from pathlib import Path
 
 import pytest
 
 from rlpretrain.cli import make_parser
 from rlpretrain.config import PretrainConfig
+from rlpretrain.config.names import dotted
 from rlpretrain.moved import MOVED
 from rlpretrain.tracking.metrics import METRICS
 
@@ -91,18 +90,7 @@ def commands() -> dict[str, set[str]]:
     }
 
 
-def fields(section: type, prefix: str = "") -> set[str]:
-    """The dotted names of all settings below a configuration class."""
-    names: set[str] = set()
-    for field, hint in typing.get_type_hints(section).items():
-        names.add(prefix + field)
-        for part in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(part) and isinstance(part, type):
-                names |= fields(part, f"{prefix}{field}.")
-    return names
-
-
-SETTINGS = fields(PretrainConfig)
+SETTINGS = set(dotted(PretrainConfig))
 
 
 @pytest.mark.parametrize("document", CURRENT)

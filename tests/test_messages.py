@@ -219,7 +219,7 @@ def test_fields_are_whole_when_piped_and_can_be_asked_for_by_section(capsys, tmp
         ("policy.lora", "policy.lora.alpha", "policy.zero_stage"),
         ("optim.lr", "Peak learning rate", "optim.betas"),
         ("objective", "objective.marker (rlp)", "optim.lr"),
-        ("seed", "Decides everything", "optim"),
+        ("seed", "Seed of all random numbers", "optim"),
     ):
         assert cli.main(["train", "--fields", asked]) == 0
         out = capsys.readouterr().out

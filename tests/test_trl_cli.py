@@ -271,7 +271,7 @@ def test_what_cannot_work_is_said(corpus, tmp_path):
         f"</think> ends a generation .* wants a prediction after it: .*{named}",
     )
     fails(
-        think, InformationGainReward(template="so : {context}"), "by its settings the first prompt would be"
+        think, InformationGainReward(template="so : {context}"), "with its settings the first prompt would be"
     )
     reward, row = InformationGainReward(), load_dataset(str(think / "prompts"))["train"][0]
     prompt = row.pop("prompt")

@@ -5,7 +5,6 @@ Nothing here knows how models run.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,8 +57,9 @@ class Objective:
     """Most tokens sampled after a thought, up to `config.closing`; 0: no answer is sampled."""
     token_reduction = "thought_mean"
     """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
-    setting: Setting = DEFAULT_SETTING
-    """How thoughts are sampled, and the progress of the run; the run sets it."""
+    __slots__ = ("__dict__", "__weakref__", "_setting")
+    _setting: Setting
+    """What differs between views of one objective (`with_setting`); all else is in the shared __dict__."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -91,8 +91,17 @@ class Objective:
     # what the run sets
 
     @property
+    def setting(self) -> Setting:
+        """How thoughts are drawn and how far the run is; the run sets it."""
+        return getattr(self, "_setting", DEFAULT_SETTING)
+
+    @setting.setter
+    def setting(self, value: Setting) -> None:
+        self._setting = value
+
+    @property
     def progress(self) -> float:
-        """The share of the run that is done when the current batch is trained, 0 to 1.
+        """The share of the run that is done when the present batch is trained, 0 to 1.
 
         It is the same for the batch's positions, prompts, rewards and losses.
         """
@@ -103,17 +112,18 @@ class Objective:
         self.setting = replace(self.setting, progress=value)
 
     def with_setting(self, setting: Setting) -> Objective:
-        """A shallow copy with another setting.
+        """A view of this objective with another setting; all other attributes are shared.
 
         Thoughts of coming batches are sampled while another batch is trained, so several settings exist at
-        a time. Copies share mutable attributes: count in a `Counter` or a dict, not in a plain number.
+        a time, while a counter that a hook keeps is one for all.
         """
-        other = copy.copy(self)
-        other.setting = setting
-        return other
+        view = object.__new__(type(self))
+        view.__dict__ = self.__dict__
+        view.setting = setting
+        return view
 
     def at(self, progress: float) -> Objective:
-        """A shallow copy for a batch that is trained at this share of the run."""
+        """A view for a batch that is trained at this share of the run."""
         return self.with_setting(replace(self.setting, progress=progress))
 
     # lengths
