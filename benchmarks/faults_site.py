@@ -12,18 +12,11 @@ from typing import Any
 from rlpretrain.corpora import dial
 from rlpretrain.objectives import rlp
 from rollout.types import Group
+from tests.builders import engines
 from tests.builders.servers import Proxy, VLLMServer
 from tests.builders.tiny import tiny_model
 
-SHAPE = {
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
+SHAPE = engines.SHAPE | {"tie_word_embeddings": False}
 REQUEST = 5.0  # seconds for one answer of a server
 DEADLINE = 240.0  # seconds without any engine after which a run would stop
 

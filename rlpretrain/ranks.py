@@ -96,5 +96,6 @@ def ensure_group(ranks: Ranks) -> None:
     """Make a process group and set LOCAL_RANK even for a single process: DeepSpeed needs both."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, not in __all__
+        # documented, though not in __all__
+        store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(_backend(ranks.device), store=store, rank=0, world_size=1)

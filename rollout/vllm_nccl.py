@@ -68,7 +68,8 @@ class NCCLTransfer:
             self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
                 self.info,
                 client=self.client,
-                source=self.source,  # pyright: ignore[reportArgumentType] - no subclass, to import without vLLM
+                # no subclass of vLLM's, so that this module imports without vLLM
+                source=self.source,  # pyright: ignore[reportArgumentType]
             )
         self._engine.send_weights()
 

@@ -12,6 +12,7 @@ import pytest
 
 from rlpretrain.corpora import dial
 from rollout.store import Store
+from tests.builders import engines
 from tests.builders.configs import tiny_values
 from tests.builders.runs import merged, same, weights
 from tests.builders.servers import VLLMServer
@@ -19,15 +20,7 @@ from tests.builders.tiny import tiny_model
 from tests.builders.trainers import Trainer, account, apart, rows
 
 pytestmark = pytest.mark.slow
-SHAPE = {
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
+SHAPE = engines.SHAPE | {"tie_word_embeddings": False}
 STEPS, SAVED = 24, 10
 
 

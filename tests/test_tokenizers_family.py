@@ -1,6 +1,4 @@
-"""The families of tests/tokenizers_family.py are what they say: else every matrix over them says less than
-it seems to.
-"""
+"""The tokenizers of tests/builders/tokenizers_family.py have the properties that their names say."""
 
 import pytest
 

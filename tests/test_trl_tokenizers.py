@@ -300,62 +300,23 @@ def test_rows_that_are_too_long_are_refused_before_anything_is_sampled(tmp_path)
 
     def train(most: int, path: str) -> None:
         reward = InformationGainReward(model, tokenizer, cut="force_close", **last)
-        if path == "grpo":
-            data = reward.dataset([text] * 8)
-            trl.GRPOTrainer(
-                model,
-                reward_funcs=[reward],
-                callbacks=[reward.callback],
-                processing_class=tokenizer,
-                train_dataset=data,
-                args=settings(tmp_path, max_steps=1, max_completion_length=most),
-            ).train()
-        elif path == "stream":
-            data = reward.dataset(
-                IterableDataset.from_generator(lambda: ({"text": text} for _ in range(8))), max_length=50
-            )
-            trl.GRPOTrainer(
-                model,
-                reward_funcs=[reward],
-                callbacks=[reward.callback],
-                processing_class=tokenizer,
-                train_dataset=data,
-                args=settings(tmp_path, max_steps=1, max_completion_length=most),
-            ).train()
-        elif path == "late":
-            late = ObjectiveReward(cut="force_close", **last)
-            trl.GRPOTrainer(
-                model,
-                reward_funcs=[late],
-                processing_class=tokenizer,
-                train_dataset=reward.dataset([text] * 8),
-                args=settings(tmp_path, max_steps=1, max_completion_length=most),
-            ).train()
-        elif path == "rollouts":
-            data = reward.dataset([text] * 8)
-            rollouts = Rollouts(reward, HFEngine(model, tokenizer=tokenizer), data)
-            trl.GRPOTrainer(
-                model,
-                reward_funcs=[reward],
-                callbacks=[reward.callback],
-                processing_class=tokenizer,
-                rollout_func=rollouts,
-                train_dataset=data,
-                args=settings(tmp_path, max_steps=1, max_completion_length=most),
-            ).train()
-        else:
-            args = settings(
-                tmp_path,
-                RLPConfig,
-                max_steps=1,
-                max_completion_length=most,
-                cut="force_close",
-                max_length=51,
-                positions="every_k",
-                objective_fields={"every": 50, "min_context": 49},
-            )
+        data, more = reward.dataset([text] * 8), {"reward_funcs": [reward], "callbacks": [reward.callback]}
+        lengths = {"max_steps": 1, "max_completion_length": most}
+        if path == "rlp":
+            fields = {"positions": "every_k", "objective_fields": {"every": 50, "min_context": 49}}
+            args = settings(tmp_path, RLPConfig, cut="force_close", max_length=51, **fields, **lengths)
             texts = Dataset.from_dict({"text": [text] * 8})
             RLPTrainer(model, args=args, train_dataset=texts, processing_class=tokenizer).train()
+            return
+        if path == "stream":
+            rows = IterableDataset.from_generator(lambda: ({"text": text} for _ in range(8)))
+            data = reward.dataset(rows, max_length=50)
+        elif path == "late":
+            more = {"reward_funcs": [ObjectiveReward(cut="force_close", **last)]}
+        elif path == "rollouts":
+            more["rollout_func"] = Rollouts(reward, HFEngine(model, tokenizer=tokenizer), data)
+        args = settings(tmp_path, **lengths)
+        trl.GRPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, **more).train()
 
     for path in ("grpo", "stream", "rollouts", "rlp", "late"):
         most = 64 - 50 - 2  # context and target, the open tag and an injected close tag

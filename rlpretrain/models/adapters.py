@@ -98,7 +98,8 @@ def add_lora(model: nn.Module, config: LoraConfig, new_tokens: Sequence[int] = (
     tied = embedding.weight is head.weight
     lora = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # declared int, PEFT computes with floats
+        # declared int, but PEFT computes with floats
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=0.0,
         target_modules=(
             config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)

@@ -83,17 +83,36 @@ class Size:
         return forward + backward + 4 * self.attention * (reads.pairs + 3 * reads.trained_pairs)
 
 
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Widths of a decoder layer; 0 for attention that the model does not have."""
+
+    hidden: int
+    queries: int
+    keys: int
+    """Also that of the values."""
+    mlp: int
+
+
+def widths_of(text_config: Any) -> Widths:
+    """Return the widths of a decoder layer, by the configuration of the language part of a model."""
+    hidden = getattr(text_config, "hidden_size", 0)
+    heads = getattr(text_config, "num_attention_heads", 0) or 0
+    head_dim = getattr(text_config, "head_dim", None) or (hidden // heads if heads else 0)
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    mlp = getattr(text_config, "intermediate_size", None) or 4 * hidden
+    return Widths(hidden, heads * head_dim, kv_heads * head_dim, mlp)
+
+
 def size_of(model: nn.Module, parameters: int) -> Size:
     """Return the size of a model with `parameters` parameters, as `models.count_parameters` counts them."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", 0) or 0
     layers = getattr(config, "num_hidden_layers", 0) or 0
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     trained = parameters
     if not all(p.requires_grad for p in model.parameters()):
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return Size(parameters, trained, layers * heads * head_dim)
+    return Size(parameters, trained, layers * widths_of(config).queries)
 
 
 def read_by(

@@ -251,7 +251,8 @@ class BatchSource:
             return
         try:
             check_rows(self.objective, longest, limit_of(self.policy.model))
-            check_engine(self.objective, longest, getattr(self.engine, "max_model_len", None))
+            if self.engine is not None:
+                check_engine(self.objective, longest, self.engine.info.max_model_len)
         except ConfigError as error:
             raise ConfigError(
                 f"{type(self.objective).__name__}.prepare makes documents longer: {error}"

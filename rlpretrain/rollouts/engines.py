@@ -188,7 +188,7 @@ def longest(config: PretrainConfig, objective: Objective, most: int | None) -> i
 
 
 class SyncProbe:
-    """After each sync a few tokens of the engine, scored by the policy; see `rollout.weights.Probe`.
+    """After each sync a few tokens of the engine, scored by the policy; see `rollout.probe.Probe`.
 
     `seconds` and `difference` are those of the last probe.
     """

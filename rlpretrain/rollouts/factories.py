@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlpretrain.compat import attention_of
+from rlpretrain.compat import attention_of, text_config_of
 from rlpretrain.config import ConfigError
 from rlpretrain.config.engines import RayConfig, VLLMConfig, VLLMLocalConfig, VLLMServerConfig
 from rlpretrain.models.adapters import adapter_config, has_lora
@@ -36,8 +36,8 @@ def make_vllm_local(context: EngineContext) -> Engine:
     assert isinstance(settings, VLLMLocalConfig)
     if settings.sleep and settings.max_staleness:
         raise ConfigError(
-            "engine.sleep is for engine vllm_local with max_staleness 0: only that rests while the model "
-            "trains"
+            "engine.sleep is for engine vllm_local with max_staleness 0: with more it samples while "
+            "the model trains"
         )
     if context.ranks.size > 1:
         raise ConfigError(
@@ -94,7 +94,6 @@ def make_vllm_server(context: EngineContext) -> Engine:
         raise ConfigError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
     checkpoint = context.checkpoint()
     del checkpoint["tokenizer"]  # the servers have their own
-    model: Any = context.model
     return VLLMServerEngine(
         settings.urls,
         **checkpoint,
@@ -108,7 +107,7 @@ def make_vllm_server(context: EngineContext) -> Engine:
         block_size=settings.block_size,
         lead=context.lead,
         share=context.share,
-        vocabulary=model.config.get_text_config().vocab_size,
+        vocabulary=text_config_of(context.model).vocab_size,
         say=context.say,
     )
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpretrain.config import ConfigError, EngineConfig, LoraConfig, PretrainConfig
 from rlpretrain.models.adapters import add_lora
+from rlpretrain.models.spending import widths_of
 from rlpretrain.objectives import parse_section
 
 GIB = 2**30
@@ -156,25 +157,6 @@ def _reference_models(config: PretrainConfig, sizes: Sizes, needed: bool) -> lis
     return items
 
 
-@dataclass(frozen=True, slots=True)
-class _Widths:
-    """Widths of a decoder layer: hidden, queries, keys (as values), and the MLP."""
-
-    hidden: int
-    q: int
-    kv: int
-    mlp: int
-
-
-def _widths_of(shape: Any) -> _Widths:
-    text = shape.get_text_config()
-    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 0
-    size = getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    mlp = getattr(text, "intermediate_size", None) or 4 * hidden
-    return _Widths(hidden, heads * size, kv_heads * size, mlp)
-
-
 def _training_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     """Activations, and what the head and its loss need.
 
@@ -183,10 +165,11 @@ def _training_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[
     with the MLP's width ff and those of queries and keys, q and kv. Simpler layers need less.
     """
     text, b = shape.get_text_config(), getattr(torch, config.model.dtype).itemsize
-    w, layers = _widths_of(shape), text.num_hidden_layers
-    layer = b * (4 * w.mlp + 4 * w.q) + (2 * b + 4) * 2 * w.hidden + (b + 4) * (w.q + w.kv)
+    w, layers = widths_of(text), text.num_hidden_layers
+    layer = b * (4 * w.mlp + 4 * w.queries) + (2 * b + 4) * 2 * w.hidden + (b + 4) * (w.queries + w.keys)
     if config.policy.lora and config.policy.lora.use_dora:
-        layer += 2 * b * (2 * w.mlp + 2 * w.hidden + w.q + 2 * w.kv)  # outputs with and without the adapter
+        # outputs of linear layers with and without the adapter
+        layer += 2 * b * (2 * w.mlp + 2 * w.hidden + w.queries + 2 * w.keys)
     per_token, formula = layers * layer, f"{layers} layers x {layer:,} bytes"
     if config.model.gradient_checkpointing:
         per_token = layers * w.hidden * b + layer
@@ -211,7 +194,7 @@ def _sampling_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[
     rows = min(engine.batch_size, thoughts)
     tokens = int(1.5 * (sizes.prompt + config.sampling.max_thought_tokens))
     b = getattr(torch, config.model.dtype).itemsize
-    per_token = text.num_hidden_layers * 2 * _widths_of(shape).kv * b
+    per_token = text.num_hidden_layers * 2 * widths_of(text).keys * b
     formula = f"{rows} rows x {tokens:,} tokens (half as many again: room to grow) x {per_token:,} bytes"
     logits = f"two fp32 copies of {rows} rows x V"
     return [

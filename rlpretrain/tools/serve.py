@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain import __version__, models
+from rlpretrain.compat import text_config_of
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.ranks import join
@@ -107,7 +108,7 @@ def served(args: Namespace) -> Any:
         from rollout.hf import HFEngine
 
         model: Any = models.load_model(config).to(join(args.device).device)
-        text = model.config.get_text_config()
+        text = text_config_of(model)
         limit = limit_of(model)
         longest = min(args.max_model_len or 1 << 30, limit.tokens if limit else 1 << 30)
         engine = BatchedEngine(

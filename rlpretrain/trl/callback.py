@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from rlpretrain.compat import sharded, trl_vllm_on_cpu
+from rlpretrain.compat import sharded, text_config_of, trl_vllm_on_cpu
 from rlpretrain.config import ConfigError
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.models.saving import save_start
@@ -185,7 +185,7 @@ def _load_average(folder: Path, state: Any) -> dict[str, torch.Tensor] | None:
 def _check_same_model(reward: Any, model: Any, use_vllm: bool) -> None:
     """Raise ConfigError if the trained model cannot be the one that the reward was given."""
     tags = reward.close_id, reward.objective.template.open_id
-    lacks_rows = max(tags) >= model.config.get_text_config().vocab_size
+    lacks_rows = max(tags) >= text_config_of(model).vocab_size
     stops_otherwise = reward.objective.answer_tokens or reward.attention or use_vllm
     if lacks_rows:
         problem = "has no rows for the tags of a thought"

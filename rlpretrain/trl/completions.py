@@ -7,18 +7,16 @@ from itertools import groupby
 from typing import Any
 
 from rlpretrain.objectives import Objective
+from rlpretrain.trl.data import PROMPT_COLUMNS
 from rlpretrain.trl.prompts import position_of
 from rollout.types import FinishReason, Group, Thought
-
-ROW = ("document_id", "position", "context_ids", "target_ids", "suffix_ids")
-"""Columns of a prompt dataset that make a position."""
 
 
 def group_completions(
     objective: Objective, completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
 ) -> list[Group]:
     """The completions as groups: neighbours at one position belong together. `columns` has a row for each."""
-    present = [name for name in ROW if columns.get(name)]
+    present = [name for name in PROMPT_COLUMNS if name != "prompt" and columns.get(name)]
     values = zip(*(columns[name] for name in present), strict=True)
     rows = [dict(zip(present, row, strict=True)) for row in values]
     pairs = zip(rows, completion_ids, strict=True)

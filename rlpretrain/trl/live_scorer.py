@@ -36,9 +36,8 @@ class LiveScorer:
         self.__name__ = name  # TRL's log has the reward by it
         self.layout, self.baseline, self.ema_decay = layout, baseline, ema_decay
         self.model: nn.Module | None = None
-        self.initial: dict[
-            str, torch.Tensor
-        ] = {}  # weights before a checkpoint is loaded; dropped in training
+        # weights before a checkpoint is loaded; dropped in training
+        self.initial: dict[str, torch.Tensor] = {}
         self.reference: Baseline | None = None  # made when a model is watched
         # The kernel to score with, where one rank scores in a trainer whose own kernel cannot be used.
         self.attention: str | None = None

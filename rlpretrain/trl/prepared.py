@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain import models
+from rlpretrain.compat import text_config_of
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.files import check_writable
 from rlpretrain.objectives import Config, Objective, delimiters, parse_section
@@ -93,7 +94,7 @@ def fields_of_prompts(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def check_tags(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
     """Raise ConfigError for a model that lacks the tags of a thought, when it is too late to add them."""
-    vocabulary, rows = tokenizer.get_vocab(), model.config.get_text_config().vocab_size
+    vocabulary, rows = tokenizer.get_vocab(), text_config_of(model).vocab_size
     tags = delimiters(section) or Delimiters()
     for tag in (tags.open, tags.close):
         if vocabulary.get(tag, rows) >= rows:
