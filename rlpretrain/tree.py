@@ -230,6 +230,3 @@ def shared_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     differ = a[:n] != b[:n]
     return int(differ.argmax()) if differ.any() else n
-
-
-common = shared_prefix_length  # the name it had before

@@ -17,7 +17,7 @@ from rlpretrain.config.io import build, load_config, read_mapping
 from rlpretrain.experiments.experiment import load_experiment
 from rlpretrain.objectives import parse_section
 from rlpretrain.tools.dry_run import dry_run, make_objective, model_shape
-from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_parameters, memory, peak
+from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_by_shape, memory, peak
 from rlpretrain.tools.sizes import make_sizes
 from tests.builders.configs import written
 from tests.builders.runs import merged
@@ -73,15 +73,15 @@ def test_the_papers_recipe_resolves_offline(offline: None, capsys: pytest.Captur
 
 
 def test_parameters_are_counted_exactly_and_tied_ones_once(corpus: Path):
-    counts = count_parameters(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b"))
+    counts = count_by_shape(AutoConfig.from_pretrained(EXAMPLES / "qwen3_1p7b"))
     assert (counts.all, counts.trained) == (PARAMETERS, PARAMETERS)
     built = tiny_model("llama")
     whole = sum(p.numel() for p in built.parameters())
-    counts = count_parameters(built.config)
+    counts = count_by_shape(built.config)
     assert (counts.all, counts.trained) == (whole, whole)
     lora = LoraConfig(r=3, target_modules=("q_proj",))
     adapters = 2 * 3 * (built.config.hidden_size + built.config.hidden_size)  # two layers
-    counts = count_parameters(built.config, lora=lora)
+    counts = count_by_shape(built.config, lora=lora)
     assert (counts.all, counts.trained) == (whole + adapters, adapters)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlpretrain.compat import attention_of
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.models import load_model
-from rlpretrain.models.kernels import check_kernel, settle
+from rlpretrain.models.kernels import check_kernel, choose_kernel
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_tree
@@ -169,7 +169,7 @@ def test_sinks_are_computed(tmp_path):
     refused.
     """
     model = load_model(ModelConfig(path=str(written("gpt_oss", tmp_path))))
-    assert settle(model) is None and attention_of(model) == "eager"
+    assert choose_kernel(model) is None and attention_of(model) == "eager"
 
 
 def test_a_kernel_that_is_wrong_in_its_own_way_is_found():

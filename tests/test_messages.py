@@ -147,9 +147,9 @@ def test_what_a_folder_without_a_model_is(values, corpus, tmp_path, capsys, name
 
 
 def test_no_message_of_another_library_ends_in_mid_sentence():
-    from rlpretrain.models import reason
+    from rlpretrain.models import explain_load_error
 
-    said = reason(
+    said = explain_load_error(
         "hub/name", OSError("Could not be made from one of: \n(1) a file, \n(2) another.\nGive one.")
     )
     assert said == "Could not be made from one of: (1) a file, (2) another. Give one."

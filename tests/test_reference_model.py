@@ -10,6 +10,7 @@ import torch
 
 from rlpretrain.config.io import build
 from rlpretrain.objectives import rlp
+from rlpretrain.reporting.report import add_thoughts, read_run
 from rlpretrain.scoring.references import Frozen, Reference
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
@@ -109,3 +110,22 @@ def test_a_trunk_loss_of_an_objective_is_what_is_trained(values, tmp_path):
         return run.last["ntp/loss"]
 
     assert text_loss(f"{__name__}:Unlikely") > text_loss("rlp") + 0.1
+
+
+class NeedsReference(rlp.RLP):
+    """A reward with a KL penalty, which cannot be computed without the reference."""
+
+    needs = frozenset({"target", "reference"})
+
+    def reward(self, groups, scores):
+        log_ratio = (scores.thought_logps - scores.thought_reference).sum(-1)
+        return super().reward(groups, scores) - 0.1 * log_ratio
+
+
+def test_a_report_of_a_run_with_a_reference(values, tmp_path):
+    """Without the run there is no reference: the report shows the gains, and no rewards of its own."""
+    run = tmp_path / "run"
+    trained(values, output_dir=str(run), objective__name=f"{__name__}:NeedsReference", save_rollouts=True)
+    contents = read_run(run)
+    add_thoughts(contents, run, None, 2, None)
+    assert contents.documents and not contents.missing

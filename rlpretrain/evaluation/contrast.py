@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from rewards.controls import other_document, shuffled
+from rlpretrain.rollouts.drawing import document_number
 from rollout.types import FinishReason, Group, Thought
 
 CONTROLS = ("empty", "shuffled", "other")
@@ -47,8 +47,3 @@ def _shuffled_thoughts(group: Group, seed: int) -> tuple[Thought, ...]:
         token_ids = shuffled(thought.token_ids, seed=group_seed * 1_009 + k, keep_last=is_closed)
         thoughts.append(replace(thought, token_ids=tuple(token_ids)))
     return tuple(thoughts)
-
-
-def document_number(document_id: str) -> int:
-    """A number for a document, the same in every process."""
-    return zlib.crc32(document_id.encode())

@@ -18,13 +18,13 @@ from torch import nn
 
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.stream import read_all
-from rlpretrain.evaluation.contrast import CONTROLS, contrast, document_number
+from rlpretrain.evaluation.contrast import CONTROLS, contrast
 from rlpretrain.evaluation.record import MEANING, Evaluation, by_meta
 from rlpretrain.evaluation.targets import TargetScores, no_think, score_targets
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.batches import roll_out
-from rlpretrain.rollouts.drawing import prepare_held_out
+from rlpretrain.rollouts.drawing import document_number, prepare_held_out
 from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer, score_function

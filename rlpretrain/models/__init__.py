@@ -1,9 +1,8 @@
 """Hugging Face models: loading, saving, adapters, lengths, randomness, attention kernels, operations."""
 
-from rlpretrain.models.load_errors import explain_load_error, reason
+from rlpretrain.models.load_errors import explain_load_error
 from rlpretrain.models.loading import (
     LoadedModel,
-    count,
     count_parameters,
     load,
     load_model,
@@ -14,7 +13,6 @@ from rlpretrain.models.saving import model_card, push, save_model, save_start, t
 
 __all__ = [
     "LoadedModel",
-    "count",
     "count_parameters",
     "explain_load_error",
     "load",
@@ -23,7 +21,6 @@ __all__ = [
     "load_with_tokenizer",
     "model_card",
     "push",
-    "reason",
     "save_model",
     "save_start",
     "try_saving",

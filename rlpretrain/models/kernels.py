@@ -117,6 +117,3 @@ def _next_logps(model: nn.Module, ids: Tensor) -> Tensor:
     output = forward_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
     logits = output.logits[0, :-1].float()
     return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-
-
-settle = choose_kernel  # the name it had before

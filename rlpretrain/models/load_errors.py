@@ -69,6 +69,3 @@ def only_config(path: str) -> bool:
     folder = Path(path)
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     return (folder / "config.json").is_file() and not has_weights
-
-
-reason = explain_load_error  # the name it had before

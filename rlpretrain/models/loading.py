@@ -195,4 +195,3 @@ def neutralise_generation(model: Any) -> None:
 
 
 load = load_with_tokenizer  # the name it had before
-count = count_parameters  # the name it had before

@@ -125,7 +125,8 @@ def _add_groups(
     )
     rewarded: dict[str, list[float]] = {}
     unrewarded = [group for group in groups if group.rewards is None]
-    can_be_rewarded = "target" in objective.needs and "batch" not in objective.needs
+    # not by a reward that compares a batch, or needs the reference that only a run has
+    can_be_rewarded = "target" in objective.needs and not {"batch", "reference"} & objective.needs
     if loaded.model is not None and unrewarded and can_be_rewarded:
         ids = dict.fromkeys(group.position.document_id for group in unrewarded)
         known = [documents[document_id] for document_id in ids if document_id in documents]

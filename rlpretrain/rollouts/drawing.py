@@ -99,7 +99,12 @@ def prepare_document(objective: Objective, document: Document, key: Sequence[int
 
 def prepare_held_out(objective: Objective, document: Document, seed: int) -> Document | None:
     """`prepare_document` for an evaluation: its random numbers depend on `seed` and the document's id."""
-    return prepare_document(objective, document, (seed, zlib.crc32(document.id.encode()), EVALUATION))
+    return prepare_document(objective, document, (seed, document_number(document.id), EVALUATION))
+
+
+def document_number(document_id: str) -> int:
+    """A number for a document, the same in every process."""
+    return zlib.crc32(document_id.encode())
 
 
 def _with_own_id(prepared: Document, document: Document) -> Document:

@@ -15,7 +15,7 @@ import numpy as np
 from rlpretrain.scoring.layout import Layout, Unit, idle, lay_out, target_of, token_mean
 from rlpretrain.scoring.trunks import Trunks
 from rlpretrain.scoring.unclosed import use_of_thought
-from rlpretrain.tree import common
+from rlpretrain.tree import shared_prefix_length
 from rlpretrain.types import Batch, Document, MicroBatch, Totals
 from rollout.types import Group, Thought
 
@@ -194,7 +194,9 @@ def _branch_tokens(group: Group, document: Document | None, layout: Layout) -> i
     Tokens that prompts of different groups share beyond the document are counted for each of them.
     """
     prompt, target = group.prompt, target_of(group, layout)
-    shared = common(np.asarray(document.token_ids), np.asarray(prompt.token_ids)) if document else 0
+    shared = (
+        shared_prefix_length(np.asarray(document.token_ids), np.asarray(prompt.token_ids)) if document else 0
+    )
     after = 1 + len(prompt.close_ids) + len(prompt.join_ids) + len(target)
     total = len(prompt.token_ids) - shared + sum(after + len(t.token_ids) for t in group.thoughts)
     context = layout.no_think_ids.get(group.id)

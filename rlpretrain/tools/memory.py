@@ -65,7 +65,7 @@ class ParameterCounts:
     """The head is not counted."""
 
 
-def count_parameters(
+def count_by_shape(
     shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None
 ) -> ParameterCounts:
     """Count the parameters of the model that transformers builds from a configuration, allocating nothing.

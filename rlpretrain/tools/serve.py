@@ -88,7 +88,7 @@ def served(args: Namespace) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no causal language model in '{args.model}': {models.reason(args.model, error)}"
+            f"no causal language model in '{args.model}': {models.explain_load_error(args.model, error)}"
         ) from error
     try:
         tokenizer = models.load_tokenizer(config)

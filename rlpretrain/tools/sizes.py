@@ -19,7 +19,7 @@ from rlpretrain.data.stream import open_source
 from rlpretrain.data.tokenization import DocumentSplitter
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
-from rlpretrain.tools.memory import Sizes, count_parameters
+from rlpretrain.tools.memory import Sizes, count_by_shape
 from rlpretrain.training.backends import backend_of
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.types import Window
@@ -79,7 +79,7 @@ def make_sizes(
     if objective.has_positions:
         notes += config.engine.memory_notes()
     micro = min(max(config.token_budget, window.row, smallest_piece), step)
-    parameters = count_parameters(shape, config.model.trust_remote_code, policy.lora)
+    parameters = count_by_shape(shape, config.model.trust_remote_code, policy.lora)
     return Sizes(
         parameters=parameters.all,
         trained=parameters.trained,

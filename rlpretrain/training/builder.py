@@ -177,7 +177,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         ),
         padded_because=padded_because,
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
-        parameters=models.count(policy.model),
+        parameters=models.count_parameters(policy.model),
     )
 
 

@@ -55,5 +55,5 @@ def account(run: Run, batch: Batch) -> None:
 def _size_of(run: Run, model: Any) -> Size:
     """The size of a model, computed once."""
     if id(model) not in run.sizes:
-        run.sizes[id(model)] = size_of(model, models.count(model))
+        run.sizes[id(model)] = size_of(model, models.count_parameters(model))
     return run.sizes[id(model)]

@@ -11,7 +11,7 @@ from torch import nn
 from rlpretrain.compat import attention_of, keep_differentiable, sharded
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.evaluate import contrast
-from rlpretrain.models.kernels import attending_by, settle
+from rlpretrain.models.kernels import attending_by, choose_kernel
 from rlpretrain.objectives import Objective
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
@@ -62,7 +62,7 @@ class LiveScorer:
         settle_model(inner, self.attention, is_sharded=is_sharded, reward_name=self.__name__)
         with attending_by(inner, self.attention):
             if not is_sharded:
-                settle(inner)
+                choose_kernel(inner)
                 check_model(inner)
             self.layout.tree = attention.install(inner) is None
             self.attention = attention_of(inner) if self.attention else None

@@ -12,7 +12,7 @@ from torch import nn
 
 from rlpretrain.config import ConfigError
 from rlpretrain.models.adapters import plain_name
-from rlpretrain.models.kernels import attending_by, settle
+from rlpretrain.models.kernels import attending_by, choose_kernel
 from rlpretrain.models.randomness import check_deterministic, in_mode, switch_off
 from rlpretrain.scoring.references import Baseline, Ema, Frozen, NoBaseline
 from rlpretrain.trl.callback import ranks_of
@@ -59,7 +59,7 @@ def settle_model(model: nn.Module, attention: str | None, *, is_sharded: bool, r
             f"{', '.join(turned_off)}",
             stacklevel=3,
         )
-    if not is_sharded and (dropped := settle(model)):
+    if not is_sharded and (dropped := choose_kernel(model)):
         warnings.warn(
             f"{reward_name}: the model now attends by eager, since its kernel does not compute {dropped}",
             stacklevel=3,
