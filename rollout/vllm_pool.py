@@ -136,7 +136,7 @@ class ServerPool:
             await self._pause(self.settings.patience, end)
 
     async def _pause(self, seconds: float, end: float) -> None:
-        """Wait a moment, and now and then say what is waited for until `end`."""
+        """Wait some seconds; every ten seconds of waiting, `say` why, and the time left until `end`."""
         now = time.monotonic()
         if now - self._said > EVERY and end - now < self.settings.deadline - 1:
             self._said = now

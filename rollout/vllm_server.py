@@ -52,7 +52,7 @@ class VLLMServerEngine:
 
     `transfer` nccl sends weights from GPU to GPU (see `vllm_nccl`); servers reach this process at
     `master_address`. `lead` is true on rank 0, which hands over the weights; `share` gives rank 0's value to
-    all ranks and makes them wait for it. `say` is called now and then with what is waited for.
+    all ranks and makes them wait for it. `say` gets a line for every ten seconds of waiting.
 
     All requests run on an event loop in a thread of its own, so any thread and any loop may `sample`.
     """

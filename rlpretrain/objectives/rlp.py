@@ -14,7 +14,7 @@ Our additions: targets of several tokens (`target_length`) with a discounted hor
 (`loss.reader_coef`) and the interleaved next-token loss (`loss.ntp_coef`); `recipe: paper` switches the last
 two off.
 
-Pitfalls: short thought limits damage the model (thoughts that are cut off are masked, see `sampling.cut`). A
+Pitfalls: a short thought limit cuts thoughts off, and `sampling.cut` says what such a thought counts. A
 template alone can change log p, so `no_think` names the context of the no-think arm. The gain against the
 current model grows if the no-think arm gets worse, so the gain against the frozen model is logged too.
 """

@@ -64,7 +64,7 @@ class EngineContext:
         return self.ranks.gather(value)[0]
 
     def say(self, text: str) -> None:
-        """Print a line for whoever waits, on rank 0."""
+        """Print a line about a wait, on rank 0."""
         if self.lead:
             print(text, file=sys.stderr, flush=True)
 
