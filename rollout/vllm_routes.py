@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,38 @@ class Server:
                 "it with --weights-dir, a folder that engine.weights_dir is or lies in"
             )
 
-    async def load_weights(self, folder: Path, mark: str) -> None:
-        """Pause, load, empty the caches, note the mark, resume."""
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """The server samples nothing meanwhile.
+
+        It is resumed also after an error, and the error of the block is the one that is raised.
+        """
         await self.ask("/pause", params={"mode": "abort"})
         try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                await self.resume()
+            raise
+        await self.resume()
+
+    async def resume(self) -> None:
+        """Let it sample again. vLLM closes the connection after an answer of 500: ask a second time then."""
+        try:
+            await self.ask("/resume")
+        except EngineUnavailable:  # it answered
+            raise
+        except Exception:
+            await self.ask("/resume")
+
+    async def load_weights(self, folder: Path, mark: str) -> None:
+        """Pause, load, empty the caches, note the mark, resume."""
+        async with self.paused():
             await self.ask(
                 "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             )
             await self.ask("/reset_prefix_cache")
             await self.ask("/update_weight_version", json={"new_version": mark})
-        finally:
-            await self.ask("/resume")
 
     async def receive_weights(
         self, state: Mapping[str, Any], mark: str, host: str | None, timeout: float
@@ -140,16 +162,13 @@ class Server:
         """`load_weights` over NCCL. Raises TimeoutError if the broadcast hangs, and gives up its group."""
         from rollout.vllm_nccl import NCCLTransfer
 
-        await self.ask("/pause", params={"mode": "abort"})
-        try:
+        async with self.paused():
             if self.group is None:
                 size = (await self.client.get("/get_world_size")).json()["world_size"]
                 self.group = NCCLTransfer(self.url, size, host=host, timeout=timeout)
             await asyncio.wait_for(asyncio.to_thread(self.group.send, state), timeout)
             await self.ask("/reset_prefix_cache")
             await self.ask("/update_weight_version", json={"new_version": mark})
-        finally:
-            await self.ask("/resume")
 
     async def has_weights(self, mark: str, timeout: float) -> bool:
         """Whether it reports the weights of this mark."""
