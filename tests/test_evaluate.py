@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from rlpretrain import models
+from rlpretrain.compat import attention_of
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
-from rlpretrain.evaluation.evaluate import MEANING, Evaluation, by_meta, contrast, evaluate
+from rlpretrain.evaluation import evaluate as evaluate_module
+from rlpretrain.evaluation.evaluate import MEANING, Evaluation, Interrupted, by_meta, contrast, evaluate
 from rlpretrain.objectives import load_objective
 from rlpretrain.prompts import Delimiters
 from rlpretrain.types import Document
@@ -228,6 +230,87 @@ def test_what_a_document_gets_does_not_depend_on_its_neighbours(ready, whole):
         ):  # a matrix of other rows may round otherwise
             np.testing.assert_allclose(one.behaviour_logps, other.behaviour_logps, atol=1e-5)
     np.testing.assert_allclose(part.values["shuffled"], together.values["shuffled"][5:7], atol=1e-5)
+
+
+def test_parts_give_the_numbers_of_the_whole(ready, other, whole, monkeypatch):
+    """A part's thoughts of another document may belong to a later part."""
+    model, documents, make = ready
+    monkeypatch.setitem(evaluate_module.ROWS, "cpu", 6)
+    done = []
+    parts = evaluate(
+        model,
+        make(objective__target_length=2),
+        documents,
+        frozen=other,
+        thoughts=3,
+        seed=5,
+        progress=lambda *numbers: done.append(numbers),
+    )
+    assert done == [(n, 12) for n in range(2, 13, 2)]
+    assert [g.id for g in parts.groups] == [g.id for g in whole.groups]
+    assert set(parts.values) == set(whole.values)
+    for name, values in whole.values.items():
+        np.testing.assert_allclose(parts.values[name], values, atol=1e-5, err_msg=name)
+
+
+def test_an_interrupted_evaluation_has_the_parts_that_were_done(ready, other, whole, monkeypatch):
+    model, documents, make = ready
+    monkeypatch.setitem(evaluate_module.ROWS, "cpu", 6)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    settings = {"frozen": other, "thoughts": 3, "seed": 5}
+    with pytest.raises(Interrupted) as caught:
+        evaluate(model, make(objective__target_length=2), documents, progress=interrupt, **settings)
+    done = caught.value.done
+    assert [d.id for d in done.documents] == [d.id for d in documents[:4]]
+    for name, values in whole.values.items():
+        np.testing.assert_allclose(done.values[name], values[:4], atol=1e-5, err_msg=name)
+
+
+def test_a_tree_and_padded_rows_give_the_same_numbers(ready, other, whole):
+    model, documents, make = ready
+    settings = {"frozen": other, "thoughts": 3, "seed": 5}
+    before = attention_of(model), attention_of(other)
+    padded = evaluate(model, make(objective__target_length=2), documents, tree=False, **settings)
+    for name, values in whole.values.items():
+        np.testing.assert_allclose(padded.values[name], values, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(padded.losses, whole.losses, atol=1e-5)
+    assert (attention_of(model), attention_of(other)) == before
+
+
+def test_a_model_that_no_tree_fits_is_scored_in_padded_rows(ready):
+    """Its configuration does not say that it mixes tokens outside attention; the first document does."""
+    _, documents, make = ready
+    model = tiny_model("llama", vocab_size=len(make().tokenizer))
+    mixer = model.model.layers[0].mlp
+    forward = mixer.forward
+    mixer.forward = lambda hidden: forward(hidden) + hidden.cumsum(1)
+    settings = {"thoughts": 2, "seed": 5, "greedy": False}
+    found = evaluate(model, make(), documents[:4], **settings)
+    padded = evaluate(model, make(), documents[:4], tree=False, **settings)
+    for name, values in padded.values.items():
+        np.testing.assert_allclose(found.values[name], values, atol=1e-5, err_msg=name)
+
+
+def test_several_positions_of_a_document(ready, other):
+    model, documents, make = ready
+    objective = make(objective={"name": "rlp", "positions": "random", "positions_per_document": 3, "min_context": 4})
+    settings = {"frozen": other, "thoughts": 2, "seed": 5}
+    first = evaluate(model, objective, documents[:4], **settings)
+    found = evaluate(model, objective, documents[:4], positions=3, **settings)
+    assert [d.id for d in found.documents] == [d.id for d in documents[:4] for _ in range(3)]
+    assert len({g.id for g in found.groups}) == 12
+    assert [g.position for g in found.groups[::3]] == [g.position for g in first.groups]
+    for name in ("gain", "gain_frozen", "shuffled", "empty", "direct"):  # `other` has other partners
+        np.testing.assert_allclose(found.values[name][::3], first.values[name], atol=1e-5, err_msg=name)
+    assert found.summary()["no_think_loss"] == pytest.approx(first.summary()["no_think_loss"])
+    for i, group in enumerate(found.groups):
+        alone, _ = after(other, group.position.context_ids, group.position.target_ids)
+        told = [after(model, with_thought(group, t), group.position.target_ids)[0] for t in group.thoughts]
+        assert found.values["gain_frozen"][i] == pytest.approx(np.mean(told) - alone, abs=1e-4)
 
 
 def test_documents_stay_in_order_and_those_without_a_position_are_left_out(ready):

@@ -23,10 +23,12 @@ def contrast(groups: Sequence[Group], kind: str, seed: int = 0) -> list[Group]:
     if kind == "shuffled":
         return [_with_thoughts(group, _shuffled_thoughts(group, seed)) for group in groups]
     partners = other_document([group.position.document_id for group in groups], seed)
-    return [
-        _with_thoughts(group, tuple(groups[partner].thoughts))
-        for group, partner in zip(groups, partners, strict=True)
-    ]
+    return with_thoughts_of(groups, [groups[partner] for partner in partners])
+
+
+def with_thoughts_of(groups: Sequence[Group], others: Sequence[Group]) -> list[Group]:
+    """The same groups with the thoughts of others, and without rewards."""
+    return [_with_thoughts(group, tuple(other.thoughts)) for group, other in zip(groups, others, strict=True)]
 
 
 def _with_thoughts(group: Group, thoughts: tuple[Thought, ...]) -> Group:

@@ -2,39 +2,51 @@
 
 Every number is per position; `summary` gives means with 95% intervals over whole source rows
 (rlpretrain/evaluation/intervals.py). A thought that did not close itself gets a close tag here, and counts in
-`unclosed`.
+`unclosed`. Positions are evaluated in parts, so that an evaluation that is interrupted has numbers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from rewards.controls import other_document
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.stream import read_all
-from rlpretrain.evaluation.contrast import CONTROLS, contrast
+from rlpretrain.evaluation.contrast import CONTROLS, contrast, with_thoughts_of
+from rlpretrain.evaluation.places import choose_places, in_parts
 from rlpretrain.evaluation.record import MEANING, Evaluation, by_meta
-from rlpretrain.evaluation.targets import TargetScores, no_think, score_targets
+from rlpretrain.evaluation.targets import (
+    KindScores,
+    TargetScores,
+    is_first,
+    no_think,
+    score_kinds,
+    score_targets,
+)
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.batches import roll_out
-from rlpretrain.rollouts.drawing import document_number, prepare_held_out
+from rlpretrain.rollouts.drawing import DrawnPosition, prepare_held_out
+from rlpretrain.scoring import attention
 from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
-from rollout.types import FinishReason, Group, Position
+from rollout.types import FinishReason, Group
 
 __all__ = [
     "MEANING",
     "Evaluation",
+    "Interrupted",
     "TargetScores",
     "by_meta",
     "contrast",
@@ -44,14 +56,17 @@ __all__ = [
     "score_targets",
 ]
 
+ROWS = {"cpu": 64}
+"""Thoughts that are sampled at once, by the kind of device; a part of an evaluation has as many."""
+MANY_ROWS = 512  # on any other device
 
-@dataclass(slots=True)
-class Sample:
-    """The documents that are evaluated, the position in each, and the seed of its thoughts."""
 
-    documents: list[Document]
-    positions: list[Position]
-    seeds: list[int]
+class Interrupted(KeyboardInterrupt):
+    """An evaluation was interrupted. `done` has the positions that were finished."""
+
+    def __init__(self, done: Evaluation):
+        super().__init__()
+        self.done = done
 
 
 def evaluate(
@@ -61,94 +76,179 @@ def evaluate(
     *,
     frozen: nn.Module | None = None,
     thoughts: int = 4,
+    positions: int = 1,
     seed: int = 0,
     token_budget: int = 16384,
     controls: bool = True,
     greedy: bool = True,
     pad_id: int = 0,
+    tree: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate `model` at the first of the objective's positions in each document.
+    """Evaluate `model` at the first `positions` of the objective's positions in each document.
 
     `frozen` is a model, or a scorer of one, whose no-think log-probabilities `gain_frozen` is measured
     against; by default `model`. Positions and thoughts depend only on `seed` and the document's id, not on
     the number of ranks or the order of documents.
+
+    `tree` says whether thoughts are scored in a tree, in which they share their context; by default they are
+    if the model supports it and the tree of one document agrees with padded rows. `progress` is called with
+    the numbers of positions that are done and of all positions. Raises `Interrupted` on Ctrl-C once some
+    positions are done.
     """
     prepared = [prepare_held_out(objective, document, seed) for document in documents]
     documents = [document for document in prepared if document is not None]
-    check_rows(objective, max((len(d.token_ids) for d in documents), default=0), limit_of(model))
+    if not documents:
+        raise ConfigError(f"the objective's `prepare` dropped all {len(prepared)} held-out documents")
+    check_rows(objective, max(len(document.token_ids) for document in documents), limit_of(model))
     scorer = Scorer(model)
-    reference = frozen if isinstance(frozen, Scorer) else Scorer(model if frozen is None else frozen)
+    reference = frozen if isinstance(frozen, Scorer) or frozen is None else Scorer(frozen)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
+    if not objective.has_positions:
+        return Evaluation({}, list(documents), *no_think(scorer, documents, layout), [])
     entropies: Sequence[Any] = [None] * len(documents)
     if "entropy" in objective.needs:  # of the frozen model, so that the positions do not depend on `model`
-        device = next(reference.parameters()).device
-        score = score_function(reference, entropies=True)
-        entropies = token_entropies(score, documents, token_budget, device)
-    sample = _choose_positions(objective, documents, entropies, seed)
-    losses, tokens = no_think(scorer, sample.documents, layout)
-    if not objective.has_positions:
-        return Evaluation({}, sample.documents, losses, tokens, [])
-
+        judge = reference or scorer
+        score = score_function(judge, entropies=True)
+        entropies = token_entropies(score, documents, token_budget, next(judge.parameters()).device)
+    places = choose_places(objective, documents, entropies, most=positions, seed=seed)
+    partners = _partners(places, seed) if controls and "target" in objective.needs else []
+    changed = objective.with_setting(replace(objective.setting, thoughts=thoughts))
     engine = HFEngine(model, tokenizer=objective.tokenizer)
-    prompts = [objective.prompt(position) for position in sample.positions]
-    rolled_out = _roll_out(objective, engine, sample, thoughts)
-    groups = [group for group in rolled_out if group.parent_id is None]
-    values = _sampled_numbers(groups, [group for group in rolled_out if group.parent_id is not None])
-    if "target" not in objective.needs:
-        return Evaluation(values, sample.documents, losses, tokens, groups)
+    sampler = _Sampler(changed, engine, places, greedy)
+    rows = ROWS.get(next(model.parameters()).device.type, MANY_ROWS)
+    done: list[Evaluation] = []
+    with ExitStack() as stack:
+        scoring = [_Scoring(each, layout, tree, stack) for each in (scorer, reference) if each is not None]
+        try:
+            for part in in_parts(places, max(1, rows // thoughts)):
+                sampler.sample([*part, *(partners[i] for i in part if partners)])
+                done.append(_evaluate_part(sampler, scoring, part, partners, seed))
+                if progress is not None:
+                    progress(sum(len(each.documents) for each in done), len(places))
+        except KeyboardInterrupt as error:
+            if not done:
+                raise
+            raise Interrupted(_joined(done, sampler)) from error
+    return _joined(done, sampler)
 
-    layout = replace(layout, no_think_ids=no_think_contexts(objective, groups))
-    context = (sample.documents, layout)
-    sampled = score_targets(scorer, groups, *context)
-    if frozen is None:
-        base_logps = sampled.own_logps
-    else:  # the thought does not matter, only the arm without one
-        base_logps = score_targets(reference, contrast(groups, "empty"), *context).own_logps
-    values |= {
+
+def _partners(places: Sequence[DrawnPosition], seed: int) -> list[int]:
+    """For each position one of another document, whose thoughts it gets; ConfigError if there is no other."""
+    ids = [place.document.id for place in places]
+    if len(set(ids)) < 2:
+        raise ConfigError(
+            "thoughts of another document need two held-out documents with a position, there is one"
+        )
+    return other_document(ids, seed)
+
+
+@dataclass(slots=True)
+class _Sampler:
+    """Samples thoughts at positions, each position once."""
+
+    objective: Objective
+    engine: HFEngine
+    places: Sequence[DrawnPosition]
+    is_greedy: bool
+    groups: dict[int, Group] = field(default_factory=dict)
+    """By the index of the position."""
+    greedy: dict[int, Group] = field(default_factory=dict)
+    children: list[Group] = field(default_factory=list)
+    """Groups that the objective made from these."""
+
+    def sample(self, wanted: Iterable[int]) -> None:
+        """Sample at the positions with these indices, except where that is done."""
+        indices = [i for i in dict.fromkeys(wanted) if i not in self.groups]
+        if not indices:
+            return
+        positions = [self.places[i].position for i in indices]
+        seeds = [self.places[i].seed for i in indices]
+        rolled_out = roll_out(self.objective, self.engine, positions, seeds)
+        groups = [group for group in rolled_out if group.parent_id is None]
+        self.children += [group for group in rolled_out if group.parent_id is not None]
+        self.groups |= zip(indices, groups, strict=True)
+        if self.is_greedy and "target" in self.objective.needs:
+            prompts = [self.objective.prompt(position) for position in positions]
+            params = replace(self.objective.setting.params, temperature=0.0)
+            best = asyncio.run(self.engine.sample(prompts, params, 1, seeds))
+            for i, group, (thought,) in zip(indices, groups, best, strict=True):
+                self.greedy[i] = replace(group, thoughts=(thought,), rewards=None)
+
+
+class _Scoring:
+    """A scorer with the layout of its forwards."""
+
+    def __init__(self, scorer: Scorer, layout: Layout, tree: bool | None, stack: ExitStack):
+        """`stack` takes the tree attention out of the model again; for `tree` see `evaluate`."""
+        self.scorer, self.layout, self.is_checked = scorer, layout, tree is not None
+        if tree is not False:
+            reason = stack.enter_context(attention.installed(scorer.model))
+            self.layout = replace(layout, tree=reason is None)
+
+    def losses(self, documents: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """`no_think` of each position's document; a document's tokens count once."""
+        losses, tokens = no_think(self.scorer, documents, self.layout)
+        return losses, tokens * is_first(documents)
+
+    def score(
+        self, kinds: dict[str, list[Group]], documents: list[Document], objective: Objective
+    ) -> KindScores:
+        """`score_kinds`; the first call checks the tree."""
+        groups = next(iter(kinds.values()))
+        self.layout = replace(self.layout, no_think_ids=no_think_contexts(objective, groups))
+        if not self.is_checked and self.layout.tree:
+            self.layout = replace(self.layout, tree=self._tree_agrees(groups[:1], documents[:1]))
+        self.is_checked = True
+        return score_kinds(self.scorer, kinds, documents, self.layout)
+
+    def _tree_agrees(self, groups: list[Group], documents: list[Document]) -> bool:
+        """Whether a tree gives the log-probs of padded rows, up to rounding."""
+        layouts = (self.layout, replace(self.layout, tree=False))
+        packed, padded = (score_targets(self.scorer, groups, documents, layout) for layout in layouts)
+        is_half = next(self.scorer.parameters()).dtype != torch.float32
+        return bool(np.allclose(packed.logps, padded.logps, rtol=0, atol=0.3 if is_half else 1e-3))
+
+
+def _evaluate_part(
+    sampler: _Sampler, scoring: Sequence[_Scoring], part: Sequence[int], partners: Sequence[int], seed: int
+) -> Evaluation:
+    """The evaluation of some positions. `scoring` has the model, and the frozen one if that is another."""
+    objective, groups = sampler.objective, [sampler.groups[i] for i in part]
+    documents = [sampler.places[i].document for i in part]
+    if "target" not in objective.needs:
+        return Evaluation({}, documents, *scoring[0].losses(documents), groups)
+    kinds = {"sampled": groups}
+    if sampler.is_greedy:
+        kinds["greedy"] = [sampler.greedy[i] for i in part]
+    if partners:
+        others = [sampler.groups[partners[i]] for i in part]
+        kinds["empty"] = contrast(groups, "empty")
+        kinds["shuffled"] = contrast(groups, "shuffled", seed)
+        kinds["other"] = with_thoughts_of(groups, others)
+    scores, losses, tokens = scoring[0].score(kinds, documents, objective)
+    sampled = scores["sampled"]
+    base_logps = sampled.own_logps
+    if len(scoring) > 1:  # the thought does not matter, only the arm without one
+        of_frozen = scoring[1].score({"empty": contrast(groups, "empty")}, documents, objective).kinds
+        base_logps = of_frozen["empty"].own_logps
+    values = {
         "think_sampled": sampled.hits.mean(1),
         "direct": sampled.own_hits,
         "gain": sampled.logps.mean(1) - sampled.own_logps,
         "gain_frozen": sampled.logps.mean(1) - base_logps,
     }
-    if greedy:
-        params = replace(objective.setting.params, temperature=0.0)
-        best = asyncio.run(engine.sample(prompts, params, 1, sample.seeds))
-        greedy_groups = [replace(g, thoughts=tuple(t)) for g, t in zip(groups, best, strict=True)]
-        values["think_greedy"] = score_targets(scorer, greedy_groups, *context).hits.mean(1)
-    if controls:
-        if len({document.id for document in sample.documents}) < 2:
-            raise ConfigError(
-                "thoughts of another document need two held-out documents with a position, there is one"
-            )
-        for kind in CONTROLS:
-            control = score_targets(scorer, contrast(groups, kind, seed), *context)
-            values[kind] = control.logps.mean(1) - base_logps
-    return Evaluation(values, sample.documents, losses, tokens, groups)
+    if sampler.is_greedy:
+        values["think_greedy"] = scores["greedy"].hits.mean(1)
+    if partners:
+        values |= {kind: scores[kind].logps.mean(1) - base_logps for kind in CONTROLS}
+    return Evaluation(values, documents, losses, tokens, groups)
 
 
-def _choose_positions(
-    objective: Objective, documents: Sequence[Document], entropies: Sequence[Any], seed: int
-) -> Sample:
-    """The documents with a position, or all of them if the objective has no positions."""
-    sample = Sample([], [], [])
-    for document, of_document in zip(documents, entropies, strict=True):
-        rng = np.random.default_rng((seed, document_number(document.id)))
-        positions = objective.positions(document, rng, of_document) if objective.has_positions else []
-        if positions or not objective.has_positions:
-            sample.documents.append(document)
-            sample.positions += positions[:1]
-            sample.seeds.append(int(rng.integers(2**62)))
-    if not sample.documents:
-        raise ConfigError(
-            f"none of the {len(documents)} held-out documents has a position for this objective"
-        )
-    return sample
-
-
-def _roll_out(objective: Objective, engine: HFEngine, sample: Sample, thoughts: int) -> list[Group]:
-    """The objective's groups with `thoughts` thoughts each."""
-    changed = objective.with_setting(replace(objective.setting, thoughts=thoughts))
-    return roll_out(changed, engine, sample.positions, sample.seeds)
+def _joined(parts: Sequence[Evaluation], sampler: _Sampler) -> Evaluation:
+    """The evaluations of all parts as one, with the numbers that need no log-probabilities."""
+    whole = Evaluation.join(parts)
+    return replace(whole, values=_sampled_numbers(whole.groups, sampler.children) | whole.values)
 
 
 def _sampled_numbers(groups: Sequence[Group], children: Sequence[Group]) -> dict[str, np.ndarray]:
@@ -161,7 +261,8 @@ def _sampled_numbers(groups: Sequence[Group], children: Sequence[Group]) -> dict
     asked: dict[str, list[float]] = {group.id: [] for group in groups}
     for child in children:
         assert child.parent_id is not None, "a child names its parent"
-        asked[child.parent_id] += child.rewards or ()
+        if child.parent_id in asked:  # else its parent's part was interrupted
+            asked[child.parent_id] += child.rewards or ()
     if any(asked.values()):
         values["asked"] = np.array([_mean_reward(asked[group.id] or (0.0,)) for group in groups])
     return values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from rlpretrain.scoring.groups import micro_batches, score_batch
+from rlpretrain.scoring.groups import BatchScores, DocumentScores, micro_batches, score_batch
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Batch, Document
@@ -27,18 +29,78 @@ class TargetScores:
     own_hits: np.ndarray  # [P]
 
 
+class KindScores(NamedTuple):
+    """Scores of several kinds of thoughts at the same positions, and of the documents without thoughts."""
+
+    kinds: dict[str, TargetScores]
+    losses: np.ndarray
+    """[P] next-token loss per token of each position's document."""
+    tokens: np.ndarray
+    """[P] predicted tokens of each position's document; 0 where an earlier position has the same document."""
+
+
+def score_kinds(
+    scorer: Scorer, kinds: Mapping[str, Sequence[Group]], documents: Sequence[Document], layout: Layout
+) -> KindScores:
+    """Score all kinds of thoughts in one pass, in which they share their context.
+
+    `kinds[name][i]` are groups at one position, whose document is `documents[i]`. Every position has as many
+    thoughts of a kind as the first.
+    """
+    groups = [_merged(of_position) for of_position in zip(*kinds.values(), strict=True)]
+    scored = _score(scorer, groups, documents, layout)
+    whole = _target_scores(groups, scored)
+    parts, first = {}, 0
+    for name, of_kind in kinds.items():
+        last = first + len(of_kind[0].thoughts)
+        parts[name] = replace(whole, logps=whole.logps[:, first:last], hits=whole.hits[:, first:last])
+        first = last
+    losses, tokens = _losses(documents, scored.documents)
+    return KindScores(parts, losses, tokens * is_first(documents))
+
+
 def score_targets(
     scorer: Scorer, groups: Sequence[Group], documents: Sequence[Document], layout: Layout
 ) -> TargetScores:
     """Score the targets after every thought, whatever its reward, and without a thought."""
+    return _target_scores(groups, _score(scorer, groups, documents, layout))
+
+
+def no_think(scorer: Scorer, documents: Sequence[Document], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Next-token loss per token [D] of each document, and its number of predicted tokens [D]."""
+    return _losses(documents, _score(scorer, (), documents, layout).documents)
+
+
+def is_first(documents: Sequence[Document]) -> np.ndarray:
+    """[P] 1 where no earlier position has the same document, else 0."""
+    ids = [document.id for document in documents]
+    return np.array([id_ not in ids[:i] for i, id_ in enumerate(ids)], float)
+
+
+def _score(
+    scorer: Scorer, groups: Sequence[Group], documents: Sequence[Document], layout: Layout
+) -> BatchScores:
+    """Scores of targets and documents; log-probs of thoughts, which nobody reads here, are not computed."""
+    distinct = {document.id: document for document in documents}
+    batch = Batch(tuple(replace(group, rewards=None) for group in groups), tuple(distinct.values()))
+    micros = [
+        replace(micro, thought_mask=torch.zeros_like(micro.thought_mask))
+        for micro in micro_batches(batch, layout)
+    ]
+    device = next(scorer.parameters()).device
+    return score_batch(score_function(scorer, hits=bool(groups)), micros, device)
+
+
+def _merged(groups: Sequence[Group]) -> Group:
+    """One group with the thoughts of all these, which are at one position."""
+    return replace(groups[0], thoughts=tuple(thought for group in groups for thought in group.thoughts))
+
+
+def _target_scores(groups: Sequence[Group], scored: BatchScores) -> TargetScores:
     shape = (len(groups), max(len(group.thoughts) for group in groups))
     scores = TargetScores(np.zeros(shape), np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[0]))
-    unrewarded = tuple(replace(group, rewards=None) for group in groups)
-    batch = Batch(unrewarded, _distinct(documents))
-    device = next(scorer.parameters()).device
-    scored = score_batch(score_function(scorer, hits=True), micro_batches(batch, layout), device).groups
     for i, group in enumerate(groups):
-        group_scores, n = scored[group.id], len(group.thoughts)
+        group_scores, n = scored.groups[group.id], len(group.thoughts)
         scores.logps[i, :n] = group_scores.joint_target.numpy()
         scores.hits[i, :n] = group_scores.target_hits.numpy()
         scores.own_logps[i] = float(group_scores.joint_own[0])
@@ -46,16 +108,9 @@ def score_targets(
     return scores
 
 
-def no_think(scorer: Scorer, documents: Sequence[Document], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Next-token loss per token [D] of each document, and its number of predicted tokens [D]."""
-    device = next(scorer.parameters()).device
-    batch = Batch((), _distinct(documents))
-    scored = score_batch(score_function(scorer), micro_batches(batch, layout), device).documents
+def _losses(
+    documents: Sequence[Document], scored: Mapping[str, DocumentScores]
+) -> tuple[np.ndarray, np.ndarray]:
     logps = [scored[document.id].logps for document in documents]
     losses = np.array([-float(of_document.double().mean()) for of_document in logps])
     return losses, np.array([len(of_document) for of_document in logps], float)
-
-
-def _distinct(documents: Sequence[Document]) -> tuple[Document, ...]:
-    """Each document once."""
-    return tuple({document.id: document for document in documents}.values())

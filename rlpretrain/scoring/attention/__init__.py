@@ -4,6 +4,6 @@ Every token sees the path before its segment, and its segment up to itself. On a
 computed apart (cpu.py); on a GPU the tree becomes a block mask of FlexAttention (flex.py).
 """
 
-from rlpretrain.scoring.attention.interface import install, placeholder, why_not
+from rlpretrain.scoring.attention.interface import install, installed, placeholder, why_not
 
-__all__ = ["install", "placeholder", "why_not"]
+__all__ = ["install", "installed", "placeholder", "why_not"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,6 +50,18 @@ def install(model: Any) -> str | None:
     AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.set_attn_implementation(PREFIX + before)
     return None
+
+
+@contextmanager
+def installed(model: Any) -> Iterator[str | None]:
+    """`install` for the duration of the context; gives why the model is not supported, or None."""
+    before = attention_of(model)
+    reason = install(model)
+    try:
+        yield reason
+    finally:
+        if attention_of(model) != before:
+            model.set_attn_implementation(before)
 
 
 def placeholder(device: torch.device) -> Tensor:
