@@ -289,9 +289,8 @@ def test_evaluation_against_the_same_weights(values, corpus, tmp_path, policy):
     model, base = (
         AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "run" / "model", corpus / "base")
     )
-    documents = read_all(
-        config.data.__class__(path=str(corpus / "held_out.jsonl"), max_length=64), tokenizer
-    )[:8]
+    data = config.data.__class__(path=str(corpus / "held_out.jsonl"), max_length=64)
+    documents = read_all(data, tokenizer, limit=8, seed=0)
     found = evaluate(
         model, load_objective(config, tokenizer), documents, frozen=base, thoughts=2, seed=config.seed
     ).summary()

@@ -233,7 +233,7 @@ def test_only_the_common_evaluation_with_greedy_thoughts_and_columns(done, corpu
         for gain, depth in zip(before["gain_frozen"], measured.meta["depth"], strict=True)
         if depth == "2"
     ]
-    assert part.array("gain_frozen").tolist() == [chosen] and len(part.rows) == len(chosen) == 2
+    assert part.array("gain_frozen").tolist() == [chosen] and len(part.rows) == len(chosen) > 0
 
 
 def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):

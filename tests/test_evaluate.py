@@ -297,7 +297,9 @@ def test_a_model_that_no_tree_fits_is_scored_in_padded_rows(ready):
 
 def test_several_positions_of_a_document(ready, other):
     model, documents, make = ready
-    objective = make(objective={"name": "rlp", "positions": "random", "positions_per_document": 3, "min_context": 4})
+    objective = make(
+        objective={"name": "rlp", "positions": "random", "positions_per_document": 3, "min_context": 4}
+    )
     settings = {"frozen": other, "thoughts": 2, "seed": 5}
     first = evaluate(model, objective, documents[:4], **settings)
     found = evaluate(model, objective, documents[:4], positions=3, **settings)

@@ -3,57 +3,75 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlpretrain.commands.arguments import objective_section, path, seed
+from rlpretrain.commands.arguments import count, path, seed
+from rlpretrain.commands.evaluation_settings import DEFAULTS, Subject, subject_of
 from rlpretrain.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from rlpretrain.evaluation.record import Evaluation
 
 
 def register(commands: Any) -> None:
     """Add `eval` to the command line."""
-    p = commands.add_parser("eval", help="measure the gain of thoughts on held-out text")
-    p.add_argument("model", type=path, help="hub id or folder")
-    p.add_argument("--data", type=path, required=True, help="held-out documents")
-    p.add_argument(
-        "--frozen", type=path, help="initial model for the honest gain; the model itself by default"
+    p = commands.add_parser(
+        "eval",
+        help="measure the gain of thoughts on held-out text",
+        description="Measure the gain of thoughts on held-out text, with controls and 95% intervals. The "
+        "defaults below hold for a model; a run's own settings replace them.",
     )
-    p.add_argument(
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        default = DEFAULTS.get(name.removeprefix("--").replace("-", "_"))
+        p.add_argument(name, help=text if default is None else f"{text} (default: {default})", **settings)
+
+    add("model", "hub id or folder of a model, or the folder of a run", type=path)
+    add("--data", "held-out documents (default: the run's eval.data)", type=path)
+    add(
+        "--frozen",
+        "initial model, against which gain_frozen is measured (default: the run's, or the model itself)",
+        type=path,
+    )
+    add(
+        "--against",
+        "second model at the same positions: the table gets its numbers and the differences",
+        type=path,
+    )
+    add(
         "--objective",
-        default="{name: rlp}",
-        help="YAML: the objective section (where to think, how far to predict)",
+        "where to think and how far to predict: a name, YAML, or a YAML file with the section or a whole "
+        "configuration (default: the run's, or {name: rlp})",
     )
-    p.add_argument("--column", default="text", help="column with the text")
-    p.add_argument("--by", help="column to split the table by, for instance depth")
-    p.add_argument("--documents", type=int, help="how many documents; all by default")
-    p.add_argument("--thoughts", type=int, default=4, help="sampled thoughts per position")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--max-thought-tokens", type=int, default=512)
-    p.add_argument("--max-length", type=int, default=2048, help="longest document in tokens")
-    p.add_argument("--dtype", default="float32")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--trust-remote-code", action="store_true")
-    p.add_argument("--seed", type=seed, default=0)
-    p.add_argument("--json", type=path, help="write the numbers here too")
+    add("--column", "column with the text")
+    add("--by", "column to split the table by, for instance depth; numbers of many values by quartile")
+    add("--documents", "random sample of so many documents (default: all)", type=count)
+    add("--positions", "positions per document", type=count)
+    add("--thoughts", "sampled thoughts per position", type=int)
+    add("--temperature", "of the sampled thoughts", type=float)
+    add("--max-thought-tokens", "longest thought", type=int)
+    add("--max-length", "longest document in tokens", type=int)
+    add("--dtype", "of the weights")
+    add("--device", "cpu, cuda or auto (default: auto)", default="auto")
+    add("--seed", "of positions, thoughts and the sample of documents", type=seed)
+    add("--json", "write the numbers here too", type=path)
+    p.add_argument("--trust-remote-code", action="store_true", help="run code of the model's repository")
+    p.add_argument("--no-controls", action="store_true", help="leave out empty, shuffled and other thoughts")
+    p.add_argument("--no-greedy", action="store_true", help="leave out the greedy thought")
     p.set_defaults(command=evaluate)
 
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`rlpretrain eval MODEL --data FILE`: gain with intervals, controls, no-think loss, hits."""
-    from rich.table import Table
+    """`rlpretrain eval MODEL_OR_RUN`: gain with intervals, controls, no-think loss, hits.
 
-    from rlpretrain import models
-    from rlpretrain.config import io as c
-    from rlpretrain.data.stream import read_all
-    from rlpretrain.evaluation.evaluate import MEANING, by_meta
-    from rlpretrain.evaluation.evaluate import evaluate as run
+    Ctrl-C prints the numbers of the positions that are done, and exits with 130.
+    """
+    from rlpretrain.commands.evaluation_tables import difference_of, difference_table, numbers_table, split
+    from rlpretrain.evaluation.evaluate import Interrupted
     from rlpretrain.files import check_file
-    from rlpretrain.objectives import delimiters, load_objective
-    from rlpretrain.ranks import join
-    from rlpretrain.scoring import check_model
     from rlpretrain.tracking.tables import show
     from rlpretrain.training.records import write_json
 
@@ -61,60 +79,70 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(f"--json {args.json}: there is no such folder")
     if args.json:
         check_file(args.json, "--json")
-    model_config = {"path": args.model, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    objective = objective_section(args.objective)
-    values = {
-        "model": model_config,
-        "objective": objective,
-        "output_dir": os.devnull,
-        "data": {
-            "path": args.data,
-            "column": args.column,
-            "max_length": args.max_length,
-            "meta_columns": [args.by] if args.by else [],
-        },
-        "sampling": {"temperature": args.temperature, "max_thought_tokens": args.max_thought_tokens},
-        "eval": {"thoughts": args.thoughts}
-        | ({"documents": args.documents} if args.documents is not None else {}),
-    }
-    config = c.build(values)
+    subject = subject_of(args)
+    interrupted = False
+    results: dict[str, Any] = {}
+    try:
+        whole = _evaluate_model(args, subject, subject.config.model)
+    except Interrupted as stop:
+        whole, interrupted = stop.done, True
+        print(f"interrupted: {len(whole.documents)} positions are done", file=sys.stderr)
+    parts = {"all": whole} | (split(whole, args.by) if args.by else {})
+    results |= {name: part.summary() for name, part in parts.items()}
+    show(numbers_table(parts, results))
+    if args.against and not interrupted:
+        second = _evaluate_model(args, subject, _other_model(subject, args.against))
+        results["against"] = second.summary()
+        results["difference"] = difference_of(whole, second)
+        show(difference_table(args.against, results))
+    if args.json:
+        write_json(Path(args.json), results)
+    return 130 if interrupted else 0
+
+
+def _evaluate_model(args: argparse.Namespace, subject: Subject, start: ModelConfig) -> Evaluation:
+    """Evaluate one model at the subject's positions, with a progress bar."""
+    from rlpretrain import models
+    from rlpretrain.data.stream import read_all
+    from rlpretrain.evaluation.evaluate import evaluate as run
+    from rlpretrain.objectives import delimiters, load_objective
+    from rlpretrain.ranks import join
+    from rlpretrain.scoring import check_model
+    from rlpretrain.tracking.progress import bar
+
+    config = subject.config
     tags = delimiters(config.objective)
-    device = join(args.device).device
-    model, tokenizer, added = models.load_with_tokenizer(config.model, tags, args.seed)
+    device = join(config.device).device
+    model, tokenizer, added = models.load_with_tokenizer(start, tags, config.seed)
     check_model(model.to(device))
     if added:
         print(f"added to the tokenizer, with untrained embeddings: {', '.join(added)}")
     frozen = None
-    if args.frozen:
-        frozen = models.load_with_tokenizer(
-            ModelConfig(**(model_config | {"path": args.frozen})), tags, args.seed
-        )[0].to(device)
-    documents = read_all(config.data, tokenizer, limit=args.documents)
-    pad = tokenizer.pad_token_id or 0
-    whole = run(
-        model,
-        load_objective(config, tokenizer),
-        documents,
-        frozen=frozen,
-        thoughts=args.thoughts,
-        seed=args.seed,
-        pad_id=pad,
-    )
+    if subject.frozen is not None:
+        frozen = models.load_with_tokenizer(subject.frozen, tags, config.seed)[0].to(device)
+    documents = read_all(config.data, tokenizer, limit=args.documents, seed=config.seed)
+    with bar("evaluating positions") as progress:
+        return run(
+            model,
+            load_objective(config, tokenizer),
+            documents,
+            frozen=frozen,
+            thoughts=config.eval.thoughts,
+            positions=config.eval.positions,
+            seed=config.seed,
+            token_budget=config.token_budget,
+            controls=not args.no_controls,
+            greedy=not args.no_greedy,
+            pad_id=tokenizer.pad_token_id or 0,
+            progress=progress,
+        )
 
-    def cell(row: dict[str, Any], name: str) -> str:
-        if name not in row:
-            return ""
-        low, high = row.get(f"{name}_ci", (math.nan, math.nan))  # NaN: all of it is one source row
-        return f"{row[name]:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
-    parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
-    results = {name: part.summary() for name, part in parts.items()}
-    table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")
-    for name in MEANING:
-        if name in results["all"]:
-            cells = [cell(r, name) for r in results.values()]
-            table.add_row(name, *cells, MEANING[name])
-    show(table)
-    if args.json:
-        write_json(Path(args.json), results)
-    return 0
+def _other_model(subject: Subject, against: str) -> ModelConfig:
+    """The model of `--against`, which may be a run too, with the settings of the subject's."""
+    from dataclasses import replace
+
+    from rlpretrain.commands.evaluation_settings import model_of_run, run_config
+
+    path = str(model_of_run(Path(against))) if run_config(against) else against
+    return replace(subject.config.model, path=path)

@@ -149,7 +149,9 @@ class EvalConfig:
     every: Whole = 100
     """Steps between evaluations, with a further evaluation at the end. 0: only at the end."""
     documents: Count = 64
-    """Number of held-out documents."""
+    """Number of held-out documents, the same random sample in every run."""
+    positions: Count = 1
+    """Positions per document, at most `objective.positions_per_document`."""
     thoughts: Count = 4
     """Sampled thoughts per position."""
 

@@ -57,6 +57,21 @@ class IndexedReader:
         first = self.taken
         indices = [self._index_of((first + k) * self.world_size + self.rank) for k in range(n)]
         self.taken += n
+        return self._documents(indices)
+
+    def one_pass(self) -> Iterator[Document]:
+        for start in range(0, len(self), 1000):
+            yield from self.take(min(1000, len(self) - start))
+
+    def sample(self, n: int, seed: int) -> list[Document]:
+        """`n` documents drawn without replacement, in the order of the data; all if there are no more."""
+        if n >= len(self.kept):
+            return self._documents(self.kept.tolist())
+        drawn = np.random.default_rng(seed).choice(self.kept, n, replace=False)
+        return self._documents(sorted(drawn.tolist()))
+
+    def _documents(self, indices: list[int]) -> list[Document]:
+        """The documents of these pieces."""
         pieces = self.pieces[indices]
         meta = self.meta[pieces["row"]] if self.meta is not None else {}
         documents = []
@@ -68,10 +83,6 @@ class IndexedReader:
                 self.splitter.make_document(piece, row, None if number == NONE else number, values)
             )
         return documents
-
-    def one_pass(self) -> Iterator[Document]:
-        for start in range(0, len(self), 1000):
-            yield from self.take(min(1000, len(self) - start))
 
     def cursor(self) -> dict[str, Any]:
         return {"taken": self.taken}

@@ -90,6 +90,13 @@ class DocumentStream:
         """The documents of one pass; of a stream, what is left of the present one."""
         return self._reader.one_pass()
 
+    def sample(self, n: int, seed: int) -> list[Document]:
+        """`n` random documents in the data's order; of a stream, whose length is unknown, the next `n`."""
+        with quiet():
+            if isinstance(self._reader, IndexedReader):
+                return self._reader.sample(n, seed)
+            return list(islice(self._reader.one_pass(), n))
+
     @property
     def epoch(self) -> int:
         """Complete passes over the data. A stream notices the end of a pass when it reads beyond it."""
@@ -156,14 +163,24 @@ def open_source(inputs: SourceInputs, section: str = "data") -> DocumentSource:
 
 
 def read_all(
-    data: DataConfig, tokenizer: Any, *, limit: int | None = None, min_length: int = 2
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    min_length: int = 2,
 ) -> list[Document]:
     """One pass in the data's own order, at most `limit` documents: evaluation sets.
 
-    Errors are those of `open_source`; a source without `one_pass` is refused too.
+    With a `seed` these are a random sample, without one the first; streams, and sources of others without a
+    method `sample(n, seed)`, always give the first. Errors are those of `open_source`; a source without
+    `one_pass` is refused too.
     """
     inputs = SourceInputs(config=replace(data, shuffle=False), tokenizer=tokenizer, min_length=min_length)
     source = open_source(inputs)
+    sample = getattr(source, "sample", None)
+    if limit is not None and seed is not None and sample is not None:
+        return sample(limit, seed)
     one_pass = getattr(source, "one_pass", None)
     if one_pass is None:
         raise ConfigError(

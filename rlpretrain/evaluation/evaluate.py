@@ -228,10 +228,10 @@ def _evaluate_part(
         kinds["other"] = with_thoughts_of(groups, others)
     scores, losses, tokens = scoring[0].score(kinds, documents, objective)
     sampled = scores["sampled"]
-    base_logps = sampled.own_logps
+    base_logps, frozen_losses = sampled.own_logps, None
     if len(scoring) > 1:  # the thought does not matter, only the arm without one
-        of_frozen = scoring[1].score({"empty": contrast(groups, "empty")}, documents, objective).kinds
-        base_logps = of_frozen["empty"].own_logps
+        of_frozen = scoring[1].score({"empty": contrast(groups, "empty")}, documents, objective)
+        base_logps, frozen_losses = of_frozen.kinds["empty"].own_logps, of_frozen.losses
     values = {
         "think_sampled": sampled.hits.mean(1),
         "direct": sampled.own_hits,
@@ -242,7 +242,7 @@ def _evaluate_part(
         values["think_greedy"] = scores["greedy"].hits.mean(1)
     if partners:
         values |= {kind: scores[kind].logps.mean(1) - base_logps for kind in CONTROLS}
-    return Evaluation(values, documents, losses, tokens, groups)
+    return Evaluation(values, documents, losses, tokens, groups, frozen_losses)
 
 
 def _joined(parts: Sequence[Evaluation], sampler: _Sampler) -> Evaluation:
@@ -282,7 +282,7 @@ def held_out(
     if not path:
         return None
     data = replace(config.data, path=path, name=None, split="train", streaming=False)
-    documents = read_all(data, tokenizer, limit=config.eval.documents)
+    documents = read_all(data, tokenizer, limit=config.eval.documents, seed=0)
     usable = [_is_usable(objective, document, config.seed) for document in documents]
     if min(sum(usable[rank::ranks]) for rank in range(ranks)) < 2:
         raise ConfigError(

@@ -21,6 +21,7 @@ MEANING = {
     "shuffled": "gain_frozen of the thought's own tokens in random order",
     "other": "gain_frozen of a thought made for another document",
     "no_think_loss": "next-token loss on the documents, without thoughts (nats per token)",
+    "no_think_change": "no_think_loss minus that of the frozen model",
     "unclosed": "share of sampled thoughts that did not close themselves",
     "length": "tokens per thought",
     "reward": "reward of thoughts that the objective can judge without log-probabilities",
@@ -32,13 +33,18 @@ MEANING = {
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Numbers per position (`values`), the positions' documents, and `losses` and `tokens` per document."""
+    """Numbers per position (`values`), the positions' documents, and the loss of each of these.
+
+    Where positions share a document, only the first counts its `tokens`, the others 0.
+    """
 
     values: dict[str, np.ndarray]
     documents: list[Document]
     losses: np.ndarray
     tokens: np.ndarray
     groups: list[Group]
+    frozen_losses: np.ndarray | None = None
+    """As `losses`, of the frozen model if that is another."""
 
     @staticmethod
     def join(parts: Sequence[Evaluation]) -> Evaluation:
@@ -52,6 +58,7 @@ class Evaluation:
             losses=np.concatenate([part.losses for part in parts]),
             tokens=np.concatenate([part.tokens for part in parts]),
             groups=[group for part in parts for group in part.groups],
+            frozen_losses=_concatenated([part.frozen_losses for part in parts]),
         )
 
     def where(self, keep: Sequence[bool]) -> Evaluation:
@@ -63,6 +70,7 @@ class Evaluation:
             losses=self.losses[mask],
             tokens=self.tokens[mask],
             groups=[group for group, kept in zip(self.groups, mask, strict=True) if kept],
+            frozen_losses=None if self.frozen_losses is None else self.frozen_losses[mask],
         )
 
     def summary(self, seed: int = 0) -> dict[str, float | list[float]]:
@@ -72,6 +80,9 @@ class Evaluation:
             means[name], means[f"{name}_ci"] = interval(values, rows=self.rows, seed=seed)
         loss, loss_interval = interval(self.losses, self.tokens, rows=self.rows, seed=seed)
         means |= {"no_think_loss": loss, "no_think_loss_ci": loss_interval}
+        if self.frozen_losses is not None:
+            change = interval(self.losses - self.frozen_losses, self.tokens, rows=self.rows, seed=seed)
+            means |= {"no_think_change": change[0], "no_think_change_ci": change[1]}
         if share := self.not_finite:
             means["not_finite"] = share
         return means
@@ -91,6 +102,12 @@ class Evaluation:
         scored = [self.values[name] for name in ("gain", "gain_frozen") if name in self.values]
         finite = np.logical_and.reduce(np.isfinite([self.losses, *scored]))
         return float(1 - finite.mean()) if finite.size else 0.0
+
+
+def _concatenated(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The arrays as one; None if one of them is missing."""
+    arrays = [part for part in parts if part is not None]
+    return np.concatenate(arrays) if len(arrays) == len(parts) else None
 
 
 def by_meta(evaluation: Evaluation, column: str) -> dict[str, Evaluation]:

@@ -93,4 +93,5 @@ def check(experiment: Experiment, where: Path) -> None:
             load_objective(config, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"{part}: {error}") from None
-    read_all(evaluation.data, models.load_tokenizer(common.model), limit=evaluation.documents)
+    tokenizer = models.load_tokenizer(common.model)
+    read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)

@@ -59,7 +59,11 @@ class CommonEvaluation:
     )
     """The objective that chooses positions and targets for all models."""
     documents: Count = 64
-    """Number of documents."""
+    """Number of documents, a random sample of the data."""
+    sample_seed: Seed = 0
+    """Seed of that sample."""
+    positions: Count = 1
+    """Positions per document, at most `objective.positions_per_document`."""
     thoughts: Count = 4
     """Sampled thoughts per position."""
     max_thought_tokens: Count = 2048

@@ -26,7 +26,7 @@ from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 
 Say = Callable[[str], None]
-EARLIER_EVALUATION = {"greedy": False, "own": True}
+EARLIER_EVALUATION = {"greedy": False, "own": True, "positions": 1, "sample_seed": None}
 """What an evaluation did before these fields existed."""
 
 
@@ -216,9 +216,10 @@ def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = 
     result = evaluate(
         model.to(device),
         load_objective(config, tokenizer),
-        read_all(evaluation.data, tokenizer, limit=evaluation.documents),
+        read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed),
         frozen=base.to(device),
         thoughts=evaluation.thoughts,
+        positions=evaluation.positions,
         seed=job.seed,
         controls=common,
         greedy=common and evaluation.greedy,

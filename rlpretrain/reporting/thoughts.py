@@ -81,12 +81,12 @@ def add_stored_thoughts(
 
 
 def add_new_thoughts(report: Report, config: PretrainConfig, loaded: Models, documents: int) -> None:
-    """Sample thoughts at the objective's positions in the first documents of the data, and add them."""
+    """Sample thoughts at the objective's positions in a random sample of the data, and add them."""
     model = loaded.model
     assert model is not None, "thoughts are sampled from a model"
     objective = load_objective(config, loaded.tokenizer)
     data = replace(config.data, path=config.eval.data or config.data.path, streaming=False)
-    read = read_all(data, loaded.tokenizer, limit=documents)
+    read = read_all(data, loaded.tokenizer, limit=documents, seed=0)
     prepared = [prepare_held_out(objective, document, config.seed) for document in read]
     first_documents = [document for document in prepared if document is not None]
     positions: list[Position] = []
@@ -102,7 +102,7 @@ def add_new_thoughts(report: Report, config: PretrainConfig, loaded: Models, doc
         positions += chosen
         seeds += [int(rng.integers(2**62)) for _ in chosen]
     if not positions:
-        raise ConfigError(f"none of the first {len(read)} documents has a position for this objective")
+        raise ConfigError(f"none of {len(read)} documents has a position for this objective")
     groups = roll_out(objective, HFEngine(model, tokenizer=loaded.tokenizer), positions, seeds)
     _add_groups(report, config, loaded, objective, groups, {d.id: d for d in first_documents})
 

@@ -42,9 +42,11 @@ class RunEvaluation:
             documents,
             frozen=frozen,
             thoughts=config.eval.thoughts,
+            positions=config.eval.positions,
             seed=config.seed,
             token_budget=config.token_budget,
             pad_id=self.parts.layout.pad_id,
+            tree=self.parts.layout.tree,
         )
         joined = Evaluation.join(ranks.gather(local))
         numbers = {name: value for name, value in joined.summary().items() if isinstance(value, int | float)}
