@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ONE_THREAD := OMP_NUM_THREADS=1  # one test worker per core
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench lock clean
+.PHONY: help env demo real test check bench lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,14 @@ demo:  ## corpus, base, RLP and controls: one table, runs/demo/results.json
 	@bash scripts/setup.sh demo-cpu
 	$(OFFLINE) $(PY) -m examples.demo $(ARGS)
 
+real:  ## hours: RLP on SmolLM2-135M and GSM8K, and its controls: runs/smollm2/results.json (ARGS=--quick: a minute)
+	@bash scripts/setup.sh demo-cpu
+	@bash scripts/setup.sh real-cpu
+	$(OFFLINE) $(PY) -m examples.smollm2_rlp $(ARGS)
+
 test:  ## all tests (ARGS="-k name" for some, "-m learning" for a long one, WORKERS=0 in one process)
 	@bash scripts/setup.sh test-cpu
+	@bash scripts/setup.sh real-cpu
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check:  ## ruff (rules and format), pyright, the architecture test

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds .venv from a committed lock:      scripts/setup.sh demo-cpu | test-cpu | all-cpu
+# Builds .venv from a committed lock:      scripts/setup.sh demo-cpu | test-cpu | all-cpu | real-cpu
 # Resolves the locks again (`make lock`):  scripts/setup.sh lock [--upgrade]
 #
 # Needs python >= 3.11 with its venv module (PYTHON=... to choose one), and does only the steps that are missing:
@@ -11,7 +11,7 @@
 #   4. install this project, editable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lock=${1:?which lock? demo-cpu, test-cpu, all-cpu, or: lock}
+lock=${1:?which lock? demo-cpu, test-cpu, all-cpu, real-cpu, or: lock}
 py=.venv/bin/python
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
