@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from examples import gsm8k_base, gsm8k_rlp
+from examples import gsm8k_base, gsm8k_rlp, smollm2_checkpoint, smollm2_rlp
+from rlpretrain.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,47 @@ def test_the_trl_script_trains_and_saves(corpus: Path, tmp_path: Path):
     ).read_text()
     trl_rlp.main([*common, "--output_dir", str(tmp_path / "lora"), "--use_peft"])
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+
+
+# the real checkpoint
+
+
+def test_annotations_of_results_are_kept_emptied_or_removed():
+    problem = ("How many? ", "48/2 = $<<48/2=24>>24, so <<2+2=4>>4.\n#### 24")
+    texts = {kind: smollm2_rlp.document(*problem, kind).splitlines()[1] for kind in smollm2_rlp.KINDS}
+    assert texts == {
+        "annotated": "48/2 =<<48/2=24>> $24, so 4.",
+        "empty": "48/2 =<<>> $24, so 4.",
+        "plain": "48/2 = $24, so 4.",
+    }
+
+
+def test_a_checkpoint_of_other_bytes_is_refused(tmp_path, monkeypatch):
+    other = tmp_path / smollm2_checkpoint.FILE
+    other.write_bytes(b"GGUF")
+    monkeypatch.setattr(smollm2_checkpoint, "gguf_file", lambda: other)
+    with pytest.raises(ConfigError, match="has the SHA-256 .* expected b179c952"):
+        smollm2_checkpoint.make_checkpoint(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_checkpoint_runs_to_the_end(tmp_path, capsys):
+    """Two layers of SmolLM2 with its own tokenizer, on problems of GSM8K; a second call continues."""
+    out = tmp_path / "smollm2"
+    command = ["--quick", "--out", str(out), "--seeds", "0"]
+    assert smollm2_rlp.main(command) == 0
+    results = json.loads((out / "results.json").read_text())
+    for name in smollm2_rlp.LABELS:
+        for number in smollm2_rlp.NUMBERS:
+            low, high = results[name][f"{number}_ci"]
+            assert low <= results[name][number] <= high
+    assert results["base"]["gain"] == results["base"]["gain_frozen"] != results["rlp"]["gain_frozen"]
+    log = (out / "rlp-0" / "metrics.jsonl").read_text()
+    assert len(log.splitlines()) == 2 and "SmolLM2-135M" in capsys.readouterr().out
+    texts = [json.loads(line)["text"] for line in (out / "warm.jsonl").read_text().splitlines()]
+    assert len(texts) == 1427 - 8 and 0.4 < sum("=<<" in text for text in texts) / len(texts) < 0.9
+    assert not any("<<" in line for line in (out / "documents.jsonl").read_text().splitlines())
+    assert smollm2_rlp.main(command) == 0  # nothing is trained again
+    assert (out / "rlp-0" / "metrics.jsonl").read_text() == log

@@ -1,0 +1,224 @@
+"""Every method takes 20 steps on SmolLM2-135M and GSM8K: through hf and vLLM, all weights and LoRA, and TRL.
+
+    python -m benchmarks.real_matrix [--steps 20] [--only TEXT] [--out runs/real_matrix] [--json]
+
+Each row is a process of its own: seconds of a step, peak memory, and the memory that `--dry-run` promised for
+it. Rows that are done are kept under --out, so an interrupted call continues. `scripts/setup.sh real-cpu`
+installs the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.process_memory import PeakMemory
+from examples.smollm2_checkpoint import make_checkpoint
+from examples.smollm2_rlp import PROBLEMS, write_documents
+
+WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3}
+TAGS = {"open": "<<", "close": ">>"}
+METHODS: dict[str, dict[str, Any]] = {
+    "rlp": {"name": "rlp"} | WHERE | TAGS,
+    "rlpt, information gain": {"name": "rlpt", "target_length": 8, "reward": "information_gain"} | TAGS,
+    "rlpt, match": {"name": "rlpt", "target_length": 8, "reward": "match"} | TAGS,
+    "rlpt, judge": {"name": "rlpt", "target_length": 8, "reward": "judge"} | TAGS,
+    "rpt": {"name": "rpt", "max_prediction_tokens": 6} | WHERE | TAGS,
+    "rmt": {"name": "rmt"} | TAGS,
+    "pretrain_zero": {"name": "pretrain_zero", "max_span_tokens": 2, "max_answer_tokens": 6} | TAGS,
+    "likelihood, log_prob": {"name": "likelihood", "score": "log_prob", "direct": 1.0} | WHERE | TAGS,
+    "likelihood, mean_prob": {"name": "likelihood", "score": "mean_prob"} | WHERE | TAGS,
+    "likelihood, jepo": {"name": "likelihood", "score": "jepo", "direct": 1.0} | WHERE | TAGS,
+    "likelihood, perplexity_gain": {"name": "likelihood", "score": "perplexity_gain"} | WHERE | TAGS,
+    "ntp": {"name": "ntp"},
+}
+LORA = {"policy": {"lora": {"r": 8, "alpha": 16}}, "optim": {"lr": 2e-4}}
+ENGINES = {"hf": {}, "vllm": {"engine": {"name": "vllm_local"}}}
+WEIGHTS = {"all": {}, "lora": LORA}
+GIB = 2**30
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the rows that are not done, and print all that are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", default="", help="rows whose name has this text")
+    parser.add_argument("--out", type=Path, default=Path("runs/real_matrix"))
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.row:
+        return run_row(args.row, args.out, args.steps)
+    make_checkpoint(args.out / "checkpoint")
+    write_documents(str(PROBLEMS), args.out, 200)
+    names = [name for name in rows() if args.only in name]
+    for i, name in enumerate(names):
+        if not file_of(args.out, name).exists():
+            print(f"{i + 1} of {len(names)}: {name} ...", file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "benchmarks.real_matrix", "--row", name]
+            command += ["--out", str(args.out), "--steps", str(args.steps)]
+            with (args.out / "log.txt").open("a") as log:
+                subprocess.run(command, stdout=log, stderr=log, check=False)
+    done = [
+        json.loads(file_of(args.out, name).read_text()) for name in names if file_of(args.out, name).exists()
+    ]
+    if args.json:
+        print(json.dumps({"rows": done}))
+    else:
+        show(done)
+    return int(any(row["fault"] for row in done) or len(done) < len(names))
+
+
+def rows() -> Iterator[str]:
+    """method / trainer or engine / weights."""
+    for method in METHODS:
+        for engine in ENGINES if method != "ntp" else ["hf"]:
+            for weights in WEIGHTS:
+                yield f"{method} / {engine} / {weights}"
+    for weights in WEIGHTS:
+        yield f"rlp / trl / {weights}"
+
+
+def file_of(out: Path, name: str) -> Path:
+    """Where a row's numbers stand."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return out / f"{plain}.json"
+
+
+def run_row(name: str, out: Path, steps: int) -> int:
+    """Train one row in this process and write its numbers, or its fault."""
+    import torch
+
+    torch.set_num_threads(1)
+    method, engine, weights = name.split(" / ")
+    row: dict[str, Any] = {"name": name, "steps": steps, "fault": None}
+    try:
+        train = train_with_trl if engine == "trl" else train_natively
+        row |= train(method, engine, weights, out / file_of(out, name).stem, steps)
+    except Exception as error:
+        traceback.print_exc()
+        row["fault"] = f"{type(error).__name__}: {error}"
+    file_of(out, name).write_text(json.dumps(row))
+    return 0
+
+
+def settings(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:
+    """The configuration of a row: two positions with four thoughts of up to eight tokens."""
+    values: dict[str, Any] = {
+        "model": str(folder.parent / "checkpoint"),
+        "data": {"path": str(folder.parent / "documents.jsonl"), "max_length": 128, "long": "truncate"},
+        "objective": METHODS[method],
+        "positions_per_step": 2,
+        "sampling": {"thoughts": 4, "max_thought_tokens": 8, "cut": "force_close"},
+        "optim": {"lr": 2e-5},
+        "loss": {"ntp_coef": 0.5},
+        "policy": {"backend": "torch"},
+        "max_steps": steps,
+        "token_budget": 2048,
+        "threads": 1,
+        "console": False,
+        "checkpoint": {"every": 0},
+        "output_dir": str(folder),
+    }
+    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights]):
+        for section, fields in changes.items():
+            values[section] = values.get(section, {}) | fields
+    return values
+
+
+def train_natively(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:
+    """A row of the library's own trainer."""
+    from rlpretrain import Pretrainer
+    from rlpretrain.config.io import build
+
+    config = build(settings(method, engine, weights, folder, steps))
+    promised = promise(config)
+    peak = PeakMemory()
+    peak.start()
+    Pretrainer(config).train()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "seconds": statistics.median(line["step_time"] for line in lines),
+        "peak_gib": peak.growth() / GIB,
+        "promised_gib": promised / GIB,
+        "trained": len(lines),
+    }
+
+
+def promise(config: Any) -> float:
+    """The peak in bytes that `--dry-run` prints for this configuration."""
+    from rlpretrain.tools.dry_run import make_objective, model_shape
+    from rlpretrain.tools.memory import memory, peak
+    from rlpretrain.tools.sizes import make_sizes, measure_documents
+
+    notes: list[str] = []
+    objective = make_objective(config, notes)
+    shape, _ = model_shape(config.model, Path())
+    longest = measure_documents(config, objective, notes)
+    return peak(memory(config, shape, make_sizes(config, objective, shape, notes, longest)))
+
+
+def train_with_trl(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:
+    """A row of `RLPTrainer`."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+
+    from rlpretrain.trl import RLPConfig, RLPTrainer
+
+    args = RLPConfig(
+        output_dir=str(folder),
+        positions=WHERE["positions"],
+        marker=WHERE["marker"],
+        target_length=WHERE["target_length"],
+        max_length=128,
+        max_completion_length=8,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_steps=steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = load_dataset("json", data_files=str(folder.parent / "documents.jsonl"), split="train")
+    adapter = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM") if weights == "lora" else None
+    peak = PeakMemory()
+    peak.start()
+    trainer = RLPTrainer(
+        str(folder.parent / "checkpoint"), args=args, train_dataset=data, peft_config=adapter
+    )
+    trainer.train()
+    times = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
+    return {
+        "seconds": statistics.median(times),
+        "peak_gib": peak.growth() / GIB,
+        "promised_gib": None,
+        "trained": trainer.state.global_step,
+    }
+
+
+def show(done: list[dict[str, Any]]) -> None:
+    """One line a row."""
+    table = Table("method / engine / weights", "steps", "s a step", "peak GiB", "promised GiB", "fault")
+    for row in done:
+        numbers = [row.get(name) for name in ("seconds", "peak_gib", "promised_gib")]
+        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+        table.add_row(row["name"], str(row.get("trained", "")), *cells, row["fault"] or "")
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
