@@ -74,12 +74,15 @@ def truncated_logps(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, params: SamplingParams, greedy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row of `logits` [R, V] with `uniform` [R]: token ids [R], log-probabilities [R].
 
     Inverts the cumulative distribution, summed in float64: the token is the first at which the sum reaches
     `uniform`, and never one of probability 0. Temperature 0 takes the most likely token, of equal ones the
-    lower id. NaN logits give NaN log-probabilities; the caller checks for them once at the end.
+    lower id; rows of `greedy` [R] are drawn as at temperature 0. NaN logits give NaN log-probabilities; the
+    caller checks for them once at the end.
     """
     logps = truncated_logps(logits, params)
     if params.temperature == 0:
@@ -87,6 +90,9 @@ def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
     else:
         mass = logps.exp().cumsum(-1, dtype=torch.float64)
         token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:]).clamp_(max=logits.shape[-1] - 1)
+    if greedy is not None and params.temperature > 0:
+        plain = logits[greedy].float().log_softmax(-1)
+        token[greedy], logps[greedy] = plain.argmax(-1, keepdim=True), plain
     return token[:, 0], logps.gather(1, token)[:, 0]
 
 

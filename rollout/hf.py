@@ -68,9 +68,17 @@ class HFEngine:
         return EngineInfo(shares_weights=self.shares_weights, needs_probe=False, module=self.model)
 
     async def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        n: int,
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
     ) -> list[list[Thought]]:
         """Draw `n` thoughts for each prompt; see `Engine.sample`.
+
+        With `greedy` a greedy thought follows each prompt's `n`, from the same reading of the context.
 
         Thought k of prompt i depends on the weights, the prompt, `params` and `draws.thought_seed(seeds[i],
         k)`, up to the rounding of a differently shaped batch. A thought ends with a stop id or stop string
@@ -98,13 +106,18 @@ class HFEngine:
         with sampling_mode(self.model):
             if prompts and self._reader is None:
                 self._reader = Reader(self.model, prompts[0].token_ids)
-            for members, indices in self._batches(prompts, n):
-                rows = [(i, draws.thought_seed(seeds[i], k)) for i in members for k in indices]
-                thoughts = self._decode([prompts[i] for i in members], params, [seed for _, seed in rows])
-                for (i, _), thought in zip(rows, thoughts, strict=True):
+            for members, indices in self._batches(prompts, n + greedy):
+                rows = [(i, draws.thought_seed(seeds[i], k), k == n) for i in members for k in indices]
+                thoughts = self._decode(
+                    [prompts[i] for i in members],
+                    params,
+                    [seed for _, seed, _ in rows],
+                    torch.tensor([is_greedy for _, _, is_greedy in rows]) if greedy else None,
+                )
+                for (i, _, _), thought in zip(rows, thoughts, strict=True):
                     results[i].append(thought)
         self._counts["prompts"] += len(prompts)
-        self._counts["thoughts"] += n * len(prompts)
+        self._counts["thoughts"] += (n + greedy) * len(prompts)
         self._counts["tokens"] += sum(len(thought.token_ids) for group in results for thought in group)
         return results
 
@@ -160,8 +173,13 @@ class HFEngine:
                 yield order[start:end], range(first, min(n, first + self.batch_size))
             start = end
 
-    def _decode(self, prompts: list[Prompt], params: SamplingParams, seeds: list[int]) -> list[Thought]:
-        """Decode len(seeds) / len(prompts) thoughts for each prompt; `seeds` are ordered by prompt."""
+    def _decode(
+        self, prompts: list[Prompt], params: SamplingParams, seeds: list[int], greedy: Tensor | None = None
+    ) -> list[Thought]:
+        """Decode len(seeds) / len(prompts) thoughts for each prompt; `seeds` are ordered by prompt.
+
+        `greedy` [R] says which of them are greedy; by default none beyond what `params` says.
+        """
         copies, steps, device = len(seeds) // len(prompts), params.max_thought_tokens, self.model.device
         owners = [prompt for prompt in prompts for _ in range(copies)]
         endings = [tuple({*prompt.stop_ids, *params.eos_ids}) for prompt in owners]
@@ -173,11 +191,12 @@ class HFEngine:
         text_ends: dict[int, int] = {}
         alive = torch.arange(len(owners), device=device)
         done = torch.zeros(len(owners), dtype=torch.bool, device=device)
+        greedy = None if greedy is None else greedy.to(device)
         patience = 1 if device.type == "cpu" else 8  # reading `done` stalls an accelerator
         assert self._reader is not None
         rows = Rows(self._reader, [prompt.token_ids for prompt in prompts], copies, steps)
         for step in range(steps):
-            token, logp = draws.draw(rows.logits, uniform[:, step], params)
+            token, logp = draws.draw(rows.logits, uniform[:, step], params, greedy)
             ids[alive, step], logps[alive, step] = token, logp
             done |= (token[:, None] == ends).any(1)
             if any(prompt.stop_strings for prompt in prompts):
@@ -190,6 +209,7 @@ class HFEngine:
                     break
                 keep = (~done).nonzero()[:, 0]
                 alive, done, token, ends, uniform = (x[keep] for x in (alive, done, token, ends, uniform))
+                greedy = None if greedy is None else greedy[keep]
                 rows.keep(keep)
             rows.step(token)
         drawn = zip(owners, ids.tolist(), logps.tolist(), seeds, strict=True)

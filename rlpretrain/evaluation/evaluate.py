@@ -7,10 +7,9 @@ Every number is per position; `summary` gives means with 95% intervals over whol
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ import torch
 from torch import nn
 
 from rewards.controls import other_document
-from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.data.stream import read_all
+from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.contrast import CONTROLS, contrast, with_thoughts_of
-from rlpretrain.evaluation.places import choose_places, in_parts
+from rlpretrain.evaluation.places import choose_places, held_out, in_parts
 from rlpretrain.evaluation.record import MEANING, Evaluation, by_meta
+from rlpretrain.evaluation.sampling import Sampler
 from rlpretrain.evaluation.targets import (
     KindScores,
     TargetScores,
@@ -33,7 +32,6 @@ from rlpretrain.evaluation.targets import (
 )
 from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
-from rlpretrain.rollouts.batches import roll_out
 from rlpretrain.rollouts.drawing import DrawnPosition, prepare_held_out
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.groups import no_think_contexts, token_entropies
@@ -115,7 +113,7 @@ def evaluate(
     partners = _partners(places, seed) if controls and "target" in objective.needs else []
     changed = objective.with_setting(replace(objective.setting, thoughts=thoughts))
     engine = HFEngine(model, tokenizer=objective.tokenizer)
-    sampler = _Sampler(changed, engine, places, greedy)
+    sampler = Sampler(changed, engine, places, greedy and "target" in objective.needs)
     rows = ROWS.get(next(model.parameters()).device.type, MANY_ROWS)
     done: list[Evaluation] = []
     with ExitStack() as stack:
@@ -141,39 +139,6 @@ def _partners(places: Sequence[DrawnPosition], seed: int) -> list[int]:
             "thoughts of another document need two held-out documents with a position, there is one"
         )
     return other_document(ids, seed)
-
-
-@dataclass(slots=True)
-class _Sampler:
-    """Samples thoughts at positions, each position once."""
-
-    objective: Objective
-    engine: HFEngine
-    places: Sequence[DrawnPosition]
-    is_greedy: bool
-    groups: dict[int, Group] = field(default_factory=dict)
-    """By the index of the position."""
-    greedy: dict[int, Group] = field(default_factory=dict)
-    children: list[Group] = field(default_factory=list)
-    """Groups that the objective made from these."""
-
-    def sample(self, wanted: Iterable[int]) -> None:
-        """Sample at the positions with these indices, except where that is done."""
-        indices = [i for i in dict.fromkeys(wanted) if i not in self.groups]
-        if not indices:
-            return
-        positions = [self.places[i].position for i in indices]
-        seeds = [self.places[i].seed for i in indices]
-        rolled_out = roll_out(self.objective, self.engine, positions, seeds)
-        groups = [group for group in rolled_out if group.parent_id is None]
-        self.children += [group for group in rolled_out if group.parent_id is not None]
-        self.groups |= zip(indices, groups, strict=True)
-        if self.is_greedy and "target" in self.objective.needs:
-            prompts = [self.objective.prompt(position) for position in positions]
-            params = replace(self.objective.setting.params, temperature=0.0)
-            best = asyncio.run(self.engine.sample(prompts, params, 1, seeds))
-            for i, group, (thought,) in zip(indices, groups, best, strict=True):
-                self.greedy[i] = replace(group, thoughts=(thought,), rewards=None)
 
 
 class _Scoring:
@@ -211,7 +176,7 @@ class _Scoring:
 
 
 def _evaluate_part(
-    sampler: _Sampler, scoring: Sequence[_Scoring], part: Sequence[int], partners: Sequence[int], seed: int
+    sampler: Sampler, scoring: Sequence[_Scoring], part: Sequence[int], partners: Sequence[int], seed: int
 ) -> Evaluation:
     """The evaluation of some positions. `scoring` has the model, and the frozen one if that is another."""
     objective, groups = sampler.objective, [sampler.groups[i] for i in part]
@@ -245,7 +210,7 @@ def _evaluate_part(
     return Evaluation(values, documents, losses, tokens, groups, frozen_losses)
 
 
-def _joined(parts: Sequence[Evaluation], sampler: _Sampler) -> Evaluation:
+def _joined(parts: Sequence[Evaluation], sampler: Sampler) -> Evaluation:
     """The evaluations of all parts as one, with the numbers that need no log-probabilities."""
     whole = Evaluation.join(parts)
     return replace(whole, values=_sampled_numbers(whole.groups, sampler.children) | whole.values)
@@ -272,32 +237,3 @@ def _mean_reward(rewards: Sequence[float]) -> float:
     """Mean of the finite rewards; NaN, which no mean includes, if there are none."""
     known = [reward for reward in rewards if np.isfinite(reward)]
     return float(np.mean(known)) if known else float("nan")
-
-
-def held_out(
-    config: PretrainConfig, tokenizer: Any, objective: Objective, ranks: int
-) -> list[Document] | None:
-    """The documents of `eval.data`; ConfigError if they have too few positions to be evaluated."""
-    path = config.eval.data
-    if not path:
-        return None
-    data = replace(config.data, path=path, name=None, split="train", streaming=False)
-    documents = read_all(data, tokenizer, limit=config.eval.documents, seed=0)
-    usable = [_is_usable(objective, document, config.seed) for document in documents]
-    if min(sum(usable[rank::ranks]) for rank in range(ranks)) < 2:
-        raise ConfigError(
-            f"eval.data {path}: {sum(usable)} of {len(documents)} documents can be used (have a position); "
-            "evaluation needs 2 for each rank"
-        )
-    return documents
-
-
-def _is_usable(objective: Objective, document: Document, seed: int) -> bool:
-    """Whether the prepared document has a position; entropies are not known yet, so they count as 0."""
-    prepared = prepare_held_out(objective, document, seed)
-    if prepared is None:
-        return False
-    if not objective.has_positions:
-        return True
-    entropies = torch.zeros(len(prepared.token_ids))
-    return bool(objective.positions(prepared, np.random.default_rng(seed), entropies))

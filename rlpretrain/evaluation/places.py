@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.data.stream import read_all
 from rlpretrain.objectives import Objective
-from rlpretrain.rollouts.drawing import DrawnPosition, document_number
+from rlpretrain.rollouts.drawing import DrawnPosition, document_number, prepare_held_out
 from rlpretrain.types import Document
 
 
@@ -46,3 +49,32 @@ def in_parts(places: Sequence[DrawnPosition], size: int) -> Iterator[list[int]]:
             part = []
         part.append(i)
     yield part
+
+
+def held_out(
+    config: PretrainConfig, tokenizer: Any, objective: Objective, ranks: int
+) -> list[Document] | None:
+    """The documents of `eval.data`; ConfigError if they have too few positions to be evaluated."""
+    path = config.eval.data
+    if not path:
+        return None
+    data = replace(config.data, path=path, name=None, split="train", streaming=False)
+    documents = read_all(data, tokenizer, limit=config.eval.documents, seed=0)
+    usable = [_is_usable(objective, document, config.seed) for document in documents]
+    if min(sum(usable[rank::ranks]) for rank in range(ranks)) < 2:
+        raise ConfigError(
+            f"eval.data {path}: {sum(usable)} of {len(documents)} documents can be used (have a position); "
+            "evaluation needs 2 for each rank"
+        )
+    return documents
+
+
+def _is_usable(objective: Objective, document: Document, seed: int) -> bool:
+    """Whether the prepared document has a position; entropies are not known yet, so they count as 0."""
+    prepared = prepare_held_out(objective, document, seed)
+    if prepared is None:
+        return False
+    if not objective.has_positions:
+        return True
+    entropies = torch.zeros(len(prepared.token_ids))
+    return bool(objective.positions(prepared, np.random.default_rng(seed), entropies))

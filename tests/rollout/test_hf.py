@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,6 +153,24 @@ def chain(size: int) -> HFEngine:
     table = torch.full((size, size), -torch.inf)
     table[torch.arange(size), (torch.arange(size) + 1) % size] = 0.0
     return HFEngine(Table(table), tokenizer=word_tokenizer(f"w{i}" for i in range(size - 3)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_greedy_thought_beside_the_sampled_ones(family: str) -> None:
+    """The sampled ones are those of a call without it; it is that of temperature 0."""
+    model, prompts = model_of(family), prompts_of([12, 1, 7, 7, 16])
+    params, seeds = SamplingParams(9, eos_ids=(3,), top_k=20), list(range(5))
+    engine = HFEngine(model)
+    both = asyncio.run(engine.sample(prompts, params, 3, seeds, greedy=True))
+    alone = asyncio.run(engine.sample(prompts, params, 3, seeds))
+    greedy = asyncio.run(engine.sample(prompts, replace(params, temperature=0.0), 1, seeds))
+    assert [[t.token_ids for t in group[:3]] for group in both] == [
+        [t.token_ids for t in group] for group in alone
+    ]
+    for group, (expected,) in zip(both, greedy, strict=True):
+        assert group[3].token_ids == expected.token_ids and group[3].finish_reason is expected.finish_reason
+        torch.testing.assert_close(group[3].behaviour_logps, expected.behaviour_logps, atol=1e-4, rtol=0)
+    assert engine.health()["thoughts"] == 5 * 4 + 5 * 3 + 5
 
 
 def test_how_thoughts_end() -> None:
