@@ -48,8 +48,7 @@ QUICK = {
 }
 """The fields that --quick sets."""
 DERIVED = {
-    "direct_gain": "log p(target | context) minus the frozen model's: what training changed without thoughts",
-    "thought_worth": "gain_frozen of a sampled thought minus that of an empty one: what its words gain",
+    "thought_worth": "gain_frozen of a sampled thought minus that of an empty one: what its words gain"
 }
 """Numbers beside those of `rlpretrain eval`."""
 SHOWN = (
@@ -188,15 +187,13 @@ def evaluation(config: PretrainConfig, trained: str | None, out: Path) -> Evalua
 def position_values(evaluated: Evaluation) -> dict[str, np.ndarray]:
     """The numbers of every position, with those of DERIVED."""
     values = evaluated.values
-    return values | {
-        "direct_gain": values["gain_frozen"] - values["gain"],
-        "thought_worth": values["gain_frozen"] - values["empty"],
-    }
+    direct = values["gain_frozen"] - values["gain"]  # 0 before training
+    return values | {"direct_gain": direct, "thought_worth": values["gain_frozen"] - values["empty"]}
 
 
 def numbers(evaluated: Evaluation) -> dict[str, Any]:
     """Means, each with its 95% interval under the same name with `_ci`."""
-    derived = {name: position_values(evaluated)[name] for name in DERIVED}
+    derived = {name: position_values(evaluated)[name] for name in ("direct_gain", *DERIVED)}
     return evaluated.summary() | means(derived, evaluated.rows)
 
 

@@ -3,11 +3,13 @@
     python -m examples.smollm2_rlp [--out runs/smollm2] [--seeds 0 1] [--data problems.jsonl] [--quick]
 
 `make real` installs what it needs and calls it. It makes the checkpoint (examples/smollm2_checkpoint.py) and
-the documents (problems with their solutions), and trains the checkpoint briefly on documents in which a
+the documents, problems with their solutions. Then it trains the checkpoint briefly on documents in which a
 result may follow an annotation `<<48/2=24>>`, an empty one, or none, so that RLP's steps are not spent on the
-tags. From there it compares (rlpretrain/experiments/compare.py) RLP with next-token prediction on the same
-tokens and on the same compute, all evaluated on held-out problems with the controls. RLP's settings are
-examples/smollm2_rlp.yaml. An interrupted call continues; the numbers go to results.json. It takes hours.
+tags. This phase ends with plain documents: a model that expects an annotation predicts a result badly without
+one, and RLP's gain would be measured against that. From there it compares
+(rlpretrain/experiments/compare.py) RLP with next-token prediction on the same tokens and on the same compute,
+all evaluated on held-out problems with the controls. RLP's settings are examples/smollm2_rlp.yaml. An
+interrupted call continues; the numbers go to results.json. It takes hours.
 """
 
 from __future__ import annotations
@@ -28,11 +30,16 @@ from rich.table import Table
 
 from examples.smollm2_checkpoint import QUICK_LAYERS, make_checkpoint
 from rlpretrain import Pretrainer
-from rlpretrain.config import ConfigError, DataConfig
-from rlpretrain.config.io import build, read_mapping
+from rlpretrain.config import ConfigError, DataConfig, ModelConfig
+from rlpretrain.config.io import build, read_mapping, to_dict
 from rlpretrain.data.opening import open_rows, quiet
+from rlpretrain.data.stream import read_all
+from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.evaluation.record import MEANING
 from rlpretrain.experiments import compare
+from rlpretrain.experiments.experiment import CommonEvaluation
+from rlpretrain.models import load_with_tokenizer
+from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.training.records import write_json
 
 HERE = Path(__file__).parent
@@ -45,14 +52,27 @@ ANNOTATION = re.compile(r"(?<!=)<<.*?>>")
 KINDS = {"annotated": r"=<<\2>>\1", "empty": r"=<<>>\1", "plain": r"=\1"}
 """What replaces RESULT."""
 SHARES = (0.5, 0.2, 0.3)
-"""Of these kinds among the documents of the next-token phase before RLP."""
+"""Of these kinds among the documents of the next-token phase before RLP, up to its last steps."""
+WARM_STEPS, PLAIN_STEPS, BATCH = 50, 15, 8
+"""Steps of that phase, those at its end that have plain documents only, and documents of a step."""
 LABELS = {
-    "base": "before",
+    "untouched": "untouched",
+    "base": "before RLP",
     "rlp": "RLP",
     "ntp_tokens": "NTP, same tokens",
     "ntp_compute": "NTP, same compute",
 }
-NUMBERS = ("gain_frozen", "gain", "empty", "shuffled", "other", "no_think_loss", "unclosed", "length")
+NUMBERS = (
+    "gain_frozen",
+    "direct_gain",
+    "gain",
+    "empty",
+    "shuffled",
+    "other",
+    "no_think_loss",
+    "unclosed",
+    "length",
+)
 QUICK = {
     "max_steps": 2,
     "sampling": {"thoughts": 2, "max_thought_tokens": 4},
@@ -91,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ImportError) as error:
         print(f"smollm2_rlp: {error}", file=sys.stderr)
         return 2
-    results = collect(real)
+    results = collect(real) | {"untouched": evaluate_untouched(args.out, real.evaluation)}
     results["seconds"] = time.perf_counter() - begin
     write_json(args.out / "results.json", results)
     show(results)
@@ -118,7 +138,8 @@ def write_documents(data: str, out: Path, held_out: int) -> None:
     with quiet():
         problems = [(row["question"], row["answer"]) for row in open_rows(source)]
     random.Random(0).shuffle(problems)
-    kinds = random.Random(1).choices(list(KINDS), SHARES, k=len(problems))
+    mixed = (WARM_STEPS - PLAIN_STEPS) * BATCH
+    kinds = random.Random(1).choices(list(KINDS), SHARES, k=mixed) + ["plain"] * len(problems)
     training = list(zip(problems[held_out:], kinds, strict=False))
     write_texts(out / "held_out.jsonl", [document(*problem) for problem in problems[:held_out]])
     write_texts(out / "documents.jsonl", [document(*problem) for problem, _ in training])
@@ -140,15 +161,16 @@ def warm_up(out: Path, quick: bool) -> None:
     print("next-token phase on documents with annotations ...", flush=True)
     values = {
         "model": str(out / "checkpoint"),
-        "data": {"path": str(out / "warm.jsonl"), "max_length": 200, "long": "truncate"},
+        "data": {"path": str(out / "warm.jsonl"), "max_length": 200, "long": "truncate", "shuffle": False},
         "objective": "ntp",
-        "positions_per_step": 8,
-        "optim": {"lr": 3e-5, "schedule": "cosine", "warmup_steps": 1 if quick else 5},
-        "max_steps": 2 if quick else 50,
+        "positions_per_step": BATCH,
+        "optim": {"lr": 3e-5, "warmup_steps": 1 if quick else 5},
+        "max_steps": 2 if quick else WARM_STEPS,
         "token_budget": 2048,
         "eval": {"data": str(out / "held_out.jsonl"), "documents": 8 if quick else 40, "every": 0},
         "checkpoint": {"every": 20, "keep": 1},
         "log_every": 10,
+        "threads": 1,
         "output_dir": str(out / "warm"),
     }
     Pretrainer(build(values)).train(resume="auto")
@@ -182,6 +204,31 @@ def experiment(args: argparse.Namespace) -> compare.Experiment:
         "output_dir": str(out),
     }
     return compare.build_experiment(values, HERE)
+
+
+def evaluate_untouched(out: Path, evaluation: CommonEvaluation) -> dict[str, Any]:
+    """The numbers of the checkpoint before the next-token phase, with the model after it as the frozen one."""
+    file = out / "untouched.json"
+    if not file.exists():
+        print("evaluating the untouched checkpoint ...", flush=True)
+        values = {
+            "model": str(out / "checkpoint"),
+            "data": to_dict(evaluation.data),
+            "objective": evaluation.objective,
+            "sampling": {"max_thought_tokens": evaluation.max_thought_tokens},
+            "output_dir": str(out),
+        }
+        config = build(values)
+        tags = delimiters(config.objective)
+        model, tokenizer, _ = load_with_tokenizer(config.model, tags)
+        frozen = load_with_tokenizer(ModelConfig(path=str(out / "warm" / "model")), tags)[0]
+        documents = read_all(config.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
+        objective = load_objective(config, tokenizer)
+        measured = evaluate(
+            model, objective, documents, frozen=frozen, thoughts=evaluation.thoughts, greedy=False
+        )
+        write_json(file, measured.summary())
+    return json.loads(file.read_text())
 
 
 def collect(real: compare.Experiment) -> dict[str, Any]:

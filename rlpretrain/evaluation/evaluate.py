@@ -203,6 +203,8 @@ def _evaluate_part(
         "gain": sampled.logps.mean(1) - sampled.own_logps,
         "gain_frozen": sampled.logps.mean(1) - base_logps,
     }
+    if len(scoring) > 1:
+        values["direct_gain"] = sampled.own_logps - base_logps
     if sampler.is_greedy:
         values["think_greedy"] = scores["greedy"].hits.mean(1)
     if partners:

@@ -17,6 +17,7 @@ MEANING = {
     "direct": "the same without a thought, as a share of positions",
     "gain": "log p(target | context, thought) - log p(target | context) in nats, against the model itself",
     "gain_frozen": "the same against the frozen model without a thought",
+    "direct_gain": "log p(target | context) minus the frozen model's: what training changed without thoughts",
     "empty": "gain_frozen of a thought without content",
     "shuffled": "gain_frozen of the thought's own tokens in random order",
     "other": "gain_frozen of a thought made for another document",
