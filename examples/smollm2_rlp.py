@@ -207,7 +207,7 @@ def experiment(args: argparse.Namespace) -> compare.Experiment:
 
 
 def evaluate_untouched(out: Path, evaluation: CommonEvaluation) -> dict[str, Any]:
-    """The numbers of the checkpoint before the next-token phase, with the model after it as the frozen one."""
+    """The numbers of the checkpoint before the next-token phase; frozen is the model after it."""
     file = out / "untouched.json"
     if not file.exists():
         print("evaluating the untouched checkpoint ...", flush=True)
