@@ -15,6 +15,7 @@ from rlpretrain.data.fingerprints import fingerprint
 from rlpretrain.data.stream import open_source
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.models import adapters, lengths
+from rlpretrain.models.peaks import find_peak
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
@@ -72,6 +73,8 @@ class Parts:
     half: bool
     """Whether log-probs are computed in half precision."""
     parameters: int
+    peak: float | None
+    """The most operations a second of a rank's device, for perf/mfu; None where it is not known."""
 
 
 def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
@@ -178,6 +181,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         padded_because=padded_because,
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
         parameters=models.count_parameters(policy.model),
+        peak=find_peak(ranks.device, config.peak_flops),
     )
 
 
