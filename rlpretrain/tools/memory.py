@@ -119,7 +119,7 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     # What ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights.
     over = ["" if stage < k else " / W" for k in range(4)]
     share = [sizes.ranks if text else 1 for text in over]
-    gradient = 4 if b == 2 and sizes.backend == "torch" else b
+    gradient = 4 if b == 2 and (sizes.backend == "torch" or stage >= 2) else b
     weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
     bits = {"4bit": 4, "8bit": 8}.get(config.model.quantization)
     if bits and sizes.linear:

@@ -24,6 +24,8 @@ from rlpretrain.types import MicroBatch, Scores
 class DeepSpeedPolicy:
     """DeepSpeed ZeRO 0 to 3, 1..n processes, fp32 or bf16, with the user's DeepSpeed JSON if there is one.
 
+    In bf16 DeepSpeed keeps float32 weights and optimizer state. Stages 0 and 1 add up the gradients of
+    micro-batches in bf16 (stage 1 in float32 if the JSON says so), stages 2 and 3 in float32.
     DeepSpeed averages over ranks, so the loss is multiplied by their number; accumulation is ours
     (`managed_gradient_accumulation: false`), since the number of micro-batches varies.
     """
@@ -169,6 +171,9 @@ def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) ->
     for key in ("train_batch_size", "optimizer", "scheduler", "fp16"):
         settings.pop(key, None)
     zero.setdefault("overlap_comm", False)
+    if dtype == torch.bfloat16 and zero["stage"] >= 2:
+        # DeepSpeed would add up the gradients of micro-batches in bfloat16; stage 0 can do nothing else
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return _without_auto(settings | owned)
 
 
