@@ -79,7 +79,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         )
     model.eval()
     if config.gradient_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, offload=config.activation_offloading)
     return model
 
 

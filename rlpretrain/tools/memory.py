@@ -174,6 +174,10 @@ def _training_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[
     if config.model.gradient_checkpointing:
         per_token = layers * w.hidden * b + layer
         formula = f"({layers} layers x {b} h + {layer:,} bytes of the layer at work)"
+    if config.model.activation_offloading and sizes.device != "cpu":
+        per_token = w.hidden * b + layer
+        kept = sizes.micro * layers * w.hidden * b / GIB
+        formula = f"({b} h + {layer:,} bytes of the layer at work); {kept:.2f} GiB are in CPU memory"
     tiles = 2 * (1024 if sizes.device == "cpu" else 8192) * 2048 * 4
     head = tiles + text.vocab_size * w.hidden * b
     return [

@@ -22,7 +22,7 @@ from rlpretrain.types import MicroBatch, Scores
 
 
 class TorchPolicy:
-    """Plain PyTorch, 1..n processes. Half-precision weights are trained through float32 copies (`masters`)."""
+    """Plain PyTorch, 1..n processes. Half-precision weights are trained through float32 copies, `masters`."""
 
     shares_weights = True
     stage_gathers = False
