@@ -98,7 +98,7 @@ def test_an_optimizer_on_bfloat16_weights_loses_tiny_updates(exact):
     config = policy_of(small_model(torch.float32)).optim
     policy = policy_of(model)
     policy.masters = []
-    policy.optimizer = make_optimizer(parameter_groups(model, 0.0), config, fused=True)
+    policy.optimizer = make_optimizer(parameter_groups(model, 0.0), config)
     policy.updated = list(model.parameters())
     for p in policy.updated:
         p._post_accumulate_grad_hooks.clear()

@@ -53,7 +53,7 @@ class DeepSpeedPolicy:
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
-        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim, fused=False)
+        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
             # DeepSpeed clips too, but does not keep the norm
             settings["gradient_clipping"], self.clips = 0.0, True

@@ -46,7 +46,7 @@ class TorchPolicy:
         groups = parameter_groups(model, optim.weight_decay)
         for group in groups:
             group["params"] = [copies.get(id(p), p) for p in group["params"]]
-        self.optimizer = make_optimizer(groups, optim, fused=True)
+        self.optimizer = make_optimizer(groups, optim)
         self.factor, self.steps = make_schedule(optim, total_steps, inner_epochs), 0
 
     def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
