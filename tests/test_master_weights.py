@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,20 @@ def test_the_memory_estimate_has_the_copies(backend, stage, bytes_per_parameter)
     items = memory(config, model.config, sizes)
     always = sum(item.bytes for item in items if item.when == "always" and "initial" not in item.name)
     assert always / n == pytest.approx(bytes_per_parameter)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_deepspeed_file_may_offload_the_optimizer(stage, tmp_path: Path):
+    """The same updates; only the norm is summed in another order."""
+    norms, after = [], []
+    for offload in ({}, {"offload_optimizer": {"device": "cpu"}}):
+        file = tmp_path / "deepspeed.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage, **offload}}))
+        settings = {"backend": "deepspeed", "deepspeed_config": str(file)}
+        policy = policy_of(small_model(torch.bfloat16), lr=1e-3, **settings)
+        for _ in range(2):
+            policy.backward(-policy.score(micro_batch()).trunk_logps.mean())
+            norms.append(policy.step().grad_norm)
+        after.append(flat(float32_weights(policy)))
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-6)
+    torch.testing.assert_close(*after, rtol=1e-5, atol=1e-7)

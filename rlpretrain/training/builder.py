@@ -15,7 +15,6 @@ from rlpretrain.data.fingerprints import fingerprint
 from rlpretrain.data.stream import open_source
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.models import adapters, lengths
-from rlpretrain.models.peaks import find_peak
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
@@ -26,6 +25,7 @@ from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_references
+from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.backends import Policy, make_policy
 from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
