@@ -119,7 +119,9 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     # What ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights.
     over = ["" if stage < k else " / W" for k in range(4)]
     share = [sizes.ranks if text else 1 for text in over]
-    gradient = 4 if b == 2 and (sizes.backend == "torch" or stage >= 2) else b
+    gradient = 4 if b == 2 else b  # float32 sums
+    if b == 2 and sizes.backend == "deepspeed" and stage < 2:
+        gradient += b  # and their rounded copies, which DeepSpeed takes
     weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
     bits = {"4bit": 4, "8bit": 8}.get(config.model.quantization)
     if bits and sizes.linear:

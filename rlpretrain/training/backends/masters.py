@@ -7,6 +7,8 @@ precision as in Micikevicius et al. (arXiv 1710.03740, §3.1), with bfloat16, wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -23,21 +25,27 @@ def make_masters(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         if not parameter.requires_grad or parameter.dtype not in HALF:
             continue
         master = parameter.detach().float().requires_grad_()
-        parameter.register_post_accumulate_grad_hook(_Collector(master))
+        collect_gradient(parameter, master)
         masters.append((parameter, master))
     return masters
 
 
-class _Collector:
-    """Moves the gradient of a parameter to its float32 copy."""
+@dataclass(slots=True)
+class GradientSum:
+    """The sum of a parameter's gradients in float32; None before the first."""
 
-    def __init__(self, master: Tensor):
-        self.master = master
+    grad: Tensor | None = None
 
-    def __call__(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "backward has just set it"
-        if self.master.grad is None:
-            self.master.grad = parameter.grad.float()
+
+def collect_gradient(parameter: nn.Parameter, target: Tensor | GradientSum) -> None:
+    """Let each backward add the gradient of `parameter` to `target.grad` in float32, and free it."""
+
+    def move(updated: Tensor) -> None:
+        assert updated.grad is not None, "backward has just set it"
+        if target.grad is None:
+            target.grad = updated.grad.float()
         else:
-            self.master.grad.add_(parameter.grad)
-        parameter.grad = None
+            target.grad.add_(updated.grad)
+        updated.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move)
