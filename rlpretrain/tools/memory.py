@@ -119,9 +119,6 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     # What ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights.
     over = ["" if stage < k else " / W" for k in range(4)]
     share = [sizes.ranks if text else 1 for text in over]
-    gradient = 4 if b == 2 else b  # float32 sums
-    if b == 2 and sizes.backend == "deepspeed" and stage < 2:
-        gradient += b  # and their rounded copies, which DeepSpeed takes
     weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
     bits = {"4bit": 4, "8bit": 8}.get(config.model.quantization)
     if bits and sizes.linear:
@@ -131,7 +128,7 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
         weights = Item("weights", size * sizes.linear + b * rest, formula)
     items = [
         weights,
-        Item("gradients", gradient * t / share[2], f"{gradient} {name}{over[2]}"),
+        Item("gradients", 4 * t / share[2], f"4 {name}{over[2]}"),  # they add up in float32
         Item("AdamW's two moments", 8 * t / share[1], f"8 {name}{over[1]}"),
     ]
     if b == 2 or stage:
