@@ -214,8 +214,9 @@ def test_adapters_on_a_bfloat16_model_have_float32_copies():
     [("torch", 0, 18), ("deepspeed", 0, 18), ("deepspeed", 2, 2 + (4 + 8 + 4) / 4)],
 )
 def test_the_memory_estimate_has_the_copies(backend, stage, bytes_per_parameter):
-    """2 bytes for a weight, 4 for the sum of its gradients, 8 for the moments, 4 for the copy; ZeRO shares on 4
-    ranks.
+    """2 bytes for a weight, 4 for the sum of its gradients, 8 for the moments, 4 for the copy.
+
+    ZeRO shards over 4 ranks.
     """
     model = small_model(torch.bfloat16)
     n = sum(p.numel() for p in model.parameters())
