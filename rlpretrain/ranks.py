@@ -50,6 +50,11 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def synchronize(self) -> None:
+        """Wait until a GPU has done its work, so that times of stages are right."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.size == 1:
             return list(values)

@@ -19,6 +19,7 @@ import torch
 
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
+from rlpretrain.models.spending import size_of
 from rlpretrain.ranks import Ranks
 from rlpretrain.tracking.console import Console, thought_table
 from rlpretrain.tracking.metrics import METRICS
@@ -90,10 +91,14 @@ def test_off_policy_diagnostics_are_logged(values):
 
 
 def test_every_documented_name_is_logged(values):
-    """Names with a star aside, which depend on the run, and the probe's: tests/test_engines.py."""
+    """Names with a star aside, which depend on the run, the probe's (tests/test_engines.py), and those that
+    need a GPU's peak (tests/test_throughput.py).
+    """
     Pretrainer(build(merged(values, baseline__frozen_every=1, loss__inner_epochs=2))).train()
     logged = set().union(*(row.keys() for row in rows(Path(values["output_dir"]))))
     assert {name for name in METRICS if "*" not in name} - logged == {
+        "perf/mfu",
+        "perf/step_mfu",
         "perf/probe_s",
         "sampling/probe_difference",
     }
@@ -131,7 +136,7 @@ def test_numbers_agree_with_the_batch(values):
         - sum(len(g.prompt.token_ids) for g in kept[0].groups)
         - sum(len(t.token_ids) for t in thoughts)
     )
-    linear = run.parameters * (6 * trained + 2 * (row["num_tokens"] - trained))
+    linear = size_of(run.policy.model).matrices * (6 * trained + 2 * (row["num_tokens"] - trained))
     assert (
         linear < row["num_flops"] < 1.5 * linear
     )  # attention comes on top; tests/test_spending.py counts it
@@ -147,7 +152,7 @@ def test_what_is_sampled_and_dropped_was_spent_all_the_same(values):
         len(g.prompt.token_ids) + sum(len(t.token_ids) for t in g.thoughts) for g in sampled
     )
     kept = sum(len(t.token_ids) for t in sampled[0].thoughts)
-    operations = run.last["num_flops"] / run.parameters
+    operations = run.last["num_flops"] / size_of(run.policy.model).matrices
     assert operations > 2 * sum(len(t.token_ids) for g in sampled for t in g.thoughts) + 6 * kept
 
 

@@ -11,7 +11,9 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.backends.deepspeed import ds_settings
+from rlpretrain.training.loop import train
 from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.run import Run
 from tests.builders.policies import SHARDED
 from tests.builders.runs import launch, merged, same, trained, weights
 
@@ -59,9 +61,6 @@ def test_torch_bf16_keeps_a_float32_copy(values, tmp_path):
     """Updates far below bf16's resolution add up."""
     run = merged(values, optim__lr=1e-5, max_steps=3)
     run["model"] = {"path": run["model"], "dtype": "bfloat16"}
-    from rlpretrain.training.loop import train
-    from rlpretrain.training.run import Run
-
     held = Run(build(merged(run, output_dir=str(tmp_path / "r"))), None)
     before = [m.detach().clone() for _, m in held.policy.masters]
     train(held)
@@ -147,6 +146,15 @@ def test_deepspeed_json_of_the_user(tmp_path):
     file.write_text(json.dumps({"fp16": {"enabled": True}}))
     with pytest.raises(ConfigError, match="fp16"):
         ds_settings(config.policy, config.optim, torch.float32)
+
+
+@pytest.mark.parametrize("stage", (None, 0, 2))
+def test_the_optimizer_is_fused(values, stage):
+    changes = {} if stage is None else deepspeed(stage)
+    run = Run(build(merged(values, **changes)), None)
+    optimizer = run.policy.optimizer if stage is None else run.policy.engine.basic_optimizer
+    run.close()
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def test_schedules():

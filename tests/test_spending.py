@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlpretrain.config.io import build
-from rlpretrain.models.spending import Reads, Size, read_by
+from rlpretrain.models.spending import Reads, Size, read_by, size_of
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.packing import Layout, stored_rewards
 from rlpretrain.tracking.step_metrics import StepMetrics
@@ -78,7 +78,7 @@ def test_every_epoch_the_first_scoring_pass_and_entropies_are_counted(values, ch
     assert {kind: sum(trained is kind for _, trained in scored) for kind in (True, False)} == forwards
     trained, read = (sum(n for n, kind in scored if kind is wanted) for wanted in (True, False))
     assert run.last["num_tokens"] == sum(sampled) + trained + read
-    linear = run.parameters * (6 * trained + 2 * (read + sum(sampled)))
+    linear = size_of(run.policy.model).matrices * (6 * trained + 2 * (read + sum(sampled)))
     assert linear < run.last["num_flops"] < 1.5 * linear
 
 
@@ -94,20 +94,21 @@ def test_forwards_of_a_frozen_model_are_counted(values):
 
 
 def test_operations_are_those_of_the_formula():
-    """2 N forward and 4 N backward a token; attention compares, and sums values, once forward and twice
-    backward.
+    """2 N forward and 4 N backward a token, and a row of the head; attention compares, and sums values, once
+    forward and twice backward.
     """
-    size = Size(1000, 1000, 32)
-    assert size.operations(Reads(10, 55)) == 2 * 1000 * 10 + 4 * 32 * 55
-    assert size.operations(Reads(0, 0, 10, 55)) == 6 * 1000 * 10 + 12 * 32 * 55
-    assert Size(1000, 10, 32).operations(Reads(0, 0, 10, 0)) == 10 * (
-        4 * 1000 + 2 * 10
-    )  # adapters: no gradients of the base
+    size = Size(1000, 1000, 200, 200, 32)
+    assert size.operations(Reads(10, 55, 7)) == 2 * 1000 * 10 + 2 * 200 * 7 + 4 * 32 * 55
+    trained = Reads(trained_tokens=10, trained_pairs=55, trained_rows=7)
+    assert size.operations(trained) == 6 * 1000 * 10 + 6 * 200 * 7 + 12 * 32 * 55
+    adapters = Size(1000, 10, 200, 0, 32)  # no gradients of the base
+    assert adapters.operations(Reads(trained_tokens=10)) == 10 * (4 * 1000 + 2 * 10)
+    assert adapters.operations(Reads(trained_rows=7)) == 7 * 4 * 200
     behind, whole = Reads(), Reads()
     whole.add(12)
     behind.add(7)
     behind.add(5, behind=7)
-    assert behind == whole == Reads(12, 78)
+    assert behind == whole == Reads(12, 78, 12)
 
 
 def test_a_tree_reads_shared_tokens_once_and_each_token_meets_its_own_path():

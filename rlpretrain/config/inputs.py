@@ -32,7 +32,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Turn it on only for code that you trust."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward to save memory."""
+    """Recompute activations in backward to save memory: only the inputs of layers are kept."""
+    activation_offloading: bool = False
+    """Keep these inputs in CPU memory; needs `gradient_checkpointing`."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
     """Linear layers in four (nf4) or eight bits with bitsandbytes, for QLoRA (arXiv 2305.14314)."""
     from_scratch: bool = False
@@ -41,6 +43,15 @@ class ModelConfig:
     """Folder with the model's config.json, relative to the YAML file; `--dry-run` reads it if `path` is on
     the hub.
     """
+
+    @model_validator(mode="after")
+    def _check_offloading(self) -> ModelConfig:
+        """What is offloaded are the inputs of recomputed layers."""
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise PydanticCustomError(
+                "no_checkpointing", "'activation_offloading' needs 'gradient_checkpointing: true'"
+            )
+        return self
 
 
 @dataclass(config=STRICT, kw_only=True)

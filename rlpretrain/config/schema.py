@@ -240,6 +240,8 @@ class PretrainConfig:
     """Seed of all random numbers."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """Operations a second of one device in dense bfloat16, for `perf/mfu`; by default by the GPU's name."""
     threads: Count | None = None
     """Threads of torch; torch's own default if not set."""
     report_to: Annotated[

@@ -19,6 +19,7 @@ from rlpretrain.models.load_errors import (
     only_config,
 )
 from rlpretrain.models.randomness import checkpoint_layers
+from rlpretrain.models.spending import count_elements
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         )
     model.eval()
     if config.gradient_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, offload=config.activation_offloading)
     return model
 
 
@@ -152,8 +153,7 @@ def _check_finite(model: nn.Module, path: str) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters: tied ones once, sharded and quantised ones with their full size."""
-    sizes = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
-    return sum(2 * n if p.dtype == torch.uint8 else n for p, n in sizes)  # a byte of nf4 holds two
+    return sum(map(count_elements, model.parameters()))
 
 
 def neutralise_generation(model: Any) -> None:

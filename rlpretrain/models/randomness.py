@@ -25,8 +25,11 @@ RATE = re.compile(r"drop|jitter|noise")
 """Matches the names of rates that make a forward random: dropout, layerdrop, attn_pdrop, ..."""
 
 
-def checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any, offload: bool = False) -> None:
     """Recompute activations in the backward pass, with every layer in evaluation mode while it computes.
+
+    With `offload` the inputs of layers, which remain, are kept in CPU memory (pinned, and copied beside the
+    computation). ConfigError if the model's code does not let us.
 
     transformers recomputes only layers in training mode, where their dropout, layer dropping and router noise
     are active. So layers are marked as in training mode, and switch to evaluation mode for their own forward.
@@ -39,7 +42,15 @@ def checkpoint_layers(model: Any) -> None:
     for module in layers:
         layer: Any = module
         layer.training = True
-        layer._gradient_checkpointing_func = partial(_evaluated, layer, layer._gradient_checkpointing_func)
+        checkpoint = layer._gradient_checkpointing_func
+        if offload:
+            checkpoint = partial(_offloaded, checkpoint)
+        layer._gradient_checkpointing_func = partial(_evaluated, layer, checkpoint)
+    if not layers and offload:
+        raise ConfigError(
+            f"model.activation_offloading: {type(model).__name__} has code of its own for "
+            "gradient_checkpointing, whose inputs cannot be offloaded; set it to false"
+        )
     if not layers:  # custom model code, which checks the mode of the whole model
         model.train()
         switch_off(model)
@@ -58,6 +69,25 @@ def _evaluated(
             layer.training = True
 
     return checkpoint(forward_in_evaluation_mode, *args)
+
+
+def _offloaded(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoint a forward, and keep its hidden states in CPU memory.
+
+    Inside, the checkpoint keeps nothing, so only its inputs reach `save_on_cpu`. Those without gradient
+    (masks) are the same in every layer and stay where they are.
+    """
+    states = {i: x for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.requires_grad}
+    others = [None if i in states else x for i, x in enumerate(args)]
+
+    def forward_of_states(*tensors: torch.Tensor) -> Any:
+        inputs = list(others)
+        for i, tensor in zip(states, tensors, strict=True):
+            inputs[i] = tensor
+        return forward(*inputs)
+
+    with torch.autograd.graph.save_on_cpu(pin_memory=any(x.is_cuda for x in states.values())):
+        return checkpoint(forward_of_states, *states.values())
 
 
 def switch_off(model: nn.Module, ask: bool = True) -> list[str]:

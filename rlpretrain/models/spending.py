@@ -8,8 +8,9 @@ Counted are
 - what engines read and write: each prompt once, each thought, each text that is sampled after a thought
   (with everything before it as context), groups that are dropped later, and the policy as a judge.
 
-Not counted are evaluation, checks at the start, the second forward of gradient checkpointing, and models
-behind a URL.
+Not counted are evaluation, checks at the start, everything that is computed a second time (the forward of
+gradient checkpointing, the logits in the head's backward), and models behind a URL. Only matrix products and
+attention count; a layer with a sliding window counts as if it had none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rollout.types import Prompt, SamplingParams, Thought
@@ -25,29 +27,35 @@ from rollout.types import Prompt, SamplingParams, Thought
 
 @dataclass(slots=True)
 class Reads:
-    """Tokens that a model read, and pairs of tokens that its attention compared.
+    """What a model read: tokens, pairs of tokens that its attention compared, and rows of its head.
 
-    Forwards with gradient are counted separately, in `trained_tokens` and `trained_pairs`.
+    A row of the head is a state from which the next token is predicted. Forwards with gradient are counted
+    separately, in the fields that begin with `trained`.
     """
 
     tokens: float = 0.0
     pairs: float = 0.0
+    rows: float = 0.0
     trained_tokens: float = 0.0
     trained_pairs: float = 0.0
+    trained_rows: float = 0.0
 
-    def add(self, length: int, behind: int = 0) -> None:
-        """Count a row of `length` tokens after `behind` tokens that were counted before."""
-        self.tokens += length
-        self.pairs += length * behind + length * (length + 1) / 2
+    def add(self, length: int, behind: int = 0, rows: int | None = None) -> None:
+        """Count `length` tokens after `behind` tokens that were counted before; by default all are rows."""
+        self.add_forward(
+            length, length * behind + length * (length + 1) / 2, length if rows is None else rows
+        )
 
-    def add_forward(self, tokens: float, pairs: float, trained: bool) -> None:
+    def add_forward(self, tokens: float, pairs: float, rows: float, trained: bool = False) -> None:
         """Count a forward of a batch."""
         if trained:
             self.trained_tokens += tokens
             self.trained_pairs += pairs
+            self.trained_rows += rows
         else:
             self.tokens += tokens
             self.pairs += pairs
+            self.rows += rows
 
     def merge(self, other: Reads) -> None:
         """Add the counts of another."""
@@ -57,7 +65,8 @@ class Reads:
     def take(self) -> Reads:
         """Return the counts since the last call, and start again from 0."""
         counts = Reads(*astuple(self))
-        self.tokens = self.pairs = self.trained_tokens = self.trained_pairs = 0.0
+        for name in self.__dataclass_fields__:
+            setattr(self, name, 0.0)
         return counts
 
 
@@ -65,9 +74,14 @@ class Reads:
 class Size:
     """The size of a model, for counting operations."""
 
-    parameters: int
-    trained: int
-    """Parameters that are trained."""
+    matrices: float
+    """Parameters of the matrices that multiply every token; of experts, those that a token is sent to."""
+    trained: float
+    """Those of them that are trained."""
+    head: int
+    """Parameters of the output head, which multiplies rows."""
+    trained_head: int
+    """The same, or 0 if the head is not trained."""
     attention: int
     """Width of attention (heads × head dimension), summed over layers."""
 
@@ -76,11 +90,13 @@ class Size:
 
         A forward takes 2 per parameter and token, and 4 per attention width and pair. A backward takes 2 per
         parameter and token for the activations, 2 per trained parameter and token for its gradient, and twice
-        the forward's attention.
+        the forward's attention. In the head, rows take the place of tokens.
         """
-        forward = 2 * self.parameters * (reads.tokens + reads.trained_tokens)
-        backward = 2 * (self.parameters + self.trained) * reads.trained_tokens
-        return forward + backward + 4 * self.attention * (reads.pairs + 3 * reads.trained_pairs)
+        forward = self.matrices * (reads.tokens + reads.trained_tokens)
+        forward += self.head * (reads.rows + reads.trained_rows)
+        backward = (self.matrices + self.trained) * reads.trained_tokens
+        backward += (self.head + self.trained_head) * reads.trained_rows
+        return 2 * (forward + backward) + 4 * self.attention * (reads.pairs + 3 * reads.trained_pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +120,55 @@ def widths_of(text_config: Any) -> Widths:
     return Widths(hidden, heads * head_dim, kv_heads * head_dim, mlp)
 
 
-def size_of(model: nn.Module, parameters: int) -> Size:
-    """Return the size of a model with `parameters` parameters, as `models.count_parameters` counts them."""
-    config: Any = model.config
+def size_of(model: nn.Module) -> Size:
+    """Return the size of a model.
+
+    Embeddings are looked up, so they count only where the head is tied to them. Vectors (norms, biases) do
+    not count.
+    """
+    causal: Any = model
+    config: Any = causal.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    layers = getattr(config, "num_hidden_layers", 0) or 0
-    trained = parameters
-    if not all(p.requires_grad for p in model.parameters()):
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return Size(parameters, trained, layers * widths_of(config).queries)
+    head = getattr(causal.get_output_embeddings(), "weight", None)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head)}
+    used_share = _share_of_experts(config)
+    matrices = trained = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in tables or is_vector(parameter) or ".trainable_tokens_" in name:
+            continue
+        size = count_elements(parameter) * (used_share if ".experts." in name else 1.0)
+        matrices += size
+        trained += size * parameter.requires_grad
+    head_size = 0 if head is None else count_elements(head)
+    trained_head = head_size if head is not None and head.requires_grad else 0
+    width = widths_of(config).queries * _count_attention_layers(config)
+    return Size(matrices, trained, head_size, trained_head, width)
+
+
+def count_elements(parameter: Tensor) -> int:
+    """Return the full size of a parameter: of a sharded one, and of one in nf4, whose bytes hold two."""
+    size = getattr(parameter, "ds_numel", parameter.numel())
+    return 2 * size if parameter.dtype == torch.uint8 else size
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Return whether a parameter has less than two dimensions, under ZeRO 3 too."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+
+
+def _share_of_experts(config: Any) -> float:
+    """Return the share of a layer's experts that a token is sent to; 1 for a model without experts."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
+    return min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts) if experts else 1.0
+
+
+def _count_attention_layers(config: Any) -> int:
+    """Return the number of layers with attention between all pairs of tokens."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return getattr(config, "num_hidden_layers", 0) or 0
+    return sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
 
 
 def read_by(
@@ -141,7 +197,7 @@ class Metered:
         thoughts_per_prompt = await self.engine.sample(prompts, params, n, seeds)
         for prompt, thoughts in zip(prompts, thoughts_per_prompt, strict=True):
             prompt_length = len(prompt.token_ids)
-            self.reads.add(prompt_length)
+            self.reads.add(prompt_length, rows=1)
             for thought in thoughts:
                 self.reads.add(len(thought.token_ids), prompt_length)
         return thoughts_per_prompt

@@ -24,6 +24,8 @@ CURVES: Mapping[str, Sequence[str]] = {
         "clip_ratio/region_mean",
     ),
     "seconds per step": ("step_time", "perf/rollout_s", "perf/train_s", "perf/sync_s"),
+    "tokens trained per second": ("perf/tokens_per_s",),
+    "share of the GPUs' peak (MFU)": ("perf/mfu", "perf/step_mfu"),
 }
 """Title of each panel, and its metrics."""
 COLOURS = ("#2677d9", "#e67300", "#7a7a7a", "#9b59b6")

@@ -57,9 +57,8 @@ class Scorer(nn.Module):
                 f"a row of {longest} tokens is to be scored, but {self.limit.reason}: shorten documents or "
                 "thoughts"
             )
-        self.reads.add_forward(
-            *read_by(input_ids, attention_mask, position_ids, tree), torch.is_grad_enabled()
-        )
+        tokens, pairs = read_by(input_ids, attention_mask, position_ids, tree)
+        self.reads.add_forward(tokens, pairs, len(rows), trained=torch.is_grad_enabled())
         extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree

@@ -101,8 +101,15 @@ def device() -> list[Check]:
         return [Check("device", "fail", f"torch cannot be imported: {error}", "install torch again")]
     build, triton = torch.version.cuda, importlib.util.find_spec("triton") is not None
     if torch.cuda.is_available():
+        from rlpretrain.tracking.peaks import peak_of
+
         advice = "" if triton else "pip install triton: FlexAttention and torch.compile need it"
-        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, CUDA {build}"
+        card = torch.cuda.get_device_name(0)
+        name = f"{torch.cuda.device_count()} x {card}, CUDA {build}"
+        if (peak := peak_of(card)) is not None:
+            name += f", {peak / 1e12:g} TFLOP/s in bf16"
+        elif not advice:
+            advice = "its peak is not known: set peak_flops for perf/mfu"
         return [Check("device", "note" if advice else "ok", name, advice)]
     if _gpu():
         advice = "check the driver (nvidia-smi)" if build else "install the CUDA build of torch to use it"

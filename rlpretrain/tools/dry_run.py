@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from rlpretrain.config import ConfigError, ModelConfig, PretrainConfig
@@ -26,6 +27,7 @@ from rlpretrain.tools.memory import GIB, Sizes, memory, peak
 from rlpretrain.tools.readiness import missing_tags
 from rlpretrain.tools.sizes import count_rows, make_sizes, measure_documents, measure_source
 from rlpretrain.tools.timetable import make_timetable
+from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training.planning import check_settings
 
 
@@ -156,6 +158,9 @@ def resolve_settings(config: PretrainConfig, objective: Objective, sizes: Sizes)
         settings["policy.backend"] = f"auto: {sizes.backend}"
     if config.device == "auto":
         settings["device"] = f"auto: {sizes.device}"
+    if config.peak_flops is None and sizes.device.startswith("cuda") and torch.cuda.is_available():
+        peak = find_peak(sizes.device)
+        settings["peak_flops"] = "not known: set it for perf/mfu" if peak is None else f"auto: {peak:.3g}"
     return settings
 
 

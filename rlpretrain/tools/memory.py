@@ -119,7 +119,6 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     # What ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights.
     over = ["" if stage < k else " / W" for k in range(4)]
     share = [sizes.ranks if text else 1 for text in over]
-    gradient = 4 if b == 2 and sizes.backend == "torch" else b
     weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
     bits = {"4bit": 4, "8bit": 8}.get(config.model.quantization)
     if bits and sizes.linear:
@@ -129,7 +128,7 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
         weights = Item("weights", size * sizes.linear + b * rest, formula)
     items = [
         weights,
-        Item("gradients", gradient * t / share[2], f"{gradient} {name}{over[2]}"),
+        Item("gradients", 4 * t / share[2], f"4 {name}{over[2]}"),  # they add up in float32
         Item("AdamW's two moments", 8 * t / share[1], f"8 {name}{over[1]}"),
     ]
     if b == 2 or stage:
@@ -174,6 +173,10 @@ def _training_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[
     if config.model.gradient_checkpointing:
         per_token = layers * w.hidden * b + layer
         formula = f"({layers} layers x {b} h + {layer:,} bytes of the layer at work)"
+    if config.model.activation_offloading and sizes.device != "cpu":
+        per_token = w.hidden * b + layer
+        kept = sizes.micro * layers * w.hidden * b / GIB
+        formula = f"({b} h + {layer:,} bytes of the layer at work); {kept:.2f} GiB are in CPU memory"
     tiles = 2 * (1024 if sizes.device == "cpu" else 8192) * 2048 * 4
     head = tiles + text.vocab_size * w.hidden * b
     return [

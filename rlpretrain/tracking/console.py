@@ -23,6 +23,8 @@ SHORT_NAMES = {
     "thought/closed_frac": "closed",
     "completions/mean_length": "length",
     "grad_norm": "norm",
+    "perf/tokens_per_s": "tokens/s",
+    "perf/mfu": "mfu",
 }
 """The metrics that are printed, and their names there."""
 LONGEST = 2_000
@@ -62,7 +64,8 @@ class Console:
         """Print one step's numbers, and five times a run the thoughts of a position."""
         if self.quiet:
             return
-        numbers = "  ".join(f"{short} {row[name]:.3f}" for name, short in SHORT_NAMES.items() if name in row)
+        known = [(short, row[name]) for name, short in SHORT_NAMES.items() if name in row]
+        numbers = "  ".join(f"{short} {_format(value)}" for short, value in known)
         self.progress.update(self.task, completed=step, numbers=numbers)
         if not self.rich.is_terminal and step % self.every == 0:
             self.rich.print(escape(f"step {step}  {numbers}  {row['step_time']:.2f} s"), soft_wrap=True)
@@ -101,6 +104,10 @@ def printable(text: str, longest: int = LONGEST) -> str:
         head, tail = text[: longest * 3 // 4], text[-longest // 4 :]
         text = f"{head} … {len(text) - longest} characters left out … {tail}"
     return "".join(map(_visible, text))
+
+
+def _format(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
 def _visible(character: str) -> str:

@@ -55,11 +55,24 @@ METRICS: dict[str, Metric] = {
     "learning_rate": Metric("learning rate of the step"),
     "num_input_tokens": Metric("document tokens so far; papers report these"),
     "num_tokens": Metric("tokens that models have read so far: sampled, scored and trained ones"),
-    "num_flops": Metric("operations so far: 6 N per trained token, 2 N per token only read, and attention"),
+    "num_flops": Metric(
+        "operations of matrix products and attention so far: 6 N per trained token, 2 N per token only read"
+    ),
     "step_time": Metric("seconds per step", "steady"),
     "perf/rollout_s": Metric("seconds of the step for sampling thoughts"),
     "perf/train_s": Metric("seconds of the step for scoring and updating"),
     "perf/sync_s": Metric("seconds of the step for giving weights to the engine", "near 0 if embedded"),
+    "perf/tokens_per_s": Metric(
+        "tokens trained on (document, thoughts, targets) over the seconds of the step, all ranks", "steady"
+    ),
+    "perf/flops_per_s": Metric("operations of the step over its seconds, all ranks and engines", "steady"),
+    "perf/mfu": Metric(
+        "operations of scoring and updating over perf/train_s and the peak of the ranks' GPUs in bf16",
+        "steady",
+    ),
+    "perf/step_mfu": Metric(
+        "the same of the whole step: sampling in the ranks' own processes included", "steady"
+    ),
     "sample/staleness_mean": Metric(
         "steps between sampling a thought and training on it", "0 if synchronous, else up to max_staleness"
     ),

@@ -25,6 +25,7 @@ from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_references
+from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.backends import Policy, make_policy
 from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
@@ -72,6 +73,8 @@ class Parts:
     half: bool
     """Whether log-probs are computed in half precision."""
     parameters: int
+    peak: float | None
+    """The most operations a second of a rank's device, for perf/mfu; None where it is not known."""
 
 
 def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
@@ -178,6 +181,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         padded_because=padded_because,
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
         parameters=models.count_parameters(policy.model),
+        peak=find_peak(ranks.device, config.peak_flops),
     )
 
 

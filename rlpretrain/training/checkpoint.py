@@ -30,6 +30,7 @@ MACHINE = (
     "push_to_hub",
     "threads",
     "device",
+    "peak_flops",
     "save_rollouts",
     "engine.urls",
     "engine.token_file",

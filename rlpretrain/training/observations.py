@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rlpretrain import models
 from rlpretrain.models.spending import Reads, Size, size_of
 from rlpretrain.scoring.references import Frozen
+from rlpretrain.tracking.throughput import StepWork
 from rlpretrain.training.losses import LossInputs, LossOutput
 from rlpretrain.types import Batch
 
@@ -33,27 +34,45 @@ def observe(run: Run, inputs: LossInputs, output: LossOutput, own: Tensor) -> No
         run.metrics.add("ig/frozen", (joint_target - joint_baseline[:, None])[micro.counted])
 
 
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A model, what it read in the step, and where: on this rank's device, and in training."""
+
+    model: Any
+    reads: Reads
+    on_rank: bool = True
+    in_training: bool = True
+
+
 def account(run: Run, batch: Batch) -> None:
-    """Add the tokens and floating-point operations of a step to the run's totals. All ranks call it."""
-    readers: list[tuple[Any, Reads]] = [
-        (run.policy.model, run.policy.scorer.reads),
-        (run.policy.model, run.source.reads),
+    """Add the tokens and operations of a step to the run's totals, and set `run.work`. All ranks call it."""
+    policy, in_process = run.policy, run.config.engine.in_process
+    readers = [
+        _Reader(policy.model, policy.scorer.reads),
+        _Reader(policy.model, run.early, in_training=False),
+        _Reader(policy.model, run.source.reads, on_rank=in_process, in_training=False),
     ]
     frozen_models = {id(b): b for b in (run.frozen, run.baseline) if isinstance(b, Frozen)}
-    readers += [(b.model, b.scorer.reads) for b in frozen_models.values()]
+    readers += [_Reader(b.model, b.scorer.reads) for b in frozen_models.values()]
     if run.objective.proxy is not None:
-        readers.append((run.objective.proxy.model, run.objective.proxy.reads))
-    documents = float(sum(len(document.token_ids) for document in batch.documents))
-    tokens = operations = 0.0
-    for model, reads in readers:
-        taken = reads.take()
+        readers.append(_Reader(run.objective.proxy.model, run.objective.proxy.reads, in_training=False))
+    trained = policy.scorer.reads.trained_tokens
+    tokens = operations = on_ranks = in_training = 0.0
+    for reader in readers:
+        taken = reader.reads.take()
+        cost = _size_of(run, reader.model).operations(taken)
         tokens += taken.tokens + taken.trained_tokens
-        operations += _size_of(run, model).operations(taken)
-    run.spent.add(*run.ranks.sum([documents, tokens, operations]))
+        operations += cost
+        on_ranks += cost * reader.on_rank
+        in_training += cost * reader.in_training
+    documents = float(sum(len(document.token_ids) for document in batch.documents))
+    documents, tokens, *work = run.ranks.sum([documents, tokens, trained, operations, on_ranks, in_training])
+    run.work = StepWork(*work)
+    run.spent.add(documents, tokens, run.work.operations)
 
 
 def _size_of(run: Run, model: Any) -> Size:
     """The size of a model, computed once."""
     if id(model) not in run.sizes:
-        run.sizes[id(model)] = size_of(model, models.count_parameters(model))
+        run.sizes[id(model)] = size_of(model)
     return run.sizes[id(model)]

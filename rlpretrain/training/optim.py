@@ -60,16 +60,15 @@ def find_optimizer(config: OptimConfig) -> Callable[..., torch.optim.Optimizer] 
     return None if config.name == "adamw" else find(config.name, "optim.name", ["adamw"])
 
 
-def make_optimizer(
-    groups: Sequence[dict[str, Any]], config: OptimConfig, fused: bool
-) -> torch.optim.Optimizer:
+def make_optimizer(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of `optim.name`: AdamW, or the result of a factory (parameter groups, settings).
 
+    AdamW is torch's fused one, on CPUs too, where a DeepSpeed JSON may offload its state.
     The learning rate of every group is set before every step; weight decay is in the groups.
     """
     factory = find_optimizer(config)
     if factory is None:
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     return factory(groups, config)
 
 

@@ -14,12 +14,13 @@ import torch
 
 from rewards.controls import CollapseMonitor
 from rlpretrain.config import PretrainConfig
-from rlpretrain.models.spending import Size
+from rlpretrain.models.spending import Reads, Size
 from rlpretrain.rollouts.engines import sleep, wake
 from rlpretrain.scoring.packing import count, is_counted, stored_rewards
 from rlpretrain.tracking.console import Console
 from rlpretrain.tracking.health import Health
 from rlpretrain.tracking.step_metrics import StepMetrics, staleness
+from rlpretrain.tracking.throughput import StepWork
 from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training import observations, records, run_output, run_state, run_stop
 from rlpretrain.training.builder import Parts, build_parts
@@ -68,6 +69,10 @@ class Run(Parts):
     timer: Timer
     sizes: dict[int, Size]
     """Sizes of the models that read tokens, by `id`; for the count of operations."""
+    early: Reads
+    """What the policy read in the present step before its batch was complete: entropies of positions."""
+    work: StepWork
+    """The tokens and operations of the last step."""
     has_split_groups: bool
     """Whether some rank has a group of the present step that is split over micro-batches."""
     bad: str | None
@@ -89,6 +94,7 @@ class Run(Parts):
         self.monitor = run_stop.make_monitor(config)
         self.stopped, self.last = None, {}
         self.has_split_groups, self.sizes = False, {}
+        self.early, self.work = Reads(), StepWork()
         self.losses = make_losses(config.loss.terms or self.objective.losses())
         self._begin_step()
         self.evaluation = RunEvaluation(self)
@@ -127,6 +133,7 @@ class Run(Parts):
         self.objective.progress = batch.progress
         self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
         sleep(self.engine)
+        self.early.merge(self.policy.scorer.reads.take())
         self.timer.rollout = time.perf_counter() - begin
         run_output.keep_rollouts(self, batch)
         kept = tuple(self.objective.select(batch.groups))
@@ -189,6 +196,7 @@ class Run(Parts):
 
     def sync(self, version: int) -> None:
         """Hand the new weights to the engine."""
+        self.ranks.synchronize()  # the update ends before the sync begins
         begin = time.perf_counter()
         wake(self.engine)
         with self.source.paused():

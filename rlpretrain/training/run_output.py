@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rlpretrain import compat, models
 from rlpretrain.config.io import to_dict
 from rlpretrain.files import writing
+from rlpretrain.tracking.throughput import throughput
 from rlpretrain.tracking.trackers import Trackers
 from rlpretrain.training import run_state
 from rlpretrain.training.interruption import Interrupted
@@ -31,6 +34,9 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
         yield f"rows are padded, not packed in trees: {run.padded_because}"
     if run.dropped:
         yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens left out"
+    if run.peak is None and run.ranks.device.type == "cuda":
+        name = torch.cuda.get_device_name(run.ranks.device)
+        yield f"the peak of {name} is not known, so perf/mfu is not logged: set peak_flops"
     if run.resumed_from:
         yield f"resumed from {run.resumed_from}"
     elif resume:
@@ -48,6 +54,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "added_tokens": run.added,
         "documents_too_short": run.dropped,
+        "peak_flops": run.peak,
         "resumed_from": str(run.resumed_from) if run.resumed_from else None,
     }
 
@@ -73,11 +80,13 @@ def keep_rollouts(run: Run, batch: Batch) -> None:
 def step_row(run: Run) -> dict[str, float]:
     """Numbers of a step beside its own metrics: times, tokens and operations spent, progress."""
     total, timer = time.perf_counter() - run.timer.start, run.timer
+    train = total - timer.rollout - timer.sync
     return {
         "step_time": total,
         "perf/rollout_s": timer.rollout,
         "perf/sync_s": timer.sync,
-        "perf/train_s": total - timer.rollout - timer.sync,
+        "perf/train_s": train,
+        **throughput(run.work, total, train, run.ranks.size, run.peak),
         **run.spent.row(),
         "run/epoch": run.source.epoch,
         "run/skipped_steps": run.skipped,

@@ -17,6 +17,7 @@ from rlpretrain.models.adapters import Piece, adapter_pieces, pieces
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.training.backends.base import StepInfo, copy_trained
+from rlpretrain.training.backends.masters import GradientSum, collect_gradient
 from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
 from rlpretrain.types import MicroBatch, Scores
 
@@ -24,6 +25,8 @@ from rlpretrain.types import MicroBatch, Scores
 class DeepSpeedPolicy:
     """DeepSpeed ZeRO 0 to 3, 1..n processes, fp32 or bf16, with the user's DeepSpeed JSON if there is one.
 
+    In bf16 DeepSpeed keeps float32 weights and optimizer state. The gradients of micro-batches add up in
+    float32: in DeepSpeed at stages 2 and 3, and here (`sums`) at stages 0 and 1, where it would use bf16.
     DeepSpeed averages over ranks, so the loss is multiplied by their number; accumulation is ours
     (`managed_gradient_accumulation: false`), since the number of micro-batches varies.
     """
@@ -51,7 +54,7 @@ class DeepSpeedPolicy:
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
-        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim, fused=False)
+        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
             # DeepSpeed clips too, but does not keep the norm
             settings["gradient_clipping"], self.clips = 0.0, True
@@ -59,6 +62,12 @@ class DeepSpeedPolicy:
         self.engine, *_ = deepspeed.initialize(
             model=scorer, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        self.sums: list[tuple[nn.Parameter, GradientSum]] = []
+        own_sums = settings.get("data_types", {}).get("grad_accum_dtype") is None
+        if self.stage < 2 and settings["bf16"]["enabled"] and own_sums:
+            self.sums = [(p, GradientSum()) for p in model.parameters() if p.requires_grad]
+            for p, gradient_sum in self.sums:
+                collect_gradient(p, gradient_sum)
         self.factor, self.steps = make_schedule(optim, total_steps, inner_epochs), 0
         self.gathered = deepspeed.zero.GatheredParameters
         if self.stage == 3:
@@ -83,6 +92,9 @@ class DeepSpeedPolicy:
         assert self.engine.optimizer is not None, "the engine is constructed with one"
         for group in self.engine.optimizer.param_groups:  # pyright: ignore[reportAttributeAccessIssue]
             group["lr"] = lr
+        for p, gradient_sum in self.sums:
+            p.grad = None if gradient_sum.grad is None else gradient_sum.grad.to(p.dtype)
+            gradient_sum.grad = None
         if self.stage == 0:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             fine = all(bool(torch.isfinite(g).all()) for g in grads)
@@ -103,6 +115,8 @@ class DeepSpeedPolicy:
     def discard(self) -> None:
         """Drop the gradient of this step."""
         assert self.engine.optimizer is not None, "the engine is constructed with one"
+        for _, gradient_sum in self.sums:
+            gradient_sum.grad = None
         self.engine.zero_grad()
         self.engine.optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -169,6 +183,11 @@ def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) ->
     for key in ("train_batch_size", "optimizer", "scheduler", "fp16"):
         settings.pop(key, None)
     zero.setdefault("overlap_comm", False)
+    if dtype == torch.bfloat16 and zero["stage"] >= 2:
+        # DeepSpeed would add up the gradients of micro-batches in bfloat16
+        types = settings.setdefault("data_types", {})
+        if types.get("grad_accum_dtype") in (None, "auto"):
+            types["grad_accum_dtype"] = "fp32"
     return _without_auto(settings | owned)
 
 

@@ -16,12 +16,13 @@ from rlpretrain.models.adapters import adapter_pieces, pieces
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.training.backends.base import StepInfo, copy_trained, trained_parameters
+from rlpretrain.training.backends.masters import make_masters
 from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
 from rlpretrain.types import MicroBatch, Scores
 
 
 class TorchPolicy:
-    """Plain PyTorch, 1..n processes. Half-precision weights are trained through a float32 copy."""
+    """Plain PyTorch, 1..n processes. Half-precision weights are trained through float32 copies, `masters`."""
 
     shares_weights = True
     stage_gathers = False
@@ -39,19 +40,14 @@ class TorchPolicy:
         self.model, self.scorer, self.ranks = model, Scorer(model), ranks
         self.optim, self.temperature = optim, temperature
         self.autocast = config.autocast == "bfloat16"
-        self.masters = [] if next(model.parameters()).dtype == torch.float32 else list(self._masters(model))
+        self.masters = make_masters(model)
+        copies = {id(p): m for p, m in self.masters}
+        self.updated = [copies.get(id(p), p) for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, optim.weight_decay)
-        if self.masters:
-            copies = {id(p): m for p, m in self.masters}
-            groups = [g | {"params": [copies[id(p)] for p in g["params"]]} for g in groups]
-        self.optimizer = make_optimizer(groups, optim, fused=True)
+        for group in groups:
+            group["params"] = [copies.get(id(p), p) for p in group["params"]]
+        self.optimizer = make_optimizer(groups, optim)
         self.factor, self.steps = make_schedule(optim, total_steps, inner_epochs), 0
-
-    @staticmethod
-    def _masters(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for p in model.parameters():
-            if p.requires_grad:
-                yield p, p.detach().float().clone().requires_grad_()
 
     def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
         """The scores of a micro-batch in one forward, with their graph; see `scoring.score`."""
@@ -65,19 +61,13 @@ class TorchPolicy:
 
     def step(self) -> StepInfo:
         """Sum gradients over ranks, clip, update, clear; a NaN or inf gradient changes nothing."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trained:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        for tensor in self.updated:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
             if self.ranks.size > 1:
-                dist.all_reduce(p.grad)
-        if self.masters:
-            for p, m in self.masters:
-                assert p.grad is not None, "set above if backward left none"
-                m.grad, p.grad = p.grad.float(), None
-        owned = [m for _, m in self.masters] or trained
+                dist.all_reduce(tensor.grad)
         limit = self.optim.clip_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(owned, limit))
+        norm = float(nn.utils.clip_grad_norm_(self.updated, limit))
         lr, applied = self.optim.lr * self.factor(self.steps), math.isfinite(norm)
         if applied:
             for group in self.optimizer.param_groups:
@@ -92,8 +82,8 @@ class TorchPolicy:
 
     def discard(self) -> None:
         """Drop the gradient of this step."""
-        for p in self.model.parameters():
-            p.grad = None
+        for tensor in self.updated:
+            tensor.grad = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) pairs as transformers names them, adapters merged in.
