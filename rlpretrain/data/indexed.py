@@ -14,11 +14,14 @@ from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 
 from rlpretrain.data.fingerprints import library_versions
+from rlpretrain.data.opening import bar_if
 from rlpretrain.data.tokenization import SPLIT_VERSION, DocumentSplitter, TokenPiece
 from rlpretrain.types import Document
 
 NONE = -1
 """In the cached columns `answer_at` (no answer) and `piece` (the only piece of its row)."""
+MANY_ROWS = 10_000
+"""Rows from which on tokenizing shows a progress bar."""
 FEATURES = Features(
     token_ids=List(Value("int32")), answer_at=Value("int32"), row=Value("int64"), piece=Value("int32")
 )
@@ -99,15 +102,17 @@ class IndexedReader:
             # By default `datasets` would write into the user's own folder.
             file = home / "rlpretrain" / f"{mark}.arrow"
             file.parent.mkdir(parents=True, exist_ok=True)
-        return rows.map(
-            self._split_rows,
-            with_indices=True,
-            batched=True,
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            new_fingerprint=mark,
-            cache_file_name=str(file) if file else None,
-        )
+        with bar_if(len(rows) >= MANY_ROWS):
+            return rows.map(
+                self._split_rows,
+                with_indices=True,
+                batched=True,
+                remove_columns=rows.column_names,
+                features=FEATURES,
+                new_fingerprint=mark,
+                cache_file_name=str(file) if file else None,
+                desc="tokenizing",
+            )
 
     def _cache_key(self, rows: Dataset) -> str:
         """A hash of everything that decides the pieces: files, tokenizer, settings, versions."""

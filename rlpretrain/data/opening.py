@@ -145,6 +145,18 @@ def readable(data: DataConfig) -> Iterator[None]:
 
 
 @contextmanager
+def bar_if(is_long: bool) -> Iterator[None]:
+    """Show the progress bars of `datasets`, within `quiet`, for work that takes long."""
+    if is_long:
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_long:
+            datasets.disable_progress_bars()
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Silences the progress bars and log lines of `datasets`; its settings are restored afterwards."""
     bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()

@@ -21,6 +21,7 @@ from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job
 from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.ranks import join
+from rlpretrain.tracking.progress import bar
 from rlpretrain.training.checkpoint import MACHINE, changes, without
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
@@ -213,18 +214,20 @@ def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = 
         start = replace(start, quantization="none")  # a trained model was saved merged
     model, tokenizer, _ = models.load_with_tokenizer(start, tags, job.seed)
     base = models.load_with_tokenizer(config.model, tags, job.seed)[0]
-    result = evaluate(
-        model.to(device),
-        load_objective(config, tokenizer),
-        read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed),
-        frozen=base.to(device),
-        thoughts=evaluation.thoughts,
-        positions=evaluation.positions,
-        seed=job.seed,
-        controls=common,
-        greedy=common and evaluation.greedy,
-        pad_id=tokenizer.pad_token_id or 0,
-    )
+    with bar(f"evaluating positions ({job.name}, seed {job.seed})") as progress:
+        result = evaluate(
+            model.to(device),
+            load_objective(config, tokenizer),
+            read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed),
+            frozen=base.to(device),
+            thoughts=evaluation.thoughts,
+            positions=evaluation.positions,
+            seed=job.seed,
+            controls=common,
+            greedy=common and evaluation.greedy,
+            pad_id=tokenizer.pad_token_id or 0,
+            progress=progress,
+        )
     values = result.values | {"no_think_loss": result.losses, "tokens": result.tokens}
     record: dict[str, Any] = {name: array.tolist() for name, array in values.items()}
     record["rows"] = result.rows

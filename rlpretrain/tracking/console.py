@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.console import Console as Rich
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from rlpretrain.config import PretrainConfig
 from rlpretrain.data.token_text import TokenReader
+from rlpretrain.tracking.progress import Lines
 from rollout.types import Group
 
 SHORT_NAMES = {
@@ -53,6 +54,8 @@ class Console:
         name = str(config.objective.get("name", "rlp"))
         self.task = self.progress.add_task(name, total=total, completed=done, numbers="")
         self.table_every = max(1, total // TABLES_PER_RUN)
+        self.part: TaskID | None = None
+        self.lines = Lines("evaluating positions", self.say)
         self.progress.start()
 
     def say(self, text: str | None) -> None:
@@ -74,6 +77,18 @@ class Console:
         held_out = [f"{name} {value:.3f}" for name, value in sorted(row.items()) if name.startswith("eval/")]
         if held_out:
             self.rich.print(escape(f"step {step}  " + "  ".join(held_out)), soft_wrap=True)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how much of an evaluation is done, and the time left."""
+        if self.progress.disable:
+            self.lines(done, total)
+            return
+        if self.part is None:
+            self.part = self.progress.add_task("evaluating positions", total=total, numbers="")
+        self.progress.update(self.part, completed=done)
+        if done >= total:
+            self.progress.remove_task(self.part)
+            self.part = None
 
     def close(self) -> None:
         """Remove the progress bar."""

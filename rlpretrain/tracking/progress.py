@@ -22,7 +22,7 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(description)
+        yield Lines(description)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -30,17 +30,24 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-class _Lines:
-    """Prints progress as lines."""
+class Lines:
+    """Prints progress as lines, by default on standard error."""
 
-    def __init__(self, description: str):
-        self.description = description
+    def __init__(self, description: str, say: Callable[[str], None] | None = None):
+        self.description, self.say = description, say or _to_standard_error
         self.begin = self.last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.last < QUIET_SECONDS or done >= total:
+        if done >= total:
+            self.begin = self.last = now  # the next work begins
+            return
+        if now - self.last < QUIET_SECONDS:
             return
         self.last = now
         left = (now - self.begin) / done * (total - done)
-        print(f"{self.description}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+        self.say(f"{self.description}: {done} of {total}, {left:.0f} s left")
+
+
+def _to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

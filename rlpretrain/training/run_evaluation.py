@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ class RunEvaluation:
     whole: nn.Module | None = None
     """A model of its own, for policies whose weights are spread over the ranks."""
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """The metrics of the current weights, the same on every rank. All ranks call it."""
         config, ranks = self.parts.config, self.parts.ranks
         assert self.parts.held_out is not None, "a run evaluates only with eval.data"
@@ -47,6 +48,7 @@ class RunEvaluation:
             token_budget=config.token_budget,
             pad_id=self.parts.layout.pad_id,
             tree=self.parts.layout.tree,
+            progress=progress,
         )
         joined = Evaluation.join(ranks.gather(local))
         numbers = {name: value for name, value in joined.summary().items() if isinstance(value, int | float)}
@@ -76,7 +78,7 @@ class RunEvaluation:
 
 def evaluate_run(run: Run) -> dict[str, float]:
     """Evaluate, and compare with the best evaluation so far; returns the row. All ranks call it."""
-    row = run.evaluation.evaluate()
+    row = run.evaluation.evaluate(run.console.evaluating)
     score, not_finite = score_of(row), row.get("eval/not_finite", 0.0)
     if not_finite or not math.isfinite(score):  # neither a new best nor a lack of progress
         problem = (
