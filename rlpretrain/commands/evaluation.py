@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlpretrain.commands import benchmarks
 from rlpretrain.commands.arguments import objective_section, path, seed
 from rlpretrain.config import ConfigError, ModelConfig
 
@@ -17,7 +18,7 @@ def register(commands: Any) -> None:
     """Add `eval` to the command line."""
     p = commands.add_parser("eval", help="measure the gain of thoughts on held-out text")
     p.add_argument("model", type=path, help="hub id or folder")
-    p.add_argument("--data", type=path, required=True, help="held-out documents")
+    p.add_argument("--data", type=path, help="held-out documents")
     p.add_argument(
         "--frozen", type=path, help="initial model for the honest gain; the model itself by default"
     )
@@ -38,7 +39,8 @@ def register(commands: Any) -> None:
     p.add_argument("--trust-remote-code", action="store_true")
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--json", type=path, help="write the numbers here too")
-    p.set_defaults(command=evaluate)
+    benchmarks.add_arguments(p)
+    p.set_defaults(command=evaluate, usage_error=p.error)
 
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -57,6 +59,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.tracking.tables import show
     from rlpretrain.training.records import write_json
 
+    benchmarks.check_data(args)
     if args.json and not Path(args.json).parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no such folder")
     if args.json:
@@ -68,7 +71,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "objective": objective,
         "output_dir": os.devnull,
         "data": {
-            "path": args.data,
+            "path": args.data or os.devnull,
             "column": args.column,
             "max_length": args.max_length,
             "meta_columns": [args.by] if args.by else [],
@@ -78,6 +81,11 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         | ({"documents": args.documents} if args.documents is not None else {}),
     }
     config = c.build(values)
+    tasks = benchmarks.evaluate_tasks(args, config) if args.tasks else {}
+    if not args.data:
+        if args.json:
+            write_json(Path(args.json), tasks)
+        return 0
     tags = delimiters(config.objective)
     device = join(args.device).device
     model, tokenizer, added = models.load_with_tokenizer(config.model, tags, args.seed)
@@ -108,11 +116,11 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return f"{row[name]:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
     parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
-    results = {name: part.summary() for name, part in parts.items()}
+    results = {name: part.summary() for name, part in parts.items()} | tasks
     table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")
     for name in MEANING:
         if name in results["all"]:
-            cells = [cell(r, name) for r in results.values()]
+            cells = [cell(results[part], name) for part in parts]
             table.add_row(name, *cells, MEANING[name])
     show(table)
     if args.json:
