@@ -142,5 +142,5 @@ def _ends(ends: Sequence[float]) -> str:
 
 def check_data(args: argparse.Namespace) -> None:
     """Exit with the usage if there is nothing to evaluate."""
-    if not args.data and not args.tasks:
+    if not args.data and (args.pass_at or not args.tasks):
         args.usage_error("give --data FILE (held-out documents), --tasks NAMES or both")

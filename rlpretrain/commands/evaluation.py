@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.commands import benchmarks
+from rlpretrain.commands import benchmarks, pass_at
 from rlpretrain.commands.arguments import objective_section, path, seed
 from rlpretrain.config import ConfigError, ModelConfig
 
@@ -40,6 +40,7 @@ def register(commands: Any) -> None:
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--json", type=path, help="write the numbers here too")
     benchmarks.add_arguments(p)
+    pass_at.add_arguments(p)
     p.set_defaults(command=evaluate, usage_error=p.error)
 
 
@@ -73,6 +74,8 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "data": {
             "path": args.data or os.devnull,
             "column": args.column,
+            "answer_column": args.answer_column,
+            "answer_join": args.answer_join,
             "max_length": args.max_length,
             "meta_columns": [args.by] if args.by else [],
         },
@@ -81,10 +84,11 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         | ({"documents": args.documents} if args.documents is not None else {}),
     }
     config = c.build(values)
-    tasks = benchmarks.evaluate_tasks(args, config) if args.tasks else {}
+    more = benchmarks.evaluate_tasks(args, config) if args.tasks else {}
+    more |= pass_at.evaluate_pass_at(args, config) if args.pass_at else {}
     if not args.data:
         if args.json:
-            write_json(Path(args.json), tasks)
+            write_json(Path(args.json), more)
         return 0
     tags = delimiters(config.objective)
     device = join(args.device).device
@@ -116,7 +120,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return f"{row[name]:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
     parts = {"all": whole} | (by_meta(whole, args.by) if args.by else {})
-    results = {name: part.summary() for name, part in parts.items()} | tasks
+    results = {name: part.summary() for name, part in parts.items()} | more
     table = Table("", *(f"{n} ({len(p.documents)})" for n, p in parts.items()), "meaning")
     for name in MEANING:
         if name in results["all"]:

@@ -86,9 +86,9 @@ def write_tasks(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, ids: Any, tokens: int) -> str:
+def greedy(model: Any, tokenizer: Any, ids: Any, tokens: int, special: bool = False) -> str:
     """The text of the likeliest tokens, one by one, up to "end"."""
     ids, start = list(ids), len(ids)
     for _ in range(tokens):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).split("end")[0]
+    return tokenizer.decode(ids[start:], skip_special_tokens=not special).split("end")[0]
