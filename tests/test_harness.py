@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -15,15 +17,25 @@ import pytest
 import torch
 import yaml
 from lm_eval.evaluator import evaluate
+from rich.console import Console
 
+from rlpretrain import Pretrainer, models
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
+from rlpretrain.config.io import build
 from rlpretrain.evaluation.harness import _task_manager, load_tasks, run_tasks
 from rlpretrain.evaluation.thinking_lm import ThinkingLM
+from rlpretrain.experiments.experiment import build_experiment
+from rlpretrain.experiments.jobs import all_jobs, evaluation_to_do, run_job
+from rlpretrain.experiments.results import collect, write_csv
+from rlpretrain.experiments.tables import tasks as task_table
+from rlpretrain.objectives import load_objective
 from rlpretrain.objectives.rlp import RLP
 from rlpretrain.ranks import Ranks
+from rlpretrain.reporting.curves import draw_curves
 from rollout.types import FinishReason
 from tests.builders.harness import EXAMPLES, WORDS, Ready, greedy, make_ready, objective
+from tests.builders.processes import ranks
 from tests.builders.tiny import tiny_model, word_tokenizer
 
 TASKS = ("pick", "say")
@@ -258,3 +270,139 @@ def test_tasks_are_read_from_few_folders():
     assert len(manager.all_tasks) < 5000
     files = {name: manager.task_index[name].yaml_path for name in ("arc_easy", "gsm8k")}
     assert [file.parent.name for file in files.values()] == ["arc", "gsm8k"]
+
+
+# during a run, and in a comparison
+
+
+def run_values(ready, folder) -> dict:
+    lines = [
+        json.dumps({"text": f"the dial moves up {n % 10} down {n % 9} shows {n % 7} end"}) for n in range(30)
+    ]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return {
+        "model": str(ready.folder),
+        "data": {"path": str(folder / "text.jsonl"), "max_length": 64},
+        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"},
+        "positions_per_step": 4,
+        "optim": {"lr": 1e-2, "warmup_steps": 1},
+        "policy": {"backend": "torch"},
+        "max_steps": 4,
+        "checkpoint": {"every": 2},
+        "stop": {"collapse": False},
+        "baseline": {"name": "self", "frozen_every": 0},
+        "eval": {"every": 2, "tasks": ["pick", "say"], "include_path": str(ready.tasks), "task_examples": 8},
+        "console": False,
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+    }
+
+
+def logged(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_logs_the_tasks_of_policy_and_base(ready, tasks, tmp_path):
+    values = run_values(ready, tmp_path)
+    Pretrainer(build(values)).train()
+    Pretrainer(build(values | {"eval": {}, "output_dir": str(tmp_path / "plain")})).train()
+    rows = logged(tmp_path / "run")
+    assert ["eval/tasks/pick/acc/direct" in row for row in rows] == [False, True, False, True]
+    for row, plain in zip(rows, logged(tmp_path / "plain"), strict=True):
+        assert row["loss"] == plain["loss"]  # training is what it is without tasks
+    config = build(values)
+    objective = load_objective(config, ready.tokenizer)
+    ask = partial(run_tasks, tasks=tasks, objective=objective, examples=8, batch_size=16)
+    model, tokenizer, _ = models.load_with_tokenizer(
+        replace(config.model, path=str(tmp_path / "run/model")), None
+    )
+    for prefix, results in (("", ask(model, tokenizer)), ("base_", ask(ready.model, ready.tokenizer))):
+        for way in ("direct", "thinking"):
+            for name, number in getattr(results, way).items():
+                assert rows[-1][f"eval/tasks/{name}/{prefix}{way}"] == pytest.approx(number.value), (
+                    name,
+                    way,
+                )
+    panels = [panel.title for panel in draw_curves(rows)]
+    assert {"pick/acc", "pick/acc_norm", "say/exact_match"} <= set(panels)
+    # a resumed run keeps the base's numbers
+    for checkpoint in (tmp_path / "run").glob("checkpoint-4"):
+        shutil.rmtree(checkpoint)
+    Pretrainer(build(values)).train(resume="auto")
+    assert {k: v for k, v in logged(tmp_path / "run")[-1].items() if k.startswith("eval/tasks")} == {
+        k: v for k, v in rows[-1].items() if k.startswith("eval/tasks")
+    }
+
+
+def test_a_run_with_an_unknown_task_does_not_start(ready, tmp_path, no_defaults):
+    values = run_values(ready, tmp_path)
+    values["eval"]["tasks"] = "sey"
+    with pytest.raises(ConfigError, match="no task 'sey': did you mean say"):
+        Pretrainer(build(values)).train()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_comparison_has_the_tasks_of_every_model(ready, tasks, tmp_path):
+    values = run_values(ready, tmp_path)
+    (tmp_path / "rlp.yaml").write_text(yaml.safe_dump(values | {"eval": {}, "max_steps": 1, "threads": 1}))
+    experiment = {
+        "methods": {
+            "rlp": {"config": "rlp.yaml"},
+            "ntp": {"config": "rlp.yaml", "set": {"objective": "ntp"}},
+        },
+        "evaluation": values["eval"]
+        | {"data": values["data"], "objective": values["objective"], "own": False},
+        "seeds": [0, 1],
+        "output_dir": str(tmp_path / "compared"),
+    }
+    del experiment["evaluation"]["every"]
+    experiment["evaluation"] |= {"documents": 4, "thoughts": 2, "max_thought_tokens": 6}
+    made = build_experiment(experiment, tmp_path)
+    for job in all_jobs(made, tmp_path):
+        run_job(job)
+        assert evaluation_to_do(job) is None
+    results = collect(made)["tasks"]
+    write_csv(tmp_path / "results.csv", collect(made))
+    assert list(results) == ["base", "rlp", "ntp", "rlp - base", "ntp - base", "ntp - rlp"]
+    base = run_tasks(ready.model, ready.tokenizer, tasks, examples=8)
+    assert results["base"]["pick/acc, direct"][0] == pytest.approx(base.direct["pick/acc"].value)
+    for number, (mean, low, high) in results["ntp - rlp"].items():
+        assert mean == pytest.approx(results["ntp"][number][0] - results["rlp"][number][0])
+        assert low <= mean <= high
+    shown = io.StringIO()
+    Console(file=shown, width=400).print(task_table({"tasks": results}))
+    assert "pick/acc, thinking" in shown.getvalue() and "rlp - base" in shown.getvalue()
+    assert 'rlp - base,"say/exact_match, direct"' in (tmp_path / "results.csv").read_text()
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+from rlpretrain.evaluation.harness import load_tasks, run_tasks
+from rlpretrain import models
+from rlpretrain.config import ModelConfig
+from rlpretrain.ranks import join
+from tests.builders.harness import objective
+ranks = join("cpu")
+folder, tasks, examples, out = sys.argv[1:]
+model, tokenizer, _ = models.load_with_tokenizer(ModelConfig(path=folder), None)
+loaded = load_tasks(["pick", "say"], tasks)
+settings = dict(objective=objective(tokenizer), examples=int(examples), ranks=ranks, quiet=True)
+results = run_tasks(model, tokenizer, loaded, **settings)
+per_example = {name: number.examples.tolist() for name, number in results.thinking.items()}
+Path(out, str(ranks.rank)).write_text(json.dumps([results.metrics(), per_example]))
+"""
+
+
+@pytest.mark.parametrize("examples", [7, 1])
+def test_two_ranks_share_the_examples(ready, tasks, examples, tmp_path):
+    done = ranks(2, "-c", RANKS, str(ready.folder), str(ready.tasks), str(examples), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    whole = run_tasks(
+        ready.model, ready.tokenizer, tasks, objective=objective(ready.tokenizer), examples=examples
+    )
+    for rank in ("0", "1"):
+        metrics, per_example = json.loads((tmp_path / rank).read_text())
+        assert metrics == pytest.approx(whole.metrics())
+        assert per_example == {name: number.examples.tolist() for name, number in whole.thinking.items()}

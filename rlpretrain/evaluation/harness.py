@@ -60,8 +60,7 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
     Raises ConfigError if lm-eval is not installed, and with the task's name for a task that does not exist or
     cannot run here.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f"tasks need lm-eval, which is not installed: {INSTALL['eval']}")
+    check_installed()
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"no folder '{include_path}' with tasks")
     with _only_errors():
@@ -77,6 +76,12 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
     return Tasks({"tasks": tasks, "groups": groups, "group_map": children})
 
 
+def check_installed() -> None:
+    """Raise ConfigError with the install line if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"tasks need lm-eval, which is not installed: {INSTALL['eval']}")
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -85,8 +90,8 @@ def run_tasks(
     ways: Sequence[str] = WAYS,
     objective: Objective | None = None,
     examples: int | None = None,
-    seed: int = 0,
     batch_size: int = 16,
+    seed: int = 0,
     ranks: Ranks | None = None,
     quiet: bool = False,
 ) -> TaskResults:

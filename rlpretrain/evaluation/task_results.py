@@ -55,13 +55,11 @@ class TaskResults:
     """Of the sampled thoughts: how many, tokens per thought, share unclosed, contexts that were cut."""
 
     def metrics(self) -> dict[str, float]:
-        """The numbers as metrics of a run."""
+        """All numbers by "task/metric/way", and "thoughts/..."."""
         values = {
-            f"eval/tasks/{name}/{way}": number.value
-            for way in WAYS
-            for name, number in getattr(self, way).items()
+            f"{name}/{way}": number.value for way in WAYS for name, number in getattr(self, way).items()
         }
-        return values | {f"eval/tasks/thoughts/{name}": value for name, value in self.thoughts.items()}
+        return values | {f"thoughts/{name}": value for name, value in self.thoughts.items()}
 
     def as_dict(self, base: TaskResults | None = None) -> dict[str, Any]:
         """All numbers for a JSON file; with `base`, its numbers and the differences from it."""
