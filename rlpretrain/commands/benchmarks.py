@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpretrain.commands.arguments import count, path
-from rlpretrain.config import PretrainConfig
+from rlpretrain.config import ModelConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from rlpretrain.evaluation.harness import Tasks
@@ -46,23 +46,35 @@ def evaluate_tasks(args: argparse.Namespace, config: PretrainConfig) -> dict[str
     from rlpretrain.tracking.tables import show
 
     tasks = load_tasks(args.tasks, args.include_path)
-    base_path = args.frozen or base_of_run(config.model.path)
+    untouched = base_model(args, config)  # first, in case that it cannot be loaded
+    base = _answer(args, replace(config, model=untouched), tasks) if untouched else None
     results = _answer(args, config, tasks)
-    base = None
-    if base_path is not None and base_path != config.model.path:
-        base = _answer(args, replace(config, model=replace(config.model, path=base_path)), tasks)
     show(table(results, base))
     print(thoughts_line(results))
-    return results.as_dict(base) | {"base": base_path}
+    return results.as_dict(base) | {"base": untouched and untouched.path}
 
 
-def base_of_run(model: str) -> str | None:
-    """The base checkpoint of the run that saved a model in one of its folders; None if there is no run."""
+def base_model(args: argparse.Namespace, config: PretrainConfig) -> ModelConfig | None:
+    """The untouched base: `--frozen`, or that of the run in whose folder the model is; None if unknown."""
+    if args.frozen:
+        base = replace(config.model, path=args.frozen)
+    else:
+        section = _section_of_run(config.model.path)
+        if section is None or section.get("from_scratch"):
+            return None
+        base = replace(config.model, **{key: section.get(key) for key in ("path", "revision", "tokenizer")})
+        if base.path.startswith(("/", ".", "~")) and not Path(base.path).expanduser().exists():
+            print(f"the base of the run, {base.path}, is not here: give --frozen to see its numbers beside")
+            return None
+    return None if base.path == config.model.path else base
+
+
+def _section_of_run(model: str) -> dict[str, Any] | None:
+    """The section `model` of the run that saved a model in one of its folders; None if there is no run."""
     for folder in Path(model).resolve().parents[:3]:
         record = folder / "run.json"
         if record.is_file():
-            found = json.loads(record.read_text())["config"]["model"]
-            return found["path"] if isinstance(found, dict) else found
+            return json.loads(record.read_text())["config"]["model"]
     return None
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlpretrain.commands.arguments import count
-from rlpretrain.commands.benchmarks import base_of_run
+from rlpretrain.commands.benchmarks import base_model
 from rlpretrain.config import ConfigError, PretrainConfig
 
 if TYPE_CHECKING:
@@ -47,12 +47,11 @@ def evaluate_pass_at(args: argparse.Namespace, config: PretrainConfig) -> dict[s
 
     if not args.answer_column:
         raise ConfigError("--pass-at needs documents with answers: set --answer-column")
+    untouched = base_model(args, config)  # first, in case that it cannot be loaded
+    base = _answers_of(args, replace(config, model=untouched)) if untouched else {}
     mine = _answers_of(args, config)
-    base_path, base = args.frozen or base_of_run(config.model.path), {}
-    if base_path is not None and base_path != config.model.path:
-        base = _answers_of(args, replace(config, model=replace(config.model, path=base_path)))
     show(table(mine, base))
-    return {"pass_at": numbers(mine, base) | {"base": base_path}}
+    return {"pass_at": numbers(mine, base) | {"base": untouched and untouched.path}}
 
 
 def numbers(mine: dict[str, Answers], base: dict[str, Answers]) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
             raise ConfigError(f"task '{name}': {', '.join(sorted(twice))} is asked for twice")
         tasks |= part["tasks"]
     groups = {name: group for part in parts for name, group in part["groups"].items()}
-    children = {name: names for part in parts for name, names in part["group_map"].items()}
-    return Tasks({"tasks": tasks, "groups": groups, "group_map": children})
+    members = {group: of_group for part in parts for group, of_group in part["group_map"].items()}
+    return Tasks({"tasks": tasks, "groups": groups, "group_map": members})
 
 
 def check_installed() -> None:
