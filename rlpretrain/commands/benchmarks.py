@@ -119,7 +119,7 @@ def _answer(args: argparse.Namespace, config: PretrainConfig, tasks: Tasks) -> T
     from rlpretrain.prompts import ensure_delimiters
     from rlpretrain.ranks import join
 
-    model, tokenizer, _ = models.load_with_tokenizer(config.model, None, args.seed)
+    model, tokenizer, _ = models.load_with_tokenizer(config.model, None, config.seed)
     model = model.to(join(args.device).device)
     limits: dict[str, Any] = {"examples": args.task_examples, "batch_size": args.task_batch}
     print(f"{config.model.path}: direct answers", flush=True)
@@ -130,7 +130,7 @@ def _answer(args: argparse.Namespace, config: PretrainConfig, tasks: Tasks) -> T
     ensure_delimiters(tokenizer, model, tags)
     objective = load_objective(config, tokenizer)
     thinking = run_tasks(
-        model, tokenizer, tasks, ways=("thinking",), objective=objective, seed=args.seed, **limits
+        model, tokenizer, tasks, ways=("thinking",), objective=objective, seed=config.seed, **limits
     )
     return replace(thinking, direct=direct.direct)
 

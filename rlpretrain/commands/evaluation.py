@@ -71,6 +71,7 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "model": model_config,
         "objective": objective,
         "output_dir": os.devnull,
+        "seed": args.seed,
         "data": {
             "path": args.data or os.devnull,
             "column": args.column,

@@ -104,7 +104,7 @@ def _answers_of(args: argparse.Namespace, config: PretrainConfig) -> dict[str, A
     from rlpretrain.ranks import join
 
     tags = delimiters(config.objective)
-    model, tokenizer, _ = models.load_with_tokenizer(config.model, tags, args.seed)
+    model, tokenizer, _ = models.load_with_tokenizer(config.model, tags, config.seed)
     model = model.to(join(args.device).device)
     objective = load_objective(config, tokenizer)
     documents = read_all(config.data, tokenizer, limit=args.documents)
@@ -119,7 +119,7 @@ def _answers_of(args: argparse.Namespace, config: PretrainConfig) -> dict[str, A
                 thinking=way == "thinking",
                 n=args.answers or max(args.pass_at),
                 ks=args.pass_at,
-                seed=args.seed,
+                seed=config.seed,
                 max_answer_tokens=args.answer_tokens,
                 rule=AnswerRule(args.answer_after, args.answer_until, args.answer_stop),
                 progress=lambda done, total, line=line: bar.update(line, completed=done, total=total),
