@@ -47,3 +47,24 @@ def last_between(text: AnyStr, opening: AnyStr, closing: AnyStr) -> AnyStr | Non
         elif nested and text[index : index + 1] == bracket:
             depth += 1
     return None
+
+
+def final_answer(text: str, opening: str = "", closing: str = "") -> str | None:
+    """Return the answer in a text, without white space around it; None if there is none.
+
+    It begins after the last `opening`, or with the text if `opening` is empty. It ends before the next
+    `closing`, or with the text. Brackets (`\\boxed{` and `}`) have to be closed; nested ones are counted.
+
+    >>> final_answer(" 6 * 7 = 42\\n#### 42 ", "####"), final_answer("so \\boxed{x^{2}}.", "\\boxed{", "}")
+    ('42', 'x^{2}')
+    >>> final_answer("42\\nQ: next", closing="\\n"), final_answer("42", "####"), final_answer("{4", "{", "}")
+    ('42', None, None)
+    """
+    if opening not in text:
+        return None
+    if (opening[-1:], closing) in BRACKETS:
+        answer = last_between(text, opening, closing)
+    else:
+        answer = text[text.rfind(opening) + len(opening) :] if opening else text
+        answer = answer.partition(closing)[0] if closing else answer
+    return None if answer is None else answer.strip()

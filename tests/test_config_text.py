@@ -250,6 +250,7 @@ def path_fields() -> set[str]:
         "engine.token_file",
         "ntp_data.path",
         "eval.data",
+        "eval.include_path",
         "output_dir",
         "replay",
     }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlpretrain.commands import benchmarks, pass_at
 from rlpretrain.commands.arguments import count, path, seed
 from rlpretrain.commands.evaluation_settings import DEFAULTS, Subject, subject_of
 from rlpretrain.config import ConfigError, ModelConfig
@@ -61,7 +62,9 @@ def register(commands: Any) -> None:
     p.add_argument("--trust-remote-code", action="store_true", help="run code of the model's repository")
     p.add_argument("--no-controls", action="store_true", help="leave out empty, shuffled and other thoughts")
     p.add_argument("--no-greedy", action="store_true", help="leave out the greedy thought")
-    p.set_defaults(command=evaluate)
+    benchmarks.add_arguments(p)
+    pass_at.add_arguments(p)
+    p.set_defaults(command=evaluate, usage_error=p.error)
 
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -81,15 +84,21 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         check_file(args.json, "--json")
     subject = subject_of(args)
     interrupted = False
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = benchmarks.evaluate_tasks(args, subject.config) if args.tasks else {}
+    results |= pass_at.evaluate_pass_at(args, subject.config) if args.pass_at else {}
+    if not subject.has_documents:
+        if args.json:
+            write_json(Path(args.json), results)
+        return 0
     try:
         whole = _evaluate_model(args, subject, subject.config.model)
     except Interrupted as stop:
         whole, interrupted = stop.done, True
         print(f"interrupted: {len(whole.documents)} positions are done", file=sys.stderr)
     parts = {"all": whole} | (split(whole, args.by) if args.by else {})
-    results |= {name: part.summary() for name, part in parts.items()}
-    show(numbers_table(parts, results))
+    numbers = {name: part.summary() for name, part in parts.items()}
+    show(numbers_table(parts, numbers))
+    results = numbers | results
     if args.against and not interrupted:
         second = _evaluate_model(args, subject, _other_model(subject, args.against))
         results["against"] = second.summary()

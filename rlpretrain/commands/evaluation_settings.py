@@ -39,6 +39,8 @@ class Subject:
     config: PretrainConfig
     frozen: ModelConfig | None
     """The initial model, if it is another."""
+    has_documents: bool = True
+    """False: only tasks of lm-eval are answered."""
 
 
 def subject_of(args: argparse.Namespace) -> Subject:
@@ -70,7 +72,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     start = None
     if frozen is not None:
         start = ModelConfig(**(model | _base_settings(run, frozen) | {"path": frozen}))
-    return Subject(build(values), start)
+    return Subject(build(values), start, has_documents=values["data"]["path"] != os.devnull)
 
 
 def run_config(folder: str) -> dict[str, Any]:
@@ -141,11 +143,15 @@ def _objective(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, An
 
 def _data(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:
     path = args.data or (run.get("eval") or {}).get("data")
+    if path is None and args.tasks and not args.pass_at:
+        path = os.devnull
     if path is None:
         run_hint = "the run has no eval.data" if run else "a model alone names none"
         raise ConfigError(f"no documents to evaluate on: give --data FILE ({run_hint})")
     columns = {"meta_columns": [args.by] if args.by else []}
-    return {"path": path} | _kept(run, "data") | columns | _given(args, ("column", "max_length"), not run)
+    given = _given(args, ("column", "max_length"), use_defaults=not run)
+    given |= _given(args, ("answer_column", "answer_join"), use_defaults=False)
+    return {"path": path} | _kept(run, "data") | columns | given
 
 
 def _evaluation(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rlpretrain.config.schema import (
     PolicyConfig,
     PretrainConfig,
     StopConfig,
+    TaskSettings,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "SamplingConfig",
     "Seed",
     "StopConfig",
+    "TaskSettings",
     "Whole",
     "headed",
 ]

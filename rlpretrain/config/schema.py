@@ -141,11 +141,25 @@ class BaselineConfig:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class EvalConfig:
+class TaskSettings:
+    """Benchmarks through lm-eval."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    """Tasks of lm-eval, or YAML files in its format, answered directly and after a thought."""
+    include_path: PathText | None = None
+    """Folder with YAML files of further tasks."""
+    task_examples: Count | None = None
+    """Examples of each task; all of them if not set."""
+    task_batch: Count = 16
+    """Rows of tasks that are scored at once. Four times as many thoughts are sampled at once."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EvalConfig(TaskSettings):
     """Evaluation during training."""
 
     data: PathText | None = None
-    """Held-out documents; without them there is no evaluation."""
+    """Held-out documents; without them there is no evaluation but that of `tasks`."""
     every: Whole = 100
     """Steps between evaluations, with a further evaluation at the end. 0: only at the end."""
     documents: Count = 64

@@ -16,11 +16,12 @@ from typing import Any
 from rlpretrain import models
 from rlpretrain.config import ConfigError
 from rlpretrain.data.stream import read_all
+from rlpretrain.evaluation.harness import load_tasks
 from rlpretrain.experiments.experiment import BASE, Experiment, Job, build_experiment, load_experiment
 from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experiment
 from rlpretrain.experiments.plot import plot
 from rlpretrain.experiments.results import Measurements, collect, read_measurements, write_csv
-from rlpretrain.experiments.tables import differences, table
+from rlpretrain.experiments.tables import differences, table, tasks
 from rlpretrain.files import check_writable
 from rlpretrain.models import adapters
 from rlpretrain.objectives import delimiters, load_objective
@@ -40,6 +41,7 @@ __all__ = [
     "read_measurements",
     "run",
     "table",
+    "tasks",
 ]
 
 
@@ -95,3 +97,5 @@ def check(experiment: Experiment, where: Path) -> None:
             raise ConfigError(f"{part}: {error}") from None
     tokenizer = models.load_tokenizer(common.model)
     read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
+    if evaluation.tasks:
+        load_tasks(evaluation.tasks, evaluation.include_path)

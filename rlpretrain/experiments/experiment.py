@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from rlpretrain.config import STRICT, ConfigError, Count, DataConfig, PathText, PretrainConfig, Seed, headed
+from rlpretrain.config import (
+    STRICT,
+    ConfigError,
+    Count,
+    DataConfig,
+    PathText,
+    PretrainConfig,
+    Seed,
+    TaskSettings,
+    headed,
+)
 from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import HEADS, build, parse, read_mapping, section, to_dict
 from rlpretrain.config.plain import LATER, unwrapped
@@ -49,8 +59,8 @@ class Method:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class CommonEvaluation:
-    """How all models are compared: one objective, the same positions, the same random seeds."""
+class CommonEvaluation(TaskSettings):
+    """How all models are compared: one objective, and the same positions, random seeds and tasks."""
 
     data: Annotated[DataConfig, headed("path")]
     """Held-out documents."""

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from rlpretrain import models
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import ConfigError, PretrainConfig, TaskSettings
 from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job
+from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.ranks import join
 from rlpretrain.tracking.progress import bar
@@ -27,7 +28,9 @@ from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 
 Say = Callable[[str], None]
-EARLIER_EVALUATION = {"greedy": False, "own": True, "positions": 1, "sample_seed": None}
+EARLIER_EVALUATION = {"greedy": False, "own": True, "positions": 1, "sample_seed": None} | to_dict(
+    TaskSettings()
+)
 """What an evaluation did before these fields existed."""
 
 
@@ -186,6 +189,8 @@ def evaluate_job(job: Job, settings: dict[str, Any]) -> None:
         own[name] = _evaluate_model(job, own_config, path)
     job.folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "meta": common.pop("meta"), "common": common, "own": own}
+    if evaluation.tasks:
+        record["tasks"] = answer_tasks(job, common_config(config, evaluation), path)
     write_json(job.folder / "evaluation.json", record)
 
 

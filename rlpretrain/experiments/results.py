@@ -15,6 +15,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval, points
 from rlpretrain.experiments.experiment import BASE, Experiment
 from rlpretrain.experiments.jobs import last_row
+from rlpretrain.experiments.tasks import task_numbers
 from rlpretrain.files import finite, writing
 
 HEADINGS = {
@@ -120,7 +121,17 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "methods": methods,
         "differences": _differences(measured),
     }
+    if experiment.evaluation.tasks:
+        results["tasks"] = task_numbers(_task_answers(experiment))
     return finite(results)
+
+
+def _task_answers(experiment: Experiment) -> dict[str, list[Any]]:
+    """What `answer_tasks` returned, by model, for each seed."""
+    return {
+        name: [evaluation["tasks"] for evaluation in read_evaluations(experiment, name)]
+        for name in (BASE, *experiment.methods)
+    }
 
 
 def _own_number(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -192,4 +203,6 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
                 out.writerow((name, unit, mean, "", ""))
         for pair, row in results["differences"].items():
             out.writerows((pair, number, *values) for number, values in row.items())
+        for name, row in results.get("tasks", {}).items():
+            out.writerows((name, number, *values) for number, values in row.items())
     work.replace(path)

@@ -44,6 +44,18 @@ def differences(results: dict[str, Any]) -> Any:
     return pairs
 
 
+def tasks(results: dict[str, Any]) -> Any:
+    """The numbers on lm-eval's tasks: a row for each model and each paired difference."""
+    from rich.table import Table
+
+    numbers = results["tasks"]
+    columns = next(iter(numbers.values()))
+    shown = Table("tasks", *columns, title="lm-eval's tasks; 95% intervals over examples and seeds")
+    for name, row in numbers.items():
+        shown.add_row(name, *(cell(row[column]) for column in columns))
+    return shown
+
+
 def cell(values: Sequence[float | None] | None) -> str:
     """Mean and interval; empty where there is no mean."""
     if values is None or values[0] is None:

@@ -48,7 +48,7 @@ class Panel:
 def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
     """A panel for each entry of `CURVES` that has data."""
     panels: list[Panel] = []
-    for title, names in CURVES.items():
+    for title, names in (*CURVES.items(), *_task_curves(rows).items()):
         curves = {name: _points(rows, name) for name in names}
         curves = {name: points for name, points in curves.items() if points}
         if not curves:
@@ -57,6 +57,14 @@ def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
         svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>c{len(panels)}-", _draw(curves))  # unique in the page
         panels.append(Panel(title, svg[svg.index("<svg") :], "; ".join(ends)))
     return panels
+
+
+def _task_curves(rows: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
+    """A panel for each metric of each task: both ways of the policy, and of the base."""
+    ways = ("direct", "thinking", "base_direct", "base_thinking")
+    logged = {name.rpartition("/")[0] for row in rows for name in row if name.startswith("eval/tasks/")}
+    metrics = sorted(name for name in logged if name != "eval/tasks/thoughts")
+    return {name.removeprefix("eval/tasks/"): [f"{name}/{way}" for way in ways] for name in metrics}
 
 
 def _points(rows: Sequence[Mapping[str, float]], name: str) -> Points:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rollout.types import FinishReason, Group, Prompt
 
@@ -61,3 +61,10 @@ def use_of_thought(group: Group, index: int, rule: str, penalty: float = 0.0) ->
     if thought.finish_reason is FinishReason.CLOSE:
         return ThoughtUse()
     return RULES[rule](group.prompt, penalty)
+
+
+def ids_before_answer(group: Group, index: int) -> tuple[int, ...]:
+    """The ids that an answer follows: prompt, thought `index`, a close tag if it lacks one, joining ids."""
+    use = use_of_thought(replace(group, rewards=None), index, "force_close")
+    prompt, thought = group.prompt, group.thoughts[index]
+    return (*prompt.token_ids, *thought.token_ids, *use.close_ids, *prompt.join_ids)

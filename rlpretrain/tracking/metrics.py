@@ -104,6 +104,11 @@ METRICS: dict[str, Metric] = {
     "run/documents_without_position": Metric(
         "documents so far that `prepare` dropped or that had no position"
     ),
+    "eval/tasks/*": Metric(
+        "lm-eval's tasks: direct, after a thought, and the same of the untouched base; thoughts/* describe "
+        "the thoughts",
+        "direct is not below base_direct",
+    ),
     "eval/*": Metric(
         "numbers on held-out documents; `rlpretrain eval` explains them",
         "eval/gain_frozen rises, eval/no_think_loss does not",

@@ -14,6 +14,7 @@ from rlpretrain.data.document_source import SourceInputs
 from rlpretrain.data.fingerprints import fingerprint
 from rlpretrain.data.stream import open_source
 from rlpretrain.evaluation.evaluate import held_out
+from rlpretrain.evaluation.harness import Tasks, load_tasks
 from rlpretrain.models import adapters, lengths
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
@@ -50,6 +51,8 @@ class Parts:
     tokenizer: Any
     objective: Objective
     held_out: list[Document] | None
+    tasks: Tasks | None
+    """The benchmarks of `eval.tasks`."""
     dropped: int
     """Documents that were left out as too short."""
     total_steps: int
@@ -90,6 +93,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     resumed_from = checkpoint.open_folder(folder, resume, ranks)
     if config.threads:
         torch.set_num_threads(config.threads)
+    tasks = load_tasks(config.eval.tasks, config.eval.include_path) if config.eval.tasks else None
     tags = delimiters(config.objective)
     model, tokenizer, added = models.load_with_tokenizer(config.model, tags, config.seed)
     check_model(model.to(ranks.device))
@@ -164,6 +168,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         tokenizer=tokenizer,
         objective=objective,
         held_out=documents,
+        tasks=tasks,
         dropped=stream.dropped if stream is not None else 0,
         total_steps=total_steps,
         frozen=frozen,

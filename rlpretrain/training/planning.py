@@ -6,6 +6,7 @@ import math
 
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.document_source import DocumentSource, count_documents
+from rlpretrain.evaluation import harness
 from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.engines import find_engine
@@ -29,6 +30,8 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     find_optimizer(config.optim)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
+    if config.eval.tasks:
+        harness.check_installed()
 
 
 def count_steps(

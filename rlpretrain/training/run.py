@@ -22,7 +22,7 @@ from rlpretrain.tracking.health import Health
 from rlpretrain.tracking.step_metrics import StepMetrics, staleness
 from rlpretrain.tracking.throughput import StepWork
 from rlpretrain.tracking.trackers import Trackers
-from rlpretrain.training import observations, records, run_output, run_state, run_stop
+from rlpretrain.training import observations, records, run_output, run_state, run_stop, run_tasks
 from rlpretrain.training.builder import Parts, build_parts
 from rlpretrain.training.interruption import Signals
 from rlpretrain.training.losses import Loss, LossInputs, LossOutput, make_losses
@@ -115,6 +115,7 @@ class Run(Parts):
             self.trackers = run_output.make_trackers(self)
             self.health.replay(run_output.logged_rows(self.folder))
         self.facts = run_output.facts(self)
+        self.facts |= run_tasks.base_facts(self)
         self.write_run_json("running")
 
     # what the loop calls, in its order

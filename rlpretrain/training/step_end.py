@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlpretrain.tracking.step_metrics import StepMetrics
-from rlpretrain.training import observations, records, run_output, run_state, run_stop
+from rlpretrain.training import observations, records, run_output, run_state, run_stop, run_tasks
 from rlpretrain.training.run_evaluation import evaluate_run
 from rlpretrain.types import Batch
 
@@ -23,8 +23,9 @@ def finish_step(run: Run, step: int, batch: Batch) -> None:
     last = over_budget is not None or step == run.total_steps
     run.stopped = run_stop.nonfinite(run) or run.stopped or over_budget
     run.stopped = run.stopped or run_stop.collapsed(run, row)
-    if run.held_out is not None and (last or _is_due(step, run.config.eval.every)):
-        row |= evaluate_run(run)
+    if last or _is_due(step, run.config.eval.every):
+        row |= evaluate_run(run) if run.held_out is not None else {}
+        row |= run_tasks.task_metrics(run)
     if step < run.total_steps and run.stopped is None:
         run.stopped = run_stop.interrupted(run)
     _log(run, row, batch)

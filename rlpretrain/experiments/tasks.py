@@ -1,0 +1,84 @@
+"""Benchmarks in a comparison: every model answers the same tasks, directly and after a thought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rlpretrain import models
+from rlpretrain.config import PretrainConfig
+from rlpretrain.evaluation.harness import load_tasks, run_tasks
+from rlpretrain.evaluation.intervals import interval
+from rlpretrain.evaluation.task_results import WAYS
+from rlpretrain.experiments.experiment import BASE, Job
+from rlpretrain.objectives import delimiters, load_objective
+from rlpretrain.ranks import join
+
+Answers = Mapping[str, Mapping[str, Any]]
+"""What `answer_tasks` returned for each seed."""
+
+
+def answer_tasks(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
+    """The numbers of the model at `path`: {"task/metric, way": {"value", "examples"}}.
+
+    `config` has the common objective. `examples` has the metric of each example, and is null if the number
+    is no mean over examples.
+    """
+    evaluation = job.experiment.evaluation
+    start = replace(config.model, path=path)
+    if job.method:
+        start = replace(start, quantization="none")  # a trained model was saved merged
+    model, tokenizer, _ = models.load_with_tokenizer(start, delimiters(config.objective), job.seed)
+    results = run_tasks(
+        model.to(join(config.device).device),
+        tokenizer,
+        load_tasks(evaluation.tasks, evaluation.include_path),
+        objective=load_objective(config, tokenizer),
+        examples=evaluation.task_examples,
+        batch_size=evaluation.task_batch,
+        seed=job.seed,
+        quiet=True,
+    )
+    return {
+        f"{name}, {way}": {
+            "value": number.value,
+            "examples": None if number.examples is None else number.examples.tolist(),
+        }
+        for way in WAYS
+        for name, number in getattr(results, way).items()
+    }
+
+
+def task_numbers(measured: Mapping[str, Sequence[Answers]]) -> dict[str, Any]:
+    """[mean, low, high] of each model and number, and paired differences from the base and the first method.
+
+    `measured` has the answers of each seed by model. Intervals are over examples and seeds.
+    """
+    names = list(measured)
+    first = next(name for name in names if name != BASE)
+    numbers = list(measured[BASE][0])
+    out: dict[str, Any] = {
+        name: {number: _interval(_values(measured[name], number)) for number in numbers} for name in names
+    }
+    for name in names:
+        for other in dict.fromkeys((BASE, first)):
+            if names.index(name) > names.index(other):
+                out[f"{name} - {other}"] = {
+                    number: _interval(_values(measured[name], number) - _values(measured[other], number))
+                    for number in numbers
+                }
+    return out
+
+
+def _values(by_seed: Sequence[Answers], number: str) -> np.ndarray:
+    """[seeds, examples]; one column with the number itself if it is no mean over examples."""
+    answers = [of_seed[number] for of_seed in by_seed]
+    return np.array([answer["examples"] or [answer["value"]] for answer in answers], float)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    mean, ends = interval(values)
+    return [mean, *ends]
