@@ -1,14 +1,13 @@
 """FlexAttention's tree mask on a CPU: its blocks, its numbers and gradients, and how often it is compiled.
 
-torch refuses gradients of FlexAttention on a CPU by a check of the device; without the check, its own
-definition of the operator computes them, which is what the GPU kernels are made from.
+GPU kernels are compiled from the same definition of the operator.
 """
 
 from __future__ import annotations
 
 import random
 import tracemalloc
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as library
 
-from rlpretrain.scoring.attention import flex as flex_file
-from rlpretrain.scoring.attention import interface
 from rlpretrain.scoring.attention.blocks import BLOCK, blocks_of, count_pairs, walk
 from rlpretrain.scoring.attention.cpu import TreeAttention
 from rlpretrain.scoring.attention.flex import flex, mask_of, padded_size
 from rlpretrain.tree import Tree, grow
 from tests.builders.batches import random_batch
+from tests.builders.flex import Compilations, flex_on_cpu, models_use_flex
 from tests.builders.trees import laid, model_of, numbers, templated
 
 CPU = torch.device("cpu")
@@ -103,27 +101,11 @@ def test_blocks_of_64k_tokens_take_no_matrix_of_all_pairs(window):
     assert full.any() and partial.any()
 
 
-class Compilations:
-    """A backend that runs the graphs that dynamo hands over, and keeps them."""
-
-    def __init__(self) -> None:
-        self.graphs: list[Any] = []
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-
 @pytest.fixture
-def compilations(monkeypatch) -> Compilations:
-    """FlexAttention with gradients on a CPU; what it compiles is counted, from nothing."""
-    torch._dynamo.reset()
-    backend = Compilations()
-    function = torch.compile(flex_file._attend, dynamic=False, fullgraph=True, backend=backend)
-    monkeypatch.setattr(flex_file, "compiled", lambda: function)
-    monkeypatch.setattr(library, "_validate_device", lambda *tensors: None)
-    yield backend
-    torch._dynamo.reset()
+def compilations() -> Iterator[Compilations]:
+    """FlexAttention with gradients on a CPU; what it compiles is counted."""
+    with flex_on_cpu() as backend:
+        yield backend
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -134,7 +116,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_scores_and_trains_as_on_padded_rows_and_on_the_cpu_path(name, compilations, monkeypatch):
+def test_a_model_scores_and_trains_as_on_padded_rows_and_on_the_cpu_path(name, compilations):
     architecture, changes = MODELS[name]
     model = model_of(architecture, **{"attn_implementation": "eager"} | changes)
     batches = [
@@ -142,18 +124,13 @@ def test_a_model_scores_and_trains_as_on_padded_rows_and_on_the_cpu_path(name, c
         random_batch(random.Random(2), documents=1, positions=1, thoughts=1, target=2),
         templated(random.Random(3), groups=4, thoughts=4),
     ]
-    calls = []
-
-    def counted(*args: Any) -> torch.Tensor:
-        calls.append(args[3])
-        return flex(*args)
-
+    seen: list[Tree] = []
     for batch in batches:
         trees, rows = laid(batch, tree=True), laid(batch, tree=False)
         references = [numbers(model, rows), numbers(model, trees)]
-        with monkeypatch.context() as patch:
-            patch.setattr(interface, "TreeAttention", SimpleNamespace(apply=counted))
+        with models_use_flex() as calls:
             logps, gradients = numbers(model, trees)
+        seen += calls
         for reference_logps, reference_gradients in references:
             for key, value in reference_logps.items():
                 torch.testing.assert_close(logps[key], value, rtol=2e-6, atol=1e-5)
@@ -162,8 +139,8 @@ def test_a_model_scores_and_trains_as_on_padded_rows_and_on_the_cpu_path(name, c
             for key, value in reference_gradients.items():
                 scale = max(float(value.abs().max()), 1e-3 * largest)
                 assert float((gradients[key] - value).abs().max()) <= 1e-4 * scale, key
-    assert {tree.size for tree in calls} == {m.tree.size for batch in batches for m in laid(batch, True)}
-    assert max(tree.size for tree in calls) > 2 * BLOCK
+    assert {tree.size for tree in seen} == {m.tree.size for batch in batches for m in laid(batch, True)}
+    assert max(tree.size for tree in seen) > 2 * BLOCK
     assert len(compilations.graphs) == (2 if architecture == "gemma2" else 1), "one for each kind of layer"
 
 
