@@ -43,11 +43,17 @@ MODULES = {
     "run": "gpu_steps",
 }
 """Where the function `measure_NAME` of each part is; each process imports only its own."""
+OLDEST_TORCH = "2.11"
+"""The oldest torch that is tried here; the library itself asks for a newer one, see rlpretrain/floors.py."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_part(name: str, settings: Any, file: Path) -> None:
     """Run a part in this process; its cells so far are always in `file`."""
+    from rlpretrain import floors
+
+    # cards come with the torch that their drivers support; the parity part says whether it computes the same
+    floors.OLDEST["torch"] = OLDEST_TORCH
     measure = getattr(importlib.import_module(f"benchmarks.{MODULES[name]}"), f"measure_{name}")
     cells: list[dict[str, Any]] = []
 

@@ -138,6 +138,7 @@ def measure_compilation(settings: Settings, report: Report) -> None:
         wait_for(settings)
         return time.perf_counter() - begin
 
+    device = torch.empty(0, device=settings.device).device  # with its index, as tensors have it
     with using_flex(settings):
         counters.clear()
         for size in sizes:
@@ -149,7 +150,7 @@ def measure_compilation(settings: Settings, report: Report) -> None:
                 ]
                 tree = grow([trunk, *branches]).tree
                 begin = time.perf_counter()
-                mask_of(tree, padded_size(tree.size), None, torch.device(settings.device))
+                mask_of(tree, padded_size(tree.size), None, device)
                 wait_for(settings)
                 peak_gib(settings, reset=True)
                 cell.values = {

@@ -100,7 +100,7 @@ def device() -> list[Check]:
     except Exception as error:  # a broken torch raises anything from ImportError to OSError
         return [Check("device", "fail", f"torch cannot be imported: {error}", "install torch again")]
     build, triton = torch.version.cuda, importlib.util.find_spec("triton") is not None
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # never run: docs/gpu.md
         advice = "" if triton else "pip install triton: FlexAttention and torch.compile need it"
         name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, CUDA {build}"
         return [Check("device", "note" if advice else "ok", name, advice)]
