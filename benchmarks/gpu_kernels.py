@@ -69,12 +69,6 @@ CASES: dict[str, dict[str, Any]] = {
     "Qwen3 (16 and 8 heads of 128), bfloat16": {"dtype": "bfloat16", "width": 128},
     "the same in float32": {"dtype": "float32", "width": 128},
     "16 heads of 64, a window, bfloat16": {"width": 64, "dtype": "bfloat16", "keys": 16, "window": 512},
-    "16 and 8 heads of 64, a window and a soft cap, bfloat16": {
-        "dtype": "bfloat16",
-        "width": 64,
-        "window": 512,
-        "softcap": 50.0,
-    },
 }
 
 
