@@ -13,7 +13,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ONE_THREAD := OMP_NUM_THREADS=1  # one test worker per core
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo real test check bench lock clean
+.PHONY: help env demo real test check bench gpu lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ check:  ## ruff (rules and format), pyright, the architecture test
 bench:  ## every benchmark of the list BENCHMARKS, as JSON
 	@bash scripts/setup.sh test-cpu
 	@for name in $(BENCHMARKS); do $(OFFLINE) $(PY) -m benchmarks.$$name --json || exit 1; done
+
+gpu:  ## what runs on a GPU, measured (PYTHON=python3 has torch with CUDA; MINUTES=8; docs/gpu.md)
+	$(or $(PYTHON),python3) -m benchmarks.gpu --minutes $(or $(MINUTES),8) $(ARGS)
 
 lock:  ## resolve locks/*.txt again (ARGS=--upgrade for newer versions)
 	@bash scripts/setup.sh lock $(ARGS)

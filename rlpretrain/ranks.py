@@ -72,7 +72,7 @@ def join(device: str = "auto") -> Ranks:
     torch_device = _resolve_device(device, local_rank)
     if torch_device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed if it is installed
-    if torch_device.type == "cuda":
+    if torch_device.type == "cuda":  # tested with CPUs and gloo: docs/gpu.md
         torch.cuda.set_device(torch_device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(_backend(torch_device), rank=rank, world_size=size, timeout=PATIENCE)

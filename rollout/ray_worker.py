@@ -103,7 +103,7 @@ def _hf(settings: Mapping[str, Any]) -> Engine:
     tokenizer = None
     if settings.get("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"], **source)
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # tested on CPUs: docs/gpu.md
     return HFEngine(model, tokenizer=tokenizer, shares_weights=False, version=-1, **options)
 
 

@@ -1,8 +1,8 @@
 """Sends weights over NCCL to vLLM servers on GPUs, with vLLM's trainer side; no files, no pickles.
 
 Start the servers with `--weight-transfer-config '{"backend": "nccl"}'` beside the flags of `vllm_server`.
-This path needs CUDA on both sides and has never been run. tests/rollout/test_vllm_nccl.py has the checks that
-need no GPU, and the probe after every sync checks this path like any other.
+This path needs CUDA on both sides and has never been run (docs/gpu.md). tests/rollout/test_vllm_nccl.py has
+the checks that need no GPU, and the probe after every sync checks this path like any other.
 
 CUDA IPC, vLLM's other backend, is left out on purpose: over HTTP it needs pickles, and within one process
 (`vllm_local`) the tensors are passed directly.

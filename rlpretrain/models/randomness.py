@@ -178,7 +178,7 @@ def _probe(model: nn.Module, seed: int = 0) -> _Probe:
 def _generator_states(device: torch.device) -> list[torch.Tensor]:
     """Return the states of the random generators that a forward on `device` may use."""
     states = [torch.get_rng_state()]
-    if device.type == "cuda":
+    if device.type == "cuda":  # tested on CPUs: docs/gpu.md
         states.append(torch.cuda.get_rng_state(device))
     return states
 

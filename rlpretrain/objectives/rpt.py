@@ -196,7 +196,7 @@ class _Proxy:
         from transformers import AutoModelForCausalLM
 
         self.reads = Reads()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # tested on CPUs: docs/gpu.md
         model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
         self.model = model.eval().requires_grad_(False).to(device)
 

@@ -61,7 +61,7 @@ def missing_tags(tokenizer: Any, tags: Delimiters | None) -> list[str]:
 
 def memory_here(device: str) -> float | None:
     """Free bytes on the CPU, all bytes of a GPU; None if this machine has no such device."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda"):  # never run: docs/gpu.md
         if not torch.cuda.is_available():
             return None
         return float(torch.cuda.get_device_properties(device).total_memory)

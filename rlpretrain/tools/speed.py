@@ -46,7 +46,7 @@ def _time(work: Callable[[], object], device: str, times: int = 3) -> float:
 
 
 def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
+    if device.startswith("cuda"):  # never run: docs/gpu.md
         torch.cuda.synchronize()
 
 

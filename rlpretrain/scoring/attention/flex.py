@@ -1,69 +1,143 @@
-"""Tree attention on a GPU: the tree as a block mask of FlexAttention."""
+"""Tree attention on a GPU: the tree as a block mask of FlexAttention, compiled once for all trees.
+
+Tensors are padded to whole blocks, and their number of blocks is the only dynamic size. The mask is a
+function of tensors with one entry for each token (`blocks.Walk`), so that another tree is only other inputs.
+There is one compilation for each of: with and without gradient, with and without a window, each dtype, each
+number and width of heads. What of this has run on which device: docs/gpu.md.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlpretrain.scoring.attention.blocks import BLOCK, blocks_of, walk
 from rlpretrain.tree import Tree
 
+_RECOMPILES = 64
+"""Compilations of `_attend` before torch raises an error; its limit of 8 is soon used up by two models."""
 
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
 
-    limit = torch._dynamo.config.recompile_limit  # each bucket compiles once, and could reach it
-    torch._dynamo.config.recompile_limit = max(limit, 64)
-    return torch.compile(flex_attention, dynamic=False)
+class Mask(NamedTuple):
+    """A tree's mask on a device; the lists of blocks are those of `BlockMask`, with M / 128 blocks a row."""
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+    enter: Tensor
+    """[M / 128, 128] as in `Walk`; padding is entered last."""
+    leave: Tensor
+    depth: Tensor | None
+    """[M / 128, 128] position ids; None without a window."""
+    horizon: Tensor | None
+    """[M / 128, 128] a token attends to none at this position id or a smaller one."""
 
 
 def flex(
     q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Tree attention by FlexAttention, on tokens padded to a bucket: it compiles once for each bucket.
+    """Tree attention by FlexAttention: query [1, H, N, D], key and value [1, K, N, D] → [1, H, N, D]."""
+    size, padded = q.shape[2], padded_size(q.shape[2])
+    inputs = [_in_blocks(x, padded) for x in (q, k, v)]
+    mask = mask_of(tree, padded, window, q.device)
+    return compiled()(*inputs, mask, scale, softcap)[:, :, :size]
 
-    It has never run on a GPU.
-    """
-    size, room = q.shape[2], bucket(q.shape[2])
-    q, k, v = (nn.functional.pad(x, (0, 0, 0, room - size)) for x in (q, k, v))
+
+def padded_size(size: int) -> int:
+    """`size` in whole blocks, at least two: torch compiles a size of 1 for itself."""
+    return max(2, -(-size // BLOCK)) * BLOCK
+
+
+@lru_cache(maxsize=8)
+def mask_of(tree: Tree, padded: int, window: int | None, device: torch.device) -> Mask:
+    """The mask of a tree that is padded to `padded` tokens; padding attends to itself."""
+    more = np.arange(tree.size, padded)
+    enter, leave = walk(tree)
+    tokens: list[np.ndarray] = [np.concatenate([enter, more]), np.concatenate([leave, more + 1])]
+    if window:
+        depth = np.concatenate([tree.positions, more])
+        tokens += [depth, depth - window]
+    partial, full = blocks_of(tree, padded, window)
+    lists = [x for dense in (partial, full, partial.T, full.T) for x in _ordered(dense)]
+    on_device = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (*lists, *tokens)]
+    for x in on_device[:8]:
+        for dim in range(2, x.dim()):
+            torch._dynamo.mark_dynamic(x, dim)
+    by_block = [x.view(-1, BLOCK) for x in on_device[8:]]
+    for x in by_block:
+        torch._dynamo.mark_dynamic(x, 0)
+    return Mask(*on_device[:8], *by_block, *([] if window else [None, None]))
+
+
+def _ordered(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of blocks [1, 1, M / 128] the number of True, and [1, 1, M / 128, M / 128] these first."""
+    return dense.sum(-1)[None, None], np.argsort(~dense, axis=-1, kind="stable")[None, None]
+
+
+def _in_blocks(x: Tensor, padded: int) -> Tensor:
+    """[1, H, N, D] → [1, H, M / 128, 128, D], so that a compiler knows that M is a multiple of 128."""
+    x = nn.functional.pad(x, (0, 0, 0, padded - x.shape[2])).contiguous()  # one layout: no recompilation
+    x = x.unflatten(2, (-1, BLOCK))
+    torch._dynamo.mark_dynamic(x, 2)
+    return x
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Any:
+    """`_attend`, compiled. `fullgraph`: an error, not plain products of all pairs, where it cannot be."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _RECOMPILES)
+    return torch.compile(_attend, dynamic=False, fullgraph=True)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None) -> Tensor:
+    """FlexAttention of tensors in blocks; this is the function that is compiled."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    q, k, v = (x.flatten(2, 3) for x in (q, k, v))
+    enter, leave = mask.enter.flatten(), mask.leave.flatten()
+    depth = None if mask.depth is None else mask.depth.flatten()
+    horizon = None if mask.horizon is None else mask.horizon.flatten()
+
+    def attends(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
+        return (enter[j] <= enter[i]) & (enter[i] < leave[j])
+
+    def attends_within(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
+        assert depth is not None and horizon is not None, "used only with a window"
+        return (enter[j] <= enter[i]) & (enter[i] < leave[j]) & (depth[j] > horizon[i])
 
     def cap(score: Tensor, *_: Any) -> Tensor:
         assert softcap is not None, "used only with a soft cap"
         return softcap * torch.tanh(score / softcap)
 
-    out = _compiled()(
+    block_mask = BlockMask(
+        seq_lengths=(q.shape[2], k.shape[2]),
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=mask.full_kv_num_blocks,
+        full_kv_indices=mask.full_kv_indices,
+        q_num_blocks=mask.q_num_blocks,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=mask.full_q_num_blocks,
+        full_q_indices=mask.full_q_indices,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=attends if horizon is None else attends_within,
+    )
+    return flex_attention(
         q,
         k,
         v,
-        score_mod=cap if softcap else None,
-        block_mask=_block_mask(tree, room, window, str(q.device)),
+        score_mod=None if softcap is None else cap,
+        block_mask=block_mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[:, :, :size]
-
-
-def bucket(size: int) -> int:
-    """`size` rounded up, by less than 128 or an eighth of it, so that there are few different shapes."""
-    step = max(128, 1 << max(0, size.bit_length() - 4))
-    return -(-size // step) * step
-
-
-@lru_cache(maxsize=8)
-def _block_mask(tree: Tree, room: int, window: int | None, device: str) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    segment, place, reach = (torch.from_numpy(x).to(device) for x in tree.reach)
-    depth, more = torch.from_numpy(tree.positions).to(device), (0, room - tree.size)
-    segment, depth = nn.functional.pad(segment, more), nn.functional.pad(depth, more)
-    place = nn.functional.pad(place, more, value=1 << 30)  # no token sees the padding of the bucket
-
-    def sees(b: Any, h: Any, i: Tensor, j: Tensor) -> Tensor:
-        on_path = (place[j] < reach[segment[i], segment[j]]) & (depth[j] <= depth[i])
-        near = depth[i] - depth[j] < window if window else True
-        return (on_path & near) | (i == j)
-
-    return create_block_mask(sees, None, None, room, room, device=device)

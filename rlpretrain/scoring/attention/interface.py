@@ -100,7 +100,7 @@ def _attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     window = window if window and window < tree.deepest else None
-    if query.is_cuda:
+    if query.is_cuda:  # tested on CPUs: docs/gpu.md
         out = flex(query, key, value, tree, scale, window, softcap)
     else:
         out = TreeAttention.apply(query, key, value, tree, scale, window, softcap)
