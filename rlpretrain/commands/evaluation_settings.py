@@ -50,7 +50,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     options that were given come first. Raises ConfigError for a run without a model, and if no documents are
     named.
     """
-    from rlpretrain.config.io import build
+    from rlpretrain.config.io import build, parse
 
     run = run_config(args.model)
     path = str(model_of_run(Path(args.model))) if run else args.model
@@ -71,7 +71,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     }
     start = None
     if frozen is not None:
-        start = ModelConfig(**(model | _base_settings(run, frozen) | {"path": frozen}))
+        start = parse(ModelConfig, model | _base_settings(run, frozen) | {"path": frozen}, "model")
     return Subject(build(values), start, has_documents=values["data"]["path"] != os.devnull)
 
 
