@@ -129,7 +129,9 @@ def size_of(model: nn.Module) -> Size:
     causal: Any = model
     config: Any = causal.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head = getattr(causal.get_output_embeddings(), "weight", None)
+    layer = causal.get_output_embeddings()
+    rows = getattr(layer, "token_adapter", None)  # PEFT's trained rows; its `weight` would merge them
+    head = getattr(layer if rows is None else rows.get_base_layer(), "weight", None)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head)}
     used_share = _share_of_experts(config)
     matrices = trained = 0.0
@@ -140,7 +142,8 @@ def size_of(model: nn.Module) -> Size:
         matrices += size
         trained += size * parameter.requires_grad
     head_size = 0 if head is None else count_elements(head)
-    trained_head = head_size if head is not None and head.requires_grad else 0
+    is_trained = head is not None and (head.requires_grad or rows is not None)
+    trained_head = head_size if is_trained else 0
     width = widths_of(config).queries * _count_attention_layers(config)
     return Size(matrices, trained, head_size, trained_head, width)
 
