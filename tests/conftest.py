@@ -23,6 +23,8 @@ LONGEST = (
     "test_learning.py",
     "test_trl_async.py",
     "test_compare.py",
+    "test_examples.py",
+    "test_harness.py",
     "test_engines.py",
     "test_adapters.py",
     "test_vllm_server.py",
@@ -36,6 +38,7 @@ LONGEST = (
     "test_trl_settings.py",
     "test_readiness.py",
     "test_checkpoint.py",
+    "test_gpu_benchmark.py",
 )
 """The files that take longest. They run first, so that at the end no worker waits long for the other."""
 

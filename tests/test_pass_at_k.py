@@ -270,6 +270,6 @@ def test_the_command_prints_both_ways_beside_the_base(tokenizer, tmp_path, capsy
     assert found["direct - base"]["pass@1"][0] == 0  # the same seeds
     assert 0.2 < found["direct"]["pass@1"] < 0.8
     for missing in (["--pass-at", "1"], ["--pass-at", "1", "--tasks", "a"]):
-        with pytest.raises(SystemExit):
-            main(["eval", str(tmp_path / "model"), *missing])
+        assert main(["eval", str(tmp_path / "model"), *missing]) == 2
+        assert "give --data FILE" in capsys.readouterr().err
     assert main([*words[:4], "--pass-at", "1"]) == 2 and "set --answer-column" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The peak of a device: operations a second of matrix products in dense bfloat16.
 
-The numbers are those of NVIDIA's data sheets without sparsity.
+The numbers are those of NVIDIA's data sheets without sparsity. No card was asked for its name: docs/gpu.md.
 """
 
 from __future__ import annotations
