@@ -64,7 +64,7 @@ def register(commands: Any) -> None:
     p.add_argument("--no-greedy", action="store_true", help="leave out the greedy thought")
     benchmarks.add_arguments(p)
     pass_at.add_arguments(p)
-    p.set_defaults(command=evaluate, usage_error=p.error)
+    p.set_defaults(command=evaluate)
 
 
 def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
