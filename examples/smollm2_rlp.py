@@ -9,7 +9,8 @@ tags. This phase ends with plain documents: a model that expects an annotation p
 one, and RLP's gain would be measured against that. From there it compares
 (rlpretrain/experiments/compare.py) RLP with next-token prediction on the same tokens and on the same compute,
 all evaluated on held-out problems with the controls. RLP's settings are examples/smollm2_rlp.yaml. An
-interrupted call continues; the numbers go to results.json. It has not been run to its end; from single steps hours are to be expected.
+interrupted call continues; the numbers go to results.json. It was not run to its end yet; by the time of
+single steps it takes hours.
 """
 
 from __future__ import annotations
