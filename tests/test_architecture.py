@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from rlpretrain.config.io import parse_python
+
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("rewards", "rollout", "rlpretrain")
 
@@ -144,7 +146,7 @@ def imports(path: Path) -> tuple[Import, ...]:
                 if not isinstance(child, ast.expr):
                     yield from visit(child, inside)
 
-    return tuple(visit(ast.parse(path.read_text(encoding="utf-8"), str(path)), True))
+    return tuple(visit(parse_python(path.read_text(encoding="utf-8"), str(path)), True))
 
 
 def among(module: str, names: set[str]) -> bool:

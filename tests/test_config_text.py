@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import gc
 import json
 import typing
 from pathlib import Path
@@ -265,6 +267,38 @@ def test_a_tilde_is_the_home_folder_in_every_path_field(file, monkeypatch):
         ), name
     assert load_config(file, ["--ntp_data", "~/y"]).ntp_data.path == "/home/ann/y"
     assert load_config(file, ["--data", "hub/name"]).data.path == "hub/name"
+
+
+class ParsesWhenCollected:
+    """Garbage of a cycle whose finalizer parses Python, and makes the next such garbage."""
+
+    left = 1000
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        ast.parse("x = 1")
+        ParsesWhenCollected.left -= 1
+        if ParsesWhenCollected.left > 0:
+            ParsesWhenCollected()
+
+
+def test_the_fields_are_read_while_garbage_collections_parse_python():
+    from rlpretrain.config import io
+
+    before = gc.get_threshold()
+    io._class_bodies.cache_clear()
+    gc.set_threshold(50, 2, 2)
+    ParsesWhenCollected()
+    try:
+        rows = io.describe(PretrainConfig)
+    finally:
+        gc.set_threshold(*before)
+        began, ParsesWhenCollected.left = ParsesWhenCollected.left, 0
+        gc.collect()
+    assert began < 1000, "no collection ran: this test shows nothing"
+    assert all(row.meaning for row in rows if row.name.startswith("engine."))
 
 
 def test_every_field_that_speaks_of_a_path_is_one_of_them():

@@ -13,6 +13,7 @@ import pytest
 
 from rlpretrain.cli import make_parser
 from rlpretrain.config import PretrainConfig
+from rlpretrain.config.io import parse_python
 from rlpretrain.config.names import dotted
 from rlpretrain.moved import MOVED
 from rlpretrain.tracking.metrics import METRICS
@@ -179,7 +180,7 @@ def test_the_link_to_agents_md_is_a_link():
 
 
 def test_agents_md_lists_the_folders_in_their_order():
-    source = ast.parse((ROOT / "tests" / "test_architecture.py").read_text())
+    source = parse_python((ROOT / "tests" / "test_architecture.py").read_text())
     (order,) = (
         ast.literal_eval(node.value)
         for node in source.body

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import inspect
 import itertools
-import textwrap
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -219,17 +220,50 @@ def _meanings(owner: type) -> dict[str, str]:
     """Return the docstring below each field in the source as one line, inherited fields included."""
     meanings = {}
     for base in [b for b in reversed(owner.__mro__) if is_dataclass(b)]:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef), "the source of a class is its definition"
-        for statement, below in itertools.pairwise(definition.body):
+        body = _class_bodies(base.__module__).get(base.__qualname__, [])
+        for statement, below in itertools.pairwise(body):
             if not isinstance(statement, ast.AnnAssign) or not isinstance(below, ast.Expr):
                 continue
             if isinstance(statement.target, ast.Name):
                 text = str(ast.literal_eval(below.value))
-                meanings[statement.target.id] = " ".join(
-                    text.split()
-                )  # the source's line breaks mean nothing
+                # The source's line breaks mean nothing.
+                meanings[statement.target.id] = " ".join(text.split())
     return meanings
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """The statements of each class in a module's source, by the class's `__qualname__`."""
+    tree = parse_python(inspect.getsource(sys.modules[module]))
+    bodies: dict[str, list[ast.stmt]] = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = prefix
+            if isinstance(child, ast.ClassDef):
+                bodies[f"{prefix}{child.name}"] = child.body
+                inside = f"{prefix}{child.name}."
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                inside = f"{prefix}{child.name}.<locals>."
+            collect(child, inside)
+
+    collect(tree, "")
+    return bodies
+
+
+def parse_python(source: str, filename: str = "<unknown>") -> ast.Module:
+    """`ast.parse` without garbage collections inside it.
+
+    CPython 3.11 raises a SystemError if such a collection runs code that parses, in this or another thread
+    (python/cpython#106905).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source, filename)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 load = load_config  # the name it had before
