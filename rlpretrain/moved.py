@@ -31,7 +31,7 @@ MOVED = {
     "dry_run": "tools.dry_run",
     "engines": "rollouts.engines",
     "evaluate": "evaluation.evaluate",
-    "experiment": "experiments.experiment",
+    "experiment": "experiments.loading",
     "health": "tracking.health",
     "heat": "reporting.token_gains",
     "interruption": "training.interruption",

@@ -18,8 +18,9 @@ from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval
 from rlpretrain.experiments.compare import compare, differences, read_measurements, table
-from rlpretrain.experiments.experiment import Job, load_experiment, overlay
+from rlpretrain.experiments.experiment import Job, overlay
 from rlpretrain.experiments.jobs import evaluation_to_do, training_to_do
+from rlpretrain.experiments.loading import load_experiment
 from tests.builders.configs import tiny_values
 from tests.builders.processes import warm
 
@@ -263,6 +264,25 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
             "did you mean 'clip'",
         ),
         ({"methods": {"a": {"config": "rlp.yaml", "match": "flops"}}}, "match and like need each other"),
+        ({"methods": {"a": {"config": "rlp.yaml", "after": "b"}}}, "after 'b' is not a method"),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml", "after": "b"},
+                    "b": {"config": "rlp.yaml", "after": "a"},
+                }
+            },
+            "waits for itself: a needs b needs a",
+        ),
+        (
+            {"methods": {"a": {"config": "rlp.yaml", "search": {"optim.lr": [1.0]}}}},
+            "search needs evaluation.search_data",
+        ),
+        (
+            {"methods": {"a": {"config": "rlp.yaml", "search": {"objective.clip": [1.0]}}}},
+            "search cannot vary objective.clip",
+        ),
+        ({"methods": {"a": {"config": "rlp.yaml", "search": {"optim.lr": []}}}}, "optim.lr has no values"),
         (
             {"methods": {"a": {"config": "rlp.yaml", "match": "flops", "like": "b"}}},
             "must be a method without",

@@ -18,7 +18,7 @@ from rlpretrain import cli
 from rlpretrain.config import ConfigError, EngineConfig, PretrainConfig
 from rlpretrain.config.io import build, load_config, to_dict
 from rlpretrain.config.names import dotted, field_types, inner
-from rlpretrain.experiments.experiment import load_experiment
+from rlpretrain.experiments.loading import load_experiment
 from rlpretrain.objectives import config_of, parse_section
 
 WORDS = [

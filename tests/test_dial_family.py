@@ -18,7 +18,7 @@ from hypothesis import given
 from rlpretrain.config.io import build, load_config
 from rlpretrain.corpora import dial, dial_family
 from rlpretrain.data.stream import read_all
-from rlpretrain.experiments.experiment import load_experiment
+from rlpretrain.experiments.loading import load_experiment
 from rlpretrain.judge import Judge
 from rlpretrain.objectives import load_objective
 from rlpretrain.types import Document

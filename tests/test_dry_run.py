@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build, load_config, read_mapping
-from rlpretrain.experiments.experiment import load_experiment
+from rlpretrain.experiments.loading import load_experiment
 from rlpretrain.objectives import parse_section
 from rlpretrain.tools.dry_run import dry_run, make_objective, model_shape
 from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_by_shape, memory, peak

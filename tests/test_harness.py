@@ -27,8 +27,8 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.evaluation.harness import _task_manager, load_tasks, run_tasks
 from rlpretrain.evaluation.thinking_lm import ThinkingLM
-from rlpretrain.experiments.experiment import build_experiment
 from rlpretrain.experiments.jobs import all_jobs, evaluation_to_do, run_job
+from rlpretrain.experiments.loading import build_experiment
 from rlpretrain.experiments.results import collect, write_csv
 from rlpretrain.experiments.tables import tasks as task_table
 from rlpretrain.objectives import load_objective

@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
 def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain compare EXPERIMENT.yaml`."""
     from rlpretrain.experiments.compare import compare as run
-    from rlpretrain.experiments.compare import differences, table, tasks
+    from rlpretrain.experiments.compare import differences, searches, table, tasks
     from rlpretrain.tracking.tables import show
 
     try:
@@ -37,6 +37,8 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise KeyboardInterrupt("interrupted; what is done is kept, the same command goes on there") from None
     show(table(results))
     show(differences(results))
+    if (searched := searches(results)) is not None:
+        show(searched)
     if "tasks" in results:
         show(tasks(results))
     print(f"numbers: {results['folder']}/results.json, .csv" + (", .svg" if results["plotted"] else ""))

@@ -17,11 +17,12 @@ from rlpretrain import models
 from rlpretrain.config import ConfigError
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.harness import load_tasks
-from rlpretrain.experiments.experiment import BASE, Experiment, Job, build_experiment, load_experiment
+from rlpretrain.experiments.experiment import BASE, Experiment, Job
 from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experiment
+from rlpretrain.experiments.loading import build_experiment, load_experiment
 from rlpretrain.experiments.plot import plot
 from rlpretrain.experiments.results import Measurements, collect, read_measurements, write_csv
-from rlpretrain.experiments.tables import differences, table, tasks
+from rlpretrain.experiments.tables import differences, searches, table, tasks
 from rlpretrain.files import check_writable
 from rlpretrain.models import adapters
 from rlpretrain.objectives import delimiters, load_objective
@@ -40,6 +41,7 @@ __all__ = [
     "load_experiment",
     "read_measurements",
     "run",
+    "searches",
     "table",
     "tasks",
 ]
@@ -96,6 +98,7 @@ def check(experiment: Experiment, where: Path) -> None:
         except ConfigError as error:
             raise ConfigError(f"{part}: {error}") from None
     tokenizer = models.load_tokenizer(common.model)
-    read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
+    for data in filter(None, (evaluation.data, evaluation.search_data)):
+        read_all(data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
     if evaluation.tasks:
         load_tasks(evaluation.tasks, evaluation.include_path)

@@ -1,10 +1,11 @@
-"""The experiment file of `rlpretrain compare`: methods, seeds, matched budgets and the common evaluation."""
+"""The experiment of `rlpretrain compare`: methods, stages, seeds, matched budgets, the common evaluation."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,16 +23,14 @@ from rlpretrain.config import (
     headed,
 )
 from rlpretrain.config.engines import own_settings
-from rlpretrain.config.io import HEADS, build, parse, read_mapping, section, to_dict
+from rlpretrain.config.io import HEADS, build, read_mapping
 from rlpretrain.config.plain import LATER, unwrapped
 from rlpretrain.objectives import config_of, parse_section
-from rlpretrain.training.checkpoint import changes
 
 BASE = "base"
 """The name under which the base model is evaluated."""
 UNLIMITED = 10**9
 """`max_steps` of a run that a budget ends."""
-
 Fields = Annotated[dict[str, Any], LATER]
 """Fields of a run. Their types are known once the run's objective is."""
 
@@ -56,6 +55,15 @@ class Method:
     """
     own: str | None = None
     """The method's own number on held-out documents (`rlpretrain eval` lists them); its reward by default."""
+    after: str | None = None
+    """Start from the model that this other method trained with the same seed, as a second stage."""
+    search: dict[str, list[Any]] = field(default_factory=dict)
+    """Values to try: dotted field to list, such as `optim.lr: [1.0e-5, 3.0e-5]`; of several fields all
+    combinations. Each is trained with the first seed and evaluated on `evaluation.search_data`; the best is
+    used with every seed.
+    """
+    search_by: str = "no_think_loss"
+    """The number that is best: lowest if it is a loss, else highest."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -64,6 +72,8 @@ class CommonEvaluation(TaskSettings):
 
     data: Annotated[DataConfig, headed("path")]
     """Held-out documents."""
+    search_data: Annotated[DataConfig | None, headed("path")] = None
+    """Documents by which a method's `search` chooses; others than `data`."""
     objective: Annotated[dict[str, Any], headed("name"), LATER] = field(
         default_factory=lambda: {"name": "rlp"}
     )
@@ -116,6 +126,7 @@ class Job:
     name: str
     seed: int
     where: Path  # folder of the experiment's file
+    trial: int | None = None  # place in `combinations`: a training that `search` compares
 
     @property
     def method(self) -> Method | None:
@@ -125,10 +136,14 @@ class Job:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.experiment.output_dir) / f"{self.name}-{self.seed}"
+        trial = "" if self.trial is None else f"-try{self.trial}"
+        return Path(self.experiment.output_dir) / f"{self.name}-{self.seed}{trial}"
 
-    def config(self, name: str | None = None) -> PretrainConfig:
-        """The configuration of a method, by default this job's; ConfigError with the method's name."""
+    def config(self, name: str | None = None, extra: Mapping[str, Any] | None = None) -> PretrainConfig:
+        """The configuration of a method, by default this job's, from the base model.
+
+        `extra` has dotted fields that replace others. ConfigError with the method's name.
+        """
         method = self.experiment.methods[name or self.name]
         file = self.where / method.config
         try:
@@ -136,6 +151,8 @@ class Job:
             values |= {"seed": self.seed, "output_dir": str(self.folder), "console": False}
             if method.match:
                 values |= {"max_steps": UNLIMITED}
+            for dotted, value in (extra or {}).items():
+                values = overlay(values, nested(dotted, value))
             config = build(values, config_of)
             parse_section(config.objective)
         except ConfigError as error:
@@ -143,84 +160,33 @@ class Job:
         return config
 
 
-def load_experiment(path: str | Path) -> Experiment:
-    """Read and check an experiment file; see `build_experiment`."""
-    file = Path(path).expanduser()
-    try:
-        experiment = parse(Experiment, read_mapping(file))
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in {file})") from None
-    return _checked(experiment, file.parent, f"{file}: ")
+def needed(method: Method) -> list[str]:
+    """The methods whose runs must end before the method's begins."""
+    return [name for name in (method.like, method.cost_from, method.after) if name]
 
 
-def build_experiment(values: Mapping[str, Any], folder: str | Path) -> Experiment:
-    """A checked experiment from nested values; `folder` is where its methods' files are.
+def combinations(method: Method) -> list[dict[str, Any]]:
+    """What `search` tries: dotted field to value, in the order of its lists.
 
-    The configuration of every method is built once, so that a mistake in one is found before any training.
+    >>> combinations(Method(config="a.yaml", search={"optim.lr": [1, 2], "max_steps": [5]}))
+    [{'optim.lr': 1, 'max_steps': 5}, {'optim.lr': 2, 'max_steps': 5}]
     """
-    return _checked(parse(Experiment, values), Path(folder), "")
+    if not method.search:
+        return []
+    return [
+        dict(zip(method.search, values, strict=True)) for values in itertools.product(*method.search.values())
+    ]
 
 
-def _checked(experiment: Experiment, folder: Path, source: str) -> Experiment:
-    evaluation = experiment.evaluation
-    evaluation = replace(evaluation, objective=section(evaluation.objective, config_of))
-    experiment = replace(experiment, evaluation=evaluation)
-    if not experiment.methods or not experiment.seeds:
-        raise ConfigError(f"{source}an experiment needs at least one method and one seed")
-    if len(set(experiment.seeds)) < len(experiment.seeds):
-        raise ConfigError(f"{source}seeds {list(experiment.seeds)} contains a seed twice")
-    bases: dict[str, dict[str, Any]] = {}
-    for name in experiment.methods:
-        _check_method(experiment, name)
-        job = Job(experiment=experiment, name=name, seed=experiment.seeds[0], where=folder)
-        config = job.config()
-        _check_budget(job, config)
-        bases[name] = to_dict(config.model) | {"quantization": "none"}  # the weights before quantization
-    first, *others = bases
-    for name in others:
-        if different := changes(bases[first], bases[name], "model"):
-            raise ConfigError(
-                f"methods {first} and {name} must start from the same base model: {'; '.join(different)}"
-            )
-    return experiment
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """The value under its dotted name.
 
-
-def _check_method(experiment: Experiment, name: str) -> None:
-    """What can be checked without the method's own configuration."""
-    method = experiment.methods[name]
-    if name == BASE or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-        raise ConfigError(
-            f"method '{name}': a name consists of letters, digits, '.', '_' and '-', and is not '{BASE}'"
-        )
-    if bool(method.match) != bool(method.like):
-        raise ConfigError(f"method {name}: match and like need each other (match: flops, like: rlp)")
-    if method.like and (method.like not in experiment.methods or experiment.methods[method.like].match):
-        raise ConfigError(f"method {name}: like '{method.like}' must be a method without `match`")
-    if method.cost_from is None:
-        return
-    source = experiment.methods.get(method.cost_from)
-    if method.match != "flops" or source is None or source.cost_from or method.cost_from == name:
-        raise ConfigError(
-            f"method {name}: cost_from '{method.cost_from}' needs match: flops, and must be another method "
-            "without cost_from"
-        )
-
-
-def _check_budget(job: Job, config: PretrainConfig) -> None:
-    """The length of a run whose budget is matched must follow from the budget alone."""
-    method = job.experiment.methods[job.name]
-    if method.cost_from:
-        other = job.config(method.cost_from)
-        if different := changes(other.objective, config.objective, "objective"):
-            raise ConfigError(
-                f"method {job.name}: cost_from '{method.cost_from}' must have the same objective: "
-                f"{'; '.join(different)}"
-            )
-    elif method.match and config.optim.schedule != "constant":
-        raise ConfigError(
-            f"method {job.name}: its number of steps follows from the budget, so optim.schedule must be "
-            "constant"
-        )
+    >>> nested("optim.lr", 1)
+    {'optim': {'lr': 1}}
+    """
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
 
 
 def overlay(values: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +217,3 @@ def _as_section(key: str, value: Any) -> Any:
     """A section that was written as one string, as a mapping."""
     value = unwrapped(value)
     return {HEADS[key]: value} if isinstance(value, str) else value
-
-
-load = load_experiment  # the name it had before

@@ -18,7 +18,8 @@ from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
-from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job
+from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job, needed
+from rlpretrain.experiments.search import chosen_values, describe_values, trials
 from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.ranks import join
@@ -28,37 +29,46 @@ from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 
 Say = Callable[[str], None]
-EARLIER_EVALUATION = {"greedy": False, "own": True, "positions": 1, "sample_seed": None} | to_dict(
-    TaskSettings()
-)
+EARLIER_EVALUATION = {
+    "greedy": False,
+    "own": True,
+    "positions": 1,
+    "sample_seed": None,
+    "search_data": None,
+} | to_dict(TaskSettings())
 """What an evaluation did before these fields existed."""
 
 
 def run_experiment(experiment: Experiment, where: Path, say: Say = print) -> None:
     """Train every method with every seed and evaluate it, and the base model, as far as that is not done.
 
-    `where` is the folder of the methods' files; `say` gets a line for each job. Methods whose budget comes
-    from other runs start after those. Raises the first failure, once the jobs under way have ended.
+    `where` is the folder of the methods' files; `say` gets a line for each job. A method that needs other
+    runs (a budget, trials, a first stage) starts after those. Raises the first failure, once the jobs under
+    way have ended.
     """
     jobs = all_jobs(experiment, where)
-    for stage in range(3):
-        run_jobs(experiment, [job for job in jobs if _stage(job) == stage], say)
+    stages = {stage_of(job) for job in jobs}
+    for stage in sorted(stages):
+        run_jobs(experiment, [job for job in jobs if stage_of(job) == stage], say)
 
 
 def all_jobs(experiment: Experiment, where: Path) -> list[Job]:
-    """Every method and the base model, with every seed."""
-    return [
+    """Every method and the base model with every seed, behind the trials of the methods that search."""
+    named = [
         Job(experiment=experiment, name=name, seed=seed, where=where)
         for seed in experiment.seeds
         for name in (*experiment.methods, BASE)
     ]
+    first = [job for job in named if job.seed == experiment.seeds[0]]
+    return [trial for job in first for trial in trials(job)] + named
 
 
-def _stage(job: Job) -> int:
-    """0 if the job needs no other run, 1 if it needs one for its budget, 2 if it needs `cost_from` too."""
-    if job.method is None or job.method.match is None:
+def stage_of(job: Job) -> int:
+    """0 if the job needs no other run, else one more than the latest of those it needs."""
+    if job.method is None:
         return 0
-    return 2 if job.method.cost_from else 1
+    runs = [replace(job, name=name, trial=None) for name in needed(job.method)]
+    return max((1 + stage_of(run) for run in (*runs, *trials(job))), default=0)
 
 
 def run_jobs(experiment: Experiment, jobs: Sequence[Job], say: Say) -> None:
@@ -116,14 +126,15 @@ def run_job(job: Job) -> str:
             steps_done.append("evaluated")
     except ConfigError as error:
         raise ConfigError(f"{job.name}, seed {job.seed}: {error}") from None
-    return f"{job.name}, seed {job.seed}: {', '.join(steps_done) or 'done before'}"
+    tried = "" if job.trial is None else f", {describe_values(chosen_values(job))}"
+    return f"{job.name}, seed {job.seed}{tried}: {', '.join(steps_done) or 'done before'}"
 
 
 def training_to_do(job: Job) -> PretrainConfig | None:
     """The configuration to train; None if that is done. ConfigError if the run has other settings."""
     if job.method is None:
         return None
-    config = _with_budget(job)
+    config = _training_config(job)
     wanted, record = job.folder / "wanted.json", job.folder / "run.json"
     if wanted.exists():
         before: dict[str, Any] = json.loads(wanted.read_text())
@@ -138,17 +149,23 @@ def training_to_do(job: Job) -> PretrainConfig | None:
     return None if is_done else config
 
 
-def _with_budget(job: Job) -> PretrainConfig:
-    """The configuration of a job with the budget of the method that it is matched to."""
-    config, method = job.config(), job.experiment.methods[job.name]
+def _training_config(job: Job) -> PretrainConfig:
+    """The configuration of a job: with the values that `search` chose, from the model of the method that it
+    comes after, and with the budget of the method that it is matched to.
+    """
+    method = job.experiment.methods[job.name]
+    config = job.config(extra=chosen_values(job))
+    if method.after is not None:
+        model = replace(job, name=method.after, trial=None).folder / "model"
+        config = replace(config, model=replace(config.model, path=str(model)))
     if method.like is None:
         return config
-    budget = last_row(replace(job, name=method.like).folder)
+    budget = last_row(replace(job, name=method.like, trial=None).folder)
     if method.match == "tokens":
         return replace(config, stop=replace(config.stop, input_tokens=int(budget["num_input_tokens"])))
     if method.cost_from is None:
         return replace(config, stop=replace(config.stop, flops=budget["num_flops"]))
-    spent = last_row(replace(job, name=method.cost_from).folder)
+    spent = last_row(replace(job, name=method.cost_from, trial=None).folder)
     cost_of_position = spent["num_flops"] / (spent["step"] * job.config(method.cost_from).positions_per_step)
     cost_of_step = cost_of_position * config.positions_per_step
     return replace(config, max_steps=max(1, round(budget["num_flops"] / cost_of_step)))
@@ -164,7 +181,8 @@ def evaluation_to_do(job: Job) -> dict[str, Any] | None:
     file, evaluation = job.folder / "evaluation.json", job.experiment.evaluation
     names = [job.name] if job.method else list(job.experiment.methods)
     objectives = {name: job.config(name).objective for name in names} if evaluation.own else {}
-    settings = json.loads(json.dumps({"evaluation": to_dict(evaluation), "objectives": objectives}))
+    shared = to_dict(replace(evaluation, search_data=None))  # an evaluation does not depend on it
+    settings = json.loads(json.dumps({"evaluation": shared, "objectives": objectives}))
     if not file.exists():
         return settings
     stored = json.loads(file.read_text())

@@ -13,8 +13,9 @@ import numpy as np
 
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval, points
-from rlpretrain.experiments.experiment import BASE, Experiment
+from rlpretrain.experiments.experiment import BASE, Experiment, Job
 from rlpretrain.experiments.jobs import last_row
+from rlpretrain.experiments.search import chosen_values, read_trials, trials
 from rlpretrain.experiments.tasks import task_numbers
 from rlpretrain.files import finite, writing
 
@@ -111,6 +112,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             if experiment.evaluation.own:
                 row["own"] = _own_number(experiment, name)
             row |= _cost(experiment, name)
+            row |= _searched(experiment, name)
         methods[name] = row
     rows = measured[BASE].rows
     results = {
@@ -171,6 +173,17 @@ def _cost(experiment: Experiment, name: str) -> dict[str, Any]:
         "steps": [row["step"] for row in last_rows],
         "stopped": [record["stopped"] for record in records],
     }
+
+
+def _searched(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What a method's `search` tried and chose; operations are those of all trials together."""
+    method = experiment.methods[name]
+    job = Job(experiment=experiment, name=name, seed=experiment.seeds[0], where=Path())
+    if not method.search:
+        return {}
+    spent = sum(last_row(trial.folder)["num_flops"] for trial in trials(job))
+    found = {"by": method.search_by, "tried": read_trials(job), "chosen": chosen_values(job), "flops": spent}
+    return {"search": found}
 
 
 def _differences(measured: dict[str, Measurements]) -> dict[str, dict[str, list[float]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlpretrain.experiments.experiment import BASE
 from rlpretrain.experiments.results import HEADINGS
+from rlpretrain.experiments.search import describe_values
 
 
 def table(results: dict[str, Any]) -> Any:
@@ -42,6 +43,21 @@ def differences(results: dict[str, Any]) -> Any:
         if pair.endswith((f" - {BASE}", f" - {first}")):
             pairs.add_row(pair, *(cell(row.get(number)) for number in HEADINGS))
     return pairs
+
+
+def searches(results: dict[str, Any]) -> Any:
+    """What each search tried on its own documents, and what it chose; None if no method searched."""
+    from rich.table import Table
+
+    rows = {name: row["search"] for name, row in results["methods"].items() if "search" in row}
+    if not rows:
+        return None
+    shown = Table("search", "by", "values", "score", "", title="chosen on evaluation.search_data")
+    for name, search in rows.items():
+        for trial in search["tried"]:
+            mark = "chosen" if trial["values"] == search["chosen"] else ""
+            shown.add_row(name, search["by"], describe_values(trial["values"]), f"{trial['score']:.3f}", mark)
+    return shown
 
 
 def tasks(results: dict[str, Any]) -> Any:

@@ -1,0 +1,150 @@
+"""`rlpretrain compare`: a searched rate, a second stage from a method's model, the order of trainings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from rlpretrain.config import ConfigError
+from rlpretrain.experiments.compare import compare, searches
+from rlpretrain.experiments.experiment import Job
+from rlpretrain.experiments.jobs import all_jobs, last_row, stage_of, training_to_do
+from rlpretrain.experiments.loading import load_experiment
+from tests.builders.configs import tiny_values
+from tests.builders.processes import warm
+
+RATES = [1e-6, 2e-3]
+"""A rate that learns nothing in three steps, and one that learns."""
+
+
+def written(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """NTP with a searched rate, RLP, and RLP as a second stage of both."""
+    values = tiny_values(corpus, folder / "unused") | {"optim": {"lr": 1e-3}, "threads": 1, "max_steps": 3}
+    (folder / "rlp.yaml").write_text(yaml.safe_dump(values))
+    held_out = (corpus / "held_out.jsonl").read_text().splitlines(keepends=True)
+    (folder / "search.jsonl").write_text("".join(held_out[12:]))
+    (folder / "held_out.jsonl").write_text("".join(held_out[:12]))
+    second = {"config": "rlp.yaml", "set": {"max_steps": 1}}
+    experiment = {
+        "methods": {
+            "then_rlp": {**second, "after": "ntp"},  # before those that it needs: order is not the file's
+            "ntp": {
+                "config": "rlp.yaml",
+                "set": {"objective": "ntp"},
+                "match": "tokens",
+                "like": "rlp",
+                "search": {"optim.lr": RATES},
+            },
+            "rlp": {"config": "rlp.yaml"},
+        },
+        "evaluation": {
+            "data": {"path": str(folder / "held_out.jsonl"), "max_length": 64},
+            "search_data": {"path": str(folder / "search.jsonl"), "max_length": 64},
+            "documents": 12,
+            "thoughts": 2,
+            "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+            "max_thought_tokens": 6,
+            "own": False,
+        },
+        "seeds": [0, 1],
+        "jobs": 2,
+        "output_dir": str(folder / "compared"),
+    } | changes
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished comparison and its results."""
+    warm()
+    folder = tmp_path_factory.mktemp("stages")
+    file = written(folder, corpus)
+    return file, compare(file)
+
+
+def test_the_searched_rate_is_the_one_with_the_lowest_loss_on_the_search_documents(done):
+    file, results = done
+    search = results["methods"]["ntp"]["search"]
+    losses = []
+    for place, rate in enumerate(RATES):
+        folder = file.parent / "compared" / f"ntp-0-try{place}"
+        measured = json.loads((folder / "evaluation.json").read_text())
+        assert measured["settings"]["evaluation"]["data"]["path"].endswith("search.jsonl")
+        assert json.loads((folder / "wanted.json").read_text())["optim"]["lr"] == rate
+        losses.append(np.average(measured["common"]["no_think_loss"], weights=measured["common"]["tokens"]))
+    assert losses[1] < losses[0] - 0.01
+    assert [trial["score"] for trial in search["tried"]] == pytest.approx(losses)
+    assert search["chosen"] == {"optim.lr": RATES[1]}
+    assert not (file.parent / "compared" / "ntp-1-try0").exists()  # the first seed alone tries
+    for seed in (0, 1):
+        wanted = json.loads((file.parent / "compared" / f"ntp-{seed}" / "wanted.json").read_text())
+        assert wanted["optim"]["lr"] == RATES[1]
+        stored = json.loads((file.parent / "compared" / f"ntp-{seed}" / "evaluation.json").read_text())
+        assert stored["settings"]["evaluation"]["data"]["path"].endswith("held_out.jsonl")
+    logs = [file.parent / "compared" / f"ntp-0-try{place}" for place in range(2)]
+    spent = [last_row(folder)["num_flops"] for folder in logs]
+    assert search["flops"] == sum(spent)
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(searches(results))
+    assert "optim.lr 0.002" in shown.get()
+
+
+def test_a_second_stage_starts_from_the_first_ones_model_and_is_measured_against_the_base(done, corpus):
+    file, results = done
+    wanted = json.loads((file.parent / "compared" / "then_rlp-1" / "wanted.json").read_text())
+    assert wanted["model"]["path"] == str(file.parent / "compared" / "ntp-1" / "model")
+
+    def weights(path: Path) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+    base = json.loads((file.parent / "compared" / "rlp-1" / "wanted.json").read_text())["model"]["path"]
+    first, second = (weights(file.parent / "compared" / name / "model") for name in ("ntp-1", "then_rlp-1"))
+    assert 0 < (second - first).norm() < (second - weights(Path(base))).norm()
+    assert set(results["methods"]) == {"base", "then_rlp", "ntp", "rlp"}
+    assert "then_rlp - ntp" in results["differences"] or "ntp - then_rlp" in results["differences"]
+
+
+def test_a_training_starts_after_those_that_it_needs(done):
+    file, _ = done
+    experiment = load_experiment(file)
+    stages = {job.folder.name: stage_of(job) for job in all_jobs(experiment, file.parent)}
+    assert stages["rlp-0"] == stages["base-1"] == 0
+    assert stages["ntp-0-try0"] == stages["ntp-0-try1"] == 1
+    assert stages["ntp-0"] == stages["ntp-1"] == 2
+    assert stages["then_rlp-0"] == 3
+
+
+def test_what_is_done_is_not_done_again_and_other_values_are_refused(done, corpus, tmp_path):
+    file, _ = done
+    experiment = load_experiment(file)
+    for job in all_jobs(experiment, file.parent):
+        assert job.method is None or training_to_do(job) is None
+    other = written(tmp_path, corpus, output_dir=str(file.parent / "compared"))
+    values = yaml.safe_load(other.read_text())
+    values["methods"]["ntp"]["search"] = {"optim.lr": [RATES[0], 1e-3]}
+    other.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"ntp-0-try1 has other settings: optim.lr was 0.002, is 0.001"):
+        compare(other)
+
+
+def test_a_number_that_nothing_has_is_named(done):
+    file, _ = done
+    values = yaml.safe_load(file.read_text())
+    values["methods"]["ntp"]["search_by"] = "perplexity"
+    changed = file.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump(values))
+    experiment = load_experiment(changed)
+    with pytest.raises(ConfigError, match="search_by 'perplexity' is not one of .*gain_frozen"):
+        training_to_do(Job(experiment=experiment, name="ntp", seed=0, where=file.parent))
