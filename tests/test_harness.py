@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from rlpretrain import Pretrainer, models
 from rlpretrain.cli import main
-from rlpretrain.commands.benchmarks import base_model
+from rlpretrain.commands.evaluation_settings import initial_model
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.evaluation.harness import _task_manager, load_tasks, run_tasks
@@ -270,13 +269,13 @@ def test_the_base_is_that_of_the_run(tmp_path, capsys):
     """Its revision and tokenizer too; a base that is not on this machine is named."""
     model = tmp_path / "run" / "checkpoint-2" / "model"
     config = build({"model": str(model), "data": "x"})
-    untold, told = Namespace(frozen=None), Namespace(frozen="other")
-    assert base_model(untold, config) is None and base_model(told, config).path == "other"
+    other = initial_model("other", config.model)
+    assert initial_model(None, config.model) is None and other is not None and other.path == "other"
     section = {"path": "org/base", "revision": "v1", "tokenizer": None, "from_scratch": False}
     for changes, expected in (({}, "org/base"), ({"from_scratch": True}, None), ({"path": "/gone"}, None)):
         model.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"model": section | changes}}))
-        base = base_model(untold, config)
+        base = initial_model(None, config.model)
         assert (base and base.path) == expected and (base is None or base.revision == "v1")
     assert "/gone, is not here: give --frozen" in capsys.readouterr().out
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpretrain.commands.arguments import count, path
@@ -36,46 +34,24 @@ def names(text: str) -> list[str]:
     return [path(name.strip()) for name in text.split(",") if name.strip()]
 
 
-def evaluate_tasks(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]:
+def evaluate_tasks(
+    args: argparse.Namespace, config: PretrainConfig, base_model: ModelConfig | None
+) -> dict[str, Any]:
     """Run the tasks of `--tasks`, print their table, and return all numbers for the JSON file.
 
     Each model first answers directly, as it was saved, and only then gets the thought delimiters that it
-    lacks. The untouched base is `--frozen`, or that of the run to which the model belongs.
+    lacks. `base_model` is the untouched base, whose numbers are shown beside.
     """
     from rlpretrain.evaluation.harness import load_tasks
     from rlpretrain.tracking.tables import show
 
     tasks = load_tasks(args.tasks, args.include_path)
-    untouched = base_model(args, config)  # first, in case that it cannot be loaded
-    base = _answer(args, replace(config, model=untouched), tasks) if untouched else None
+    # The base first, in case that it cannot be loaded.
+    base = _answer(args, replace(config, model=base_model), tasks) if base_model else None
     results = _answer(args, config, tasks)
     show(table(results, base))
     print(thoughts_line(results))
-    return results.as_dict(base) | {"base": untouched and untouched.path}
-
-
-def base_model(args: argparse.Namespace, config: PretrainConfig) -> ModelConfig | None:
-    """The untouched base: `--frozen`, or that of the run in whose folder the model is; None if unknown."""
-    if args.frozen:
-        base = replace(config.model, path=args.frozen)
-    else:
-        section = _section_of_run(config.model.path)
-        if section is None or section.get("from_scratch"):
-            return None
-        base = replace(config.model, **{key: section.get(key) for key in ("path", "revision", "tokenizer")})
-        if base.path.startswith(("/", ".", "~")) and not Path(base.path).expanduser().exists():
-            print(f"the base of the run, {base.path}, is not here: give --frozen to see its numbers beside")
-            return None
-    return None if base.path == config.model.path else base
-
-
-def _section_of_run(model: str) -> dict[str, Any] | None:
-    """The section `model` of the run that saved a model in one of its folders; None if there is no run."""
-    for folder in Path(model).resolve().parents[:3]:
-        record = folder / "run.json"
-        if record.is_file():
-            return json.loads(record.read_text())["config"]["model"]
-    return None
+    return results.as_dict(base) | {"base": base_model and base_model.path}
 
 
 def table(results: TaskResults, base: TaskResults | None) -> Any:

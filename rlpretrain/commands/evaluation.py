@@ -34,7 +34,8 @@ def register(commands: Any) -> None:
     add("--data", "held-out documents (default: the run's eval.data)", type=path)
     add(
         "--frozen",
-        "initial model, against which gain_frozen is measured (default: the run's, or the model itself)",
+        "initial model, against which gain_frozen is measured (default: that of the run in whose folder the "
+        "model is, or the model itself)",
         type=path,
     )
     add(
@@ -84,8 +85,10 @@ def evaluate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         check_file(args.json, "--json")
     subject = subject_of(args)
     interrupted = False
-    results: dict[str, Any] = benchmarks.evaluate_tasks(args, subject.config) if args.tasks else {}
-    results |= pass_at.evaluate_pass_at(args, subject.config) if args.pass_at else {}
+    results: dict[str, Any] = (
+        benchmarks.evaluate_tasks(args, subject.config, subject.frozen) if args.tasks else {}
+    )
+    results |= pass_at.evaluate_pass_at(args, subject.config, subject.frozen) if args.pass_at else {}
     if not subject.has_documents:
         if args.json:
             write_json(Path(args.json), results)

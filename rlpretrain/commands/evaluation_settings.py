@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,15 @@ class Subject:
 def subject_of(args: argparse.Namespace) -> Subject:
     """The subject that the options name. `args.model` is a model, or the folder of a run.
 
-    A run gives its trained model, its initial model as the frozen one, its objective and its settings;
-    options that were given come first. Raises ConfigError for a run without a model, and if no documents are
-    named.
+    A run gives its trained model, its objective and its settings; options that were given come first. The
+    frozen model is that of `initial_model`. Raises ConfigError for a run without a model, and if no documents
+    are named.
     """
-    from rlpretrain.config.io import build, parse
+    from rlpretrain.config.io import build
 
     run = run_config(args.model)
     path = str(model_of_run(Path(args.model))) if run else args.model
     model = {"path": path} | _model_settings(args, run)
-    frozen = args.frozen
-    if frozen is None and run:
-        frozen = run["model"]["path"]
     values = {
         "model": model,
         "objective": _objective(args, run),
@@ -69,10 +66,38 @@ def subject_of(args: argparse.Namespace) -> Subject:
         "seed": _value(args, "seed", run),
         "device": args.device,
     }
-    start = None
-    if frozen is not None:
-        start = parse(ModelConfig, model | _base_settings(run, frozen) | {"path": frozen}, "model")
-    return Subject(build(values), start, has_documents=values["data"]["path"] != os.devnull)
+    config = build(values)
+    frozen = initial_model(args.frozen, config.model)
+    return Subject(config, frozen, has_documents=values["data"]["path"] != os.devnull)
+
+
+def initial_model(given: str | None, model: ModelConfig) -> ModelConfig | None:
+    """The model that another is compared with: `given`, else the one from which the run began that saved it.
+
+    None if there is no such run, if the run began from scratch, and, with a line that says so, if its initial
+    model is not where it was.
+    """
+    section = _section_of_run(model.path) or {}
+    path = given
+    if path is None:
+        if not section or section.get("from_scratch"):
+            return None
+        path = str(section["path"])
+        if path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
+            print(f"the base of the run, {path}, is not here: give --frozen to see its numbers beside")
+            return None
+    if path == model.path:
+        return None
+    names = ("tokenizer", "revision", "quantization") if path == section.get("path") else ()
+    return replace(model, path=path, **{name: section[name] for name in names if name in section})
+
+
+def _section_of_run(model: str) -> dict[str, Any] | None:
+    """The section `model` of the run that saved a model in one of its folders; None if there is no run."""
+    for folder in Path(model).resolve().parents[:3]:
+        if run := run_config(str(folder)):
+            return run["model"]
+    return None
 
 
 def run_config(folder: str) -> dict[str, Any]:
@@ -122,15 +147,6 @@ def _model_settings(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[st
     if args.trust_remote_code:
         settings["trust_remote_code"] = True
     return settings
-
-
-def _base_settings(run: Mapping[str, Any], frozen: str) -> dict[str, Any]:
-    """Settings that only the run's own initial model has."""
-    stored = run.get("model", {})
-    if frozen != stored.get("path"):
-        return {}
-    names = ("tokenizer", "revision", "quantization", "from_scratch")
-    return {name: stored[name] for name in names if name in stored}
 
 
 def _objective(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:

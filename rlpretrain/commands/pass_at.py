@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlpretrain.commands.arguments import count
-from rlpretrain.commands.benchmarks import base_model
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import ConfigError, ModelConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from rlpretrain.evaluation.answers import Answers
@@ -41,17 +40,22 @@ def counts(text: str) -> list[int]:
     return [count(number.strip()) for number in text.split(",")]
 
 
-def evaluate_pass_at(args: argparse.Namespace, config: PretrainConfig) -> dict[str, Any]:
-    """Sample and judge answers, print the table, and return all numbers for the JSON file."""
+def evaluate_pass_at(
+    args: argparse.Namespace, config: PretrainConfig, base_model: ModelConfig | None
+) -> dict[str, Any]:
+    """Sample and judge answers, print the table, and return all numbers for the JSON file.
+
+    `base_model` is the untouched base, whose numbers are shown beside.
+    """
     from rlpretrain.tracking.tables import show
 
     if not config.data.answer_column:
         raise ConfigError("--pass-at needs documents with answers: set --answer-column")
-    untouched = base_model(args, config)  # first, in case that it cannot be loaded
-    base = _answers_of(args, replace(config, model=untouched)) if untouched else {}
+    # The base first, in case that it cannot be loaded.
+    base = _answers_of(args, replace(config, model=base_model)) if base_model else {}
     mine = _answers_of(args, config)
     show(table(mine, base))
-    return {"pass_at": numbers(mine, base) | {"base": untouched and untouched.path}}
+    return {"pass_at": numbers(mine, base) | {"base": base_model and base_model.path}}
 
 
 def numbers(mine: dict[str, Answers], base: dict[str, Answers]) -> dict[str, Any]:
