@@ -159,20 +159,32 @@ class _Scoring:
     def score(
         self, kinds: dict[str, list[Group]], documents: list[Document], objective: Objective
     ) -> KindScores:
-        """`score_kinds`; the first call checks the tree."""
+        """`score_kinds`; the first call checks the tree, and falls back to padded rows if it does not fit."""
         groups = next(iter(kinds.values()))
         self.layout = replace(self.layout, no_think_ids=no_think_contexts(objective, groups))
-        if not self.is_checked and self.layout.tree:
-            self.layout = replace(self.layout, tree=self._tree_agrees(groups[:1], documents[:1]))
+        scores = score_kinds(self.scorer, kinds, documents, self.layout)
+        if (
+            not self.is_checked
+            and self.layout.tree
+            and not self._agrees_padded(groups[0], documents[0], scores)
+        ):
+            self.layout = replace(self.layout, tree=False)
+            scores = score_kinds(self.scorer, kinds, documents, self.layout)
         self.is_checked = True
-        return score_kinds(self.scorer, kinds, documents, self.layout)
+        return scores
 
-    def _tree_agrees(self, groups: list[Group], documents: list[Document]) -> bool:
-        """Whether a tree gives the log-probs of padded rows, up to rounding."""
-        layouts = (self.layout, replace(self.layout, tree=False))
-        packed, padded = (score_targets(self.scorer, groups, documents, layout) for layout in layouts)
+    def _agrees_padded(self, group: Group, document: Document, scores: KindScores) -> bool:
+        """Whether padded rows give, up to rounding, the tree's log-probs of the first position.
+
+        `group` is the first kind's; two of its thoughts show whether one sees another.
+        """
+        two = replace(group, thoughts=group.thoughts[:2])
+        padded = score_targets(self.scorer, [two], [document], replace(self.layout, tree=False))
+        packed = next(iter(scores.kinds.values()))
         is_half = next(self.scorer.parameters()).dtype != torch.float32
-        return bool(np.allclose(packed.logps, padded.logps, rtol=0, atol=0.3 if is_half else 1e-3))
+        ours = np.append(packed.logps[0, : len(two.thoughts)], packed.own_logps[0])
+        theirs = np.append(padded.logps[0], padded.own_logps[0])
+        return bool(np.allclose(ours, theirs, rtol=0, atol=0.3 if is_half else 1e-3))
 
 
 def _evaluate_part(

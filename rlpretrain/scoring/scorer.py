@@ -46,10 +46,12 @@ class Scorer(nn.Module):
         temperature: Tensor | float = 1.0,
         want: str = "logps",
         tree: Tree | None = None,
+        wanted: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [K] of `labels` given the states at `rows` of the flattened input.
 
-        `want` is "logps", or adds "entropies" [K] or the likeliest tokens ("top") [K].
+        `want` is "logps", or adds "entropies" or the likeliest tokens ("top"): those of the slice `wanted` of
+        `rows`, of all by default.
         """
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
@@ -63,15 +65,21 @@ class Scorer(nn.Module):
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
-        return self.read(hidden, labels, temperature, want)
+        return self.read(hidden, labels, temperature, want, wanted)
 
     def read(
-        self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        temperature: Tensor | float,
+        want: str,
+        wanted: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the head to the states [K, H]: log-probs of `labels` [K], and what `want` adds."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
         logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
+        hidden = hidden[slice(*wanted)] if wanted else hidden
         if want == "entropies":
             return logps, row_entropies(hidden, head.weight, **form)
         return logps, top_tokens(hidden, head.weight, head.bias) if want == "top" else None
@@ -107,11 +115,16 @@ class NoGradScorer(Scorer):
             return super().forward(*args, **kwargs)
 
     def read(
-        self, hidden: Tensor, labels: Tensor, temperature: Tensor | float, want: str
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        temperature: Tensor | float,
+        want: str,
+        wanted: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Scorer.read`, with the whole head gathered."""
         with gathered(self.model.get_output_embeddings().parameters()):  # type: ignore[operator]
-            return super().read(hidden, labels, temperature, want)
+            return super().read(hidden, labels, temperature, want, wanted)
 
 
 @torch.no_grad()
@@ -144,10 +157,12 @@ def score(
     temperatures = torch.ones(len(rows), device=rows.device)
     temperatures[: int(micro.thought_mask.sum())] = temperature or 1.0
     want = "entropies" if entropies else "top" if hits else "logps"
-    inputs = (micro.input_ids, micro.attention_mask, micro.position_ids)
-    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree)
-
     sizes = [int(part.mask.sum()) for part in parts]
+    before_trunk = sum(sizes[:3])
+    wanted = (before_trunk, len(rows)) if entropies else (sizes[0], before_trunk)
+    inputs = (micro.input_ids, micro.attention_mask, micro.position_ids)
+    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree, wanted)
+
     thought_logps, target_logps, baseline_logps, trunk_logps = logps.split(sizes)
     scores = Scores(
         thoughts.spread(thought_logps),
@@ -158,9 +173,9 @@ def score(
         micro.counted,
     )
     if entropies:
-        return replace(scores, trunk_entropies=more.split(sizes)[3])
+        return replace(scores, trunk_entropies=more)
     if hits:
-        _, target_tops, baseline_tops, _ = more.split(sizes)
+        target_tops, baseline_tops = more.split(sizes[1:3])
         target_hits = targets.spread(target_tops == targets.labels[targets.mask])
         baseline_hits = baselines.spread(baseline_tops == baselines.labels[baselines.mask])
         return replace(scores, target_hits=target_hits, baseline_hits=baseline_hits)
