@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.process_memory import PeakMemory
+from examples.gsm8k_calculations import LINES, read_calculations, write_rows
 from examples.smollm2_checkpoint import make_checkpoint
-from examples.smollm2_rlp import PROBLEMS, write_documents
 
 WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3}
 TAGS = {"open": "<<", "close": ">>"}
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.row:
         return run_row(args.row, args.out, args.steps)
     make_checkpoint(args.out / "checkpoint")
-    write_documents(str(PROBLEMS), args.out, 200)
+    write_documents(args.out / "documents.jsonl")
     names = [name for name in rows() if args.only in name]
     for i, name in enumerate(names):
         if not file_of(args.out, name).exists():
@@ -79,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(done)
     return int(any(row["fault"] for row in done) or len(done) < len(names))
+
+
+def write_documents(path: Path, sentences: int = 3) -> None:
+    """Documents of a few sentences: some methods predict a sentence from those before it."""
+    texts = [calculation.document["text"] for calculation in read_calculations(LINES)]
+    groups = [texts[first : first + sentences] for first in range(0, len(texts), sentences)]
+    write_rows(path, [{"text": "\n".join(group)} for group in groups])
 
 
 def rows() -> Iterator[str]:

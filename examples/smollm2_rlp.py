@@ -1,16 +1,16 @@
-"""RLP on a real checkpoint and real text, on a CPU: SmolLM2-135M and short GSM8K problems.
+"""RLP on a real checkpoint and real text, on a CPU: SmolLM2-135M and sentences of GSM8K's solutions.
 
-    python -m examples.smollm2_rlp [--out runs/smollm2] [--seeds 0 1] [--data problems.jsonl] [--quick]
+    python -m examples.smollm2_rlp [--out runs/smollm2] [--seeds 0 1] [--data train.jsonl] [--quick]
 
 `make real` installs what it needs and calls it. It makes the checkpoint (examples/smollm2_checkpoint.py) and
-the documents, problems with their solutions. Then it trains the checkpoint briefly on documents in which a
-result may follow an annotation `<<48/2=24>>`, an empty one, or none, so that RLP's steps are not spent on the
-tags. This phase ends with plain documents: a model that expects an annotation predicts a result badly without
-one, and RLP's gain would be measured against that. From there it compares
-(rlpretrain/experiments/compare.py) RLP with next-token prediction on the same tokens and on the same compute,
-all evaluated on held-out problems with the controls. RLP's settings are examples/smollm2_rlp.yaml. An
-interrupted call continues; the numbers go to results.json. It was not run to its end yet; by the time of
-single steps it takes hours.
+the documents (examples/gsm8k_calculations.py): sentences with a calculation of two or more operations, such
+as "$20 + $2.5 + $7.5 =". A thought before the result can do one operation after the other.
+
+The checkpoint has never seen such thoughts. So it is first trained on sentences of which a part has one, next
+token by next token. From there the script compares (rlpretrain/experiments/compare.py) RLP with next-token
+prediction on the same tokens and on the same compute, all evaluated on sentences of other problems with the
+controls. RLP's settings are examples/smollm2_rlp.yaml. An interrupted call continues; the numbers go to
+results.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import shutil
 import sys
 import time
@@ -29,11 +28,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from examples.gsm8k_calculations import LINES, read_calculations, write_rows
 from examples.smollm2_checkpoint import QUICK_LAYERS, make_checkpoint
 from rlpretrain import Pretrainer
-from rlpretrain.config import ConfigError, DataConfig, ModelConfig
+from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.config.io import build, read_mapping, to_dict
-from rlpretrain.data.opening import open_rows, quiet
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.evaluation.record import MEANING
@@ -45,17 +44,12 @@ from rlpretrain.training.records import write_json
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "smollm2_rlp.yaml"
-PROBLEMS = HERE / "gsm8k_short" / "problems.jsonl"
-HELD_OUT = 200
-RESULT = re.compile(r"=(\s*\$?)<<(.*?)>>")
-"""An equals sign, what stands before the result, and the annotation."""
-ANNOTATION = re.compile(r"(?<!=)<<.*?>>")
-KINDS = {"annotated": r"=<<\2>>\1", "empty": r"=<<>>\1", "plain": r"=\1"}
-"""What replaces RESULT."""
-SHARES = (0.5, 0.2, 0.3)
-"""Of these kinds among the documents of the next-token phase before RLP, up to its last steps."""
-WARM_STEPS, PLAIN_STEPS, BATCH = 50, 15, 8
-"""Steps of that phase, those at its end that have plain documents only, and documents of a step."""
+HELD_OUT = 250
+"""Problems, the last of the file, whose sentences are not trained on."""
+DOCUMENTS = 150
+"""Held-out sentences that are evaluated."""
+TRACES_STEPS, BATCH, SHARE = 250, 20, 0.65
+"""Steps of the phase before RLP, sentences of a step, and the share of these that have a thought."""
 LABELS = {
     "untouched": "untouched",
     "base": "before RLP",
@@ -64,7 +58,13 @@ LABELS = {
     "ntp_compute": "NTP, same compute",
 }
 NUMBERS = (
+    "think_sampled",
+    "think_greedy",
+    "direct",
     "gain_frozen",
+    "over_empty",
+    "over_shuffled",
+    "over_other",
     "direct_gain",
     "gain",
     "empty",
@@ -74,6 +74,8 @@ NUMBERS = (
     "unclosed",
     "length",
 )
+CONTROLS = ("empty", "shuffled", "other")
+"""Thoughts that should not help; over_* is `gain_frozen` minus theirs, at the same positions."""
 QUICK = {
     "max_steps": 2,
     "sampling": {"thoughts": 2, "max_thought_tokens": 4},
@@ -92,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the trainings")
     parser.add_argument(
         "--data",
-        default=str(PROBLEMS),
-        help="problems: a file or hub id with the columns question and answer (default: 1,427 of GSM8K)",
+        type=Path,
+        default=LINES,
+        help="GSM8K's problems as JSON Lines (default: the lines of its solutions that are used)",
     )
     parser.add_argument("--steps", type=int, help="RLP steps; the recipe's by default")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: %(default)s)")
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         make_checkpoint(args.out / "checkpoint", QUICK_LAYERS if args.quick else None)
         write_documents(args.data, args.out, 8 if args.quick else HELD_OUT)
-        warm_up(args.out, args.quick)
+        train_on_traces(args.out, args.quick)
         real = experiment(args)
         compare.run(real, HERE, say=lambda line: print(line, flush=True))
     except (ConfigError, ImportError) as error:
@@ -120,55 +123,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def document(question: str, answer: str, kind: str = "plain") -> str:
-    """Problem and solution as text, with the annotations of results as `kind` says.
-
-    >>> document("Two and two?", "2+2 = <<2+2=4>>4\\n#### 4", "annotated")
-    'Two and two?\\n2+2 =<<2+2=4>> 4\\nThe answer is 4'
-    """
-    text = f"{question.strip()}\n{answer.strip().replace('####', 'The answer is')}"
-    return ANNOTATION.sub("", RESULT.sub(KINDS[kind], text))
-
-
-def write_documents(data: str, out: Path, held_out: int) -> None:
-    """Write held_out.jsonl, documents.jsonl without annotations, and warm.jsonl with some of them."""
-    if (out / "warm.jsonl").exists():
+def write_documents(data: Path, out: Path, held_out: int) -> None:
+    """Write documents.jsonl, traces.jsonl with their thoughts, and held_out.jsonl of other problems."""
+    if (out / "traces.jsonl").exists():
         return
-    name = None if Path(data).exists() else "main"
-    source = DataConfig(path=data, name=name, column="question", meta_columns=("answer",))
-    with quiet():
-        problems = [(row["question"], row["answer"]) for row in open_rows(source)]
-    random.Random(0).shuffle(problems)
-    mixed = (WARM_STEPS - PLAIN_STEPS) * BATCH
-    kinds = random.Random(1).choices(list(KINDS), SHARES, k=mixed) + ["plain"] * len(problems)
-    training = list(zip(problems[held_out:], kinds, strict=False))
-    write_texts(out / "held_out.jsonl", [document(*problem) for problem in problems[:held_out]])
-    write_texts(out / "documents.jsonl", [document(*problem) for problem, _ in training])
-    write_texts(out / "warm.jsonl", [document(*problem, kind) for problem, kind in training])
+    calculations = read_calculations(data)
+    problems = sorted({calculation.problem for calculation in calculations})
+    kept_back = set(problems[-held_out:])
+    random.Random(1).shuffle(calculations)
+    training = [calculation for calculation in calculations if calculation.problem not in kept_back]
+    tests = [calculation for calculation in calculations if calculation.problem in kept_back]
+    write_rows(out / "held_out.jsonl", [calculation.document for calculation in tests])
+    write_rows(out / "documents.jsonl", [calculation.document for calculation in training])
+    write_rows(out / "traces.jsonl", [calculation.trace for calculation in training])
 
 
-def write_texts(path: Path, texts: Sequence[str]) -> None:
-    """A jsonl file, written under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.tmp")
-    work.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    work.replace(path)
-
-
-def warm_up(out: Path, quick: bool) -> None:
-    """Next-token prediction on documents with and without annotations, under `out`/warm."""
+def train_on_traces(out: Path, quick: bool) -> None:
+    """Next-token prediction on sentences with and without a thought, under `out`/warm."""
     if (out / "warm" / "model" / "config.json").exists():
         return
-    print("next-token phase on documents with annotations ...", flush=True)
+    print("next-token phase on sentences with thoughts ...", flush=True)
+    traces = {"path": str(out / "traces.jsonl"), "column": "question", "answer_column": "answer"}
     values = {
         "model": str(out / "checkpoint"),
-        "data": {"path": str(out / "warm.jsonl"), "max_length": 200, "long": "truncate", "shuffle": False},
-        "objective": "ntp",
+        "data": {"path": str(out / "documents.jsonl"), "max_length": 128, "long": "truncate"},
+        "ntp_data": traces | {"answer_join": "", "max_length": 128},
+        "objective": {"name": "sft_mixed", "share": SHARE},
         "positions_per_step": BATCH,
-        "optim": {"lr": 3e-5, "warmup_steps": 1 if quick else 5},
-        "max_steps": 2 if quick else WARM_STEPS,
+        "optim": {"lr": 2e-4, "schedule": "cosine", "warmup_steps": 1 if quick else 5},
+        "max_steps": 2 if quick else TRACES_STEPS,
         "token_budget": 2048,
-        "eval": {"data": str(out / "held_out.jsonl"), "documents": 8 if quick else 40, "every": 0},
         "checkpoint": {"every": 20, "keep": 1},
         "log_every": 10,
         "threads": 1,
@@ -184,20 +168,24 @@ def experiment(args: argparse.Namespace) -> compare.Experiment:
     if args.steps is not None:
         changes["max_steps"] = args.steps
     ntp = {"config": RECIPE.name, "like": "rlp"}
+    larger = {
+        "positions_per_step": 2 if args.quick else 32
+    }  # documents: many small steps would only be slower
     objective = read_mapping(RECIPE)["objective"]
     values = {
         "methods": {
             "rlp": {"config": RECIPE.name, "set": changes},
             "ntp_tokens": {**ntp, "match": "tokens", "set": changes | {"objective": "ntp"}},
-            "ntp_compute": {**ntp, "match": "flops", "set": changes | {"objective": "ntp"}},
+            "ntp_compute": {**ntp, "match": "flops", "set": changes | {"objective": "ntp"} | larger},
         },
         "common": {"model": str(out / "warm" / "model"), "data": {"path": str(out / "documents.jsonl")}},
         "evaluation": {
-            "data": {"path": str(out / "held_out.jsonl"), "max_length": 160, "long": "truncate"},
+            "data": {"path": str(out / "held_out.jsonl"), "max_length": 128, "long": "truncate"},
             "objective": objective,
-            "documents": 8 if args.quick else HELD_OUT,
+            "documents": 8 if args.quick else DOCUMENTS,
             "thoughts": 2 if args.quick else 4,
-            "max_thought_tokens": 4 if args.quick else 10,
+            "max_thought_tokens": 4 if args.quick else 18,
+            "greedy": True,
             "own": False,
         },
         "seeds": args.seeds,
@@ -226,22 +214,32 @@ def evaluate_untouched(out: Path, evaluation: CommonEvaluation) -> dict[str, Any
         documents = read_all(config.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
         objective = load_objective(config, tokenizer)
         measured = evaluate(
-            model, objective, documents, frozen=frozen, thoughts=evaluation.thoughts, greedy=False
+            model, objective, documents, frozen=frozen, thoughts=evaluation.thoughts, greedy=True
         )
-        write_json(file, measured.summary())
-    return json.loads(file.read_text())
+        values = {name: array.tolist() for name, array in measured.values.items()}
+        values |= {"no_think_loss": measured.losses.tolist(), "tokens": measured.tokens.tolist()}
+        write_json(file, {"rows": list(measured.rows), "values": values})
+    stored = json.loads(file.read_text())
+    return numbers(compare.Measurements([stored["values"]], stored["rows"]))
 
 
 def collect(real: compare.Experiment) -> dict[str, Any]:
+    """The numbers of every model but the untouched one."""
+    models = {name: numbers(measured) for name, measured in compare.read_measurements(real).items()}
+    return {"seeds": list(real.seeds)} | models
+
+
+def numbers(measured: compare.Measurements) -> dict[str, Any]:
     """The mean of each number, its interval as `_ci`, and each seed's mean as `_seeds`."""
-    results: dict[str, Any] = {"seeds": list(real.seeds)}
-    for name, measured in compare.read_measurements(real).items():
-        row: dict[str, Any] = {}
-        for number in NUMBERS:
-            mean, low, high = measured.interval(number)
-            row |= {number: mean, f"{number}_ci": [low, high], f"{number}_seeds": measured.means(number)}
-        results[name] = row
-    return results
+    for seed in measured.by_seed:
+        for control in CONTROLS:
+            pairs = zip(seed["gain_frozen"], seed[control], strict=True)
+            seed[f"over_{control}"] = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+    row: dict[str, Any] = {}
+    for number in NUMBERS:
+        mean, low, high = measured.interval(number)
+        row |= {number: mean, f"{number}_ci": [low, high], f"{number}_seeds": measured.means(number)}
+    return row
 
 
 def show(results: dict[str, Any]) -> None:
@@ -251,10 +249,11 @@ def show(results: dict[str, Any]) -> None:
         low, high = row[f"{number}_ci"]
         return f"{row[number]:.3f} [{low:.3f}, {high:.3f}]"
 
-    title = f"SmolLM2-135M (4-bit), held-out GSM8K problems, seeds {results['seeds']}; nats, 95% intervals"
+    meaning = MEANING | {f"over_{name}": f"gain_frozen minus {name}, paired" for name in CONTROLS}
+    title = f"SmolLM2-135M (4-bit), held-out sentences, seeds {results['seeds']}; nats, 95% intervals"
     table = Table("", *LABELS.values(), "meaning", title=title)
     for number in NUMBERS:
-        table.add_row(number, *(cell(results[name], number) for name in LABELS), MEANING[number])
+        table.add_row(number, *(cell(results[name], number) for name in LABELS), meaning[number])
     Console(width=160).print(table)
 
 

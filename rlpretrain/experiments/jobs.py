@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -90,11 +93,25 @@ def _run_in_processes(experiment: Experiment, jobs: Sequence[Job], say: Say) -> 
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(experiment.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         try:
-            for future in as_completed([pool.submit(run_job, job) for job in jobs]):
+            for future in as_completed([pool.submit(_run_in_child, job) for job in jobs]):
                 say(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _run_in_child(job: Job) -> str:
+    """`run_job` in a process that ends if its parent is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return run_job(job)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent, then end as by `kill`: a training writes its checkpoint."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a job runs in a child"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_on_ray(experiment: Experiment, jobs: Sequence[Job], say: Say) -> None:
