@@ -157,7 +157,7 @@ def test_a_checkpoint_of_other_bytes_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_real_checkpoint_runs_to_the_end(tmp_path, capsys):
-    """Two layers of SmolLM2 with its own tokenizer, on problems of GSM8K; a second call continues."""
+    """Two layers of SmolLM2 with its own tokenizer, on sentences of GSM8K; a second call continues."""
     out = tmp_path / "smollm2"
     command = ["--quick", "--out", str(out), "--seeds", "0"]
     assert smollm2_rlp.main(command) == 0
@@ -166,13 +166,26 @@ def test_the_real_checkpoint_runs_to_the_end(tmp_path, capsys):
         for number in smollm2_rlp.NUMBERS:
             low, high = results[name][f"{number}_ci"]
             assert low <= results[name][number] <= high
+        gains, empty = results[name]["gain_frozen"], results[name]["empty"]
+        assert results[name]["over_empty"] == pytest.approx(gains - empty, abs=1e-6)
     assert results["base"]["gain"] == results["base"]["gain_frozen"] != results["rlp"]["gain_frozen"]
     log = (out / "rlp-0" / "metrics.jsonl").read_text()
     assert len(log.splitlines()) == 2 and "SmolLM2-135M" in capsys.readouterr().out
-    texts = [json.loads(line)["text"] for line in (out / "warm.jsonl").read_text().splitlines()]
-    mixed = (smollm2_rlp.WARM_STEPS - smollm2_rlp.PLAIN_STEPS) * smollm2_rlp.BATCH
-    assert len(texts) == 1427 - 8 and not any("=<<" in text for text in texts[mixed:])
-    assert 0.5 < sum("=<<" in text for text in texts[:mixed]) / mixed < 0.9
-    assert not any("<<" in line for line in (out / "documents.jsonl").read_text().splitlines())
     assert smollm2_rlp.main(command) == 0  # nothing is trained again
     assert (out / "rlp-0" / "metrics.jsonl").read_text() == log
+
+
+def test_the_sentences_of_gsm8k_and_their_thoughts(tmp_path):
+    smollm2_rlp.write_documents(smollm2_rlp.LINES, tmp_path, 250)
+    held_out, documents, traces = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("held_out", "documents", "traces")
+    )
+    assert len(held_out) + len(documents) == 2336 and len(documents) == len(traces)
+    assert not any("<<" in row["text"] for row in held_out + documents)
+    for row, document in zip(traces, documents, strict=True):
+        thought, after = row["answer"].removeprefix("<<").split(">>")
+        assert row["question"] + after == document["text"] and row["question"].endswith("=")
+        values = [eval(step) for step in thought.split("=")]  # sums and products of numbers
+        assert values == pytest.approx([values[0]] * len(values))
+        assert thought.split("=")[-1] in after.replace(",", "") and len(values) >= 2
