@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 
 from rlpretrain.config import PretrainConfig
@@ -99,3 +100,16 @@ def test_rules_read_metrics_that_are_logged_and_name_settings_that_exist():
     assert FIELDS.keys() == TRL_FIELDS.keys()
     for rule in RULES:
         rule.text.format(0.0, 0.0, start=0.0, best=0.0, **TRL_FIELDS)
+
+
+def test_the_noise_of_small_steps_is_not_taken_for_a_change():
+    """Eight short documents a step: the loss moves by .15 between steps, the gain by 1. Then both change."""
+    rng = np.random.default_rng(0)
+    health = Health()
+    for step in range(1, 121):
+        row = {"ntp/loss": 1.4 + 0.15 * rng.standard_normal(), "ig/frozen": 0.5 + rng.standard_normal()}
+        assert not health.observe(step, row), step
+    for step in range(121, 160):
+        row = {"ntp/loss": 2.0 + 0.15 * rng.standard_normal(), "ig/frozen": -5.0 + rng.standard_normal()}
+        health.observe(step, row)
+    assert {finding.rule for finding in health.findings} == {"the gain falls", "the no-think loss rises"}

@@ -11,6 +11,8 @@ import pytest
 from rlpretrain import Pretrainer
 from rlpretrain.config.io import build
 from rlpretrain.objectives import ntp, rmt
+from rlpretrain.reporting.report import inspect
+from rlpretrain.reporting.thoughts import PARTS
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.store import Store
@@ -188,3 +190,16 @@ def test_rmt_trains_documents_in_several_units(values, packing, budget):
     train(run)
     run.close()
     assert run.skipped == 0
+
+
+def test_a_page_about_a_model_says_how_far_it_is(corpus, tmp_path):
+    parts: list[tuple[int, int]] = []
+    inspect(
+        str(corpus / "base"),
+        str(corpus / "held_out.jsonl"),
+        tmp_path / "page.html",
+        documents=3,
+        max_thought_tokens=4,
+        progress=lambda done, total: parts.append((done, total)),
+    )
+    assert parts == [(done, PARTS) for done in range(1, PARTS + 1)]

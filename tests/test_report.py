@@ -245,7 +245,7 @@ def test_warnings_in_words():
     assert list_warnings(rows, []) == []
     ends = {"ntp/loss": 1.5, "ig/frozen": -1.0, "thought/leakage": 0.9}
     said = list_warnings([*rows, *[{"step": k, **ends} for k in range(21, 41)]], [])
-    assert [line.split(":")[0] for line in said] == ["Step 21", "Step 23", "Step 23"], said
+    assert [line.split(":")[0] for line in said] == ["Step 22", "Step 23", "Step 23"], said
     assert any("loss without a thought rose from 1.00" in line for line in said)
     thought = Thought((5,), (0.0,), FinishReason.CLOSE, 0, 0)
     group = Group("g", Position("d", 1, (1,), (2,)), Prompt((1,), ()), (thought,), 0)

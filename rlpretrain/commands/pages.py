@@ -49,17 +49,23 @@ def register(commands: Any) -> None:
 def report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain report RUN_DIR`."""
     from rlpretrain.reporting.report import report as run
+    from rlpretrain.tracking.progress import bar
 
-    print(run(args.run, args.out, step=args.step, documents=args.documents, model=args.model))
+    with bar("sampling and scoring thoughts") as progress:
+        page = run(
+            args.run, args.out, step=args.step, documents=args.documents, model=args.model, progress=progress
+        )
+    print(page)
     return 0
 
 
 def inspect(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain inspect MODEL --text FILE`."""
     from rlpretrain.reporting.report import inspect as run
+    from rlpretrain.tracking.progress import bar
 
-    print(
-        run(
+    with bar("sampling and scoring thoughts") as progress:
+        page = run(
             args.model,
             args.text,
             args.out,
@@ -69,6 +75,7 @@ def inspect(args: argparse.Namespace, rest: Sequence[str]) -> int:
             max_thought_tokens=args.max_thought_tokens,
             max_length=args.max_length,
             seed=args.seed,
+            progress=progress,
         )
-    )
+    print(page)
     return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from rlpretrain.files import check_file, writing
 from rlpretrain.objectives import parse_section
 from rlpretrain.reporting.html import Report, render
 from rlpretrain.reporting.thoughts import (
+    PARTS,
     Models,
     add_new_thoughts,
     add_stored_thoughts,
     load_model,
     load_models,
 )
+from rlpretrain.tracking.progress import Ticks, no_tick
 from rollout.store import Store, StoreError
 
 LARGEST = 3_000_000
@@ -36,18 +38,20 @@ def report(
     step: int | None = None,
     documents: int = 12,
     model: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the report of a run folder, by default to `folder`/report.html, and return its path.
 
     If the run stored its rollouts, the thoughts are those of `step`, by default the last one stored; else
     they are sampled from the trained model. Gains are the trained model's, or `model`'s, against the run's
-    base model. Raises ConfigError if the folder holds no run.
+    base model. `progress` is called with the finished parts of the work and their number. Raises ConfigError
+    if the folder holds no run.
     """
     folder = Path(folder)
     contents = read_run(folder)
     check_file(out or folder / "report.html", "--out")
     try:
-        add_thoughts(contents, folder, step, documents, model)
+        add_thoughts(contents, folder, step, documents, model, Ticks(progress, PARTS))
     except (ConfigError, StoreError, OSError, ValueError, KeyError) as error:
         contents.missing.append(f"thoughts: {error}")
     return write_report(contents, Path(out) if out else folder / "report.html")
@@ -64,6 +68,7 @@ def inspect(
     max_thought_tokens: int = 128,
     max_length: int = 512,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a report of any checkpoint on any text, without a run: where would thinking help this model?"""
     check_file(out, "--out")
@@ -87,7 +92,7 @@ def inspect(
         contents.missing.append(
             f"the model has never seen {' and '.join(added)}: their embeddings are untrained"
         )
-    add_new_thoughts(contents, config, Models(live, None, tokenizer), documents)
+    add_new_thoughts(contents, config, Models(live, None, tokenizer), documents, Ticks(progress, PARTS))
     return write_report(contents, Path(out))
 
 
@@ -122,7 +127,14 @@ def _finite_numbers(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
-def add_thoughts(contents: Report, folder: Path, step: int | None, documents: int, model: str | None) -> None:
+def add_thoughts(
+    contents: Report,
+    folder: Path,
+    step: int | None,
+    documents: int,
+    model: str | None,
+    tick: Callable[[], None] = no_tick,
+) -> None:
     """Add the thoughts that a run stored, or else new ones."""
     if not contents.record.get("config"):
         raise ConfigError("run.json has no configuration")
@@ -133,7 +145,8 @@ def add_thoughts(contents: Report, folder: Path, step: int | None, documents: in
     loaded = load_models(contents, config, folder, model)
     store = Store(folder / "rollouts")
     if steps := store.steps():
-        add_stored_thoughts(contents, config, loaded, store, steps[-1] if step is None else step, documents)
+        chosen_step = steps[-1] if step is None else step
+        add_stored_thoughts(contents, config, loaded, store, chosen_step, documents, tick)
         return
     if loaded.model is None:
         raise ConfigError(
@@ -143,7 +156,7 @@ def add_thoughts(contents: Report, folder: Path, step: int | None, documents: in
         "The run kept no rollouts (save_rollouts: true keeps them): these thoughts were sampled now, "
         "from the trained model."
     )
-    add_new_thoughts(contents, config, loaded, documents)
+    add_new_thoughts(contents, config, loaded, documents, tick)
 
 
 def _needed_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ from rlpretrain.data.stream import read_all
 from rlpretrain.objectives import Objective, delimiters, load_objective
 from rlpretrain.ranks import join
 from rlpretrain.reporting.html import Report
-from rlpretrain.reporting.token_gains import ScoredPosition, rewards_now, score_positions
+from rlpretrain.reporting.token_gains import PASSES, ScoredPosition, rewards_now, score_positions
 from rlpretrain.rollouts.batches import roll_out
 from rlpretrain.rollouts.drawing import prepare_held_out
 from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, NoBaseline
 from rlpretrain.scoring.scorer import Scorer, score_function
+from rlpretrain.tracking.progress import no_tick
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Store
 from rollout.types import Group, Position
 
 TOKEN_BUDGET = 16384
+Tick = Callable[[], None]
+PARTS = PASSES + 2
+"""Of the work on thoughts, at each of which `tick` is called: sampling, rewards, and the passes for gains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,13 @@ def load_model(config: PretrainConfig, path: str) -> tuple[nn.Module, Any, list[
 
 
 def add_stored_thoughts(
-    report: Report, config: PretrainConfig, loaded: Models, store: Store, step: int, documents: int
+    report: Report,
+    config: PretrainConfig,
+    loaded: Models,
+    store: Store,
+    step: int,
+    documents: int,
+    tick: Tick = no_tick,
 ) -> None:
     """Add the thoughts that a run stored at a step, of its first documents."""
     groups, stored_documents, _ = store.read(step)
@@ -77,10 +87,12 @@ def add_stored_thoughts(
     ids = list(dict.fromkeys(group.position.document_id for group in groups))[:documents]
     chosen = [group for group in groups if group.position.document_id in ids]
     objective = load_objective(config, loaded.tokenizer)
-    _add_groups(report, config, loaded, objective, chosen, {d.id: d for d in stored_documents})
+    _add_groups(report, config, loaded, objective, chosen, {d.id: d for d in stored_documents}, tick)
 
 
-def add_new_thoughts(report: Report, config: PretrainConfig, loaded: Models, documents: int) -> None:
+def add_new_thoughts(
+    report: Report, config: PretrainConfig, loaded: Models, documents: int, tick: Tick = no_tick
+) -> None:
     """Sample thoughts at the objective's positions in a random sample of the data, and add them."""
     model = loaded.model
     assert model is not None, "thoughts are sampled from a model"
@@ -104,7 +116,8 @@ def add_new_thoughts(report: Report, config: PretrainConfig, loaded: Models, doc
     if not positions:
         raise ConfigError(f"none of {len(read)} documents has a position for this objective")
     groups = roll_out(objective, HFEngine(model, tokenizer=loaded.tokenizer), positions, seeds)
-    _add_groups(report, config, loaded, objective, groups, {d.id: d for d in first_documents})
+    tick()
+    _add_groups(report, config, loaded, objective, groups, {d.id: d for d in first_documents}, tick)
 
 
 def _add_groups(
@@ -114,6 +127,7 @@ def _add_groups(
     objective: Objective,
     groups: Sequence[Group],
     documents: Mapping[str, Document],
+    tick: Tick,
 ) -> None:
     """Score groups and add them to the report, by document."""
     layout = Layout(
@@ -132,6 +146,7 @@ def _add_groups(
         known = [documents[document_id] for document_id in ids if document_id in documents]
         baseline = _baseline(report, loaded)
         rewarded = rewards_now(objective, loaded.model, baseline, unrewarded, known, layout)
+        tick()
     scored = score_positions(
         groups,
         documents,
@@ -140,6 +155,7 @@ def _add_groups(
         no_think=layout.no_think_ids,
         rewarded=rewarded,
         pad_id=layout.pad_id,
+        tick=tick,
     )
     report.tokenizer = loaded.tokenizer
     by_document: dict[str, list[ScoredPosition]] = {}

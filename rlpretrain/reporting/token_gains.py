@@ -6,7 +6,7 @@ model, the second under a reference, which is the initial model if there is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlpretrain.scoring.groups import micro_batches, score_batch
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline
 from rlpretrain.scoring.scorer import Scorer, score_function
+from rlpretrain.tracking.progress import no_tick
 from rlpretrain.types import Batch, Document
 from rollout.types import Group, Thought
 
@@ -28,6 +29,8 @@ CONTROLS = {
     "shuffled": "its own tokens in random order",
     "other": "a thought for another document",
 }
+PASSES = 2 + len(CONTROLS)
+"""Passes of the models over all positions in `score_positions`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,12 @@ def score_positions(
     pad_id: int = 0,
     seed: int = 0,
     token_budget: int = 16384,
+    tick: Callable[[], None] = no_tick,
 ) -> list[ScoredPosition]:
     """The groups with their gains; without a `model` only with their stored rewards.
 
     Rewards are the stored ones, else those of `rewarded` (by group id; NaN for a thought that does not
-    count), else the gains.
+    count), else the gains. `tick` is called after each of PASSES passes.
     """
     gains: dict[str, np.ndarray] = {}
     controls: dict[str, dict[str, float]] = {group.id: {} for group in groups}
@@ -96,7 +100,9 @@ def score_positions(
         context = ([documents[document_id] for document_id in ids if document_id in documents], layout)
         first_thoughts = [replace(group, thoughts=group.thoughts[:1]) for group in targeted]
         base = token_logps(reference or model, first_thoughts, *context).without
+        tick()
         scored = token_logps(model, targeted, *context).after
+        tick()
         gains = {group_id: after - base[group_id] for group_id, after in scored.items()}
         for kind in CONTROLS:
             if kind == "other" and len(ids) < 2:
@@ -104,6 +110,7 @@ def score_positions(
             scored = token_logps(model, contrast(targeted, kind, seed), *context).after
             for group_id, after in scored.items():
                 controls[group_id][kind] = float((after - base[group_id]).sum(-1).mean())
+            tick()
     positions = []
     for group in groups:
         group_gains = gains.get(group.id)

@@ -56,10 +56,14 @@ class Course:
     start: float = math.nan
     best: float = -math.inf
     recent: deque[float] = field(default_factory=deque)
+    squared_jumps: float = 0.0
+    """Sum of the squared differences between values that follow each other."""
 
     def add(self, value: float) -> None:
         """Add the next finite value."""
         self.count += 1
+        if self.recent:
+            self.squared_jumps += (value - self.recent[-1]) ** 2
         self.recent.append(value)
         if len(self.recent) > self.size:
             self.recent.popleft()
@@ -72,6 +76,16 @@ class Course:
     def now(self) -> float:
         """Mean of the last `size` values."""
         return sum(self.recent) / len(self.recent)
+
+    @property
+    def noise(self) -> float:
+        """Four standard errors of the difference between two means.
+
+        They follow from values next to each other, so that a slow change is not taken for noise.
+        """
+        if self.count < 2:
+            return 0.0
+        return 4 * math.sqrt(self.squared_jumps / (self.count - 1) / self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +112,17 @@ def _between(low: float, high: float) -> Callable[[Course], bool]:
 
 
 def _rose_by(amount: float) -> Callable[[Course], bool]:
-    """The mean is above its start by more than the amount."""
-    return lambda course: course.now > course.start + amount
+    """The mean is above its start by more than the amount, and more than noise explains."""
+    return lambda course: course.now > course.start + max(amount, course.noise)
 
 
 def _gain_falls(gain: Course) -> bool:
-    """Below its best by over half of it and over .2 nats, or below both 0 and its start by over .2 nats."""
-    return gain.now < gain.best - max(0.2, 0.5 * abs(gain.best)) or gain.now < min(0.0, gain.start) - 0.2
+    """Below its best by over half of it and over .2 nats, or below both 0 and its start by over .2 nats.
+
+    Both by more than noise explains.
+    """
+    least = max(0.2, gain.noise)
+    return gain.now < gain.best - max(least, 0.5 * abs(gain.best)) or gain.now < min(0.0, gain.start) - least
 
 
 def _only_tags_gain(gain: Course, empty: Course) -> bool:

@@ -30,6 +30,23 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def no_tick() -> None:
+    """For work whose progress nobody shows."""
+
+
+class Ticks:
+    """Counts finished parts of a work for a function of (done, total); without one it only counts."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int):
+        self.progress, self.done, self.total = progress, 0, total
+
+    def __call__(self) -> None:
+        """One more part is done."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
 class Lines:
     """Prints progress as lines, by default on standard error."""
 
