@@ -25,7 +25,7 @@ demo:  ## corpus, base, RLP and controls: one table, runs/demo/results.json
 	@bash scripts/setup.sh demo-cpu
 	$(OFFLINE) $(PY) -m examples.demo $(ARGS)
 
-real:  ## hours (an estimate): RLP on SmolLM2-135M and GSM8K, and its controls: runs/smollm2/results.json (ARGS=--quick: minutes)
+real:  ## hours (an estimate): RLP on SmolLM2-135M and sentences of GSM8K, and its controls: runs/smollm2/results.json (ARGS=--quick: minutes)
 	@bash scripts/setup.sh demo-cpu
 	@bash scripts/setup.sh real-cpu
 	$(OFFLINE) $(PY) -m examples.smollm2_rlp $(ARGS)
