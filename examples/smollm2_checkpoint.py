@@ -7,9 +7,12 @@ So the weights here are not the published ones, and numbers that are measured wi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,10 +35,11 @@ def make_checkpoint(folder: Path, layers: int | None = None) -> None:
     source = gguf_file()
     print(f"making a checkpoint of {source.name} ...", flush=True)
     check_sum(source)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
+    with read_once():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
     weights, config = quantized.state_dict(), quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -48,6 +52,21 @@ def make_checkpoint(folder: Path, layers: int | None = None) -> None:
     tokenizer.save_pretrained(folder)
     made = {"source": source.name, "sha256": SHA256, "layers": config.num_hidden_layers}
     (folder / "made.json").write_text(json.dumps(made))
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Keep what transformers would read from a GGUF file for the tokenizer, and again for every weight."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in kept.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
 
 
 def gguf_file() -> Path:

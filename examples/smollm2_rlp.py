@@ -82,6 +82,7 @@ QUICK = {
     "positions_per_step": 2,
     "optim": {"warmup_steps": 1},
     "log_every": 1,
+    "checkpoint": {"every": 0},
 }
 """Fields that --quick sets."""
 
@@ -149,11 +150,11 @@ def train_on_traces(out: Path, quick: bool) -> None:
         "data": {"path": str(out / "documents.jsonl"), "max_length": 128, "long": "truncate"},
         "ntp_data": traces | {"answer_join": "", "max_length": 128},
         "objective": {"name": "sft_mixed", "share": SHARE},
-        "positions_per_step": BATCH,
+        "positions_per_step": 2 if quick else BATCH,
         "optim": {"lr": 2e-4, "schedule": "cosine", "warmup_steps": 1 if quick else 5},
         "max_steps": 2 if quick else TRACES_STEPS,
         "token_budget": 2048,
-        "checkpoint": {"every": 20, "keep": 1},
+        "checkpoint": {"every": 0 if quick else 20, "keep": 1},
         "log_every": 10,
         "threads": 1,
         "output_dir": str(out / "warm"),

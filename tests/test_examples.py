@@ -135,16 +135,6 @@ def test_the_trl_script_trains_and_saves(corpus: Path, tmp_path: Path):
 # the real checkpoint
 
 
-def test_annotations_of_results_are_kept_emptied_or_removed():
-    problem = ("How many? ", "48/2 = $<<48/2=24>>24, so <<2+2=4>>4.\n#### 24")
-    texts = {kind: smollm2_rlp.document(*problem, kind).splitlines()[1] for kind in smollm2_rlp.KINDS}
-    assert texts == {
-        "annotated": "48/2 =<<48/2=24>> $24, so 4.",
-        "empty": "48/2 =<<>> $24, so 4.",
-        "plain": "48/2 = $24, so 4.",
-    }
-
-
 def test_a_checkpoint_of_other_bytes_is_refused(tmp_path, monkeypatch):
     other = tmp_path / smollm2_checkpoint.FILE
     other.write_bytes(b"GGUF")

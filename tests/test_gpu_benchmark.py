@@ -23,11 +23,19 @@ def run(folder, *options: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads((folder / "gpu.json").read_text()), (folder / "gpu.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def all_parts(tmp_path_factory) -> tuple[int, dict, str]:
+    folder = tmp_path_factory.mktemp("gpu")
+    done = run(folder, "--peak", "1e12")
+    assert not list(folder.glob("gpu-*"))
+    return done
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", gpu.PARTS)
-def test_every_part_runs_on_a_cpu(name, tmp_path):
-    status, results, table = run(tmp_path, "--peak", "1e12", "--parts", name)
+def test_every_part_runs_on_a_cpu(name, all_parts):
+    status, results, table = all_parts
     part = results["parts"][name]
     assert (part["status"], part.get("error"), status) == ("ok", None, 0)
     cells = {cell["name"]: cell["values"] for cell in part["cells"]}
@@ -39,7 +47,6 @@ def test_every_part_runs_on_a_cpu(name, tmp_path):
         assert all(0 < values["mfu"] < 1 for values in cells.values())
     if name == "compilation":
         assert {values["compilations"] for values in cells.values()} == {2}
-    assert not list(tmp_path.glob("gpu-*"))
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
