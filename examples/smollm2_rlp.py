@@ -21,7 +21,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +170,13 @@ def experiment(args: argparse.Namespace) -> compare.Experiment:
     if args.steps is not None:
         changes["max_steps"] = args.steps
     ntp = {"config": RECIPE.name, "like": "rlp"}
-    larger = {
-        "positions_per_step": 2 if args.quick else 32
-    }  # documents: many small steps would only be slower
+    documents = {"positions_per_step": 2 if args.quick else 32}  # of a step
     objective = read_mapping(RECIPE)["objective"]
     values = {
         "methods": {
             "rlp": {"config": RECIPE.name, "set": changes},
             "ntp_tokens": {**ntp, "match": "tokens", "set": changes | {"objective": "ntp"}},
-            "ntp_compute": {**ntp, "match": "flops", "set": changes | {"objective": "ntp"} | larger},
+            "ntp_compute": {**ntp, "match": "flops", "set": changes | {"objective": "ntp"} | documents},
         },
         "common": {"model": str(out / "warm" / "model"), "data": {"path": str(out / "documents.jsonl")}},
         "evaluation": {
@@ -217,11 +216,9 @@ def evaluate_untouched(out: Path, evaluation: CommonEvaluation) -> dict[str, Any
         measured = evaluate(
             model, objective, documents, frozen=frozen, thoughts=evaluation.thoughts, greedy=True
         )
-        values = {name: array.tolist() for name, array in measured.values.items()}
-        values |= {"no_think_loss": measured.losses.tolist(), "tokens": measured.tokens.tolist()}
-        write_json(file, {"rows": list(measured.rows), "values": values})
-    stored = json.loads(file.read_text())
-    return numbers(compare.Measurements([stored["values"]], stored["rows"]))
+        write_json(file, measured.columns())
+    columns = json.loads(file.read_text())
+    return numbers(compare.Measurements([columns], columns["rows"]))
 
 
 def collect(real: compare.Experiment) -> dict[str, Any]:
@@ -232,15 +229,23 @@ def collect(real: compare.Experiment) -> dict[str, Any]:
 
 def numbers(measured: compare.Measurements) -> dict[str, Any]:
     """The mean of each number, its interval as `_ci`, and each seed's mean as `_seeds`."""
-    for seed in measured.by_seed:
-        for control in CONTROLS:
-            pairs = zip(seed["gain_frozen"], seed[control], strict=True)
-            seed[f"over_{control}"] = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+    measured = replace(measured, by_seed=[seed | over_controls(seed) for seed in measured.by_seed])
     row: dict[str, Any] = {}
     for number in NUMBERS:
         mean, low, high = measured.interval(number)
         row |= {number: mean, f"{number}_ci": [low, high], f"{number}_seeds": measured.means(number)}
     return row
+
+
+def over_controls(seed: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
+    """`gain_frozen` minus that of each control, position by position."""
+
+    def difference(gain: float | None, other: float | None) -> float | None:
+        return None if gain is None or other is None else gain - other
+
+    return {
+        f"over_{control}": list(map(difference, seed["gain_frozen"], seed[control])) for control in CONTROLS
+    }
 
 
 def show(results: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from rlpretrain.experiments.experiment import Job, overlay
 from rlpretrain.experiments.jobs import evaluation_to_do, training_to_do
 from rlpretrain.experiments.loading import load_experiment
 from tests.builders.configs import tiny_values
+from tests.builders.experiments import small_evaluation
 from tests.builders.processes import warm
 
 
@@ -36,13 +37,7 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
             "ntp_tokens": {**ntp, "match": "tokens"},
             "ntp_flops": {**ntp, "match": "flops"},
         },
-        "evaluation": {
-            "data": {"path": str(corpus / "held_out.jsonl"), "max_length": 64},
-            "documents": 12,
-            "thoughts": 2,
-            "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
-            "max_thought_tokens": 6,
-        },
+        "evaluation": small_evaluation(corpus / "held_out.jsonl"),
         "seeds": [0, 1],
         "jobs": 2,
         "output_dir": str(folder / "compared"),

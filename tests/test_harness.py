@@ -265,7 +265,7 @@ def test_the_command_shows_the_untouched_base_beside(ready, tmp_path, capsys):
     assert found["thoughts"]["number"] == 18
 
 
-def test_the_base_is_that_of_the_run(tmp_path, capsys):
+def test_the_base_is_that_of_the_run(tmp_path, capsys, monkeypatch):
     """Its revision and tokenizer too; a base that is not on this machine is named."""
     model = tmp_path / "run" / "checkpoint-2" / "model"
     config = build({"model": str(model), "data": "x"})
@@ -278,6 +278,9 @@ def test_the_base_is_that_of_the_run(tmp_path, capsys):
         base = initial_model(None, config.model)
         assert (base and base.path) == expected and (base is None or base.revision == "v1")
     assert "/gone, is not here: give --frozen" in capsys.readouterr().out
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"model": section}}))
+    monkeypatch.chdir(tmp_path / "run")  # a hub id does not belong to the run in whose folder the user is
+    assert initial_model(None, build({"model": "org/trained", "data": "x"}).model) is None
 
 
 def test_tasks_are_read_from_few_folders():

@@ -94,6 +94,8 @@ def initial_model(given: str | None, model: ModelConfig) -> ModelConfig | None:
 
 def _section_of_run(model: str) -> dict[str, Any] | None:
     """The section `model` of the run that saved a model in one of its folders; None if there is no run."""
+    if not Path(model).exists():
+        return None  # a hub id is no path, whatever run the present folder belongs to
     for folder in Path(model).resolve().parents[:3]:
         if run := run_config(str(folder)):
             return run["model"]

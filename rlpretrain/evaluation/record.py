@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,11 @@ class Evaluation:
             groups=[group for group, kept in zip(self.groups, mask, strict=True) if kept],
             frozen_losses=None if self.frozen_losses is None else self.frozen_losses[mask],
         )
+
+    def columns(self) -> dict[str, Any]:
+        """Every number at each position, the `tokens` that weight its loss, and its source row: for JSON."""
+        arrays = self.values | {"no_think_loss": self.losses, "tokens": self.tokens}
+        return {name: array.tolist() for name, array in arrays.items()} | {"rows": self.rows}
 
     def summary(self, seed: int = 0) -> dict[str, float | list[float]]:
         """Mean of every number, and its 95% interval under the same name with `_ci`."""

@@ -268,9 +268,7 @@ def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = 
             pad_id=tokenizer.pad_token_id or 0,
             progress=progress,
         )
-    values = result.values | {"no_think_loss": result.losses, "tokens": result.tokens}
-    record: dict[str, Any] = {name: array.tolist() for name, array in values.items()}
-    record["rows"] = result.rows
+    record = result.columns()
     if common:
         record["meta"] = {name: result.meta(name) for name in evaluation.data.meta_columns}
     return record

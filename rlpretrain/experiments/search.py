@@ -10,6 +10,7 @@ import numpy as np
 
 from rlpretrain.config import ConfigError
 from rlpretrain.experiments.experiment import Job, combinations
+from rlpretrain.experiments.measurements import Measurements
 
 
 class Trial(TypedDict):
@@ -44,12 +45,12 @@ def read_trials(job: Job) -> list[Trial]:
 
 
 def _score(trial: Job, number: str) -> float:
-    """The mean of a number over the positions; that of a loss per token is weighted by tokens."""
-    measured = json.loads((trial.folder / "evaluation.json").read_text())["common"]
-    if number not in measured:
-        raise ConfigError(f"method {trial.name}: search_by '{number}' is not one of {', '.join(measured)}")
-    weights = measured["tokens"] if number == "no_think_loss" else None
-    return float(np.average(np.array(measured[number], float), weights=weights))
+    """The mean of a number over the positions, as in the tables."""
+    common = json.loads((trial.folder / "evaluation.json").read_text())["common"]
+    measured = Measurements([common], common["rows"])
+    if not measured.has(number):
+        raise ConfigError(f"method {trial.name}: search_by '{number}' is not one of {', '.join(common)}")
+    return measured.means(number)[0]
 
 
 def chosen_values(job: Job) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rlpretrain.reporting.thoughts import (
     load_model,
     load_models,
 )
-from rlpretrain.tracking.progress import Ticks, no_tick
+from rlpretrain.tracking.progress import Tick, Ticks, no_tick
 from rollout.store import Store, StoreError
 
 LARGEST = 3_000_000
@@ -128,12 +128,7 @@ def _finite_numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def add_thoughts(
-    contents: Report,
-    folder: Path,
-    step: int | None,
-    documents: int,
-    model: str | None,
-    tick: Callable[[], None] = no_tick,
+    contents: Report, folder: Path, step: int | None, documents: int, model: str | None, tick: Tick = no_tick
 ) -> None:
     """Add the thoughts that a run stored, or else new ones."""
     if not contents.record.get("config"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, NoBaseline
 from rlpretrain.scoring.scorer import Scorer, score_function
-from rlpretrain.tracking.progress import no_tick
+from rlpretrain.tracking.progress import Tick, no_tick
 from rlpretrain.types import Document
 from rollout.hf import HFEngine
 from rollout.store import Store
 from rollout.types import Group, Position
 
 TOKEN_BUDGET = 16384
-Tick = Callable[[], None]
 PARTS = PASSES + 2
 """Of the work on thoughts, at each of which `tick` is called: sampling, rewards, and the passes for gains."""
 

@@ -6,7 +6,7 @@ model, the second under a reference, which is the initial model if there is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlpretrain.scoring.groups import micro_batches, score_batch
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline
 from rlpretrain.scoring.scorer import Scorer, score_function
-from rlpretrain.tracking.progress import no_tick
+from rlpretrain.tracking.progress import Tick, no_tick
 from rlpretrain.types import Batch, Document
 from rollout.types import Group, Thought
 
@@ -84,7 +84,7 @@ def score_positions(
     pad_id: int = 0,
     seed: int = 0,
     token_budget: int = 16384,
-    tick: Callable[[], None] = no_tick,
+    tick: Tick = no_tick,
 ) -> list[ScoredPosition]:
     """The groups with their gains; without a `model` only with their stored rewards.
 

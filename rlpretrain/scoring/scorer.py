@@ -46,12 +46,12 @@ class Scorer(nn.Module):
         temperature: Tensor | float = 1.0,
         want: str = "logps",
         tree: Tree | None = None,
-        wanted: tuple[int, int] | None = None,
+        want_rows: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [K] of `labels` given the states at `rows` of the flattened input.
 
-        `want` is "logps", or adds "entropies" or the likeliest tokens ("top"): those of the slice `wanted` of
-        `rows`, of all by default.
+        `want` is "logps", or adds "entropies" or the likeliest tokens ("top"): those of `rows` in the slice
+        `want_rows`, of all by default.
         """
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
@@ -65,7 +65,7 @@ class Scorer(nn.Module):
         if tree is not None:
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
-        return self.read(hidden, labels, temperature, want, wanted)
+        return self.read(hidden, labels, temperature, want, want_rows)
 
     def read(
         self,
@@ -73,13 +73,13 @@ class Scorer(nn.Module):
         labels: Tensor,
         temperature: Tensor | float,
         want: str,
-        wanted: tuple[int, int] | None = None,
+        want_rows: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the head to the states [K, H]: log-probs of `labels` [K], and what `want` adds."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
         logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
-        hidden = hidden[slice(*wanted)] if wanted else hidden
+        hidden = hidden[slice(*want_rows)] if want_rows else hidden
         if want == "entropies":
             return logps, row_entropies(hidden, head.weight, **form)
         return logps, top_tokens(hidden, head.weight, head.bias) if want == "top" else None
@@ -114,17 +114,10 @@ class NoGradScorer(Scorer):
         with adapters.off(self.model) if self.adapters_off else nullcontext():
             return super().forward(*args, **kwargs)
 
-    def read(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        temperature: Tensor | float,
-        want: str,
-        wanted: tuple[int, int] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def read(self, *args: Any) -> tuple[Tensor, Tensor | None]:
         """As `Scorer.read`, with the whole head gathered."""
         with gathered(self.model.get_output_embeddings().parameters()):  # type: ignore[operator]
-            return super().read(hidden, labels, temperature, want, wanted)
+            return super().read(*args)
 
 
 @torch.no_grad()
@@ -159,9 +152,9 @@ def score(
     want = "entropies" if entropies else "top" if hits else "logps"
     sizes = [int(part.mask.sum()) for part in parts]
     before_trunk = sum(sizes[:3])
-    wanted = (before_trunk, len(rows)) if entropies else (sizes[0], before_trunk)
+    want_rows = (before_trunk, len(rows)) if entropies else (sizes[0], before_trunk)
     inputs = (micro.input_ids, micro.attention_mask, micro.position_ids)
-    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree, wanted)
+    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree, want_rows)
 
     thought_logps, target_logps, baseline_logps, trunk_logps = logps.split(sizes)
     scores = Scores(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+Tick = Callable[[], None]
+"""Called after each part of a work."""
 QUIET_SECONDS = 30.0
 """Where there is no terminal, a line is printed this often."""
 
