@@ -37,7 +37,7 @@ MIXES: Mapping[str, Mix] = {
     "few_thoughts": Mix(worked=0.45, direct=0.20, traced=0.10, idle=0.15),
     "traces": Mix(worked=0.0, direct=0.1, traced=0.8, idle=0.0),
 }
-"""few_thoughts: the base can compute, but a thought of its is mostly useless. traces: it thinks as it should."""
+"""few_thoughts: the base can compute, but its thoughts are mostly useless. traces: its thoughts compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +181,8 @@ class Sets:
             cores = list(itertools.islice(distinct_cores(rng, op), wanted))
             if len(cores) < wanted:
                 raise ConfigError(
-                    f"{wanted} different held-out problems with {op} operation{'s' * (op > 1)} were asked for, "
-                    f"but only {len(cores)} exist: ask for fewer, or leave op {op} out"
+                    f"{wanted} different held-out problems with {op} operation{'s' * (op > 1)} were asked "
+                    f"for, but only {len(cores)} exist: ask for fewer, or leave op {op} out"
                 )
             for core, context in itertools.product(cores, settings.contexts):
                 yield Problem(self._state(rng, core, context), op, context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from rlpretrain.corpora.graph_problems import NAMES, Definition, Graph, GraphError
@@ -22,23 +22,23 @@ PUNCTUATION = ".;,:?"
 """Characters that are words of their own at the end of a word."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Template:
     """A clause as words and slots, such as `{name} is {left} {op} {right}`.
 
-    Slots: `name`, `left` and `right` are quantities; `constant`, `value`, `a` and `b` digits (`a` and `b` the
-    values of left and right); `op` is the word of an operation. `operation` is set where the words alone say it.
+    Slots: `name`, `left` and `right` are quantities; `constant`, `value`, `a` and `b` digits (`a` and `b` are
+    the values of left and right); `op` is the word of an operation. `operation` is set if the words say it.
     """
 
     text: str
     operation: str | None = None
 
-    @property
+    @cached_property
     def words(self) -> tuple[str, ...]:
         """The words and slots that a clause is compared with."""
-        return _words_of(self.text)
+        return tuple(split_words(self.text))
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """What it defines a quantity by."""
         return "pair" if "{right}" in self.words else "constant" if "{left}" in self.words else "leaf"
@@ -52,7 +52,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A clause of a trace that was read: a definition, the values it quotes for its parents, and its value."""
+    """A clause of a trace: a definition, the values that it quotes for the parents, and its own value."""
 
     definition: Definition
     quoted: tuple[int, ...]
@@ -85,8 +85,8 @@ class Surface:
 
     def trace(self, graph: Graph, rng: random.Random | None = None) -> str:
         """The gold trace: every needed quantity with its operands, their values and its own."""
-        values = graph.values()
-        steps = [self._say(self.steps, d, values, rng) + self.step_end for d in graph.solution()]
+        values = graph.values
+        steps = [self._say(self.steps, d, values, rng) + self.step_end for d in graph.solution]
         return " ".join(steps)
 
     def answer_text(self, graph: Graph) -> str:
@@ -150,9 +150,8 @@ class Surface:
             if slots is None:
                 continue
             if "left" not in slots:
-                return Definition(
-                    slots["name"], (DIGITS[slots.get("constant", slots.get("value", ""))],)
-                ), slots
+                digit = slots["constant"] if "constant" in slots else slots["value"]
+                return Definition(slots["name"], (DIGITS[digit],)), slots
             other = slots["right"] if "right" in slots else DIGITS[slots["constant"]]
             by_word = {word: operation for operation, word in self.operations.items()}
             operation = by_word[slots["op"]] if "op" in slots else template.operation
@@ -180,12 +179,6 @@ def split_words(text: str) -> list[str]:
             end -= 1
         words += [word[:end], *word[end:]]
     return words
-
-
-@cache
-def _words_of(text: str) -> tuple[str, ...]:
-    """The words of a template, which is read many times."""
-    return tuple(split_words(text))
 
 
 def split_clauses(words: Iterable[str]) -> list[list[str]]:

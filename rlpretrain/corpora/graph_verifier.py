@@ -1,14 +1,14 @@
 """The verifier of the graphs corpus: which steps of a trace are right, and whether all of it is.
 
 Nothing but the question, the trace and the answer is read, each by the templates of its surface. There is no
-search for numbers in prose: a clause that fits no template was not said, and an answer that is not a digit and
-a full stop is wrong.
+search for numbers in prose: a clause that fits no template was not said, and an answer other than a digit,
+with or without a full stop, is wrong.
 
 A step is right if it says what the question says (the same parents, operation and constant), quotes the true
-values of the parents, and has the true value. `process` is the share of needed quantities with a right step
-("ProcessAcc" of arXiv 2512.07783, which compares parents and values only). A quantity with two different steps
-is wrong. `verified` also needs the right answer, and that no step about another quantity is false: true extra
-steps are allowed.
+values of the parents, and has the true value. A quantity with two different steps is wrong. `process` is the
+share of needed quantities with a right step ("ProcessAcc" of arXiv 2512.07783, which compares parents and
+values only). `verified` also needs the right answer, and that no step about another quantity is false: true
+extra steps are allowed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def verify(question: str, trace: str, answer: str) -> Verdict:
     Verdict(process=0.5, answer_right=True, verified=False, malformed=0)
     """
     graph = parse(question)
-    values = graph.values()
+    values = graph.values
     said, malformed = surface_of(question).read_steps(trace)
     steps: dict[str, set[object]] = {}
     for step in said:

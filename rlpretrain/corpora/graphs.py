@@ -1,8 +1,8 @@
 """The graphs corpus: arithmetic on named quantities, where a program checks every step of a thought.
 
-A clean-room testbed after "Interplay" (arXiv 2512.07783): what do pretraining, mid-training and RL each add to
-reasoning? Difficulty is op, the exact number of operations; breadth is the context, one of two sets of names.
-`write` makes
+A clean-room testbed after "Interplay" (arXiv 2512.07783): what do pretraining, mid-training and RL each add
+to reasoning? Difficulty is op, the exact number of operations; breadth is the context, one of two sets of
+names. `write` makes
 
     base.jsonl       pretraining: mostly worked problems without thoughts; larger ops and context B are rare
     mid.jsonl        mid-training: gold traces as thoughts, at the edge of what the base can do
