@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.plugins import find
@@ -40,4 +41,4 @@ def find_verifier(name: str, setting: str) -> Verifier:
     verifier = find(name, setting)
     if not callable(verifier):
         raise ConfigError(f"{setting}: '{name}' is no function (question, trace, answer) -> Verdict")
-    return verifier
+    return cast(Verifier, verifier)  # its signature is known when it is called

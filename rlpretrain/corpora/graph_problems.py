@@ -2,7 +2,7 @@
 
 A problem is a directed acyclic graph and a query. Its op is the number of operations that the query needs.
 All values are modulo 10. The idea is that of "Interplay" (arXiv 2512.07783); this generator is our own. It
-grows the graph backward from the query, so that op is exact without rejection and all that is grown is needed.
+grows the graph backward from the query, so op is exact without rejection, and all that is grown is needed.
 """
 
 from __future__ import annotations

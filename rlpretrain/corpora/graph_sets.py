@@ -59,9 +59,9 @@ class Settings:
     order: Literal["topological", "shuffled"] = "topological"
     """Sentences after those that they refer to, or anywhere."""
     mix: str = "few_thoughts"
-    base: int = 60_000
-    mid: int = 10_000
-    train: int = 20_000
+    base: int = 40_000
+    mid: int = 5_000
+    train: int = 10_000
     held_out: int = 1_600
     """Documents of all held-out cells together; each op in each context has as many."""
     mid_ops: tuple[int, ...] = (5, 6)
