@@ -29,6 +29,8 @@ class Verdict:
         return self.answer_right and not self.verified
 
 
+WRONG = Verdict(process=0.0, answer_right=False, verified=False)
+"""The verdict on a thought without an end, whatever it says."""
 Verifier = Callable[[str, str, str], Verdict]
 """From the texts of question, trace (without tags) and answer to the verdict.
 

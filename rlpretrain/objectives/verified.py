@@ -30,12 +30,11 @@ from pydantic import Field
 
 from rlpretrain.config import ConfigError, Count
 from rlpretrain.objectives import base
-from rlpretrain.verdict import Verdict, find_verifier
+from rlpretrain.verdict import WRONG, Verdict, find_verifier
 from rollout.engine import Engine
 from rollout.types import FinishReason, Group, Thought
 
 GRAPHS = "rlpretrain.corpora.graphs:verify"
-WRONG = Verdict(process=0.0, answer_right=False, verified=False)
 
 
 @dataclass(kw_only=True)
@@ -90,11 +89,8 @@ class Verified(base.Objective):
         """The verdict on a thought and its answer; None if one of the two has no end."""
         if thought.finish_reason is not FinishReason.CLOSE or thought.answer_span is None:
             return None
-        trace_ids = list(thought.token_ids[: thought.answer_span[0]])
-        if trace_ids[-1:] == [self.template.close_id]:
-            trace_ids.pop()
-        question = self.question(group.position.context_ids)
-        trace = self.reader.text(trace_ids, after=group.prompt.token_ids)
+        question = question_text(self, group.position.context_ids)
+        trace = trace_text(self, group, thought.token_ids[: thought.answer_span[0]])
         try:
             return self.verifier(question, trace, self.answer_text(thought))
         except ValueError as error:
@@ -102,11 +98,6 @@ class Verified(base.Objective):
                 f"document {group.position.document_id}: objective.verifier {self.config.verifier} cannot "
                 f"read the question '{question[:200]}': {error}"
             ) from None
-
-    def question(self, context_ids: Sequence[int]) -> str:
-        """The text of a position's context, without special tokens; an unknown word stays one."""
-        dropped = self.picker.special - {self.tokenizer.unk_token_id}
-        return self.reader.text([i for i in context_ids if i not in dropped])
 
     def reward_of(self, verdict: Verdict) -> float:
         """The reward that a verdict gives."""
@@ -127,6 +118,18 @@ class Verified(base.Objective):
     def notes(self) -> dict[str, float]:
         """Means over the thoughts of the step's groups."""
         return self.step_notes
+
+
+def question_text(objective: base.Objective, context_ids: Sequence[int]) -> str:
+    """The text of a position's context, without special tokens; an unknown word stays one."""
+    dropped = objective.picker.special - {objective.tokenizer.unk_token_id}
+    return objective.reader.text([i for i in context_ids if i not in dropped])
+
+
+def trace_text(objective: base.Objective, group: Group, thought_ids: Sequence[int]) -> str:
+    """The text of a thought, without the close tag that ends it."""
+    ends = thought_ids[-1:] == (objective.template.close_id,)
+    return objective.reader.text(thought_ids[:-1] if ends else thought_ids, after=group.prompt.token_ids)
 
 
 def summarise(groups: Sequence[Group]) -> dict[str, float]:
