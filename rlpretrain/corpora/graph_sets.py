@@ -80,7 +80,7 @@ class Settings:
             _check_ops(name, getattr(self, name))
         if self.weights is not None and len(self.weights) != len(self.ops):
             raise ConfigError(
-                f"{len(self.weights)} weights for {len(self.ops)} ops {list(self.ops)}: as many"
+                f"{len(self.weights)} weights for {len(self.ops)} ops {list(self.ops)}: give one for each"
             )
         _check_shares("weights", self.op_weights)
         _check_contexts(self.contexts)

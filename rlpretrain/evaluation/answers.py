@@ -156,7 +156,8 @@ def evaluate_answers(
     Thoughts are sampled as the objective's setting says, and those that do not close themselves are closed.
     So are answers, unless `answer_temperature` is set (0: the likeliest). Their length is at most
     `max_answer_tokens`, by default twice that of the longest true answer. All depends on `seed` and the
-    document's id alone. A `verifier` also judges thoughts and answers together. `progress` is called with the numbers of positions done and of all.
+    document's id alone. A `verifier` also judges thoughts and answers together. `progress` is called with the
+    numbers of positions done and of all.
 
     Raises ConfigError if documents have no answer, or rows do not fit the model.
     """
