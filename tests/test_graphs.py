@@ -30,7 +30,7 @@ from tests.builders.graphs import GRAPHS, SEEDS, definitions_of, same_by_renamin
 
 SURFACES = st.sampled_from(sorted(graphs.SURFACES))
 TRUE = Verdict(process=1.0, answer_right=True, verified=True)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=40, deadline=None)
 
 
 def written(graph: Graph, surface: str, seed: int) -> tuple[str, str, str]:
@@ -194,7 +194,7 @@ def test_the_hash_is_equal_for_the_same_problems_only():
         return Graph(tuple(digits), graph.query)
 
     rng = random.Random(1)
-    cores = [coarse(grow(rng, op)) for op in (1, 2) for _ in range(45)]
+    cores = [coarse(grow(rng, op)) for op in (1, 2) for _ in range(35)]
     equal = 0
     for i, a in enumerate(cores):
         for b in cores[:i]:
@@ -202,7 +202,7 @@ def test_the_hash_is_equal_for_the_same_problems_only():
             if same or len(a.definitions) == len(b.definitions) < 5:
                 assert same == same_by_renaming(a, b), (a, b)
             equal += same
-    assert equal > 20
+    assert equal > 10
 
 
 def test_one_leaf_used_twice_is_not_two_leaves():
@@ -213,7 +213,7 @@ def test_one_leaf_used_twice_is_not_two_leaves():
     assert shared.canonical_hash() != apart.canonical_hash()
 
 
-SMALL = {"base": 300, "mid": 40, "train": 60, "held_out": 64}
+SMALL = {"base": 200, "mid": 40, "train": 60, "held_out": 64}
 
 
 @pytest.fixture(scope="module", params=["words", "sentences"])
@@ -254,7 +254,7 @@ def test_the_base_mostly_does_not_think(made):
     kinds = Counter(row["kind"] for row in rows["base"])
     shares = {"worked": 0.45, "direct": 0.2, "traced": 0.1, "idle": 0.15, "copied": 0.1}
     for kind, share in shares.items():
-        assert kinds[kind] / 300 == pytest.approx(share, abs=0.08), kind
+        assert kinds[kind] / 200 == pytest.approx(share, abs=0.1), kind
     for row in rows["base"]:
         assert row["text"] == f"{row['question']} {row['worked_answer']}"
         assert (dial.OPEN in row["text"]) == (row["kind"] in ("traced", "idle"))

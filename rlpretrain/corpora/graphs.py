@@ -216,7 +216,8 @@ def _base(writer: Writer, sets: Sets, settings: Settings) -> Iterator[dict[str, 
     """The rows of base.jsonl."""
     rng = random.Random(f"graphs base {settings.seed}")
     shares = asdict(MIXES[settings.mix])
-    for kind in rng.choices(list(shares), list(shares.values()), k=settings.base):
+    for _ in range(settings.base):
+        (kind,) = rng.choices(list(shares), list(shares.values()))
         yield writer.copied(rng) if kind == "copied" else writer.document(sets.base(rng), kind, rng)
 
 
