@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
+from rlpretrain.config.io import load_config
 from rlpretrain.corpora import dial, graphs
 from rlpretrain.corpora.graph_problems import (
     CONTEXTS,
@@ -25,6 +27,7 @@ from rlpretrain.corpora.graph_problems import (
     state,
 )
 from rlpretrain.corpora.graph_templates import split_clauses, split_words
+from rlpretrain.experiments.loading import load_experiment
 from rlpretrain.verdict import Verdict
 from tests.builders.graphs import GRAPHS, SEEDS, definitions_of, same_by_renaming, solve
 
@@ -378,3 +381,13 @@ def test_the_command(tmp_path, capsys):
     }.items():
         assert cli.main([*words, *extra]) == 2
         assert error in capsys.readouterr().err
+
+
+def test_every_example_is_a_valid_configuration():
+    files = sorted((Path(__file__).parents[1] / "examples" / "graphs").glob("*.yaml"))
+    assert len(files) >= 6
+    for file in files:
+        if "methods:" in file.read_text():
+            assert load_experiment(file).methods
+        else:
+            assert Path(load_config(file).output_dir).name == file.stem

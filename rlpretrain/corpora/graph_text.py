@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from rlpretrain.corpora.graph_problems import Graph
 from rlpretrain.corpora.graph_templates import Surface, Template
@@ -78,6 +79,10 @@ def surface_of(question: str) -> Surface:
     return SENTENCES_SURFACE if question.rstrip().endswith("?") else WORDS_SURFACE
 
 
+@lru_cache(maxsize=256)
 def parse(question: str) -> Graph:
-    """The graph of a question in either surface; GraphError for a text that is none."""
+    """The graph of a question in either surface; GraphError for a text that is none.
+
+    The last ones are kept, since all thoughts of a group are about one question.
+    """
     return surface_of(question).parse(question)

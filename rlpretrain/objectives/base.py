@@ -245,7 +245,7 @@ class Objective:
     # rewards and losses
 
     def notes(self) -> dict[str, float]:
-        """The objective's own numbers for the log of a step, named `objective/...`."""
+        """The objective's own numbers for the log of a step, asked for after `select`."""
         return {}
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
