@@ -10,9 +10,9 @@ trace and the answer, and nothing else: what is true follows from the question's
 - `mixed`: alpha * outcome + (1 - alpha) * process. Alpha 1 is `outcome`.
 
 These are the formulas of "Interplay" (arXiv 2512.07783; its code also subtracts for extra steps), without
-its KL term. Thought and answer are one sampled sequence and trained alike. A thought without a close tag, or whose answer has no end, is wrong:
-reward 0, and counted in the metric verified/truncated. `sampling.cut: mask` would leave such thoughts out,
-so it is refused; `penalise` makes them worse than wrong.
+its KL term. Thought and answer are one sampled sequence and trained alike. A thought without a close tag, or
+whose answer has no end, is wrong: reward 0, and counted in the metric verified/truncated. `sampling.cut:
+mask` would leave such thoughts out, so it is refused; `penalise` makes them worse than wrong.
 
 It is the RL stage after pretraining. Two controls belong to it: supervised training on the same problems
 (`sft_mixed`), and `random_reward`. An answer alone is weak evidence: a base can be right with wrong traces
