@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlpretrain.config import ConfigError
-from rlpretrain.corpora.graph_problems import CONTEXTS, Graph, distinct_cores, grow, most_names, state
+from rlpretrain.corpora.graph_problems import CONTEXTS, TRIES, Graph, distinct_cores, grow, most_names, state
 from rlpretrain.corpora.graph_text import SURFACES
-
-TRIES = 2000
-"""Draws in a row that may give only held-out problems, before they are taken for all that there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +27,7 @@ class Mix:
     idle: float
     """Useless words as a thought, then the answer."""
     copied: float = 0.1
-    """Random words, said twice. A small model learns to copy from them, which every trace needs."""
+    """Random words, said twice: practice in copying, since a trace copies from its question."""
 
 
 MIXES: Mapping[str, Mix] = {
@@ -182,7 +179,8 @@ class Sets:
             if len(cores) < wanted:
                 raise ConfigError(
                     f"{wanted} different held-out problems with {op} operation{'s' * (op > 1)} were asked "
-                    f"for, but only {len(cores)} exist: ask for fewer, or leave op {op} out"
+                    f"for, but there are only {len(cores)} ({TRIES} draws in a row brought no other): ask "
+                    f"for fewer, or leave op {op} out"
                 )
             for core, context in itertools.product(cores, settings.contexts):
                 yield Problem(self._state(rng, core, context), op, context)
