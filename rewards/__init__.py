@@ -1,6 +1,12 @@
 """Rewards of reinforcement pretraining in pure torch: log-probabilities, gains, advantages, ratios."""
 
-from rewards.advantages import batch_normalized, group_normalized, leave_one_out, zero_variance_fraction
+from rewards.advantages import (
+    batch_normalized,
+    group_normalized,
+    leave_one_out,
+    max_rl,
+    zero_variance_fraction,
+)
 from rewards.controls import (
     CollapseMonitor,
     distinct_n,
@@ -36,6 +42,7 @@ __all__ = [
     "importance_ratio",
     "information_gain",
     "leave_one_out",
+    "max_rl",
     "multi_sample_bound",
     "other_document",
     "perplexity_gain",

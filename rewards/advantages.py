@@ -98,6 +98,36 @@ def batch_normalized(
     return _divide(group, deviation, eps, floor).to(rewards.dtype)
 
 
+def max_rl(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+    """Return (r − group mean) / group mean, and exactly 0 for a group whose mean is 0.
+
+    A right thought weighs more, the rarer it is in its group. With rewards of 0 and 1, let p be the
+    probability of being right. The plain advantage follows the gradient of p; this one follows that of
+    log p = −Σ (1 − p)^k / k, cut off after k = G − 1 (a group without a right thought would be needed for
+    k = G, and gives 0 here). Equal rewards give exactly 0. NaN rewards take no part, and a group with fewer
+    than two valid rewards gets all zeros.
+
+    Raises:
+        ValueError: G < 2, or a negative reward, since a mean below 0 would turn the sign.
+
+    Source: MaxRL, arXiv 2602.02710.
+
+    >>> max_rl(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    tensor([[ 3., -1., -1., -1.],
+            [ 0.,  0.,  0.,  0.]])
+    """
+    if bool((rewards < 0).any()):
+        raise ValueError(
+            f"max_rl divides by the mean reward of a group, so no reward may be negative; the lowest is "
+            f"{float(rewards[rewards < 0].min()):.3g}"
+        )
+    group = _centred(rewards)
+    total = torch.where(group.valid, rewards.double(), 0.0).sum(1, keepdim=True)
+    mean = total / group.count.clamp(min=1)
+    counted = group.comparable & (mean != 0)
+    return torch.where(counted, group.values / mean, 0.0).to(rewards.dtype)
+
+
 def zero_variance_fraction(rewards: Float[Tensor, "B G"]) -> float:
     """Return the share of groups whose valid rewards are all equal, so that nothing can be learned from them.
 

@@ -80,7 +80,8 @@ def right_by_turns(run: Run) -> None:
 
 def test_every_objective_has_an_example():
     sections = [yaml.safe_load((FAMILY / f"{name}.yaml").read_text())["objective"] for name in NAMES]
-    assert {s if isinstance(s, str) else s["name"] for s in sections} == set(available())
+    named = {s if isinstance(s, str) else s["name"] for s in sections}
+    assert named | {"verified"} == set(available())  # examples/graphs has that of `verified`
 
 
 @pytest.mark.parametrize("name", NAMES)

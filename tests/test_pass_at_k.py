@@ -18,6 +18,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers, pass_at_k
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.types import Document
+from rlpretrain.verdict import Verdict
 from rollout.types import FinishReason
 from tests.builders.harness import WORDS, greedy, objective
 from tests.builders.tiny import tiny_model, word_tokenizer
@@ -230,6 +231,43 @@ def test_answers_follow_thoughts_that_were_closed(tokenizer):
     assert {FinishReason.CLOSE, FinishReason.LENGTH} <= reasons
 
 
+def odd_ups(question: str, trace: str, answer: str) -> Verdict:
+    """A verifier that wants an odd number of `up` before the answer 4."""
+    if question.split() != ["Q", "the", "A"]:
+        raise ValueError("that is no question")
+    ups, right = trace.split().count("up"), answer.split()[:1] == ["4"]
+    return Verdict(process=1 / (1 + ups), answer_right=right, verified=right and ups % 2 == 1)
+
+
+def test_verdicts_on_thoughts_and_answers_together(tokenizer):
+    """verified@k over all sets of k thoughts; a thought that did not close itself is wrong."""
+    chances = SURE | {"<think>": {"up": 1.0}, "up": {"</think>": 0.4, "up": 0.6}}
+    chances |= {"</think>": {"4": 0.75, "5": 0.25}, "A": {"4": 1.0}}
+    model, documents = markov(tokenizer, chances), documents_of(tokenizer, 12)
+    made = made_objective(tokenizer, thought_tokens=3)
+    ways = {"n": 5, "ks": (1, 2, 5), "verifier": odd_ups}
+    assert evaluate_answers(model, made, documents, thinking=False, **ways).verdicts is None
+    answers = evaluate_answers(model, made, documents, thinking=True, **ways)
+    right, shares = [], []
+    for texts, group in zip(answers.texts, answers.groups, strict=True):
+        for text, thought in zip(texts, group.thoughts, strict=True):
+            ups = len(thought.token_ids) - 1
+            closed = thought.finish_reason is FinishReason.CLOSE
+            right.append(closed and ups % 2 == 1 and text.split()[0] == "4")
+            shares.append(closed / (1 + ups))
+    by_position = np.array(right).reshape(12, 5)
+    found = answers.summary()
+    for k in (1, 2, 5):
+        sets = [any(chosen) for row in by_position.tolist() for chosen in combinations(row, k)]
+        assert found[f"verified@{k}"] == pytest.approx(np.mean(sets))
+    assert 0 < found["verified@1"] < found["pass@1"] and found["process"] == pytest.approx(np.mean(shares))
+    part = answers.where([number % 3 == 0 for number in range(12)])
+    assert part.summary()["verified@1"] == pytest.approx(by_position[::3].mean()) and len(part.groups) == 4
+    other = [Document("1", tokenizer("Q 4 the A 4")["input_ids"], answer_at=4)]
+    with pytest.raises(ConfigError, match="cannot read the question of document 1.*that is no question"):
+        evaluate_answers(model, made, other, thinking=True, **ways)
+
+
 def test_errors(tokenizer):
     model, made = tiny_model("llama", vocab_size=len(tokenizer)), made_objective(tokenizer)
     documents = documents_of(tokenizer, 2)
@@ -246,7 +284,7 @@ def test_the_command_prints_both_ways_beside_the_base(tokenizer, tmp_path, capsy
     for name, of_model in (("model", chances), ("base", chances | {"</think>": {"5": 1.0}})):
         markov(tokenizer, of_model).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    rows = [{"text": "Q the A", "answer": "4 end", "n": n} for n in range(16)]
+    rows = [{"text": "Q the A", "answer": "4 end", "n": n % 2} for n in range(16)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         "eval",
@@ -259,6 +297,7 @@ def test_the_command_prints_both_ways_beside_the_base(tokenizer, tmp_path, capsy
     words += ["--answer-join", " ", "--objective", "{name: rlp, positions: answer}", "--device", "cpu"]
     words += ["--pass-at", "1,2", "--answers", "4", "--max-thought-tokens", "8", "--answer-after", "4"]
     words += ["--frozen", str(tmp_path / "base"), "--json", str(tmp_path / "out.json")]
+    words += ["--verifier", "tests.test_pass_at_k:odd_ups", "--by", "n"]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert (
@@ -266,6 +305,10 @@ def test_the_command_prints_both_ways_beside_the_base(tokenizer, tmp_path, capsy
     )
     found = json.loads((tmp_path / "out.json").read_text())["pass_at"]
     assert found["thinking"]["pass@1"] == 1 and found["base thinking"]["pass@1"] == 0
+    assert found["thinking"]["verified@2"] == 0 and found["thinking"]["process"] == 1
+    assert "verified@1" in printed and "by n" in printed and found["by"].keys() == {"0", "1"}
+    halves = [found["by"][value]["direct"]["pass@1"] for value in "01"]
+    assert sum(halves) / 2 == pytest.approx(found["direct"]["pass@1"])
     assert found["thinking - base"]["pass@2"] == [1, 1, 1]
     assert found["direct - base"]["pass@1"][0] == 0  # the same seeds
     assert 0.2 < found["direct"]["pass@1"] < 0.8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--answer-tokens", type=count, help="longest answer; twice the longest true one")
     group.add_argument("--answer-stop", default="", help="text that ends an answer, beside the end of text")
     group.add_argument("--answer-after", default="", help="only what follows this text counts, as '####'")
+    group.add_argument(
+        "--verifier",
+        metavar="MODULE:FUNCTION",
+        help="judge thought and answer together, as objective verified does",
+    )
     group.add_argument("--answer-until", default="", help="only what precedes this text counts, as '}'")
 
 
@@ -55,7 +60,41 @@ def evaluate_pass_at(
     base = _answers_of(args, replace(config, model=base_model)) if base_model else {}
     mine = _answers_of(args, config)
     show(table(mine, base))
-    return {"pass_at": numbers(mine, base) | {"base": base_model and base_model.path}}
+    found = numbers(mine, base) | {"base": base_model and base_model.path}
+    if args.by:
+        parts = by_column(mine, args.by)
+        show(by_table(parts, args.by))
+        found["by"] = {value: numbers(part, {}) for value, part in parts.items()}
+    return {"pass_at": found}
+
+
+def by_column(found: dict[str, Answers], column: str) -> dict[str, dict[str, Answers]]:
+    """The answers of each value of a column, in the order in which the values first occur."""
+    any_answers = next(iter(found.values()))
+    values = [str((document.meta or {}).get(column)) for document in any_answers.documents]
+    parts = {}
+    for value in dict.fromkeys(values):
+        keep = [other == value for other in values]
+        parts[value] = {way: answers.where(keep) for way, answers in found.items()}
+    return parts
+
+
+def by_table(parts: dict[str, dict[str, Answers]], column: str) -> Any:
+    """A row for each value of a column, with every number of each way to answer."""
+    from rich.table import Table
+
+    rows = {}
+    for value, part in parts.items():
+        cells = {"prompts": str(len(next(iter(part.values())).documents))}
+        for way, answers in part.items():
+            numbers_of_way = answers.summary()
+            shares = [name for name in numbers_of_way if f"{name}_ci" in numbers_of_way]
+            cells |= {f"{name}, {WAYS[way]}": f"{numbers_of_way[name]:.3f}" for name in shares}
+        rows[value] = cells
+    shown = Table(column, *next(iter(rows.values())), title=f"by {column}")
+    for value, cells in rows.items():
+        shown.add_row(value, *cells.values())
+    return shown
 
 
 def numbers(mine: dict[str, Answers], base: dict[str, Answers]) -> dict[str, Any]:
@@ -84,9 +123,21 @@ def table(mine: dict[str, Answers], base: dict[str, Answers]) -> Any:
         cells = [_cell([found[name], *found[f"{name}_ci"]], "") for found in summaries.values()]
         cells += [_cell(after.minus(before, k), "+") for after, before in pairs.values()]
         shown.add_row(name, *cells)
+    for name in _verdict_names(summaries.values()):
+        cells = [
+            _cell([found[name], *found[f"{name}_ci"]], "") if name in found else ""
+            for found in summaries.values()
+        ]
+        shown.add_row(name, *cells)
     for name in ("unfinished", "unclosed", "length"):
         shown.add_row(name, *(f"{found[name]:.2f}" if name in found else "" for found in summaries.values()))
     return shown
+
+
+def _verdict_names(summaries: Iterable[dict[str, Any]]) -> list[str]:
+    """The numbers of a verifier, if there was one."""
+    names = dict.fromkeys(name for found in summaries for name in found)
+    return [name for name in names if f"{name}_ci" in names and not name.startswith("pass@")]
 
 
 def _pairs(mine: dict[str, Answers], base: dict[str, Answers]) -> dict[str, tuple[Answers, Answers]]:
@@ -106,7 +157,9 @@ def _answers_of(args: argparse.Namespace, config: PretrainConfig) -> dict[str, A
     from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers
     from rlpretrain.objectives import delimiters, load_objective
     from rlpretrain.ranks import join
+    from rlpretrain.verdict import find_verifier
 
+    verifier = find_verifier(args.verifier, "--verifier") if args.verifier else None
     tags = delimiters(config.objective)
     model, tokenizer, _ = models.load_with_tokenizer(config.model, tags, config.seed)
     model = model.to(join(args.device).device)
@@ -126,6 +179,7 @@ def _answers_of(args: argparse.Namespace, config: PretrainConfig) -> dict[str, A
                 seed=config.seed,
                 max_answer_tokens=args.answer_tokens,
                 rule=AnswerRule(args.answer_after, args.answer_until, args.answer_stop),
+                verifier=verifier,
                 progress=lambda done, total, line=line: bar.update(line, completed=done, total=total),
             )
     return found

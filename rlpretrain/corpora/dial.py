@@ -11,12 +11,10 @@ costs far more than a right one earns.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpretrain.config import ConfigError
 from rlpretrain.corpora.dial_formats import (
     FORMATS,
     HMM,
@@ -45,8 +43,7 @@ from rlpretrain.corpora.dial_problems import (
     split_problems,
     verify,
 )
-from rlpretrain.files import check_writable, writing
-from rollout.folders import MARK
+from rlpretrain.corpora.writing import save_rows
 
 __all__ = [
     "CLOSE",
@@ -165,22 +162,7 @@ def save(
     folder: Path, files: Mapping[str, Iterator[dict[str, Any]]], words: Sequence[str]
 ) -> dict[str, Path]:
     """Write each of `files` as NAME.jsonl, and model/: the tokenizer of `words`, the configuration."""
-    names = ["model", *(f"{name}.jsonl" for name in files)]
-    existing = next((folder / name for name in names if (folder / name).exists()), None)
-    if existing and not (folder / MARK).is_file():
-        raise ConfigError(
-            f"{existing} exists, and is not part of a corpus that rlpretrain made: choose another folder"
-        )
-    check_writable(folder, "the corpus folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
-    paths = {}
-    for name, rows in files.items():
-        paths[name] = folder / f"{name}.jsonl"
-        temporary = folder / f".{name}.jsonl.tmp"
-        with writing(paths[name]), temporary.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        temporary.replace(paths[name])
+    paths = save_rows(folder, files, others=("model",))
     tokenizer(words).save_pretrained(folder / "model")
     model_config(words).save_pretrained(folder / "model")
     paths["model"] = folder / "model"

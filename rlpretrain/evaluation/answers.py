@@ -17,12 +17,14 @@ from torch import nn
 from rewards.matching import final_answer
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval, row_of
+from rlpretrain.evaluation.verdicts import Verdicts, add_verdicts, judge_traces
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.objectives.base import derive_seed
 from rlpretrain.rollouts.drawing import document_number, prepare_held_out
 from rlpretrain.scoring.unclosed import ids_before_answer
 from rlpretrain.types import Document
+from rlpretrain.verdict import Verifier
 from rollout.hf import HFEngine
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 
@@ -82,6 +84,8 @@ class Answers:
     groups: list[Group]
     """The thoughts before the answers; none if the answers are direct."""
     ks: tuple[int, ...]
+    verdicts: Verdicts | None = None
+    """What a verifier says about thoughts and answers."""
 
     @property
     def rows(self) -> list[str]:
@@ -100,7 +104,26 @@ class Answers:
             numbers["length"] = float(np.mean([len(thought.token_ids) for thought in thoughts]))
             closed = [thought.finish_reason is FinishReason.CLOSE for thought in thoughts]
             numbers["unclosed"] = 1.0 - float(np.mean(closed))
+        if self.verdicts is not None:
+            add_verdicts(numbers, self.verdicts, self.ks, self.rows)
         return numbers
+
+    def where(self, keep: Sequence[bool]) -> Answers:
+        """The answers at some of the positions."""
+
+        def kept(items: Sequence[Any]) -> list[Any]:
+            return [item for item, wanted in zip(items, keep, strict=True) if wanted]
+
+        mask = np.asarray(keep, bool)
+        return replace(
+            self,
+            documents=kept(self.documents),
+            correct=self.correct[mask],
+            texts=kept(self.texts),
+            unfinished=self.unfinished[mask],
+            groups=kept(self.groups) if self.groups else [],
+            verdicts=None if self.verdicts is None else self.verdicts.where(keep),
+        )
 
     def minus(self, other: Answers, k: int) -> list[float]:
         """[difference of pass@k, low, high], paired by position; `other` is another model or way.
@@ -125,6 +148,7 @@ def evaluate_answers(
     max_answer_tokens: int | None = None,
     answer_temperature: float | None = None,
     rule: AnswerRule | None = None,
+    verifier: Verifier | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Sample `n` answers to each document's prompt, each after a thought of its own if `thinking`.
@@ -132,7 +156,8 @@ def evaluate_answers(
     Thoughts are sampled as the objective's setting says, and those that do not close themselves are closed.
     So are answers, unless `answer_temperature` is set (0: the likeliest). Their length is at most
     `max_answer_tokens`, by default twice that of the longest true answer. All depends on `seed` and the
-    document's id alone. `progress` is called with the numbers of positions done and of all.
+    document's id alone. A `verifier` also judges thoughts and answers together. `progress` is called with the
+    numbers of positions done and of all.
 
     Raises ConfigError if documents have no answer, or rows do not fit the model.
     """
@@ -155,7 +180,10 @@ def evaluate_answers(
         parts += sampler.after_thoughts(part, seeds) if thinking else sampler.direct(part, seeds)
         if progress is not None:
             progress(len(parts), len(positions))
-    return sampler.judged(documents, positions, parts, ks)
+    answers = sampler.judged(documents, positions, parts, ks)
+    if verifier is None or not thinking:
+        return answers
+    return replace(answers, verdicts=judge_traces(verifier, objective, answers.groups, answers.texts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards import leave_one_out
 from rlpretrain.data.positions import PositionPicker
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import sampling
-from rlpretrain.objectives.settings import DEFAULT_SETTING, NEEDS, Config, Setting
+from rlpretrain.objectives.settings import ADVANTAGES, DEFAULT_SETTING, NEEDS, AdvantageForm, Config, Setting
 from rlpretrain.prompts import Delimiters, ThoughtPrompt
 from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
 from rollout.types import Group, Position, Prompt, Thought
 
-__all__ = ["NEEDS", "Config", "Objective", "Setting", "derive_seed", "rewards_differ"]
+__all__ = ["NEEDS", "AdvantageForm", "Config", "Objective", "Setting", "derive_seed", "rewards_differ"]
 
 derive_seed = sampling.derive_seed
 
@@ -55,6 +54,8 @@ class Objective:
     """A second model of the objective, if any. It has `model`, and `reads` with the tokens that it read."""
     answer_tokens = 0
     """Most tokens sampled after a thought, up to `config.closing`; 0: no answer is sampled."""
+    refused_cuts: frozenset[str] = frozenset()
+    """Values of `sampling.cut` with which a run is refused."""
     token_reduction = "thought_mean"
     """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
     __slots__ = ("__dict__", "__weakref__", "_setting")
@@ -244,7 +245,7 @@ class Objective:
     # rewards and losses
 
     def notes(self) -> dict[str, float]:
-        """The objective's own numbers for the log of a step, named `objective/...`."""
+        """The objective's own numbers for the log of a step, asked for after `select`."""
         return {}
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
@@ -265,8 +266,12 @@ class Objective:
         return stored
 
     def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Advantages [B, G] from rewards [B, G]: leave-one-out (RLP eq. 7), formed in float64."""
-        return leave_one_out(reward)
+        """Advantages [B, G] from rewards [B, G], formed in float64: the field `advantage`, if there is one.
+
+        By default leave-one-out (RLP eq. 7).
+        """
+        form: AdvantageForm = getattr(self.config, "advantage", "leave_one_out")
+        return ADVANTAGES[form](reward)
 
     def losses(self) -> tuple[str, ...]:
         """The terms of the loss, by name or `package.module:Class` (rlpretrain/training/losses.py)."""

@@ -13,8 +13,8 @@ hidden). It has at most `max_span_tokens` tokens and contains no delimiter. A sp
 is predicted once, and all of these thoughts have the same reward. Groups of predictors that are all right or
 all wrong are left out.
 
-Our choices: leave-one-out advantages (the paper divides by the deviation), the wording of both prompts, the
-limit in tokens, which occurrence is hidden. The paper keeps spans that occur fewer than 8 times.
+Our choices: leave-one-out advantages (the paper divides by the deviation: `advantage`), the wording of both
+prompts, the limit in tokens, which occurrence is hidden. The paper keeps spans that occur fewer than 8 times.
 
 Pitfalls: a base model that never saw the task names no spans; begin with a model that does (the paper trained
 SmolLM3 on random masks for 100 steps). The generator's signal is the accuracy within a group, so few thoughts
@@ -75,6 +75,8 @@ class Config(base.Config):
     """Longest valid span."""
     max_occurrences: Count = 7
     """Most occurrences of a valid span in its paragraph."""
+    advantage: base.AdvantageForm = "leave_one_out"
+    """How the thoughts of a group are compared: leave_one_out, group_normalised (GRPO) or max_rl."""
 
 
 class PretrainZero(base.Objective):

@@ -69,6 +69,8 @@ class Config(base.Config):
     """Longest prediction, box included."""
     strip: bool = False
     """Compare without white space around prediction and continuation."""
+    advantage: base.AdvantageForm = "leave_one_out"
+    """How the thoughts of a group are compared: leave_one_out, group_normalised (GRPO) or max_rl."""
     dynamic_sampling: bool = True
     """Leave out groups that are all right or all wrong."""
     proxy: str | None = None

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+from torch import Tensor
+
+from rewards import group_normalized, leave_one_out, max_rl
 from rollout.types import SamplingParams
 
 NEEDS = {
@@ -15,6 +20,16 @@ NEEDS = {
     "ntp_data": "a second stream of documents",
 }
 """What an objective can ask of a run. Each need is read somewhere; a test checks that."""
+
+
+AdvantageForm: TypeAlias = Literal["leave_one_out", "group_normalised", "max_rl"]
+"""How an objective with the field `advantage` compares the thoughts of a group: `ADVANTAGES`."""
+ADVANTAGES: Mapping[AdvantageForm, Callable[[Tensor], Tensor]] = {
+    "leave_one_out": leave_one_out,
+    "group_normalised": group_normalized,
+    "max_rl": max_rl,
+}
+"""Advantages [B, G] from rewards [B, G]; the formulas and their sources are in rewards/advantages.py."""
 
 
 @dataclass(kw_only=True)

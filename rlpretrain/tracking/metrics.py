@@ -1,6 +1,7 @@
 """Every metric of a run: its name, meaning and healthy range.
 
-TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reader/*, perf/*, run/*.
+TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reader/*, verified/*, perf/*,
+run/*.
 """
 
 from __future__ import annotations
@@ -98,6 +99,17 @@ METRICS: dict[str, Metric] = {
     "objective/*": Metric(
         "the objective's own metrics; rlpt: judge requests, cached verdicts, share not judged",
         "failed near 0",
+    ),
+    "verified/verified": Metric(
+        "objective verified: share of thoughts whose answer and every needed step are right", "rises"
+    ),
+    "verified/answer_right": Metric("the same for the answer alone", "rises with verified/verified"),
+    "verified/lucky": Metric("share of thoughts with a right answer after a wrong trace", "falls"),
+    "verified/process": Metric("mean share of the needed steps that a trace has right", "rises"),
+    "verified/malformed": Metric("clauses of a trace that the verifier cannot read, per thought", "near 0"),
+    "verified/truncated": Metric(
+        "share of thoughts without a close tag, or with an answer without its end; they count as wrong",
+        "below .1",
     ),
     "run/epoch": Metric("passes over the data so far"),
     "run/skipped_steps": Metric("steps skipped for NaN or infinity", "0"),

@@ -8,7 +8,7 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.evaluation import harness
 from rlpretrain.models import adapters
-from rlpretrain.objectives import Objective
+from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.rollouts.replay import ReplaySource
 from rlpretrain.training.backends import find_backend
@@ -24,6 +24,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         )
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
+    _check_cut(config, owner)
     adapters.check(config)
     find_engine(config.engine)
     find_backend(config.policy)
@@ -32,6 +33,21 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     make_losses(config.loss.terms)
     if config.eval.tasks:
         harness.check_installed()
+
+
+def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
+    """What becomes of thoughts that did not close themselves must fit the objective."""
+    cut, (_, own) = config.sampling.cut, parse_section(config.objective)
+    if cut in owner.refused_cuts:
+        raise ConfigError(
+            f"sampling.cut {cut} does not fit objective {owner.__name__}: a thought without an end is wrong, "
+            "and not left out. Set force_close or penalise"
+        )
+    if cut == "penalise" and config.sampling.cut_penalty > 0 and getattr(own, "advantage", None) == "max_rl":
+        raise ConfigError(
+            "objective.advantage max_rl needs rewards of at least 0, but sampling.cut penalise makes some "
+            "negative: set sampling.cut to force_close"
+        )
 
 
 def count_steps(

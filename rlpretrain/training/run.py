@@ -132,12 +132,13 @@ class Run(Parts):
         ahead = min(self.config.engine.max_staleness, self.total_steps - self.step - 1)
         batch = self.source.take(self.config.positions_per_step // self.ranks.size, ahead)
         self.objective.progress = batch.progress
-        self.note(**staleness(batch.groups, self.engine.version), **self.objective.notes())
+        self.note(**staleness(batch.groups, self.engine.version))
         sleep(self.engine)
         self.early.merge(self.policy.scorer.reads.take())
         self.timer.rollout = time.perf_counter() - begin
         run_output.keep_rollouts(self, batch)
         kept = tuple(self.objective.select(batch.groups))
+        self.note(**self.objective.notes())
         kept_ids = {group.id for group in kept}
         for group in batch.groups:
             self.metrics.add("batch/dropped_frac", float(group.id not in kept_ids))

@@ -1,5 +1,6 @@
 """Advantages: the paper's example, leave-one-out, exact zeros, and a baseline that leaves no bit behind."""
 
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from rewards import (
     group_normalized,
     information_gain,
     leave_one_out,
+    max_rl,
     zero_variance_fraction,
 )
 
@@ -184,3 +186,35 @@ def test_types_and_empty_batches(dtype: torch.dtype) -> None:
 def test_zero_variance_fraction() -> None:
     rewards: Tensor = torch.tensor([[1.0, 1.0, NAN], [1.0, 2.0, 3.0], [NAN, 2.0, 2.0], [NAN, NAN, 1.0]])
     assert zero_variance_fraction(rewards) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_max_rl_follows_the_logarithm_up_to_the_order_of_the_group(p: float, size: int) -> None:
+    """The expected gradient over all outcomes of G thoughts, against that of -sum of (1 - p)^k / k, k < G.
+
+    A thought is right with probability p, so its score d log prob / dp is 1/p or -1/(1 - p). The plain
+    advantage gives 1, the gradient of p.
+    """
+    expected = {max_rl: sum((1 - p) ** (k - 1) for k in range(1, size)), leave_one_out: 1.0}
+    for form, gradient in expected.items():
+        found = 0.0
+        for outcome in itertools.product((0.0, 1.0), repeat=size):
+            chance = math.prod(p if right else 1 - p for right in outcome)
+            advantage = form(torch.tensor([outcome], dtype=torch.float64))[0].tolist()
+            scores = [1 / p if right else -1 / (1 - p) for right in outcome]
+            found += chance * sum(a * s for a, s in zip(advantage, scores, strict=True)) / size
+        assert found == pytest.approx(gradient)
+
+
+def test_max_rl_edges() -> None:
+    """No right thought, equal rewards, and groups with fewer than two rewards give exactly 0."""
+    rows = [[0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [NAN, 0.7, NAN], [NAN, NAN, NAN]]
+    assert (max_rl(torch.tensor(rows)) == 0).all()
+    found = max_rl(torch.tensor([[1.0, NAN, 0.0], [0.9, 0.3, 0.0]]))
+    assert found[0].tolist() == [1, 0, -1] and found[1].tolist() == pytest.approx([1.25, -0.25, -1.0])
+    assert max_rl(torch.tensor([[math.inf, 1.0, 0.0]])).isnan().all()
+    with pytest.raises(ValueError, match="no reward may be negative; the lowest is -0.5"):
+        max_rl(torch.tensor([[1.0, -0.5, 0.0]]))
+    with pytest.raises(ValueError, match="at least two thoughts"):
+        max_rl(torch.tensor([[1.0]]))
