@@ -161,6 +161,8 @@ def _objective(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, An
 
 def _data(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:
     path = args.data or (run.get("eval") or {}).get("data")
+    if isinstance(path, dict):
+        raise ConfigError(f"the run has several held-out files: give one of them as --data ({path})")
     if path is None and args.tasks and not args.pass_at:
         path = os.devnull
     if path is None:

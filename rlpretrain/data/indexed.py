@@ -62,6 +62,9 @@ class IndexedReader:
         self.taken += n
         return self._documents(indices)
 
+    def skip(self, n: int) -> None:
+        self.taken += n
+
     def one_pass(self) -> Iterator[Document]:
         for start in range(0, len(self), 1000):
             yield from self.take(min(1000, len(self) - start))

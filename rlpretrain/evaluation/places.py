@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import ConfigError, DataConfig, PretrainConfig
 from rlpretrain.data.stream import read_all
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.drawing import DrawnPosition, document_number, prepare_held_out
@@ -51,21 +51,48 @@ def in_parts(places: Sequence[DrawnPosition], size: int) -> Iterator[list[int]]:
     yield part
 
 
+def held_out_data(config: PretrainConfig) -> dict[str, DataConfig]:
+    """Where held-out documents come from: a section `data` for each source in `eval.data`.
+
+    A single file has the name "". It is read with the fields of the section `data`, the file of a source with
+    the fields of that source.
+    """
+    data, given = config.data, config.eval.data
+    if not given:
+        return {}
+    files = given if isinstance(given, dict) else {"": given}
+    sections = {}
+    for name, path in files.items():
+        texts = data.sources[name].texts() if name in data.sources else replace(data, sources={}, path=path)
+        sections[name] = replace(texts, path=path, name=None, split="train", streaming=False)
+    return sections
+
+
 def held_out(
     config: PretrainConfig, tokenizer: Any, objective: Objective, ranks: int
 ) -> list[Document] | None:
-    """The documents of `eval.data`; ConfigError if they have too few positions to be evaluated."""
-    path = config.eval.data
-    if not path:
+    """The documents of `eval.data`; ConfigError if they have too few positions to be evaluated.
+
+    `eval.documents` of each source; the documents of a source have its name as their `stream`.
+    """
+    sections = held_out_data(config)
+    if not sections:
         return None
-    data = replace(config.data, path=path, name=None, split="train", streaming=False)
-    documents = read_all(data, tokenizer, limit=config.eval.documents, seed=0)
-    usable = [_is_usable(objective, document, config.seed) for document in documents]
+    documents, usable = [], []
+    for name, data in sections.items():
+        read = read_all(data, tokenizer, limit=config.eval.documents, seed=0)
+        if name:
+            read = [replace(document, id=f"{name}/{document.id}", stream=name) for document in read]
+        of_source = [_is_usable(objective, document, config.seed) for document in read]
+        if min(sum(of_source[rank::ranks]) for rank in range(ranks)) < 2:
+            raise ConfigError(
+                f"eval.data {data.path}: {sum(of_source)} of {len(read)} documents can be used (have a "
+                "position); evaluation needs 2 for each rank"
+            )
+        documents += read
+        usable += of_source
     if min(sum(usable[rank::ranks]) for rank in range(ranks)) < 2:
-        raise ConfigError(
-            f"eval.data {path}: {sum(usable)} of {len(documents)} documents can be used (have a position); "
-            "evaluation needs 2 for each rank"
-        )
+        raise ConfigError("eval.data: some rank has fewer than 2 documents that have a position")
     return documents
 
 

@@ -50,6 +50,7 @@ class DocumentDraws:
         self.kind, self.id_prefix = kind, id_prefix
         self.drawn = 0  # documents of this rank
         self.dropped = 0  # of those, documents that `prepare` dropped
+        self.by_stream: dict[str, list[int]] = {}  # documents and tokens that were drawn from each source
 
     def take(self, n: int, objective: Objective) -> list[Draw]:
         """The next `n` draws, without the documents that the objective drops."""
@@ -57,6 +58,7 @@ class DocumentDraws:
         for document in take_documents(self.source, n, objective.progress):
             number = self.drawn * self.size + self.rank
             self.drawn += 1
+            self._count(document)
             if self.id_prefix:
                 document = replace(document, id=f"{self.id_prefix}{document.id}")
             prepared = prepare_document(objective, document, (self.seed, number, self.kind))
@@ -65,6 +67,11 @@ class DocumentDraws:
             else:
                 draws.append(Draw(_with_own_id(prepared, document), number))
         return draws
+
+    def _count(self, document: Document) -> None:
+        if document.stream:
+            documents, tokens = self.by_stream.get(document.stream, (0, 0))
+            self.by_stream[document.stream] = [documents + 1, tokens + len(document.token_ids)]
 
     def fill(self, n: int, objective: Objective) -> list[Document]:
         """The next `n` documents that the objective does not drop."""

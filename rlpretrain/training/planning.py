@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config.data import first_without_weight
 from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.evaluation import harness
 from rlpretrain.models import adapters
@@ -25,6 +26,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
+    check_sources(config, owner)
     find_engine(config.engine)
     find_backend(config.policy)
     find_optimizer(config.optim)
@@ -32,6 +34,30 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     make_losses(config.loss.terms)
     if config.eval.tasks:
         harness.check_installed()
+
+
+def check_sources(config: PretrainConfig, owner: type[Objective]) -> None:
+    """Check that the named sources serve the objective. Raises ConfigError that names the setting."""
+    sources = config.data.sources
+    if not sources:
+        return
+    if config.ntp_data is not None:
+        raise ConfigError("'ntp_data' stands beside 'data.sources': make it one of them, with use: read")
+    if config.max_steps is None:
+        raise ConfigError("the sources of a mixture end at different times: give max_steps instead of epochs")
+    thinking = [source for source in sources.values() if source.use == "think"]
+    if owner.has_positions:
+        if not thinking:
+            raise ConfigError("all of 'data.sources' have use: read, so there is nowhere to think")
+        if (place := first_without_weight(thinking)) is not None:
+            raise ConfigError(
+                f"the weights of the sources with use: think sum to 0 at progress {place:g}, but every step "
+                "has positions_per_step positions"
+            )
+    elif unread := [name for name, source in sources.items() if not source.next_token]:
+        raise ConfigError(
+            f"data.sources.{unread[0]}: next_token is false, and objective {owner.__name__} has no other loss"
+        )
 
 
 def count_steps(

@@ -51,8 +51,10 @@ class RunEvaluation:
             progress=progress,
         )
         joined = Evaluation.join(ranks.gather(local))
-        numbers = {name: value for name, value in joined.summary().items() if isinstance(value, int | float)}
-        return {f"eval/{name}": value for name, value in numbers.items()}
+        numbers = _numbers(joined, "eval")
+        for name, part in joined.by_stream().items():
+            numbers |= _numbers(part, f"eval/{name}")
+        return numbers
 
     def model(self) -> nn.Module:
         """A whole model with the policy's current weights; with adapters, if these are trained."""
@@ -74,6 +76,12 @@ class RunEvaluation:
         else:
             copy_weights(self.whole, policy.weights)
         return self.whole
+
+
+def _numbers(evaluation: Evaluation, prefix: str) -> dict[str, float]:
+    """The means of an evaluation as metrics."""
+    means = {name: value for name, value in evaluation.summary().items() if isinstance(value, int | float)}
+    return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
 def evaluate_run(run: Run) -> dict[str, float]:

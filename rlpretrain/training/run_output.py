@@ -91,7 +91,17 @@ def step_row(run: Run) -> dict[str, float]:
         "run/epoch": run.source.epoch,
         "run/skipped_steps": run.skipped,
         "run/documents_without_position": run.source.without,
+        **source_row(run),
     }
+
+
+def source_row(run: Run) -> dict[str, float]:
+    """Metrics of the named sources (`data.sources`), over all ranks. All ranks call it."""
+    row = run.source.source_row()
+    counts = [name for name in row if name.endswith(("/documents", "/tokens"))]
+    if not counts:
+        return row
+    return row | dict(zip(counts, run.ranks.sum([row[name] for name in counts]), strict=True))
 
 
 def record(run: Run, status: str) -> dict[str, Any]:
