@@ -359,6 +359,7 @@ def test_sources_that_do_not_serve_the_run_are_refused(values, corpus, tmp_path)
     refused(
         "takes|has no other loss", data={"sources": {"t": think | {"next_token": False}}}, objective="ntp"
     )
+    refused("ntp_data is one source", ntp_data={"sources": {"t": think}})
     refused("make it one of them", data={"sources": {"t": think}}, ntp_data=values["data"])
     refused("give max_steps", data={"sources": {"t": think}}, max_steps=None, epochs=1.0)
     refused("needs the number of its documents", data={"sources": {"t": think | STOPS}})

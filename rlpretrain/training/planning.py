@@ -39,6 +39,8 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
 def check_sources(config: PretrainConfig, owner: type[Objective]) -> None:
     """Check that the named sources serve the objective. Raises ConfigError that names the setting."""
     sources = config.data.sources
+    if config.ntp_data is not None and config.ntp_data.sources:
+        raise ConfigError("'ntp_data.sources': ntp_data is one source; name several in 'data.sources'")
     if not sources:
         return
     if config.ntp_data is not None:
