@@ -316,6 +316,19 @@ def test_held_out_files_of_sources_are_evaluated_apart(values, corpus):
     assert "eval/think/gain_frozen" in row
 
 
+def test_a_held_out_file_that_is_trained_on_is_named(values, corpus, tmp_path, capsys):
+    copy = Path(shutil.copy(corpus / "train.jsonl", tmp_path / "copy.jsonl"))
+    files = {"think": str(copy), "read": str(corpus / "held_out.jsonl")}
+    data = {"sources": dial_sources(corpus), "max_length": 64}
+    run = Run(build(merged(values, data=data, eval={"data": files}, console=True)), None)
+    run.close()
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"eval.data.think {copy} is the training file {corpus / 'train.jsonl'} of data.sources.think" in said
+    )
+    assert said.count("is the training file") == 1
+
+
 def test_a_mixture_is_checked_before_a_run(values, corpus, tmp_path, capsys):
     config = build(merged(values, data={"sources": dial_sources(corpus), "max_length": 64}, max_steps=2))
     assert dry_run(config, tmp_path) == 0
@@ -358,6 +371,9 @@ def test_sources_that_do_not_serve_the_run_are_refused(values, corpus, tmp_path)
     refused("use: think sum to 0 at progress 0,", data={"sources": late})
     refused(
         "takes|has no other loss", data={"sources": {"t": think | {"next_token": False}}}, objective="ntp"
+    )
+    refused(
+        "eval.data names 'u', which is none", data={"sources": {"t": think}}, eval={"data": {"u": "x.txt"}}
     )
     refused("ntp_data is one source", ntp_data={"sources": {"t": think}})
     refused("make it one of them", data={"sources": {"t": think}}, ntp_data=values["data"])

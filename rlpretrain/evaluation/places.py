@@ -60,10 +60,13 @@ def held_out_data(config: PretrainConfig) -> dict[str, DataConfig]:
     data, given = config.data, config.eval.data
     if not given:
         return {}
+    if isinstance(given, dict) and (unknown := sorted(given.keys() - data.sources.keys())):
+        known = ", ".join(data.sources) or "there are none"
+        raise ConfigError(f"eval.data names '{unknown[0]}', which is none of data.sources ({known})")
     files = given if isinstance(given, dict) else {"": given}
     sections = {}
     for name, path in files.items():
-        texts = data.sources[name].texts() if name in data.sources else replace(data, sources={}, path=path)
+        texts = data.sources[name].texts() if name else replace(data, sources={}, path=path)
         sections[name] = replace(texts, path=path, name=None, split="train", streaming=False)
     return sections
 

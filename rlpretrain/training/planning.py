@@ -8,6 +8,7 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.data import first_without_weight
 from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.evaluation import harness
+from rlpretrain.evaluation.places import held_out_data
 from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.engines import find_engine
@@ -27,6 +28,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     adapters.check(config)
     check_sources(config, owner)
+    held_out_data(config)
     find_engine(config.engine)
     find_backend(config.policy)
     find_optimizer(config.optim)
