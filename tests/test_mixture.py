@@ -205,6 +205,30 @@ def test_an_exhausted_source_leaves_its_share_to_the_others(files):
     assert endless.exhausted == "exhausted: source 'math' has no documents left (1 pass)"
 
 
+def test_documents_come_in_the_order_of_a_column(files, tmp_path):
+    """A curriculum: ascending or descending; equal numbers in a new random order in each epoch."""
+    rows = [{"text": f"{WORDS[k % 14]} {WORDS[k % 13]}", "quality": k % 3} for k in range(30)]
+    file = tmp_path / "rated.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+    def orders(order_by, **fields):
+        data = DataConfig(path=str(file), order_by=order_by, **fields)
+        stream = DocumentStream(data, TOKENIZER, seed=1)
+        return [[int(document.id) for document in stream.take(30)] for _ in range(2)]
+
+    first, second = orders("quality")
+    assert [k % 3 for k in first] == [k % 3 for k in second] == [0] * 10 + [1] * 10 + [2] * 10
+    assert first != second and sorted(first) == list(range(30))
+    assert [k % 3 for k in orders("-quality")[0]] == [2] * 10 + [1] * 10 + [0] * 10
+    assert orders("quality", shuffle=False)[0] == sorted(range(30), key=lambda k: (k % 3, k))
+    with pytest.raises(ConfigError, match=r"rated.jsonl\[0\]: column 'text' of order_by holds 'a a'"):
+        orders("text")
+    with pytest.raises(ConfigError, match="grade"):
+        orders("grade")
+    with pytest.raises(ConfigError, match="a stream is not sorted"):
+        parse(DataConfig, {"path": str(file), "order_by": "quality", "streaming": True}, "data")
+
+
 # Runs
 
 

@@ -68,6 +68,10 @@ class TextConfig:
     """Use a new seeded permutation in each epoch. Streams keep their order, since a shuffle buffer could not
     be resumed exactly.
     """
+    order_by: str | None = None
+    """Column of numbers by which documents come in ascending order, in every epoch; "-column" for descending.
+    `shuffle` orders those with equal numbers.
+    """
     streaming: bool = False
     """Read lazily instead of tokenising everything first."""
     meta_columns: tuple[str, ...] = ()
@@ -90,6 +94,10 @@ class TextConfig:
             raise PydanticCustomError("no_documents", "'path' is required, or a 'source' of your own")
         if values.get("source") is None and values.get("options"):
             raise PydanticCustomError("no_source", "'options' are those of a 'source', which is not set")
+        if values.get("streaming") and values.get("order_by"):
+            raise PydanticCustomError(
+                "no_order", "'order_by' needs 'streaming: false': a stream is not sorted"
+            )
         return given
 
 

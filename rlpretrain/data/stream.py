@@ -190,7 +190,9 @@ def read_all(
     method `sample(n, seed)`, always give the first. Errors are those of `open_source`; a source without
     `one_pass` is refused too.
     """
-    inputs = SourceInputs(config=replace(data, shuffle=False), tokenizer=tokenizer, min_length=min_length)
+    inputs = SourceInputs(
+        config=replace(data, shuffle=False, order_by=None), tokenizer=tokenizer, min_length=min_length
+    )
     source = open_source(inputs)
     sample = getattr(source, "sample", None)
     if limit is not None and seed is not None and sample is not None:
