@@ -131,8 +131,7 @@ class SourceConfig(TextConfig):
             )
         if self.passes is not None and self.exhausted == "repeat":
             raise PydanticCustomError(
-                "endless",
-                "'passes' needs 'exhausted: stop' or 'exhausted: renormalise', since it repeats else",
+                "endless", "'passes' needs 'exhausted: stop' or 'renormalise': a repeated source has no end"
             )
         if not isinstance(self.weight, tuple):
             return self
@@ -166,8 +165,8 @@ class DataConfig(TextConfig):
     """The documents of a run: those of `path`, of a `source` of your own, or of several named `sources`."""
 
     sources: dict[str, SourceConfig] = _field(default_factory=dict)
-    """Named sources that are mixed, in place of `path`. The other fields of this section are the defaults of
-    each (docs/mixtures.md).
+    """Named sources that are mixed, in place of `path` (docs/mixtures.md). The other fields of this section
+    are the defaults of each that is given as a mapping.
     """
     weights_count: Literal["tokens", "documents"] = "tokens"
     """What the weights of `sources` are shares of. Documents are drawn whole, so that a share of tokens is
@@ -198,8 +197,6 @@ class DataConfig(TextConfig):
     @model_validator(mode="after")
     def _check_sources(self) -> DataConfig:
         """Names that a metric can have, and weights that leave something to draw."""
-        if self.sources:
-            self.max_length = max(source.max_length for source in self.sources.values())
         for name in self.sources:
             if not SOURCE_NAME.fullmatch(name):
                 raise PydanticCustomError(
@@ -213,6 +210,11 @@ class DataConfig(TextConfig):
                 "no_weight", "the weights of 'sources' sum to 0 at progress {place}", {"place": place}
             )
         return self
+
+    @property
+    def longest(self) -> int:
+        """`max_length`, or the largest of the sources."""
+        return max((source.max_length for source in self.sources.values()), default=self.max_length)
 
 
 def _with_defaults(source: Any, shared: Mapping[str, Any]) -> Any:

@@ -96,7 +96,7 @@ def check_source(source: Any, data: DataConfig) -> None:
     missing = [member for member in MEMBERS if not hasattr(source, member)]
     if missing:
         raise ConfigError(f"{name_of(source)} has no {', '.join(missing)}: see DocumentSource")
-    if source.longest > data.max_length:
+    if source.longest > data.longest:
         raise ConfigError(
             f"{name_of(source)} has documents of {source.longest} tokens, but data.max_length is "
             f"{data.max_length}"

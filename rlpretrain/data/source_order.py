@@ -11,13 +11,13 @@ import numpy as np
 class SourceOrder:
     """Which source each draw of the global order is from; the same on every rank.
 
-    Draws come in blocks of `block`. Inside a block each source has its share to within one draw, and what is
-    missing is carried over, so that the long-run share is exact (largest remainder). The order inside a block
-    is random by (`seed`, the block's first draw). Nothing depends on the order of the names.
+    Draws come in blocks of `block`. Inside a block each source has its share to within about one draw, and
+    what is missing is carried over, so that the long-run share is exact (largest remainder). The order inside
+    a block is random by (`seed`, the block's first draw). Nothing depends on the order of the names.
 
     `limits` has the number of draws after which a source is left out and its share goes to the others. A
-    source without a limit has no end. When none of the `needed` sources (by default all) is left, `over` is
-    set and all continue.
+    source without a limit has no end. When none of the `required` sources (by default all) is left, `is_over`
+    is set and all continue.
     """
 
     def __init__(self, names: list[str], *, block: int, seed: int, limits: Mapping[str, int] | None = None):
@@ -25,8 +25,8 @@ class SourceOrder:
         self.limits = dict(limits or {})
         self.position = 0  # the next draw of the global order
         self.counts = dict.fromkeys(self.names, 0)  # draws before `position`
-        self.needed = set(names)
-        self.over = False
+        self.required = set(names)
+        self.is_over = False
         self._shares: list[tuple[int, dict[str, float]]] = []  # from a draw on: now, and changes to come
         self._credits = dict.fromkeys(self.names, 0.0)  # draws that are owed, at the start of the block
         self._block: list[str] = []  # what is left of the present block
@@ -69,7 +69,7 @@ class SourceOrder:
         return {
             "position": self.position,
             "counts": dict(self.counts),
-            "over": self.over,
+            "over": self.is_over,
             "shares": [[first, dict(shares)] for first, shares in self._shares],
             "credits": dict(self._credits),
             "block": list(self._block),
@@ -80,7 +80,7 @@ class SourceOrder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a cursor that `state_dict` gave."""
         self.position, self.counts = state["position"], dict(state["counts"])
-        self.over = state["over"]
+        self.is_over = state["is_over"]
         self._shares = [(first, dict(shares)) for first, shares in state["shares"]]
         self._credits = dict(state["credits"])
         self._block, self._drawn = list(state["block"]), list(state["drawn"])
@@ -110,14 +110,14 @@ class SourceOrder:
         return [planned[k] for k in order]
 
     def _available_shares(self) -> dict[str, float]:
-        """The present shares of the sources that are not exhausted; of all if no needed one is left."""
+        """The present shares of the sources that are not exhausted; of all if no required one is left."""
         positive = {name: share for name, share in self._shares[0][1].items() if share > 0}
         left = {
             name: share
             for name, share in positive.items()
             if name not in self.limits or self.counts[name] < self.limits[name]
         }
-        if not self.needed & left.keys():
-            self.over, left = True, positive
+        if not self.required & left.keys():
+            self.is_over, left = True, positive
         total = sum(left.values())
         return {name: share / total for name, share in left.items()}

@@ -190,6 +190,8 @@ def read_all(
     method `sample(n, seed)`, always give the first. Errors are those of `open_source`; a source without
     `one_pass` is refused too.
     """
+    if data.sources:
+        raise ConfigError("'sources' are mixed for training; held-out documents come from one path")
     inputs = SourceInputs(
         config=replace(data, shuffle=False, order_by=None), tokenizer=tokenizer, min_length=min_length
     )

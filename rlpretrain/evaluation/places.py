@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlpretrain.config import ConfigError, DataConfig, PretrainConfig
+from rlpretrain.data.overlap import shared_files
 from rlpretrain.data.stream import read_all
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.drawing import DrawnPosition, document_number, prepare_held_out
@@ -71,12 +72,25 @@ def held_out_data(config: PretrainConfig) -> dict[str, DataConfig]:
     return sections
 
 
+def overlaps(config: PretrainConfig) -> list[str]:
+    """A sentence for each held-out file that a run is trained on."""
+    if config.replay is not None:
+        return []
+    training = {f"data.sources.{name}": source.texts() for name, source in config.data.sources.items()}
+    training = training or {"data": config.data}
+    if config.ntp_data is not None:
+        training["ntp_data"] = config.ntp_data
+    held = {f"eval.data.{name}".rstrip("."): data for name, data in held_out_data(config).items()}
+    return list(shared_files(training, held)) if held else []
+
+
 def held_out(
     config: PretrainConfig, tokenizer: Any, objective: Objective, ranks: int
 ) -> list[Document] | None:
     """The documents of `eval.data`; ConfigError if they have too few positions to be evaluated.
 
-    `eval.documents` of each source; the documents of a source have its name as their `stream`.
+    `eval.documents` of each source; the documents of a source have its name as their `stream`. Positions are
+    needed in sources to think in only.
     """
     sections = held_out_data(config)
     if not sections:
@@ -86,17 +100,29 @@ def held_out(
         read = read_all(data, tokenizer, limit=config.eval.documents, seed=0)
         if name:
             read = [replace(document, id=f"{name}/{document.id}", stream=name) for document in read]
+        documents += read
+        if objective.has_positions and only_read(config, name):
+            continue
         of_source = [_is_usable(objective, document, config.seed) for document in read]
-        if min(sum(of_source[rank::ranks]) for rank in range(ranks)) < 2:
+        if sum(of_source) < 2 * ranks:
             raise ConfigError(
                 f"eval.data {data.path}: {sum(of_source)} of {len(read)} documents can be used (have a "
                 "position); evaluation needs 2 for each rank"
             )
-        documents += read
         usable += of_source
+    if not usable:
+        raise ConfigError("eval.data has only sources with use: read: add one to think in")
     if min(sum(usable[rank::ranks]) for rank in range(ranks)) < 2:
-        raise ConfigError("eval.data: some rank has fewer than 2 documents that have a position")
+        raise ConfigError(
+            f"eval.data: one of {ranks} ranks has fewer than 2 documents with a position: raise "
+            "eval.documents"
+        )
     return documents
+
+
+def only_read(config: PretrainConfig, name: str) -> bool:
+    """Whether a named source is only read; never without a name."""
+    return name in config.data.sources and config.data.sources[name].use == "read"
 
 
 def _is_usable(objective: Objective, document: Document, seed: int) -> bool:

@@ -39,8 +39,8 @@ class SubmittedBatch:
     ticket: Ticket
     progress: float
     reads: Reads
-    only_read: list[Document]
-    """Documents without thoughts."""
+    read_documents: list[Document]
+    """Documents in which no position is chosen."""
     exhausted: str | None
     """Why the run ends with this batch."""
 
@@ -87,7 +87,8 @@ class BatchSource:
         self._without_position = 0  # documents
         self._submitted: list[SubmittedBatch] = []  # not yet taken
         self._spare: list[DrawnPosition] = []  # chosen for a batch that had enough
-        self._only_read: list[list[Document]] = []  # of batches that were waiting when the run was stopped
+        # (documents to read, why the run ends) of batches that were waiting when the checkpoint was written
+        self._restored: list[tuple[list[Document], str | None]] = []
         self._progress = 0.0  # of the batch that was taken last
         self.exhausted: str | None = None  # why the run ends with the batch that was taken last
 
@@ -155,7 +156,10 @@ class BatchSource:
             "by_stream": {name: list(counts) for name, counts in self._draws.by_stream.items()},
             "without": self._without_position,
             "spare": [position.to_row() for position in waiting + self._spare],
-            "only_read": [[document_to_row(d) for d in batch.only_read] for batch in self._submitted],
+            "waiting": [
+                {"read_documents": list(map(document_to_row, documents)), "exhausted": exhausted}
+                for documents, exhausted in self._waiting()
+            ],
             "exhausted": self.exhausted,
             "ntp_stream": None,
         }
@@ -171,12 +175,19 @@ class BatchSource:
         self._draws.drawn, self._draws.dropped = state["drawn"], state.get("dropped", 0)
         self._draws.by_stream = {name: list(counts) for name, counts in state.get("by_stream", {}).items()}
         self._spare = _numbered([DrawnPosition.from_row(row) for row in state["spare"]])
-        self._only_read = [[document_from_row(row) for row in rows] for rows in state.get("only_read", [])]
+        self._restored = [
+            ([document_from_row(row) for row in batch["read_documents"]], batch["exhausted"])
+            for batch in state.get("waiting", [])
+        ]
         self.exhausted = state.get("exhausted")
         if self._ntp_draws is not None:
             self._ntp_draws.source.load_state_dict(state["ntp_stream"])
             self._ntp_draws.drawn = state.get("ntp_drawn", 0)
             self._ntp_draws.dropped = state.get("ntp_dropped", 0)
+
+    def _waiting(self) -> list[tuple[list[Document], str | None]]:
+        """What a batch that was not taken has beside its positions."""
+        return [(batch.read_documents, batch.exhausted) for batch in self._submitted] + self._restored
 
     def _take_documents(self, n: int) -> Batch:
         """A batch of an objective without positions."""
@@ -193,20 +204,24 @@ class BatchSource:
     def _begin_draws(self, objective: Objective) -> None:
         """Let a mixture change its weights, at a draw that no rank has reached. All ranks call it."""
         if self.mixture is not None:
-            (most,) = self.policy.ranks.max([float(self._draws.drawn)])
-            self.mixture.begin(objective.progress, int(most) * self.size)
+            (first,) = self.policy.ranks.max([float(self.mixture.position)])
+            self.mixture.begin(objective.progress, int(first))
 
     def _submit(self, n: int, ahead: int) -> None:
         """Choose the positions of the next batch and let the engine begin with its thoughts."""
         objective = self.objective.at((self.taken + len(self._submitted)) / self.steps)
-        self._begin_draws(objective)
-        only_read = self._only_read.pop(0) if self._only_read else []
-        positions = self._choose_positions(n, objective, only_read)
+        if self._restored:  # its draws were made before the checkpoint
+            read_documents, exhausted = self._restored.pop(0)
+            positions, self._spare = self._spare[:n], self._spare[n:]
+        else:
+            self._begin_draws(objective)
+            read_documents = []
+            positions = self._choose_positions(n, objective, read_documents)
+            exhausted = self.mixture.exhausted if self.mixture is not None else None
         engine = Metered(self.engine)
         ticket = self.queue.submit(self._rollouts(positions, objective, engine, ahead))
-        exhausted = self.mixture.exhausted if self.mixture is not None else None
         self._submitted.append(
-            SubmittedBatch(positions, ticket, objective.progress, engine.reads, only_read, exhausted)
+            SubmittedBatch(positions, ticket, objective.progress, engine.reads, read_documents, exhausted)
         )
 
     def _collect(self, submitted: SubmittedBatch) -> Batch:
@@ -221,7 +236,7 @@ class BatchSource:
         by_draw = {position.draw: position.document for position in submitted.positions}
         documents = list(by_draw.values())
         if self.mixture is not None:
-            documents = list(filter(self.mixture.has_next_token_loss, documents)) + submitted.only_read
+            documents = list(filter(self.mixture.has_next_token_loss, documents)) + submitted.read_documents
         if self._ntp_draws is not None:
             objective = self.objective.at(submitted.progress)
             documents = self._take_ntp_documents(len(documents), objective)
@@ -240,11 +255,11 @@ class BatchSource:
         return rollouts
 
     def _choose_positions(
-        self, n: int, objective: Objective, only_read: list[Document]
+        self, n: int, objective: Objective, read_documents: list[Document]
     ) -> list[DrawnPosition]:
         """The next `n` positions: spare ones, then those of new documents.
 
-        Documents of sources with `use: read` that are drawn meanwhile are added to `only_read`.
+        Documents in which no position is chosen, since their source is only read, join `read_documents`.
         """
         chosen, self._spare = self._spare[:n], self._spare[n:]
         in_row = 0  # documents without a position since the last one with some
@@ -252,9 +267,11 @@ class BatchSource:
             wanted = n - len(chosen)
             draws = self._draws.take(wanted, objective)
             if self.mixture is not None:
-                reading = [draw for draw in draws if self.mixture.is_only_read(draw.document)]
-                only_read += [draw.document for draw in reading]
-                draws = [draw for draw in draws if draw not in reading]
+                is_read = [self.mixture.is_only_read(draw.document) for draw in draws]
+                read = [draw.document for draw, reads in zip(draws, is_read, strict=True) if reads]
+                self._check_read(read)
+                read_documents += read
+                draws = [draw for draw, reads in zip(draws, is_read, strict=True) if not reads]
             in_row += wanted - len(draws)
             documents = [draw.document for draw in draws]
             self._check_longer(documents)
@@ -289,14 +306,23 @@ class BatchSource:
         if self._ntp_draws is None:
             return []
         documents = self._ntp_draws.fill(n, objective)
-        longest = max((len(document.token_ids) for document in documents), default=0)
-        if longest > self._ntp_draws.source.longest:
-            limit = limit_of(self.policy.model)
-            if limit is not None and longest > limit.tokens:
-                raise ConfigError(
-                    f"{limit.reason}, but `prepare` makes {longest} tokens of a document of ntp_data"
-                )
+        if (
+            max((len(document.token_ids) for document in documents), default=0)
+            > self._ntp_draws.source.longest
+        ):
+            self._check_read(documents)
         return documents
+
+    def _check_read(self, documents: Sequence[Document]) -> None:
+        """Check the lengths of documents that are only read, which `prepare` may have made longer."""
+        limit = limit_of(self.policy.model) if documents else None
+        if limit is None:
+            return
+        longest = max(documents, key=lambda document: len(document.token_ids))
+        if len(longest.token_ids) > limit.tokens:
+            raise ConfigError(
+                f"{limit.reason}, but `prepare` gives document {longest.id} {len(longest.token_ids)} tokens"
+            )
 
     def _check_longer(self, documents: Sequence[Document]) -> None:
         """Check lengths again if `prepare` made a document longer than all before."""

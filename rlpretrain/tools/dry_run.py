@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from rlpretrain.config import ConfigError, ModelConfig, PretrainConfig
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.config.plugins import find
-from rlpretrain.evaluation.places import held_out_data
+from rlpretrain.evaluation.places import held_out_data, overlaps
 from rlpretrain.models.loading import load_tokenizer, only_config
 from rlpretrain.objectives import Objective, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
@@ -55,6 +55,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     for held_out in held_out_data(config).values():
         if held_out.source is None:
             count_rows(held_out, notes)
+    notes += overlaps(config)
     if (Path(config.output_dir) / "run.json").exists():
         notes.append(f"{config.output_dir} holds another run: resume it, or choose another output_dir")
     items = memory(config, shape, sizes)

@@ -62,7 +62,7 @@ def make_sizes(
         settings = ds_settings(policy, config.optim, getattr(torch, config.model.dtype))
         stage = settings["zero_optimization"]["stage"]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    longest = config.data.max_length if longest is None else longest
+    longest = config.data.longest if longest is None else longest
     window = objective.window(longest)
     step = count_step_tokens(config, objective, longest, ranks)
     smallest_piece = 0  # that a micro-batch must hold

@@ -47,8 +47,10 @@ def check_sources(config: PretrainConfig, owner: type[Objective]) -> None:
         return
     if config.ntp_data is not None:
         raise ConfigError("'ntp_data' stands beside 'data.sources': make it one of them, with use: read")
-    if config.max_steps is None:
+    if config.max_steps is None and config.replay is None:
         raise ConfigError("the sources of a mixture end at different times: give max_steps instead of epochs")
+    if "ntp_data" in owner.needs and "share" in config.objective:
+        raise ConfigError("'objective.share' stands beside 'data.sources', whose weights are in its place")
     thinking = [source for source in sources.values() if source.use == "think"]
     if owner.has_positions:
         if not thinking:
@@ -57,6 +59,11 @@ def check_sources(config: PretrainConfig, owner: type[Objective]) -> None:
             raise ConfigError(
                 f"the weights of the sources with use: think sum to 0 at progress {place:g}, but every step "
                 "has positions_per_step positions"
+            )
+        if len(thinking) < len(sources) and config.loss.ntp_coef == 0 and not config.loss.terms:
+            raise ConfigError(
+                "'loss.ntp_coef' is 0, so the sources with use: read would teach nothing: raise it, or leave "
+                "them out"
             )
     elif unread := [name for name, source in sources.items() if not source.next_token]:
         raise ConfigError(

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlpretrain import compat, models
-from rlpretrain.config import DataConfig, PretrainConfig
 from rlpretrain.config.io import to_dict
-from rlpretrain.data.overlap import shared_files
-from rlpretrain.evaluation.places import held_out_data
+from rlpretrain.evaluation.places import overlaps
 from rlpretrain.files import writing
 from rlpretrain.tracking.throughput import throughput
 from rlpretrain.tracking.trackers import Trackers
@@ -35,9 +33,7 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
         yield f"added to the tokenizer: {', '.join(run.added)}{fixed if lora and not lora.new_tokens else ''}"
     if run.padded_because:
         yield f"rows are padded, not packed in trees: {run.padded_because}"
-    held_out = {f"eval.data.{name}".rstrip("."): data for name, data in held_out_data(run.config).items()}
-    if held_out and run.config.replay is None:
-        yield from shared_files(_training_data(run.config), held_out)
+    yield from overlaps(run.config)
     if run.dropped:
         yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens left out"
     if run.peak is None and run.ranks.device.type == "cuda":  # never run: docs/gpu.md
@@ -47,13 +43,6 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
         yield f"resumed from {run.resumed_from}"
     elif resume:
         yield f"no checkpoint in {run.folder} yet"
-
-
-def _training_data(config: PretrainConfig) -> dict[str, DataConfig]:
-    """The sections of the documents that a run trains on."""
-    sections = {f"data.sources.{name}": source.texts() for name, source in config.data.sources.items()}
-    sections = sections or {"data": config.data}
-    return sections | ({"ntp_data": config.ntp_data} if config.ntp_data else {})
 
 
 def make_trackers(run: Run) -> Trackers:

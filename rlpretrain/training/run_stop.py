@@ -43,7 +43,8 @@ def collapsed(run: Run, row: Mapping[str, float]) -> str | None:
         return None
     # ig/frozen is not biased by a worse no-think arm, but is measured in some steps only. Where ig/self is
     # biased, the no-think loss rises.
-    loss = math.nan if run.source_monitors else row["ntp/loss"]
+    by_source = any(f"source/{name}/loss" in row for name in run.source_monitors)
+    loss = math.nan if by_source else row["ntp/loss"]
     shared = {
         "grad_norm": row.get("grad_norm", math.nan),
         "thought_length": row.get("completions/mean_length", math.nan),
