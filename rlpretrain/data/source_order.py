@@ -69,7 +69,7 @@ class SourceOrder:
         return {
             "position": self.position,
             "counts": dict(self.counts),
-            "over": self.is_over,
+            "is_over": self.is_over,
             "shares": [[first, dict(shares)] for first, shares in self._shares],
             "credits": dict(self._credits),
             "block": list(self._block),

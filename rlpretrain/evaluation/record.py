@@ -71,7 +71,7 @@ class Evaluation:
             documents=[document for document, kept in zip(self.documents, mask, strict=True) if kept],
             losses=self.losses[mask],
             tokens=self.tokens[mask],
-            groups=[group for group, kept in zip(self.groups, mask, strict=True) if kept],
+            groups=[group for group, kept in zip(self.groups, mask, strict=bool(self.groups)) if kept],
             frozen_losses=None if self.frozen_losses is None else self.frozen_losses[mask],
         )
 
