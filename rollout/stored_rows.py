@@ -74,6 +74,7 @@ def schemas() -> dict[str, Any]:
             "meta": pa.string(),
             "answer_at": pa.int64(),
             "scores": pa.list_(pa.float64()),
+            "stream": pa.string(),
         }
     )
     return {"groups": groups, "documents": documents}
@@ -91,11 +92,12 @@ def document_to_row(document: Document) -> dict[str, Any]:
         "meta": None if document.meta is None else _meta_to_json(document),
         "answer_at": document.answer_at,
         "scores": document.scores,
+        "stream": document.stream,
     }
 
 
 def document_from_row(row: Mapping[str, Any]) -> Document:
-    """The document that `document_to_row` wrote; older rows lack `meta`, `answer_at`, `scores`."""
+    """The document that `document_to_row` wrote; older rows lack some of the last columns."""
     meta, scores = row.get("meta"), row.get("scores")
     return Document(
         row["id"],
@@ -104,6 +106,7 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
         None if meta is None else json.loads(meta, object_hook=_unmarked),
         row.get("answer_at"),
         None if scores is None else tuple(scores),
+        row.get("stream") or "",
     )
 
 

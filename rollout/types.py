@@ -31,9 +31,10 @@ class FinishReason(StrEnum):
 class Document:
     """A tokenised text, as it is trained on, stored, replayed and resumed.
 
-    `source` says where it came from (file and line, or dataset and row); `meta` keeps other columns of its
-    row. `answer_at` is the index of the answer's first token, if the text is a prompt with an answer.
-    `scores` has a number for each token, where an objective's `prepare` or a document source sets them.
+    `source` says where it came from (file and line, or dataset and row), `stream` is the name of its source
+    in a mixture. `meta` keeps other columns of its row. `answer_at` is the index of the answer's first token,
+    if the text is a prompt with an answer. `scores` has a number for each token, where an objective's
+    `prepare` or a document source sets them.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Document:
     meta: dict[str, Any] | None = None
     answer_at: int | None = None
     scores: tuple[float, ...] | None = None
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True)

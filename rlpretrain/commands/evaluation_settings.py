@@ -160,7 +160,15 @@ def _objective(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, An
 
 
 def _data(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:
-    path = args.data or (run.get("eval") or {}).get("data")
+    path, section = args.data or (run.get("eval") or {}).get("data"), "data"
+    held_out = (run.get("eval") or {}).get("data")
+    if isinstance(held_out, dict):
+        if path is held_out:
+            raise ConfigError(
+                f"the run has several held-out files: name one as --data: {', '.join(held_out)}"
+            )
+        section = args.data if args.data in held_out else "data"
+        path = held_out.get(args.data, path)
     if path is None and args.tasks and not args.pass_at:
         path = os.devnull
     if path is None:
@@ -169,7 +177,8 @@ def _data(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:
     columns = {"meta_columns": [args.by] if args.by else []}
     given = _given(args, ("column", "max_length"), use_defaults=not run)
     given |= _given(args, ("answer_column", "answer_join"), use_defaults=False)
-    return {"path": path} | _kept(run, "data") | columns | given
+    stored = run if section == "data" else {"data": run["data"]["sources"][section]}
+    return {"path": path} | _kept(stored, "data") | columns | given
 
 
 def _evaluation(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The configuration of a run: one dataclass per section, with the same names in YAML, CLI and Python.
 
-`base` has the types that sections share, `inputs`, `engines` and `schema` have the sections, and `io` reads
-and checks them.
+`base` has the types that sections share, `model`, `data`, `engines` and `schema` have the sections, and `io`
+reads and checks them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
+from rlpretrain.config.data import DataConfig, SourceConfig, TextConfig
 from rlpretrain.config.engines import EngineConfig
-from rlpretrain.config.inputs import DataConfig, ModelConfig
+from rlpretrain.config.model import ModelConfig
 from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
     PAPER_RECIPE,
@@ -42,8 +43,10 @@ __all__ = [
     "PretrainConfig",
     "SamplingConfig",
     "Seed",
+    "SourceConfig",
     "StopConfig",
     "TaskSettings",
+    "TextConfig",
     "Whole",
     "headed",
 ]

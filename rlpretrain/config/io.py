@@ -208,6 +208,10 @@ def _rows(owner: type, prefix: str) -> list[FieldRow]:
         if is_dataclass(kind) and isinstance(kind, type):
             rows.append(FieldRow(name, "", meaning))
             rows += describe(kind, f"{name}.")
+        elif item := names.item_of(kind):
+            rows.append(FieldRow(name, "", meaning))
+            shared = {f"{name}.NAME.{other.name}" for other in fields(owner)}
+            rows += [row for row in describe(item, f"{name}.NAME.") if row.name not in shared]
         else:
             info = documented.get(field.name)
             default = info.get_default(call_default_factory=True) if info is not None else field.default

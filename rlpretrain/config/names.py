@@ -138,6 +138,12 @@ def inner(kind: Any) -> Any:
     return kind
 
 
+def item_of(kind: Any) -> type | None:
+    """Return the section X for `dict[str, X]`, None for any other type."""
+    arguments = typing.get_args(kind) if typing.get_origin(kind) is dict else ()
+    return arguments[1] if arguments and is_dataclass(arguments[1]) else None  # type: ignore[return-value]
+
+
 def owner_at(owner: Any, path: Sequence[Any]) -> Any:
     """Return the dataclass of the section at `path`."""
     for part in path:

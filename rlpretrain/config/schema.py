@@ -16,8 +16,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
+from rlpretrain.config.data import DataConfig
 from rlpretrain.config.engines import EngineConfig, EngineSection
-from rlpretrain.config.inputs import DataConfig, ModelConfig
+from rlpretrain.config.model import ModelConfig
 from rlpretrain.config.sampling import SamplingConfig
 
 
@@ -158,12 +159,14 @@ class TaskSettings:
 class EvalConfig(TaskSettings):
     """Evaluation during training."""
 
-    data: PathText | None = None
-    """Held-out documents; without them there is no evaluation but that of `tasks`."""
+    data: PathText | dict[str, PathText] | None = None
+    """Held-out documents; without them there is no evaluation but that of `tasks`. With `data.sources` also
+    {name: file}: each file is read as its source is, and its numbers are logged as `eval/<name>/*` too.
+    """
     every: Whole = 100
     """Steps between evaluations, with a further evaluation at the end. 0: only at the end."""
     documents: Count = 64
-    """Number of held-out documents, the same random sample in every run."""
+    """Number of held-out documents (of each file), the same random sample in every run."""
     positions: Count = 1
     """Positions per document, at most `objective.positions_per_document`."""
     thoughts: Count = 4

@@ -32,6 +32,10 @@ class SourceInputs:
     """The run's seed: all that is random in a source depends on it alone."""
     min_length: int = 2
     """Tokens of the shortest document that the objective can use; a source leaves out shorter ones."""
+    per_step: int = 32
+    """Documents of a step over all ranks; in as many, a mixture keeps to its weights."""
+    thinks: bool = False
+    """Whether the objective chooses positions in documents."""
 
 
 class DocumentSource(Protocol):
@@ -40,9 +44,10 @@ class DocumentSource(Protocol):
     The documents form one global order that does not depend on `world_size`: one rank that takes 2n documents
     and two ranks that take n each get the same ones. Two documents with one `id` have the same tokens.
 
-    Two more methods are optional. `__len__` gives the documents of one epoch over all ranks; without it, or
-    if it raises TypeError, a run needs `max_steps`. `one_pass()` yields the documents of one pass in their
-    own order; a source without it cannot read held-out documents (`eval.data`).
+    More members are optional. `__len__` gives the documents of one epoch over all ranks; without it, or if
+    it raises TypeError, a run needs `max_steps`. `one_pass()` yields the documents of one pass in their own
+    order; a source without it cannot read held-out documents (`eval.data`). `skip(n)` passes over documents
+    without reading them, and `mean_length` is the mean number of their tokens: a mixture uses both.
     """
 
     @property
@@ -91,7 +96,7 @@ def check_source(source: Any, data: DataConfig) -> None:
     missing = [member for member in MEMBERS if not hasattr(source, member)]
     if missing:
         raise ConfigError(f"{name_of(source)} has no {', '.join(missing)}: see DocumentSource")
-    if source.longest > data.max_length:
+    if source.longest > data.longest:
         raise ConfigError(
             f"{name_of(source)} has documents of {source.longest} tokens, but data.max_length is "
             f"{data.max_length}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,9 @@ from datasets import Dataset, Features, List, Value
 from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 
+from rlpretrain.config import ConfigError
 from rlpretrain.data.fingerprints import library_versions
-from rlpretrain.data.opening import bar_if
+from rlpretrain.data.opening import bar_if, order_column
 from rlpretrain.data.tokenization import SPLIT_VERSION, DocumentSplitter, TokenPiece
 from rlpretrain.types import Document
 
@@ -45,6 +48,7 @@ class IndexedReader:
             raise splitter.nothing_left(self.dropped)
         self.size = {"documents": len(self.kept), "tokens": int(lengths[self.kept].sum())}
         self.longest = int(lengths[self.kept].max())
+        self.ranking = self._read_ranking(rows) if data.order_by else None  # of each piece
         self._order: tuple[int, np.ndarray] = (-1, self.kept)  # an epoch, and its order of pieces
 
     def __len__(self) -> int:
@@ -61,6 +65,9 @@ class IndexedReader:
         indices = [self._index_of((first + k) * self.world_size + self.rank) for k in range(n)]
         self.taken += n
         return self._documents(indices)
+
+    def skip(self, n: int) -> None:
+        self.taken += n
 
     def one_pass(self) -> Iterator[Document]:
         for start in range(0, len(self), 1000):
@@ -134,6 +141,20 @@ class IndexedReader:
         files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
         return Hasher.hash([rows._fingerprint, files, splitter.fingerprint, settings])
 
+    def _read_ranking(self, rows: Dataset) -> np.ndarray:
+        """The number of each piece by which pieces are ordered; ConfigError for what is not a number."""
+        name = order_column(self.splitter.data)
+        numbers = np.empty(len(rows))
+        for row, cell in enumerate(rows[name]):
+            value = json.loads(cell) if self.splitter.cells else cell
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(
+                    f"{self.splitter.source(row)}: column '{name}' of order_by holds {value!r}, not a number"
+                )
+            numbers[row] = value
+        of_pieces = numbers[np.asarray(self.pieces["row"])]
+        return -of_pieces if str(self.splitter.data.order_by).startswith("-") else of_pieces
+
     def _split_rows(self, batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         out: dict[str, list] = {"token_ids": [], "answer_at": [], "row": [], "piece": []}
         for row, pieces in zip(rows, self.splitter.split(batch, rows), strict=True):
@@ -149,5 +170,7 @@ class IndexedReader:
         if epoch != self._order[0]:
             shuffle = self.splitter.data.shuffle
             order = np.random.default_rng([self.seed, epoch]).permutation(self.kept) if shuffle else self.kept
+            if self.ranking is not None:
+                order = order[np.argsort(self.ranking[order], kind="stable")]
             self._order = (epoch, order)
         return int(self._order[1][place])

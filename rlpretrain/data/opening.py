@@ -56,7 +56,13 @@ def open_rows(data: DataConfig) -> Dataset | IterableDataset:
 
 def columns_wanted(data: DataConfig) -> list[str]:
     """The columns that `data` names, each once."""
-    return list(dict.fromkeys([*_text_columns(data), *data.meta_columns]))
+    order = [order_column(data)] if data.order_by else []
+    return list(dict.fromkeys([*_text_columns(data), *data.meta_columns, *order]))
+
+
+def order_column(data: DataConfig) -> str:
+    """The column that `data.order_by` names."""
+    return str(data.order_by).removeprefix("-")
 
 
 def reads_cells(data: DataConfig) -> bool:

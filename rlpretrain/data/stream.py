@@ -19,6 +19,7 @@ from rlpretrain.config.plugins import find
 from rlpretrain.data.document_source import DocumentSource, SourceInputs, check_source, name_of
 from rlpretrain.data.fingerprints import older_fingerprint
 from rlpretrain.data.indexed import IndexedReader
+from rlpretrain.data.mixture import Mixture
 from rlpretrain.data.opening import open_rows, quiet, reads_cells
 from rlpretrain.data.streamed import CHUNK, StreamedReader
 from rlpretrain.data.tokenization import DocumentSplitter
@@ -86,6 +87,11 @@ class DocumentStream:
         with quiet():
             return self._reader.take(n)
 
+    def skip(self, n: int) -> None:
+        """Pass over the next `n` documents of this rank."""
+        with quiet():
+            self._reader.skip(n)
+
     def one_pass(self) -> Iterator[Document]:
         """The documents of one pass; of a stream, what is left of the present one."""
         return self._reader.one_pass()
@@ -112,6 +118,12 @@ class DocumentStream:
         """Tokens of the longest document; of a stream, whose documents are not known yet, `max_length`."""
         return self._reader.longest
 
+    @property
+    def mean_length(self) -> float | None:
+        """Mean tokens of a document; None for a stream, whose documents are not known yet."""
+        size = self._reader.size
+        return size["tokens"] / size["documents"] if size else None
+
     def __len__(self) -> int:
         """Documents of one epoch over all ranks; TypeError for a stream, whose length is unknown."""
         return len(self._reader)
@@ -137,6 +149,8 @@ def open_source(inputs: SourceInputs, section: str = "data") -> DocumentSource:
     Raises ConfigError that names the source if it cannot be loaded or opened, or is not a document source.
     """
     data = inputs.config
+    if data.sources:
+        return Mixture(inputs, open_source, section)
     if data.source is None:
         return DocumentStream(
             data,
@@ -176,7 +190,11 @@ def read_all(
     method `sample(n, seed)`, always give the first. Errors are those of `open_source`; a source without
     `one_pass` is refused too.
     """
-    inputs = SourceInputs(config=replace(data, shuffle=False), tokenizer=tokenizer, min_length=min_length)
+    if data.sources:
+        raise ConfigError("'sources' are mixed for training; held-out documents come from one path")
+    inputs = SourceInputs(
+        config=replace(data, shuffle=False, order_by=None), tokenizer=tokenizer, min_length=min_length
+    )
     source = open_source(inputs)
     sample = getattr(source, "sample", None)
     if limit is not None and seed is not None and sample is not None:

@@ -44,6 +44,9 @@ class StreamedReader:
             documents += islice(self.one_pass(), n - len(documents))
         return documents
 
+    def skip(self, n: int) -> None:
+        self.take(n)
+
     def one_pass(self) -> Iterator[Document]:
         """What is left of the current pass."""
         while self.place < len(self.chunk) or self._read_chunk():

@@ -67,6 +67,30 @@ class Interrupted(KeyboardInterrupt):
         self.done = done
 
 
+def evaluate_losses(
+    model: nn.Module,
+    objective: Objective,
+    documents: Sequence[Document],
+    *,
+    seed: int = 0,
+    token_budget: int = 16384,
+    pad_id: int = 0,
+) -> Evaluation:
+    """The next-token loss of documents, prepared as the objective does; no thoughts."""
+    prepared = _prepare(objective, documents, seed)
+    layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
+    return Evaluation({}, prepared, *no_think(Scorer(model), prepared, layout), [])
+
+
+def _prepare(objective: Objective, documents: Sequence[Document], seed: int) -> list[Document]:
+    """The documents that the objective does not drop; ConfigError if it drops all."""
+    prepared = [prepare_held_out(objective, document, seed) for document in documents]
+    kept = [document for document in prepared if document is not None]
+    if not kept:
+        raise ConfigError(f"the objective's `prepare` dropped all {len(prepared)} held-out documents")
+    return kept
+
+
 def evaluate(
     model: nn.Module,
     objective: Objective,
@@ -94,16 +118,13 @@ def evaluate(
     the numbers of positions that are done and of all positions. Raises `Interrupted` on Ctrl-C once some
     positions are done.
     """
-    prepared = [prepare_held_out(objective, document, seed) for document in documents]
-    documents = [document for document in prepared if document is not None]
-    if not documents:
-        raise ConfigError(f"the objective's `prepare` dropped all {len(prepared)} held-out documents")
+    documents = _prepare(objective, documents, seed)
     check_rows(objective, max(len(document.token_ids) for document in documents), limit_of(model))
     scorer = Scorer(model)
     reference = frozen if isinstance(frozen, Scorer) or frozen is None else Scorer(frozen)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
     if not objective.has_positions:
-        return Evaluation({}, list(documents), *no_think(scorer, documents, layout), [])
+        return Evaluation({}, documents, *no_think(scorer, documents, layout), [])
     entropies: Sequence[Any] = [None] * len(documents)
     if "entropy" in objective.needs:  # of the frozen model, so that the positions do not depend on `model`
         judge = reference or scorer

@@ -71,9 +71,14 @@ class Evaluation:
             documents=[document for document, kept in zip(self.documents, mask, strict=True) if kept],
             losses=self.losses[mask],
             tokens=self.tokens[mask],
-            groups=[group for group, kept in zip(self.groups, mask, strict=True) if kept],
+            groups=[group for group, kept in zip(self.groups, mask, strict=bool(self.groups)) if kept],
             frozen_losses=None if self.frozen_losses is None else self.frozen_losses[mask],
         )
+
+    def by_stream(self) -> dict[str, Evaluation]:
+        """The evaluation of each named source that documents are from."""
+        streams = [document.stream for document in self.documents]
+        return {name: self.where([s == name for s in streams]) for name in sorted(set(streams) - {""})}
 
     def columns(self) -> dict[str, Any]:
         """Every number at each position, the `tokens` that weight its loss, and its source row: for JSON."""

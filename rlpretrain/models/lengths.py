@@ -115,6 +115,12 @@ def check_run(model: Any, objective: Any, stream: Any, others: Any, held_out: Se
     limit = limit_of(model)
     if stream is not None:
         check_rows(objective, stream.longest, limit)
+        for name, longest in getattr(stream, "longest_only_read", {}).items():
+            if limit is not None and longest > limit.tokens:
+                raise ConfigError(
+                    f"{limit.reason}, but a document of data.sources.{name} has {longest} tokens: set "
+                    f"data.sources.{name}.max_length to at most {limit.tokens}"
+                )
     if others is not None and limit is not None and others.longest > limit.tokens:
         raise ConfigError(
             f"{limit.reason}, but a document of ntp_data has {others.longest} tokens: set "

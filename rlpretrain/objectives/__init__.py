@@ -101,7 +101,7 @@ def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
         raise ConfigError(
             f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position"
         )
-    if "ntp_data" in objective.needs and run.ntp_data is None:
+    if "ntp_data" in objective.needs and run.ntp_data is None and not run.data.sources:
         raise ConfigError(
             f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data"
         )

@@ -11,8 +11,9 @@ import numpy as np
 from torch import nn
 
 from rlpretrain import models
-from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config import ConfigError, DataConfig, PretrainConfig
 from rlpretrain.data.stream import read_all
+from rlpretrain.evaluation.places import held_out_data
 from rlpretrain.objectives import Objective, delimiters, load_objective
 from rlpretrain.ranks import join
 from rlpretrain.reporting.html import Report
@@ -96,7 +97,7 @@ def add_new_thoughts(
     model = loaded.model
     assert model is not None, "thoughts are sampled from a model"
     objective = load_objective(config, loaded.tokenizer)
-    data = replace(config.data, path=config.eval.data or config.data.path, streaming=False)
+    data = _documents_to_show(config)
     read = read_all(data, loaded.tokenizer, limit=documents, seed=0)
     prepared = [prepare_held_out(objective, document, config.seed) for document in read]
     first_documents = [document for document in prepared if document is not None]
@@ -117,6 +118,16 @@ def add_new_thoughts(
     groups = roll_out(objective, HFEngine(model, tokenizer=loaded.tokenizer), positions, seeds)
     tick()
     _add_groups(report, config, loaded, objective, groups, {d.id: d for d in first_documents}, tick)
+
+
+def _documents_to_show(config: PretrainConfig) -> DataConfig:
+    """Held-out documents, else those of training; of several sources the first with thoughts."""
+    held_out, sources = held_out_data(config), config.data.sources
+    thinking = [name for name, source in sources.items() if source.use == "think"]
+    name = next((name for name in thinking if not held_out or name in held_out), "")
+    if held_out:
+        return held_out.get(name) or next(iter(held_out.values()))
+    return replace(sources[name].texts() if sources else config.data, streaming=False)
 
 
 def _add_groups(

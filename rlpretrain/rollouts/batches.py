@@ -17,6 +17,7 @@ import numpy as np
 
 from rlpretrain.config import ConfigError
 from rlpretrain.data.document_source import DocumentSource, cursor_of
+from rlpretrain.data.mixture import Mixture
 from rlpretrain.models.lengths import check_engine, check_rows, limit_of
 from rlpretrain.models.spending import Metered, Reads
 from rlpretrain.objectives import Objective
@@ -26,6 +27,7 @@ from rlpretrain.scoring.groups import token_entropies
 from rlpretrain.types import Batch, Document
 from rollout.engine import Engine
 from rollout.queue import Rollout, RolloutQueue, Ticket
+from rollout.store import document_from_row, document_to_row
 from rollout.types import Group, Position
 
 
@@ -37,6 +39,10 @@ class SubmittedBatch:
     ticket: Ticket
     progress: float
     reads: Reads
+    read_documents: list[Document]
+    """Documents in which no position is chosen."""
+    exhausted: str | None
+    """Why the run ends with this batch."""
 
 
 class BatchSource:
@@ -63,7 +69,8 @@ class BatchSource:
         steps: int = 1,
     ):
         self.objective, self.stream, self.engine, self.policy = objective, stream, engine, policy
-        self.ntp_stream, self.seed = ntp_stream, seed
+        self.ntp_stream, self.seed, self.size = ntp_stream, seed, size
+        self.mixture = stream if isinstance(stream, Mixture) else None
         self.token_budget, self.steps = token_budget, steps
         self._longest = stream.longest  # tokens of a document for which lengths are known to fit
         if objective.has_positions and engine is not None:
@@ -80,6 +87,10 @@ class BatchSource:
         self._without_position = 0  # documents
         self._submitted: list[SubmittedBatch] = []  # not yet taken
         self._spare: list[DrawnPosition] = []  # chosen for a batch that had enough
+        # (documents to read, why the run ends) of batches that were waiting when the checkpoint was written
+        self._restored: list[tuple[list[Document], str | None]] = []
+        self._progress = 0.0  # of the batch that was taken last
+        self.exhausted: str | None = None  # why the run ends with the batch that was taken last
 
     def take(self, n: int, ahead: int = 0) -> Batch:
         """`n` groups of this rank with their documents; for an objective without positions, `n` documents.
@@ -116,6 +127,18 @@ class BatchSource:
         """Documents that this rank has drawn."""
         return self._draws.drawn
 
+    def source_row(self) -> dict[str, float]:
+        """Metrics of the named sources; documents and tokens are those of this rank."""
+        if self.mixture is None:
+            return {}
+        row: dict[str, float] = {}
+        shares, epochs = self.mixture.weights_at(self._progress), self.mixture.epochs
+        for name in self.mixture.sources:
+            documents, tokens = self._draws.by_stream.get(name, (0, 0))
+            row[f"source/{name}/documents"], row[f"source/{name}/tokens"] = documents, tokens
+            row[f"source/{name}/weight"], row[f"source/{name}/epoch"] = shares[name], epochs[name]
+        return row
+
     @property
     def without(self) -> int:
         """Drawn documents that have no position, or that the objective's `prepare` dropped."""
@@ -130,8 +153,14 @@ class BatchSource:
             "taken": self.taken,
             "drawn": self._draws.drawn,
             "dropped": self._draws.dropped,
+            "by_stream": {name: list(counts) for name, counts in self._draws.by_stream.items()},
             "without": self._without_position,
             "spare": [position.to_row() for position in waiting + self._spare],
+            "waiting": [
+                {"read_documents": list(map(document_to_row, documents)), "exhausted": exhausted}
+                for documents, exhausted in self._waiting()
+            ],
+            "exhausted": self.exhausted,
             "ntp_stream": None,
         }
         if self._ntp_draws is not None:
@@ -144,28 +173,56 @@ class BatchSource:
         self.stream.load_state_dict(state["stream"])
         self.taken, self._without_position = state["taken"], state["without"]
         self._draws.drawn, self._draws.dropped = state["drawn"], state.get("dropped", 0)
+        self._draws.by_stream = {name: list(counts) for name, counts in state.get("by_stream", {}).items()}
         self._spare = _numbered([DrawnPosition.from_row(row) for row in state["spare"]])
+        self._restored = [
+            ([document_from_row(row) for row in batch["read_documents"]], batch["exhausted"])
+            for batch in state.get("waiting", [])
+        ]
+        self.exhausted = state.get("exhausted")
         if self._ntp_draws is not None:
             self._ntp_draws.source.load_state_dict(state["ntp_stream"])
             self._ntp_draws.drawn = state.get("ntp_drawn", 0)
             self._ntp_draws.dropped = state.get("ntp_dropped", 0)
 
+    def _waiting(self) -> list[tuple[list[Document], str | None]]:
+        """What a batch that was not taken has beside its positions."""
+        return [(batch.read_documents, batch.exhausted) for batch in self._submitted] + self._restored
+
     def _take_documents(self, n: int) -> Batch:
         """A batch of an objective without positions."""
         objective = self.objective.at(self.taken / self.steps)
         self.taken += 1
+        self._begin_draws(objective)
         traces = self._take_ntp_documents(objective.mix(n), objective)
         documents = self._draws.fill(n - len(traces), objective)
         self._check_longer(documents)
+        self._progress = objective.progress
+        self.exhausted = self.mixture.exhausted if self.mixture is not None else None
         return Batch((), documents + traces, objective.progress)
+
+    def _begin_draws(self, objective: Objective) -> None:
+        """Let a mixture change its weights, at a draw that no rank has reached. All ranks call it."""
+        if self.mixture is not None:
+            (first,) = self.policy.ranks.max([float(self.mixture.position)])
+            self.mixture.begin(objective.progress, int(first))
 
     def _submit(self, n: int, ahead: int) -> None:
         """Choose the positions of the next batch and let the engine begin with its thoughts."""
         objective = self.objective.at((self.taken + len(self._submitted)) / self.steps)
-        positions = self._choose_positions(n, objective)
+        if self._restored:  # its draws were made before the checkpoint
+            read_documents, exhausted = self._restored.pop(0)
+            positions, self._spare = self._spare[:n], self._spare[n:]
+        else:
+            self._begin_draws(objective)
+            read_documents = []
+            positions = self._choose_positions(n, objective, read_documents)
+            exhausted = self.mixture.exhausted if self.mixture is not None else None
         engine = Metered(self.engine)
         ticket = self.queue.submit(self._rollouts(positions, objective, engine, ahead))
-        self._submitted.append(SubmittedBatch(positions, ticket, objective.progress, engine.reads))
+        self._submitted.append(
+            SubmittedBatch(positions, ticket, objective.progress, engine.reads, read_documents, exhausted)
+        )
 
     def _collect(self, submitted: SubmittedBatch) -> Batch:
         """The batch once all its thoughts are sampled."""
@@ -175,8 +232,11 @@ class BatchSource:
         except ValueError as error:
             raise ConfigError(f"cannot sample thoughts: {error}") from error
         self.reads.merge(submitted.reads)
+        self._progress, self.exhausted = submitted.progress, submitted.exhausted
         by_draw = {position.draw: position.document for position in submitted.positions}
         documents = list(by_draw.values())
+        if self.mixture is not None:
+            documents = list(filter(self.mixture.has_next_token_loss, documents)) + submitted.read_documents
         if self._ntp_draws is not None:
             objective = self.objective.at(submitted.progress)
             documents = self._take_ntp_documents(len(documents), objective)
@@ -194,13 +254,24 @@ class BatchSource:
             rollouts.append(partial(objective.rollout, engine, [drawn.position for drawn in part], seeds))
         return rollouts
 
-    def _choose_positions(self, n: int, objective: Objective) -> list[DrawnPosition]:
-        """The next `n` positions: spare ones, then those of new documents."""
+    def _choose_positions(
+        self, n: int, objective: Objective, read_documents: list[Document]
+    ) -> list[DrawnPosition]:
+        """The next `n` positions: spare ones, then those of new documents.
+
+        Documents in which no position is chosen, since their source is only read, join `read_documents`.
+        """
         chosen, self._spare = self._spare[:n], self._spare[n:]
         in_row = 0  # documents without a position since the last one with some
         while len(chosen) < n:
             wanted = n - len(chosen)
             draws = self._draws.take(wanted, objective)
+            if self.mixture is not None:
+                is_read = [self.mixture.is_only_read(draw.document) for draw in draws]
+                read = [draw.document for draw, reads in zip(draws, is_read, strict=True) if reads]
+                self._check_read(read)
+                read_documents += read
+                draws = [draw for draw, reads in zip(draws, is_read, strict=True) if not reads]
             in_row += wanted - len(draws)
             documents = [draw.document for draw in draws]
             self._check_longer(documents)
@@ -235,14 +306,23 @@ class BatchSource:
         if self._ntp_draws is None:
             return []
         documents = self._ntp_draws.fill(n, objective)
-        longest = max((len(document.token_ids) for document in documents), default=0)
-        if longest > self._ntp_draws.source.longest:
-            limit = limit_of(self.policy.model)
-            if limit is not None and longest > limit.tokens:
-                raise ConfigError(
-                    f"{limit.reason}, but `prepare` makes {longest} tokens of a document of ntp_data"
-                )
+        if (
+            max((len(document.token_ids) for document in documents), default=0)
+            > self._ntp_draws.source.longest
+        ):
+            self._check_read(documents)
         return documents
+
+    def _check_read(self, documents: Sequence[Document]) -> None:
+        """Check the lengths of documents that are only read, which `prepare` may have made longer."""
+        limit = limit_of(self.policy.model) if documents else None
+        if limit is None:
+            return
+        longest = max(documents, key=lambda document: len(document.token_ids))
+        if len(longest.token_ids) > limit.tokens:
+            raise ConfigError(
+                f"{limit.reason}, but `prepare` gives document {longest.id} {len(longest.token_ids)} tokens"
+            )
 
     def _check_longer(self, documents: Sequence[Document]) -> None:
         """Check lengths again if `prepare` made a document longer than all before."""

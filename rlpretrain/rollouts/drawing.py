@@ -11,6 +11,7 @@ import numpy as np
 
 from rlpretrain.config import ConfigError
 from rlpretrain.data.document_source import DocumentSource, problem_of, take_documents
+from rlpretrain.data.mixture import Mixture
 from rlpretrain.objectives import Objective
 from rlpretrain.types import Document
 from rollout.store import document_from_row, document_to_row
@@ -50,13 +51,16 @@ class DocumentDraws:
         self.kind, self.id_prefix = kind, id_prefix
         self.drawn = 0  # documents of this rank
         self.dropped = 0  # of those, documents that `prepare` dropped
+        self.by_stream: dict[str, list[int]] = {}  # documents and tokens that were drawn from each source
 
     def take(self, n: int, objective: Objective) -> list[Draw]:
-        """The next `n` draws, without the documents that the objective drops."""
+        """The next `n` draws, without the documents that the objective drops.
+
+        Of a mixture, `n` to think in, with the documents to read that are drawn before them.
+        """
         draws = []
-        for document in take_documents(self.source, n, objective.progress):
-            number = self.drawn * self.size + self.rank
-            self.drawn += 1
+        for number, document in self._next_documents(n, objective.progress):
+            self._count(document)
             if self.id_prefix:
                 document = replace(document, id=f"{self.id_prefix}{document.id}")
             prepared = prepare_document(objective, document, (self.seed, number, self.kind))
@@ -65,6 +69,22 @@ class DocumentDraws:
             else:
                 draws.append(Draw(_with_own_id(prepared, document), number))
         return draws
+
+    def _next_documents(self, n: int, progress: float) -> list[tuple[int, Document]]:
+        """Documents with the numbers of their draws in the order over all ranks."""
+        if isinstance(self.source, Mixture):
+            numbered = self.source.take_numbered(n, progress)
+            self.drawn += len(numbered)
+            return [(item.number, item.document) for item in numbered]
+        first = self.drawn
+        self.drawn += n
+        documents = take_documents(self.source, n, progress)
+        return [((first + k) * self.size + self.rank, document) for k, document in enumerate(documents)]
+
+    def _count(self, document: Document) -> None:
+        if document.stream:
+            documents, tokens = self.by_stream.get(document.stream, (0, 0))
+            self.by_stream[document.stream] = [documents + 1, tokens + len(document.token_ids)]
 
     def fill(self, n: int, objective: Objective) -> list[Document]:
         """The next `n` documents that the objective does not drop."""
@@ -94,7 +114,7 @@ def prepare_document(objective: Objective, document: Document, key: Sequence[int
         return prepared
     if problem := problem_of(prepared):
         raise ConfigError(f"{type(objective).__name__}.prepare: document {document.id}: {problem}")
-    return prepared
+    return prepared if prepared.stream == document.stream else replace(prepared, stream=document.stream)
 
 
 def prepare_held_out(objective: Objective, document: Document, seed: int) -> Document | None:

@@ -183,7 +183,7 @@ def write_start(
 
 def longest(config: PretrainConfig, objective: Objective, most: int | None) -> int:
     """Positions for the longest prompt and thought, and for the probe; at most `most`, the model's own."""
-    wanted = max(objective.window(config.data.max_length).sampled, 512)
+    wanted = max(objective.window(config.data.longest).sampled, 512)
     return min(wanted, most or wanted)
 
 

@@ -22,7 +22,7 @@ def rollouts_in(folder: str) -> Path:
 class ReplaySource:
     """The batches of a store, step by step, in place of a BatchSource; its engine reads nothing."""
 
-    epoch, without = 0, 0
+    epoch, without, exhausted = 0, 0, None
 
     def __init__(self, store: Store, max_steps: int | None = None, tokenizer: str | None = None):
         self.store, self.steps, self.done, self.reads = store, store.steps(), 0, Reads()
@@ -50,6 +50,10 @@ class ReplaySource:
                 "texts; set model.path or model.tokenizer back"
             )
         self.done = state["done"]
+
+    def source_row(self) -> dict[str, float]:
+        """Nothing: a replay draws no documents."""
+        return {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:

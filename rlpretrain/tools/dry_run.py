@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from rlpretrain.config import ConfigError, ModelConfig, PretrainConfig
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.config.plugins import find
+from rlpretrain.evaluation.places import held_out_data, overlaps
 from rlpretrain.models.loading import load_tokenizer, only_config
 from rlpretrain.objectives import Objective, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
@@ -40,7 +41,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     objective = make_objective(config, notes)
     check_settings(config, type(objective), int(os.environ.get("WORLD_SIZE", 1)))
     shape, where = model_shape(config.model, beside)
-    if config.data.source is None:
+    if config.data.source is None and not config.data.sources:
         documents = count_rows(config.data, notes)
         longest = measure_documents(config, objective, notes)
     else:
@@ -51,9 +52,10 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
         find(config.ntp_data.source, "ntp_data.source")
     elif config.ntp_data:
         count_rows(config.ntp_data, notes)
-    if config.eval.data and config.data.source is None:
-        held_out = replace(config.data, path=config.eval.data, name=None, split="train", streaming=False)
-        count_rows(held_out, notes)
+    for held_out in held_out_data(config).values():
+        if held_out.source is None:
+            count_rows(held_out, notes)
+    notes += overlaps(config)
     if (Path(config.output_dir) / "run.json").exists():
         notes.append(f"{config.output_dir} holds another run: resume it, or choose another output_dir")
     items = memory(config, shape, sizes)

@@ -62,7 +62,7 @@ def make_sizes(
         settings = ds_settings(policy, config.optim, getattr(torch, config.model.dtype))
         stage = settings["zero_optimization"]["stage"]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    longest = config.data.max_length if longest is None else longest
+    longest = config.data.longest if longest is None else longest
     window = objective.window(longest)
     step = count_step_tokens(config, objective, longest, ranks)
     smallest_piece = 0  # that a micro-batch must hold
@@ -100,7 +100,8 @@ def _count_group_tokens(
 ) -> GroupTokens:
     target = objective.config.target_length
     # Whether the arm without a thought is a row of its own.
-    own_arm = objective.config.no_think != "raw" or config.ntp_data is not None
+    only_thinks = any(not source.next_token for source in config.data.sources.values())
+    own_arm = objective.config.no_think != "raw" or config.ntp_data is not None or only_thinks
     if config.packing == "padded":
         return GroupTokens((1 + own_arm) * window.row, window.row)
     added = window.prompt if objective.template.head else objective.added_tokens
@@ -143,14 +144,19 @@ def measure_documents(config: PretrainConfig, objective: Objective, notes: list[
 
 
 def measure_source(config: PretrainConfig, objective: Objective, notes: list[str]) -> MeasuredSource:
-    """Open `data.source` and ask it for its number and lengths of documents.
+    """Open `data.source` or `data.sources` and ask for the number and lengths of documents.
 
-    ConfigError where the source cannot be opened, and where its length is needed and unknown.
+    ConfigError where a source cannot be opened, and where its length is needed and unknown.
     """
-    source_name = str(config.data.source)
     if not Path(config.model.tokenizer or config.model.path).is_dir():
-        find(source_name, "data.source")
-        notes.append(f"data.source '{source_name}' was not opened: the tokenizer is in no folder here")
+        names = {"data.source": config.data.source}
+        names |= {
+            f"data.sources.{name}.source": source.source for name, source in config.data.sources.items()
+        }
+        for setting, name in names.items():
+            if name is not None:
+                find(name, setting)
+        notes.append("the document sources were not opened: the tokenizer is in no folder here")
         return MeasuredSource(None, None)
     source = open_source(
         SourceInputs(

@@ -32,7 +32,7 @@ def make_timetable(
     table = {
         "steps": f"{steps:,}" if steps else f"unknown offline: {config.epochs:g} epochs",
         "positions": format_count(positions),
-        "document tokens, at most": format_count(needed_documents * config.data.max_length),
+        "document tokens, at most": format_count(needed_documents * config.data.longest),
     }
     if objective.has_positions:
         table["thoughts"] = format_count(thoughts)
@@ -44,7 +44,7 @@ def make_timetable(
     table["learning rate"] = _format_learning_rates(config, steps)
     table["documents, at least"] = format_count(needed_documents)
     if documents is None:
-        table["rows there are"] = "unknown offline"
+        table["rows there are"] = "of several sources" if config.data.sources else "unknown offline"
         return table
     epochs = f": {needed_documents * steps / documents:.3g} epochs" if steps else ""
     split = "; long ones are split" if config.data.long == "split" else ""

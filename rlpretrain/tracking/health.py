@@ -228,6 +228,9 @@ class Health:
 
     def observe(self, step: int, row: Mapping[str, float | None]) -> list[Finding]:
         """Add one step's metrics; returns the new warnings. Values that are not finite are ignored."""
+        if any(name.startswith("source/") for name in row):
+            # The loss over all sources follows their weights; the collapse monitor watches each source.
+            row = {name: value for name, value in row.items() if name != "ntp/loss"}
         judged = [self._judge(rule, step, row) for rule in RULES]
         new = [finding for finding in judged if finding is not None]
         self.findings += new

@@ -112,6 +112,11 @@ METRICS: dict[str, Metric] = {
         "below .1",
     ),
     "run/epoch": Metric("passes over the data so far"),
+    "source/*": Metric(
+        "of each source of `data.sources`: documents and tokens drawn so far, passes, present weight, "
+        "next-token loss of the step",
+        "tokens follow the weights",
+    ),
     "run/skipped_steps": Metric("steps skipped for NaN or infinity", "0"),
     "run/documents_without_position": Metric(
         "documents so far that `prepare` dropped or that had no position"

@@ -57,6 +57,7 @@ class StepMetrics:
         self.add("batch/packing_ratio", micro.row_tokens / micro.input_ids.numel(), micro.input_ids.numel())
         if scores.trunk_logps.numel():
             self.add("ntp/loss", -scores.trunk_logps.detach())
+            self._add_source_losses(micro, scores)
         if not micro.groups:
             return
         counted = scores.counted
@@ -81,6 +82,15 @@ class StepMetrics:
         if len(known):
             self.add("reward_std", known.std(correction=0))
             self.add("frac_reward_zero_std", float(known.max() == known.min()))
+
+    def _add_source_losses(self, micro: MicroBatch, scores: Scores) -> None:
+        """The next-token loss of the documents of each named source."""
+        if not any(document.stream for document in micro.documents):
+            return
+        sizes = [len(document.token_ids) - 1 for document in micro.documents]
+        for document, logps in zip(micro.documents, scores.trunk_logps.detach().split(sizes), strict=True):
+            if document.stream:
+                self.add(f"source/{document.stream}/loss", -logps)
 
     def _add_thoughts(self, group: Group) -> None:
         for thought in group.thoughts:

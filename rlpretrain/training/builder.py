@@ -100,7 +100,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     if ranks.first:
         models.try_saving(model, tokenizer, config.model)
     objective = load_objective(config, tokenizer)
-    place = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
+    place: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
     replayed = None
     if config.replay:
         stored = Store(rollouts_in(config.replay), ranks.rank)
@@ -108,7 +108,14 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     stream = None
     if replayed is None:
         stream = open_source(
-            SourceInputs(config=config.data, tokenizer=tokenizer, min_length=objective.min_length, **place)
+            SourceInputs(
+                config=config.data,
+                tokenizer=tokenizer,
+                min_length=objective.min_length,
+                per_step=config.positions_per_step,
+                thinks=objective.has_positions,
+                **place,
+            )
         )
     documents = held_out(config, tokenizer, objective, ranks.size)
     others = None

@@ -42,10 +42,16 @@ def _inputs(config: PretrainConfig) -> dict[str, Path]:
         "model.tokenizer": config.model.tokenizer,
         "data.path": config.data.path,
         "ntp_data.path": config.ntp_data.path if config.ntp_data else None,
-        "eval.data": config.eval.data,
+        **_held_out_files(config.eval.data),
+        **{f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()},
         "replay": config.replay,
         "policy.deepspeed_config": config.policy.deepspeed_config,
         **config.engine.files(),
     }
     named = {field: Path(str(path)) for field, path in paths.items() if path}
     return {field: path for field, path in named.items() if path.exists()}
+
+
+def _held_out_files(data: str | dict[str, str] | None) -> dict[str, str | None]:
+    """The files of `eval.data`, by the names of their fields."""
+    return {f"eval.data.{k}": v for k, v in data.items()} if isinstance(data, dict) else {"eval.data": data}

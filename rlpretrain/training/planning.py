@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.config.data import first_without_weight
 from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.evaluation import harness
+from rlpretrain.evaluation.places import held_out_data
 from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.rollouts.engines import find_engine
@@ -26,6 +28,8 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     _check_cut(config, owner)
     adapters.check(config)
+    check_sources(config, owner)
+    held_out_data(config)
     find_engine(config.engine)
     find_backend(config.policy)
     find_optimizer(config.optim)
@@ -47,6 +51,39 @@ def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
         raise ConfigError(
             "objective.advantage max_rl needs rewards of at least 0, but sampling.cut penalise makes some "
             "negative: set sampling.cut to force_close"
+        )
+
+
+def check_sources(config: PretrainConfig, owner: type[Objective]) -> None:
+    """Check that the named sources serve the objective. Raises ConfigError that names the setting."""
+    sources = config.data.sources
+    if config.ntp_data is not None and config.ntp_data.sources:
+        raise ConfigError("'ntp_data.sources': ntp_data is one source; name several in 'data.sources'")
+    if not sources:
+        return
+    if config.ntp_data is not None:
+        raise ConfigError("'ntp_data' stands beside 'data.sources': make it one of them, with use: read")
+    if config.max_steps is None and config.replay is None:
+        raise ConfigError("the sources of a mixture end at different times: give max_steps instead of epochs")
+    if "ntp_data" in owner.needs and "share" in config.objective:
+        raise ConfigError("'objective.share' stands beside 'data.sources', whose weights are in its place")
+    thinking = [source for source in sources.values() if source.use == "think"]
+    if owner.has_positions:
+        if not thinking:
+            raise ConfigError("all of 'data.sources' have use: read, so there is nowhere to think")
+        if (place := first_without_weight(thinking)) is not None:
+            raise ConfigError(
+                f"the weights of the sources with use: think sum to 0 at progress {place:g}, but every step "
+                "has positions_per_step positions"
+            )
+        if len(thinking) < len(sources) and config.loss.ntp_coef == 0 and not config.loss.terms:
+            raise ConfigError(
+                "'loss.ntp_coef' is 0, so the sources with use: read would teach nothing: raise it, or leave "
+                "them out"
+            )
+    elif unread := [name for name, source in sources.items() if not source.next_token]:
+        raise ConfigError(
+            f"data.sources.{unread[0]}: next_token is false, and objective {owner.__name__} has no other loss"
         )
 
 

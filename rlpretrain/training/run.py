@@ -58,6 +58,7 @@ class Run(Parts):
     best: dict[str, Any]
     """The step and score of the best evaluation, and the number of evaluations after it."""
     monitor: CollapseMonitor
+    source_monitors: dict[str, CollapseMonitor]
     stopped: str | None
     """The reason to end the run before its last step."""
     last: dict[str, float]
@@ -92,6 +93,7 @@ class Run(Parts):
         self.step, self.spent, self.skipped, self.skipped_in_row = 0, records.Spent(), 0, 0
         self.best = {"step": None, "gain": None, "stale": 0}
         self.monitor = run_stop.make_monitor(config)
+        self.source_monitors = run_stop.make_source_monitors(config)
         self.stopped, self.last = None, {}
         self.has_split_groups, self.sizes = False, {}
         self.early, self.work = Reads(), StepWork()

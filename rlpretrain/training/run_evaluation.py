@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from rlpretrain import models
-from rlpretrain.evaluation.evaluate import Evaluation, evaluate
+from rlpretrain.evaluation.evaluate import Evaluation, evaluate, evaluate_losses
+from rlpretrain.evaluation.places import only_read
 from rlpretrain.models import adapters
 from rlpretrain.scoring.scorer import NoGradScorer
 from rlpretrain.training import run_state, run_stop
 from rlpretrain.training.builder import Parts
+from rlpretrain.types import Document
 from rollout.weights import copy_weights
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class RunEvaluation:
         """The metrics of the current weights, the same on every rank. All ranks call it."""
         config, ranks = self.parts.config, self.parts.ranks
         assert self.parts.held_out is not None, "a run evaluates only with eval.data"
-        documents = self.parts.held_out[ranks.rank :: ranks.size]
+        documents, read_documents = self._own_documents()
         model, frozen = self.model(), self.parts.frozen and self.parts.frozen.model
         if self.parts.frozen and config.policy.lora:
             frozen = NoGradScorer(model, adapters_off=True)
@@ -51,8 +53,33 @@ class RunEvaluation:
             progress=progress,
         )
         joined = Evaluation.join(ranks.gather(local))
-        numbers = {name: value for name, value in joined.summary().items() if isinstance(value, int | float)}
-        return {f"eval/{name}": value for name, value in numbers.items()}
+        numbers = _numbers(joined, "eval")
+        parts = joined.by_stream()
+        if any(ranks.gather(bool(read_documents))):
+            losses = None
+            if read_documents:
+                losses = evaluate_losses(
+                    model,
+                    self.parts.objective,
+                    read_documents,
+                    seed=config.seed,
+                    token_budget=config.token_budget,
+                    pad_id=self.parts.layout.pad_id,
+                )
+            known = [part for part in ranks.gather(losses) if part is not None]
+            parts |= Evaluation.join(known).by_stream()
+        for name, part in parts.items():
+            numbers |= _numbers(part, f"eval/{name}")
+        return numbers
+
+    def _own_documents(self) -> tuple[list[Document], list[Document]]:
+        """This rank's held-out documents: those to think in, and those of sources that are only read."""
+        parts = self.parts
+        assert parts.held_out is not None, "a run evaluates only with eval.data"
+        reads = [parts.objective.has_positions and only_read(parts.config, d.stream) for d in parts.held_out]
+        thinking = [document for document, is_read in zip(parts.held_out, reads, strict=True) if not is_read]
+        reading = [document for document, is_read in zip(parts.held_out, reads, strict=True) if is_read]
+        return thinking[parts.ranks.rank :: parts.ranks.size], reading[parts.ranks.rank :: parts.ranks.size]
 
     def model(self) -> nn.Module:
         """A whole model with the policy's current weights; with adapters, if these are trained."""
@@ -74,6 +101,12 @@ class RunEvaluation:
         else:
             copy_weights(self.whole, policy.weights)
         return self.whole
+
+
+def _numbers(evaluation: Evaluation, prefix: str) -> dict[str, float]:
+    """The means of an evaluation as metrics."""
+    means = {name: value for name, value in evaluation.summary().items() if isinstance(value, int | float)}
+    return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
 def evaluate_run(run: Run) -> dict[str, float]:

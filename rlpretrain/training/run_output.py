@@ -13,6 +13,7 @@ import torch
 
 from rlpretrain import compat, models
 from rlpretrain.config.io import to_dict
+from rlpretrain.evaluation.places import overlaps
 from rlpretrain.files import writing
 from rlpretrain.tracking.throughput import throughput
 from rlpretrain.tracking.trackers import Trackers
@@ -32,6 +33,7 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
         yield f"added to the tokenizer: {', '.join(run.added)}{fixed if lora and not lora.new_tokens else ''}"
     if run.padded_because:
         yield f"rows are padded, not packed in trees: {run.padded_because}"
+    yield from overlaps(run.config)
     if run.dropped:
         yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens left out"
     if run.peak is None and run.ranks.device.type == "cuda":  # never run: docs/gpu.md
@@ -91,7 +93,17 @@ def step_row(run: Run) -> dict[str, float]:
         "run/epoch": run.source.epoch,
         "run/skipped_steps": run.skipped,
         "run/documents_without_position": run.source.without,
+        **source_row(run),
     }
+
+
+def source_row(run: Run) -> dict[str, float]:
+    """Metrics of the named sources (`data.sources`), over all ranks. All ranks call it."""
+    row = run.source.source_row()
+    counts = [name for name in row if name.endswith(("/documents", "/tokens"))]
+    if not counts:
+        return row
+    return row | dict(zip(counts, run.ranks.sum([row[name] for name in counts]), strict=True))
 
 
 def record(run: Run, status: str) -> dict[str, Any]:

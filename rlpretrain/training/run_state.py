@@ -37,6 +37,7 @@ def save(run: Run) -> None:
         "skipped": run.skipped,
         "skipped_in_row": run.skipped_in_row,
         "monitor": run.monitor.state_dict(),
+        "source_monitors": {name: monitor.state_dict() for name, monitor in run.source_monitors.items()},
     }
     rank_state = {
         "source": run.source.state_dict(),
@@ -55,7 +56,10 @@ def restore(run: Run, path: Path) -> None:
     run.stopped = run_stop.over_budget(run)
     run.skipped, run.skipped_in_row = state["skipped"], state["skipped_in_row"]
     run.monitor.load_state_dict(state["monitor"])
+    for name, monitor in run.source_monitors.items():
+        monitor.load_state_dict(state["source_monitors"][name])
     run.source.load_state_dict(rank_state["source"])
+    run.stopped = run.stopped or run_stop.exhausted(run)
     run.baseline.load_state_dict(rank_state["baseline"])
     torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)

@@ -19,6 +19,11 @@ def make_monitor(config: PretrainConfig) -> CollapseMonitor:
     return CollapseMonitor(window=config.stop.collapse_window, no_think_rise=config.stop.collapse_no_think)
 
 
+def make_source_monitors(config: PretrainConfig) -> dict[str, CollapseMonitor]:
+    """A monitor for the next-token loss of each named source."""
+    return {name: make_monitor(config) for name in config.data.sources}
+
+
 def over_budget(run: Run) -> str | None:
     """Stop if `stop.input_tokens` or `stop.flops` is reached."""
     return run.spent.over(run.config.stop.input_tokens, run.config.stop.flops)
@@ -38,13 +43,25 @@ def collapsed(run: Run, row: Mapping[str, float]) -> str | None:
         return None
     # ig/frozen is not biased by a worse no-think arm, but is measured in some steps only. Where ig/self is
     # biased, the no-think loss rises.
-    reason = run.monitor.observe(
-        gain=row.get("ig/self", math.nan),
-        no_think_loss=row["ntp/loss"],
-        grad_norm=row.get("grad_norm", math.nan),
-        thought_length=row.get("completions/mean_length", math.nan),
-    )
+    by_source = any(f"source/{name}/loss" in row for name in run.source_monitors)
+    loss = math.nan if by_source else row["ntp/loss"]
+    shared = {
+        "grad_norm": row.get("grad_norm", math.nan),
+        "thought_length": row.get("completions/mean_length", math.nan),
+    }
+    reason = run.monitor.observe(gain=row.get("ig/self", math.nan), no_think_loss=loss, **shared)
+    for name, monitor in run.source_monitors.items():  # the loss of all together follows the weights
+        loss = row.get(f"source/{name}/loss", math.nan)
+        rise = monitor.observe(gain=math.nan, no_think_loss=loss, **shared)
+        reason = reason or (rise and f"source '{name}': {rise}")
     return f"collapse: {reason}" if reason else None
+
+
+def exhausted(run: Run) -> str | None:
+    """Stop if a source that is not to be repeated has no documents left, on any rank. All ranks call it."""
+    if not run.config.data.sources:
+        return None
+    return next(filter(None, run.ranks.gather(run.source.exhausted)), None)
 
 
 def interrupted(run: Run) -> str | None:

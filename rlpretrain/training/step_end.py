@@ -19,9 +19,9 @@ def finish_step(run: Run, step: int, batch: Batch) -> None:
     _count_skipped(run, batch)
     observations.account(run, batch)
     row = run.metrics.means(run.ranks) | run_output.step_row(run)
-    over_budget = run_stop.over_budget(run)
-    last = over_budget is not None or step == run.total_steps
-    run.stopped = run_stop.nonfinite(run) or run.stopped or over_budget
+    complete = run_stop.over_budget(run) or run_stop.exhausted(run)
+    last = complete is not None or step == run.total_steps
+    run.stopped = run_stop.nonfinite(run) or run.stopped or complete
     run.stopped = run.stopped or run_stop.collapsed(run, row)
     if last or _is_due(step, run.config.eval.every):
         row |= evaluate_run(run) if run.held_out is not None else {}

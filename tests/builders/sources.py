@@ -151,6 +151,13 @@ class LabelledNTP(Labelling, NTP):
     """Next-token prediction on labelled documents."""
 
 
+class Rebuilding(RLP):
+    """Makes a new document with the tokens of the old."""
+
+    def prepare(self, document: Document, rng: Any) -> Document:
+        return Document(document.id, document.token_ids)
+
+
 class DropsAll(RLP):
     """Wants no document."""
 

@@ -1,0 +1,52 @@
+"""Section `model`: the base checkpoint."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from rlpretrain.config.base import STRICT, PathText
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ModelConfig:
+    """The base checkpoint."""
+
+    path: PathText
+    """Hub id or folder of a Hugging Face causal language model."""
+    tokenizer: PathText | None = None
+    """Hub id or folder of the tokenizer; the model's own by default."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the trained weights."""
+    attn_implementation: str | None = None
+    """Attention kernel as transformers names it (sdpa, eager, flash_attention_2, ...); by default one that
+    computes all of the model's attention.
+    """
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Turn it on only for code that you trust."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward to save memory: only the inputs of layers are kept."""
+    activation_offloading: bool = False
+    """Keep these inputs in CPU memory; needs `gradient_checkpointing`."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Linear layers in four (nf4) or eight bits with bitsandbytes, for QLoRA (arXiv 2305.14314)."""
+    from_scratch: bool = False
+    """Use only the configuration of `path` and initialise the weights from the seed."""
+    config_beside: PathText | None = None
+    """Folder with the model's config.json, relative to the YAML file; `--dry-run` reads it if `path` is on
+    the hub.
+    """
+
+    @model_validator(mode="after")
+    def _check_offloading(self) -> ModelConfig:
+        """What is offloaded are the inputs of recomputed layers."""
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise PydanticCustomError(
+                "no_checkpointing", "'activation_offloading' needs 'gradient_checkpointing: true'"
+            )
+        return self
