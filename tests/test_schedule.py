@@ -14,7 +14,7 @@ import torch
 
 from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
-from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.schedules import make_schedule
 from rlpretrain.training.run import Run
 from tests.builders.runs import merged
 

@@ -1,12 +1,13 @@
 """The configuration of a run: one dataclass per section, with the same names in YAML, CLI and Python.
 
-`base` has the types that sections share, `inputs`, `engines` and `schema` have the sections, and `io` reads
-and checks them.
+`base` has the types that sections share, `inputs`, `engines`, `optim` and `schema` have the sections, and `io`
+reads and checks them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.engines import EngineConfig
 from rlpretrain.config.inputs import DataConfig, ModelConfig
+from rlpretrain.config.optim import AverageConfig, OptimConfig, ScheduleConfig
 from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
     PAPER_RECIPE,
@@ -15,7 +16,6 @@ from rlpretrain.config.schema import (
     EvalConfig,
     LoraConfig,
     LossConfig,
-    OptimConfig,
     PolicyConfig,
     PretrainConfig,
     StopConfig,
@@ -26,6 +26,7 @@ __all__ = [
     "PAPER_RECIPE",
     "STRICT",
     "Amount",
+    "AverageConfig",
     "BaselineConfig",
     "CheckpointConfig",
     "ConfigError",
@@ -41,6 +42,7 @@ __all__ = [
     "PolicyConfig",
     "PretrainConfig",
     "SamplingConfig",
+    "ScheduleConfig",
     "Seed",
     "StopConfig",
     "TaskSettings",

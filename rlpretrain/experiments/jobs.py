@@ -27,7 +27,7 @@ from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.ranks import join
 from rlpretrain.tracking.progress import bar
-from rlpretrain.training.checkpoint import MACHINE, changes, without
+from rlpretrain.training.checkpoint import MACHINE, changes, filled, without
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 
@@ -157,7 +157,7 @@ def training_to_do(job: Job) -> PretrainConfig | None:
         before: dict[str, Any] = json.loads(wanted.read_text())
         before["engine"] = own_settings(before["engine"])  # older versions wrote those of all engines
         now: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
-        if different := changes(without(before, MACHINE), without(now, MACHINE)):
+        if different := changes(without(filled(before, now), MACHINE), without(now, MACHINE)):
             raise ConfigError(
                 f"the run in {job.folder} has other settings: {'; '.join(different)}. Remove that folder or "
                 "choose another output_dir"

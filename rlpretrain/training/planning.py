@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.evaluation import harness
@@ -11,9 +13,11 @@ from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.rollouts.replay import ReplaySource
-from rlpretrain.training.backends import find_backend
+from rlpretrain.training.backends import backend_of, find_backend
+from rlpretrain.training.backends.deepspeed import ds_settings, flattens
 from rlpretrain.training.losses import make_losses
-from rlpretrain.training.optim import find_optimizer, make_schedule
+from rlpretrain.training.optim import check_optimizer
+from rlpretrain.training.schedules import make_schedule
 
 
 def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
@@ -27,7 +31,10 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     adapters.check(config)
     find_engine(config.engine)
     find_backend(config.policy)
-    find_optimizer(config.optim)
+    flat = False
+    if backend_of(config.policy) == "deepspeed":
+        flat = flattens(ds_settings(config.policy, config.optim, getattr(torch, config.model.dtype)))
+    check_optimizer(config.optim, flat)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
     if config.eval.tasks:

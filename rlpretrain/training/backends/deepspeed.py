@@ -18,7 +18,8 @@ from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.training.backends.base import StepInfo, copy_trained
 from rlpretrain.training.backends.masters import GradientSum, collect_gradient
-from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
+from rlpretrain.training.optim import groups_for, make_optimizer
+from rlpretrain.training.schedules import make_schedule
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -54,7 +55,7 @@ class DeepSpeedPolicy:
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
-        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim)
+        optimizer = make_optimizer(groups_for(model, optim), optim)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
             # DeepSpeed clips too, but does not keep the norm
             settings["gradient_clipping"], self.clips = 0.0, True
@@ -153,6 +154,11 @@ class DeepSpeedPolicy:
         if folder is None or client is None:
             raise ConfigError(f"{path} holds no DeepSpeed state: it was written by another backend")
         self.steps = client["steps"]
+
+
+def flattens(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed gives the optimizer flat pieces instead of whole parameters."""
+    return settings["zero_optimization"]["stage"] > 0 or settings["bf16"]["enabled"]
 
 
 def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:
