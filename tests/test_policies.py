@@ -12,8 +12,8 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.loop import train
-from rlpretrain.training.schedules import make_schedule
 from rlpretrain.training.run import Run
+from rlpretrain.training.schedules import make_schedule
 from tests.builders.policies import SHARDED
 from tests.builders.runs import launch, merged, same, trained, weights
 

@@ -1,6 +1,6 @@
 """The configuration of a run: one dataclass per section, with the same names in YAML, CLI and Python.
 
-`base` has the types that sections share, `inputs`, `engines`, `optim` and `schema` have the sections, and `io`
+`base` has the types that sections share; `inputs`, `engines`, `optim` and `schema` have the sections; `io`
 reads and checks them.
 """
 

@@ -104,8 +104,9 @@ class OptimConfig:
             return self
         if not 0 < floor <= schedule.constant_ratio:
             raise ValueError(
-                f"an exponential decay ends above 0 and starts at constant_ratio {schedule.constant_ratio:g}: "
-                f"with schedule.anneal_from, min_lr_ratio must lie between them and is {floor:g}"
+                "an exponential decay ends above 0 and starts at constant_ratio "
+                f"{schedule.constant_ratio:g}: with schedule.anneal_from, min_lr_ratio must lie between them "
+                f"and is {floor:g}"
             )
         if schedule.anneal_from < self.warmup_steps:
             raise ValueError(

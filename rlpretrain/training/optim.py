@@ -30,7 +30,12 @@ TORCH: dict[str, type[torch.optim.Optimizer]] = {
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_HERE
 }
 """The classes of torch.optim, by their names in lower case."""
-EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "adam_8bit": "Adam8bit", "lion_8bit": "Lion8bit", "sgd_8bit": "SGD8bit"}
+EIGHT_BIT = {
+    "adamw_8bit": "AdamW8bit",
+    "adam_8bit": "Adam8bit",
+    "lion_8bit": "Lion8bit",
+    "sgd_8bit": "SGD8bit",
+}
 """Optimizers of bitsandbytes with blockwise 8-bit state (arXiv 2110.02861)."""
 BY_MATRIX = ("muon", "adafactor")
 """Optimizers whose update of a weight depends on the rest of its matrix."""
@@ -64,8 +69,8 @@ def check_optimizer(config: OptimConfig, flat: bool = False) -> None:
         return
     if flat and config.name in BY_MATRIX:
         raise ConfigError(
-            f"optim.name {config.name} needs whole matrices, and DeepSpeed flattens them in bfloat16 and from "
-            "ZeRO 1 on: use policy.backend torch, or policy.zero_stage 0 in float32"
+            f"optim.name {config.name} needs whole matrices, and DeepSpeed flattens them in bfloat16 and "
+            "from ZeRO 1 on: use policy.backend torch, or policy.zero_stage 0 in float32"
         )
     matrix = {"params": [nn.Parameter(torch.zeros(2, 2))], "weight_decay": config.weight_decay}
     make_optimizer([matrix | {"algorithm": "muon"}] if config.name == "muon" else [matrix], config)
@@ -79,7 +84,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, tables_apart: boo
     """
     bodies, tables, vectors = [], [], []
     causal: Any = model
-    owners = filter(None, (causal.get_input_embeddings(), causal.get_output_embeddings())) if tables_apart else ()
+    owners = (
+        filter(None, (causal.get_input_embeddings(), causal.get_output_embeddings())) if tables_apart else ()
+    )
     in_tables = {id(parameter) for owner in owners for parameter in owner.parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -69,8 +69,8 @@ def _check_annealing(run: Run, path: Path, state: dict[str, Any]) -> None:
     early = [begin for begin in (before, now) if begin is not None and begin < state["step"]]
     if before != now and early:
         raise ConfigError(
-            f"cannot resume from {path}: optim.schedule.anneal_from was {before}, is {now}; only a decay that "
-            f"begins at step {state['step']} or later can be added, moved or removed there"
+            f"cannot resume from {path}: optim.schedule.anneal_from was {before}, is {now}; only a decay "
+            f"that begins at step {state['step']} or later can be added, moved or removed there"
         )
 
 
