@@ -120,10 +120,14 @@ def test_settings_are_checked_before_the_model_is_loaded(settings, said):
         check_optimizer(config)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "stage"), [("muon", "float32", 1), ("muon", "bfloat16", 0), ("adafactor", "float32", 3)]
-)
-def test_matrices_that_deepspeed_flattens_are_refused(values, name, dtype, stage):
-    config = build(merged(values, optim__name=name, dtype=dtype, **deepspeed(stage)))
+def test_muon_trains_bfloat16_weights_through_their_float32_copies(values, tmp_path):
+    whole, again = resumed(values, tmp_path, dtype="bfloat16", **optim("muon"), **deepspeed(0))
+    start = weights(Path(values["model"]))
+    assert same(whole, again) and not same(whole, start, within=1e-3)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("muon", 1), ("adafactor", 3)])
+def test_matrices_that_deepspeed_flattens_are_refused(values, name, stage):
+    config = build(merged(values, optim__name=name, **deepspeed(stage)))
     with pytest.raises(ConfigError, match="needs whole matrices"):
         check_settings(config, RLP, ranks=1)

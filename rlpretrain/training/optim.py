@@ -69,8 +69,8 @@ def check_optimizer(config: OptimConfig, flat: bool = False) -> None:
         return
     if flat and config.name in BY_MATRIX:
         raise ConfigError(
-            f"optim.name {config.name} needs whole matrices, and DeepSpeed flattens them in bfloat16 and "
-            "from ZeRO 1 on: use policy.backend torch, or policy.zero_stage 0 in float32"
+            f"optim.name {config.name} needs whole matrices, and DeepSpeed flattens them from ZeRO 1 on: use "
+            "policy.zero_stage 0, or policy.backend torch"
         )
     matrix = {"params": [nn.Parameter(torch.zeros(2, 2))], "weight_decay": config.weight_decay}
     make_optimizer([matrix | {"algorithm": "muon"}] if config.name == "muon" else [matrix], config)

@@ -14,7 +14,7 @@ from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.rollouts.replay import ReplaySource
 from rlpretrain.training.backends import backend_of, find_backend
-from rlpretrain.training.backends.deepspeed import ds_settings, flattens
+from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.optim import check_optimizer
 from rlpretrain.training.schedules import make_schedule
@@ -31,10 +31,11 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     adapters.check(config)
     find_engine(config.engine)
     find_backend(config.policy)
-    flat = False
+    stage = 0
     if backend_of(config.policy) == "deepspeed":
-        flat = flattens(ds_settings(config.policy, config.optim, getattr(torch, config.model.dtype)))
-    check_optimizer(config.optim, flat)
+        settings = ds_settings(config.policy, config.optim, getattr(torch, config.model.dtype))
+        stage = settings["zero_optimization"]["stage"]
+    check_optimizer(config.optim, flat=stage > 0)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
     if config.eval.tasks:

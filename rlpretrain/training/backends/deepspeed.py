@@ -16,7 +16,7 @@ from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
 from rlpretrain.models.adapters import Piece, adapter_pieces, pieces
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.backends.base import StepInfo, copy_trained
+from rlpretrain.training.backends.base import StepInfo, copy_trained, trained_parameters
 from rlpretrain.training.backends.masters import GradientSum, collect_gradient
 from rlpretrain.training.optim import groups_for, make_optimizer
 from rlpretrain.training.schedules import make_schedule
@@ -129,6 +129,11 @@ class DeepSpeedPolicy:
         """As TorchPolicy.adapter."""
         return self._gathered(list(adapter_pieces(self.model)))
 
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """As TorchPolicy.parts; under ZeRO 3 this rank's shards, flat and padded at the end."""
+        for name, p in trained_parameters(self.model).items():
+            yield name, compat.shard_of(p) if self.stage == 3 else p.detach()
+
     def _gathered(self, all_pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
         size = 16 if self.stage == 3 else len(all_pieces)
         for i in range(0, len(all_pieces), size):
@@ -154,11 +159,6 @@ class DeepSpeedPolicy:
         if folder is None or client is None:
             raise ConfigError(f"{path} holds no DeepSpeed state: it was written by another backend")
         self.steps = client["steps"]
-
-
-def flattens(settings: dict[str, Any]) -> bool:
-    """Whether DeepSpeed gives the optimizer flat pieces instead of whole parameters."""
-    return settings["zero_optimization"]["stage"] > 0 or settings["bf16"]["enabled"]
 
 
 def ds_settings(config: PolicyConfig, optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -97,6 +97,10 @@ class TorchPolicy:
         """The adapters alone, as PEFT names them in files."""
         return ((piece.name, piece.make()) for piece in adapter_pieces(self.model))
 
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of each trained parameter, whole on every rank; writing to them changes it."""
+        return ((name, p.detach()) for name, p in trained_parameters(self.model).items())
+
     def save(self, path: Path) -> None:
         """Write the state that a bit-identical resume needs to the folder `path`."""
         if self.ranks.first:
