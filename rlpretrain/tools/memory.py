@@ -133,6 +133,9 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     ]
     if b == 2 or stage:
         items.append(Item("fp32 master weights", 4 * t / share[1], f"4 {name}{over[1]}"))
+    average = config.average
+    if average and average.device == "policy" and average.kind != "last_k":
+        items.append(Item("average of the weights", 4 * t / sizes.ranks, f"4 {name} / W"))
     return items
 
 

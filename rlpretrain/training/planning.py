@@ -13,6 +13,7 @@ from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.rollouts.replay import ReplaySource
+from rlpretrain.training.averaging import check_average
 from rlpretrain.training.backends import backend_of, find_backend
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.losses import make_losses
@@ -38,6 +39,10 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     check_optimizer(config.optim, flat=stage > 0)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
+    if config.max_steps is not None:
+        check_average(config.average, config.max_steps)
+    if config.average and not hasattr(find_backend(config.policy), "parts"):
+        raise ConfigError(f"average: policy.backend {config.policy.backend} has no method `parts`")
     if config.eval.tasks:
         harness.check_installed()
 

@@ -43,7 +43,8 @@ def save(run: Run) -> None:
         "baseline": run.baseline.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    checkpoint.save(run.folder, run.step, run.ranks, {"policy": run.policy}, state, rank_state)
+    parts: dict[str, Any] = {"policy": run.policy} | ({"average": run.average} if run.average else {})
+    checkpoint.save(run.folder, run.step, run.ranks, parts, state, rank_state)
     if run.ranks.first:
         checkpoint.rotate(run.folder, run.config.checkpoint.keep, run.best["step"])
 
@@ -60,6 +61,8 @@ def restore(run: Run, path: Path) -> None:
     run.baseline.load_state_dict(rank_state["baseline"])
     torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)
+    if run.average:
+        run.average.load(path)
 
 
 def _check_annealing(run: Run, path: Path, state: dict[str, Any]) -> None:
