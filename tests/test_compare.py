@@ -314,7 +314,22 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
                 },
                 "common": {"optim": {"schedule": "cosine"}},
             },
-            "must be constant",
+            "must not depend on it, and cosine does: use constant, or match: steps",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml"},
+                    "b": {
+                        "config": "rlp.yaml",
+                        "set": {"optim": {"schedule": {"name": "wsd", "decay": 0.5}}},
+                        "match": "steps",
+                        "like": "a",
+                    },
+                },
+                "common": {"optim": {"schedule": "wsd"}},
+            },
+            "same schedule as a: optim.schedule.decay was 0.2, is 0.5",
         ),
         (
             {

@@ -43,9 +43,9 @@ class Method:
     """YAML file of a run, relative to the experiment's."""
     set: Fields = field(default_factory=dict)
     """Fields that replace those of the file."""
-    match: Literal["tokens", "flops"] | None = None
-    """Train until the run of `like` with the same seed is matched: in tokens of documents, or in
-    floating-point operations.
+    match: Literal["tokens", "flops", "steps"] | None = None
+    """Train until the run of `like` with the same seed is matched: in tokens of documents, in floating-point
+    operations, or in planned steps, with the same schedule.
     """
     like: str | None = None
     """The method whose budget is matched."""
@@ -115,7 +115,7 @@ class Experiment:
     resources: dict[str, float] = field(default_factory=lambda: {"num_cpus": 1.0})
     """Ray resources of one training: num_cpus, num_gpus."""
     output_dir: PathText = "runs/compare"
-    """Run folders, results.json, results.csv, results.svg."""
+    """Run folders, results.json, results.csv, results.svg, curves.svg."""
 
 
 @plain_dataclass(frozen=True, slots=True, kw_only=True)
