@@ -448,6 +448,17 @@ def test_laying_over():
         "name": "rlp",
         "clip": 1.0,
     }
+    wsd = {"optim": {"schedule": {"name": "wsd", "decay": 0.5}}}
+    assert overlay(wsd, {"optim": {"schedule": "linear"}}) == {"optim": {"schedule": {"name": "linear"}}}
+    assert overlay(wsd, {"optim": {"schedule": {"shape": "sqrt"}}})["optim"]["schedule"] == {
+        "name": "wsd",
+        "decay": 0.5,
+        "shape": "sqrt",
+    }
+    assert overlay({"average": "sma"}, {"average": {"kind": "ema", "decay": 0.9}})["average"] == {
+        "kind": "ema",
+        "decay": 0.9,
+    }
     assert overlay(below, {"data": "b"})["data"] == {"path": "b", "x": 1}
     assert overlay(below, {"optim": {"lr": 2.0}})["optim"] == {"lr": 2.0, "schedule": "cosine"}
     assert below["optim"] == {"lr": 1.0, "schedule": "cosine"}

@@ -31,6 +31,8 @@ BASE = "base"
 """The name under which the base model is evaluated."""
 UNLIMITED = 10**9
 """`max_steps` of a run that a budget ends."""
+REPLACED = ("objective", "schedule", "average")
+"""Sections whose settings depend on their name."""
 Fields = Annotated[dict[str, Any], LATER]
 """Fields of a run. Their types are known once the run's objective is."""
 
@@ -192,8 +194,8 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 def overlay(values: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with those of `above` in their place.
 
-    An `objective` of another name replaces the whole section; an `engine` of another name keeps the settings
-    that both engines have.
+    An `objective`, `schedule` or `average` of another name replaces the whole section; an `engine` of another
+    name keeps the settings that both engines have.
 
     >>> overlay({"optim": {"lr": 1, "schedule": "cosine"}, "model": "a"}, {"optim": {"lr": 2}})
     {'optim': {'lr': 2, 'schedule': 'cosine'}, 'model': 'a'}
@@ -203,8 +205,9 @@ def overlay(values: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if key in HEADS:
             old, value = (_as_section(key, side) for side in (old, value))
-            if key == "objective" and value and old and value.get("name", old.get("name")) != old.get("name"):
-                old = None
+            if key in REPLACED and isinstance(old, dict) and isinstance(value, dict):
+                head = HEADS[key]
+                old = old if value.get(head, old.get(head)) == old.get(head) else None
         if key == "engine" and isinstance(old, dict) and isinstance(value, dict) and "name" in value:
             old = own_settings(old | {"name": value["name"]})
         if isinstance(old, dict) and isinstance(value, dict):
