@@ -79,14 +79,9 @@ def resumed(values: dict[str, Any], tmp_path: Path, **changes: Any) -> tuple[dic
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("sma", {}),
         ("ema", {}),
-        ("last_k", {}),
-        ("ema", {"dtype": "bfloat16"}),
         ("last_k", {"dtype": "bfloat16"}),
-        ("ema", SHARDS),
         ("last_k", SHARDS),
-        ("ema", WHOLE),
         ("ema", {"policy": {"backend": "deepspeed", "zero_stage": 2}}),
         ("sma", {"policy": {"backend": "torch", "lora": {"r": 2}}}),
     ],

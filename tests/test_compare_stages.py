@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpretrain.config import ConfigError
 from rlpretrain.experiments.compare import compare, searches
-from rlpretrain.experiments.curves import read_curve
+from rlpretrain.experiments.curves import make_curve, read_logs
 from rlpretrain.experiments.experiment import Job
 from rlpretrain.experiments.jobs import all_jobs, last_row, stage_of, training_to_do
 from rlpretrain.experiments.loading import load_experiment
@@ -115,9 +115,9 @@ def test_the_same_steps_with_the_same_schedule_and_curves_over_both(done):
         assert rates == [row["learning_rate"] for row in rlp]
         assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     folders = [file.parent / "compared" / f"steps-{seed}" for seed in (0, 1)]
-    curve = read_curve(folders, "ntp/loss")
-    assert curve is not None and read_curve(folders, "eval/no_think_loss") is None
-    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    logs = read_logs(folders)
+    curve = make_curve(logs, "ntp/loss")
+    assert curve is not None and make_curve(logs, "eval/no_think_loss") is None
     assert curve.values.tolist() == [[row["ntp/loss"] for row in log] for log in logs]
     tokens = [[row["num_input_tokens"] for row in log] for log in logs]
     assert curve.along["num_input_tokens"].tolist() == np.mean(tokens, 0).tolist()

@@ -38,9 +38,18 @@ class Curve:
     """[seeds, points]."""
 
 
-def read_curve(folders: Sequence[Path], metric: str) -> Curve | None:
-    """The curve of one method's runs; None where a run has not logged the metric."""
-    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+Log = list[dict[str, float | None]]
+"""The rows of a run's metrics.jsonl."""
+
+
+def read_logs(folders: Sequence[Path]) -> list[Log]:
+    """The logs of one method's runs."""
+    files = [folder / "metrics.jsonl" for folder in folders]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def make_curve(logs: Sequence[Log], metric: str) -> Curve | None:
+    """The curve of one method's runs; None if they have no step at which all logged the metric."""
     by_step = [{row["step"]: row for row in log if row.get(metric) is not None} for log in logs]
     steps = sorted(set.intersection(*(set(rows) for rows in by_step)))
     if not steps:
@@ -64,8 +73,11 @@ def plot_curves(experiment: Experiment, path: Path) -> None:
 
     folder = Path(experiment.output_dir)
     runs = {name: [folder / f"{name}-{seed}" for seed in experiment.seeds] for name in experiment.methods}
-    curves = {metric: {name: read_curve(runs[name], metric) for name in runs} for metric in PANELS}
+    logs = {name: read_logs(folders) for name, folders in runs.items()}
+    curves = {metric: {name: make_curve(logs[name], metric) for name in logs} for metric in PANELS}
     logged = {metric: lines for metric, lines in curves.items() if any(lines.values())}
+    if not logged:
+        return
     figure = Figure(figsize=(12, 3.2 * len(logged) + 0.4), layout="constrained")
     axes = figure.subplots(len(logged), len(AXES), squeeze=False, sharey="row")
     for row, (metric, lines) in zip(axes, logged.items(), strict=True):
@@ -76,8 +88,7 @@ def plot_curves(experiment: Experiment, path: Path) -> None:
             panel.grid(alpha=0.3)
             panel.set_xlabel(label)
         row[0].set_ylabel(PANELS[metric])
-    if logged:
-        axes[0, 0].legend(frameon=False, fontsize=8)
+        row[0].legend(frameon=False, fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "rlpretrain"}):  # the same numbers give the same file
         figure.savefig(path, format="svg", metadata={"Date": None})
 
