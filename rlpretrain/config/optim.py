@@ -144,7 +144,8 @@ class AverageConfig:
         values = _plain(given)
         kind = str(values.get("kind", "ema"))
         owners = {"decay": "average ema", "last": "average last_k"}
-        _refuse_foreign(cls, values, owners, f"average {kind}")
+        if kind in ("sma", "ema", "last_k"):  # pydantic refuses others
+            _refuse_foreign(cls, values, owners, f"average {kind}")
         return given
 
 
