@@ -16,7 +16,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.training.losses import TERMS, make_losses
-from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.schedules import make_schedule
 from rollout.engine import EngineInfo
 from rollout.store import Store
 from tests.builders.learning import BASE
