@@ -202,6 +202,15 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[objec
     return deepspeed.zero.GatheredParameters(sharded)
 
 
+def shard_of(parameter: Any) -> Tensor:
+    """Return this rank's shard of a parameter under ZeRO-3, flat and padded at the end.
+
+    Frees the whole parameter first if it is gathered: it would hide a change of the shard.
+    """
+    parameter.partition()
+    return parameter.ds_tensor.detach()
+
+
 def sharded(model: nn.Module) -> bool:
     """Return whether this rank holds only a part of some parameter (ZeRO-3 or FSDP)."""
     from torch.distributed.tensor import DTensor

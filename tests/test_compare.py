@@ -314,7 +314,22 @@ def test_other_settings_are_refused_not_mixed(done, corpus, tmp_path):
                 },
                 "common": {"optim": {"schedule": "cosine"}},
             },
-            "must be constant",
+            "must not depend on it, and cosine does: use constant, or match: steps",
+        ),
+        (
+            {
+                "methods": {
+                    "a": {"config": "rlp.yaml"},
+                    "b": {
+                        "config": "rlp.yaml",
+                        "set": {"optim": {"schedule": {"name": "wsd", "decay": 0.5}}},
+                        "match": "steps",
+                        "like": "a",
+                    },
+                },
+                "common": {"optim": {"schedule": "wsd"}},
+            },
+            "same schedule as a: optim.schedule.decay was 0.2, is 0.5",
         ),
         (
             {
@@ -432,6 +447,17 @@ def test_laying_over():
     assert overlay({"objective": "rlp"}, {"objective": {"clip": 1.0}})["objective"] == {
         "name": "rlp",
         "clip": 1.0,
+    }
+    wsd = {"optim": {"schedule": {"name": "wsd", "decay": 0.5}}}
+    assert overlay(wsd, {"optim": {"schedule": "linear"}}) == {"optim": {"schedule": {"name": "linear"}}}
+    assert overlay(wsd, {"optim": {"schedule": {"shape": "sqrt"}}})["optim"]["schedule"] == {
+        "name": "wsd",
+        "decay": 0.5,
+        "shape": "sqrt",
+    }
+    assert overlay({"average": "sma"}, {"average": {"kind": "ema", "decay": 0.9}})["average"] == {
+        "kind": "ema",
+        "decay": 0.9,
     }
     assert overlay(below, {"data": "b"})["data"] == {"path": "b", "x": 1}
     assert overlay(below, {"optim": {"lr": 2.0}})["optim"] == {"lr": 2.0, "schedule": "cosine"}

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpretrain.config import ConfigError
 from rlpretrain.experiments.compare import compare, searches
+from rlpretrain.experiments.curves import make_curve, read_logs
 from rlpretrain.experiments.experiment import Job
 from rlpretrain.experiments.jobs import all_jobs, last_row, stage_of, training_to_do
 from rlpretrain.experiments.loading import load_experiment
@@ -26,6 +27,7 @@ from tests.builders.processes import warm
 
 RATES = [1e-6, 2e-3]
 """A rate that learns nothing in three steps, and one that learns."""
+WSD = {"schedule": {"name": "wsd", "decay": 1.0}, "warmup_steps": 0}
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
@@ -46,7 +48,13 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
                 "like": "rlp",
                 "search": {"optim.lr": RATES},
             },
-            "rlp": {"config": "rlp.yaml"},
+            "rlp": {"config": "rlp.yaml", "set": {"optim": WSD}},
+            "steps": {
+                "config": "rlp.yaml",
+                "set": {"objective": "ntp", "max_steps": 9, "optim": WSD},
+                "match": "steps",
+                "like": "rlp",
+            },
         },
         "evaluation": small_evaluation(folder / "held_out.jsonl")
         | {"search_data": {"path": str(folder / "search.jsonl"), "max_length": 64}, "own": False},
@@ -94,6 +102,28 @@ def test_the_searched_rate_is_the_one_with_the_lowest_loss_on_the_search_documen
     with console.capture() as shown:
         console.print(searches(results))
     assert "optim.lr 0.002" in shown.get()
+
+
+def test_the_same_steps_with_the_same_schedule_and_curves_over_both(done):
+    file, _ = done
+    for seed in (0, 1):
+        rlp, ntp = (
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (file.parent / "compared" / f"{name}-{seed}" for name in ("rlp", "steps"))
+        )
+        rates = [row["learning_rate"] for row in ntp]
+        assert rates == [row["learning_rate"] for row in rlp]
+        assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    folders = [file.parent / "compared" / f"steps-{seed}" for seed in (0, 1)]
+    logs = read_logs(folders)
+    curve = make_curve(logs, "ntp/loss")
+    assert curve is not None and make_curve(logs, "eval/no_think_loss") is None
+    assert curve.values.tolist() == [[row["ntp/loss"] for row in log] for log in logs]
+    tokens = [[row["num_input_tokens"] for row in log] for log in logs]
+    assert curve.along["num_input_tokens"].tolist() == np.mean(tokens, 0).tolist()
+    assert curve.along["step"].tolist() == [1, 2, 3]
+    drawn = (file.parent / "compared" / "curves.svg").read_text()
+    assert "tokens of documents" in drawn and "next-token loss (nats)" in drawn
 
 
 def test_a_second_stage_starts_from_the_first_ones_model_and_is_measured_against_the_base(done, corpus):

@@ -16,7 +16,7 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.training.losses import TERMS, make_losses
-from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.schedules import make_schedule
 from rollout.engine import EngineInfo
 from rollout.store import Store
 from tests.builders.learning import BASE
@@ -115,7 +115,7 @@ def test_a_term_of_ones_own_has_the_gradient_of_its_formula(folder, monkeypatch,
     [
         ({"optim": {"schedule": "cosin"}}, "optim.schedule: no 'cosin'; did you mean 'cosine'"),
         ({"optim": {"schedule": "nowhere:wsd"}}, "optim.schedule: 'nowhere:wsd' cannot be loaded"),
-        ({"optim": {"name": "lion"}}, "optim.name: no 'lion'; there are adamw, or package.module:name"),
+        ({"optim": {"name": "lion"}}, "optim.name: no 'lion'; did you mean 'lion_8bit'?"),
         ({"policy": {"backend": "torhc"}}, "policy.backend: no 'torhc'; did you mean 'torch'"),
         ({"engine": "nowhere:Engine"}, "engine.name: 'nowhere:Engine' cannot be loaded"),
         ({"policy": {"backend": "math:nothing"}}, "policy.backend: 'math:nothing' cannot be loaded"),

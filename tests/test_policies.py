@@ -12,8 +12,8 @@ from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.loop import train
-from rlpretrain.training.optim import make_schedule
 from rlpretrain.training.run import Run
+from rlpretrain.training.schedules import make_schedule
 from tests.builders.policies import SHARDED
 from tests.builders.runs import launch, merged, same, trained, weights
 
@@ -164,7 +164,7 @@ def test_schedules():
     factor = make_schedule(config, 104)
     assert [factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert factor(4) == 1.0 and factor(54) == pytest.approx(0.55) and factor(104) == pytest.approx(0.1)
-    config.schedule = "linear"
+    config.schedule.name = "linear"
     assert make_schedule(config, 104)(54) == pytest.approx(0.55)
-    config.schedule = "constant"
+    config.schedule.name = "constant"
     assert make_schedule(config, 104)(1000) == 1.0

@@ -217,7 +217,11 @@ def test_every_curve_is_of_something_that_is_logged():
     ratios = importance_ratio(
         torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool), cap=2.0
     )
-    known = {*METRICS, *(f"eval/{n}" for n in MEANING), *(f"sampling/{n}" for n in ratios.diagnostics)}
+    known = {
+        *METRICS,
+        *(f"{e}/{n}" for e in ("eval", "eval_averaged") for n in MEANING),
+        *(f"sampling/{n}" for n in ratios.diagnostics),
+    }
     assert {name for names in CURVES.values() for name in names} <= known
 
 

@@ -1,13 +1,14 @@
 """The configuration of a run: one dataclass per section, with the same names in YAML, CLI and Python.
 
-`base` has the types that sections share, `model`, `data`, `engines` and `schema` have the sections, and `io`
-reads and checks them.
+`base` has the types that sections share; `model`, `data`, `engines`, `optim` and `schema` have the sections;
+`io` reads and checks them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.data import DataConfig, SourceConfig, TextConfig
 from rlpretrain.config.engines import EngineConfig
 from rlpretrain.config.model import ModelConfig
+from rlpretrain.config.optim import AverageConfig, OptimConfig, ScheduleConfig
 from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
     PAPER_RECIPE,
@@ -16,7 +17,6 @@ from rlpretrain.config.schema import (
     EvalConfig,
     LoraConfig,
     LossConfig,
-    OptimConfig,
     PolicyConfig,
     PretrainConfig,
     StopConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "PAPER_RECIPE",
     "STRICT",
     "Amount",
+    "AverageConfig",
     "BaselineConfig",
     "CheckpointConfig",
     "ConfigError",
@@ -42,6 +43,7 @@ __all__ = [
     "PolicyConfig",
     "PretrainConfig",
     "SamplingConfig",
+    "ScheduleConfig",
     "Seed",
     "SourceConfig",
     "StopConfig",

@@ -29,6 +29,8 @@ HEADS = {
     "objective": "name",
     "engine": "name",
     "baseline": "name",
+    "schedule": "name",
+    "average": "kind",
 }
 """Sections that may be given as a plain string, and the field that the string is."""
 

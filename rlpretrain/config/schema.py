@@ -19,6 +19,7 @@ from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText,
 from rlpretrain.config.data import DataConfig
 from rlpretrain.config.engines import EngineConfig, EngineSection
 from rlpretrain.config.model import ModelConfig
+from rlpretrain.config.optim import AverageConfig, OptimConfig
 from rlpretrain.config.sampling import SamplingConfig
 
 
@@ -59,35 +60,6 @@ class PolicyConfig:
     """Train adapters instead of all weights; `{}` takes the defaults."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Run the forward in bfloat16 over float32 weights (torch backend)."""
-
-
-@dataclass(config=STRICT, kw_only=True)
-class OptimConfig:
-    """The optimizer and its schedule."""
-
-    name: str = "adamw"
-    """adamw, or package.module:factory.
-    A factory is a function of (parameter groups, these settings) that returns a torch optimizer.
-    """
-    lr: Amount = 1e-6
-    """Peak learning rate."""
-    schedule: str = "constant"
-    """Shape after warm-up: constant, cosine, linear, or package.module:function.
-    cosine and linear end at `min_lr_ratio` of the peak. A function of (step, number of steps, these settings)
-    returns the factor on `lr`.
-    """
-    min_lr_ratio: Amount = 0.0
-    """Final learning rate over the peak."""
-    warmup_steps: Whole = 10
-    """Steps of linear warm-up.
-    As in `max_steps`, a step of the run has `loss.inner_epochs` optimizer steps.
-    """
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas. Our choice: the paper gives none for RLP."""
-    weight_decay: Amount = 0.0
-    """AdamW's weight decay, on matrices only."""
-    clip_grad_norm: Amount = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -221,6 +193,8 @@ class PretrainConfig:
     """How the model is trained."""
     optim: OptimConfig = _field(default_factory=OptimConfig)
     """The optimizer and its schedule."""
+    average: Annotated[AverageConfig | None, headed("kind")] = None
+    """An average of the trained weights: evaluated beside them and saved as `output_dir`/averaged."""
     loss: LossConfig = _field(default_factory=LossConfig)
     """The terms of the loss."""
     baseline: Annotated[BaselineConfig, headed("name")] = _field(default_factory=BaselineConfig)

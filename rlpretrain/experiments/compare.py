@@ -17,6 +17,7 @@ from rlpretrain import models
 from rlpretrain.config import ConfigError
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.harness import load_tasks
+from rlpretrain.experiments.curves import plot_curves
 from rlpretrain.experiments.experiment import BASE, Experiment, Job
 from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experiment
 from rlpretrain.experiments.loading import build_experiment, load_experiment
@@ -59,6 +60,7 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Say = print) -> d
     write_csv(folder / "results.csv", results)
     try:
         plot(results, folder / "results.svg")
+        plot_curves(experiment, folder / "curves.svg")
     except ImportError:
         say('no plot: pip install "rlpretrain[plot]"')
         return results | {"plotted": False}

@@ -31,6 +31,8 @@ BASE = "base"
 """The name under which the base model is evaluated."""
 UNLIMITED = 10**9
 """`max_steps` of a run that a budget ends."""
+REPLACED = ("objective", "schedule", "average")
+"""Sections whose settings depend on their name."""
 Fields = Annotated[dict[str, Any], LATER]
 """Fields of a run. Their types are known once the run's objective is."""
 
@@ -43,9 +45,9 @@ class Method:
     """YAML file of a run, relative to the experiment's."""
     set: Fields = field(default_factory=dict)
     """Fields that replace those of the file."""
-    match: Literal["tokens", "flops"] | None = None
-    """Train until the run of `like` with the same seed is matched: in tokens of documents, or in
-    floating-point operations.
+    match: Literal["tokens", "flops", "steps"] | None = None
+    """Train until the run of `like` with the same seed is matched: in tokens of documents, in floating-point
+    operations, or in planned steps, with the same schedule.
     """
     like: str | None = None
     """The method whose budget is matched."""
@@ -115,7 +117,7 @@ class Experiment:
     resources: dict[str, float] = field(default_factory=lambda: {"num_cpus": 1.0})
     """Ray resources of one training: num_cpus, num_gpus."""
     output_dir: PathText = "runs/compare"
-    """Run folders, results.json, results.csv, results.svg."""
+    """Run folders, results.json, results.csv, results.svg, curves.svg."""
 
 
 @plain_dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +194,8 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 def overlay(values: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with those of `above` in their place.
 
-    An `objective` of another name replaces the whole section; an `engine` of another name keeps the settings
-    that both engines have.
+    An `objective`, `schedule` or `average` of another name replaces the whole section; an `engine` of another
+    name keeps the settings that both engines have.
 
     >>> overlay({"optim": {"lr": 1, "schedule": "cosine"}, "model": "a"}, {"optim": {"lr": 2}})
     {'optim': {'lr': 2, 'schedule': 'cosine'}, 'model': 'a'}
@@ -203,8 +205,9 @@ def overlay(values: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if key in HEADS:
             old, value = (_as_section(key, side) for side in (old, value))
-            if key == "objective" and value and old and value.get("name", old.get("name")) != old.get("name"):
-                old = None
+            if key in REPLACED and isinstance(old, dict) and isinstance(value, dict):
+                head = HEADS[key]
+                old = old if value.get(head, old.get(head)) == old.get(head) else None
         if key == "engine" and isinstance(old, dict) and isinstance(value, dict) and "name" in value:
             old = own_settings(old | {"name": value["name"]})
         if isinstance(old, dict) and isinstance(value, dict):

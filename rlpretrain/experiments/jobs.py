@@ -27,7 +27,7 @@ from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.ranks import join
 from rlpretrain.tracking.progress import bar
-from rlpretrain.training.checkpoint import MACHINE, changes, without
+from rlpretrain.training.checkpoint import MACHINE, changes, filled, without
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 
@@ -157,7 +157,7 @@ def training_to_do(job: Job) -> PretrainConfig | None:
         before: dict[str, Any] = json.loads(wanted.read_text())
         before["engine"] = own_settings(before["engine"])  # older versions wrote those of all engines
         now: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
-        if different := changes(without(before, MACHINE), without(now, MACHINE)):
+        if different := changes(without(filled(before, now), MACHINE), without(now, MACHINE)):
             raise ConfigError(
                 f"the run in {job.folder} has other settings: {'; '.join(different)}. Remove that folder or "
                 "choose another output_dir"
@@ -177,7 +177,10 @@ def _training_config(job: Job) -> PretrainConfig:
         config = replace(config, model=replace(config.model, path=str(model)))
     if method.like is None:
         return config
-    budget = last_row(replace(job, name=method.like, trial=None).folder)
+    like = replace(job, name=method.like, trial=None)
+    if method.match == "steps":
+        return replace(config, max_steps=planned_steps(like.folder))
+    budget = last_row(like.folder)
     if method.match == "tokens":
         return replace(config, stop=replace(config.stop, input_tokens=int(budget["num_input_tokens"])))
     if method.cost_from is None:
@@ -186,6 +189,11 @@ def _training_config(job: Job) -> PretrainConfig:
     cost_of_position = spent["num_flops"] / (spent["step"] * job.config(method.cost_from).positions_per_step)
     cost_of_step = cost_of_position * config.positions_per_step
     return replace(config, max_steps=max(1, round(budget["num_flops"] / cost_of_step)))
+
+
+def planned_steps(folder: Path) -> int:
+    """The steps over which a run's schedule went; it may have ended before."""
+    return json.loads((folder / "run.json").read_text())["total_steps"]
 
 
 def last_row(folder: Path) -> dict[str, float]:

@@ -124,11 +124,26 @@ def _check_budget(job: Job, config: PretrainConfig) -> None:
                 f"method {job.name}: cost_from '{method.cost_from}' must have the same objective: "
                 f"{'; '.join(different)}"
             )
-    elif method.match and config.optim.schedule != "constant":
+    elif method.match == "steps":
+        assert method.like is not None, "_check_method has looked"
+        other = job.config(method.like)
+        rates, wanted = (_schedule_of(each) for each in (config, other))
+        if different := changes(wanted, rates, "optim"):
+            raise ConfigError(
+                f"method {job.name}: match: steps is for runs with the same schedule as {method.like}: "
+                f"{'; '.join(different)}"
+            )
+    elif method.match and config.optim.schedule.needs_length:
         raise ConfigError(
-            f"method {job.name}: its number of steps follows from the budget, so optim.schedule must be "
-            "constant"
+            f"method {job.name}: its number of steps follows from the budget, so optim.schedule must not "
+            f"depend on it, and {config.optim.schedule.name} does: use constant, or match: steps"
         )
+
+
+def _schedule_of(config: PretrainConfig) -> dict[str, Any]:
+    """The settings of the learning rate, without its peak."""
+    optim = to_dict(config.optim)
+    return {name: optim[name] for name in ("schedule", "min_lr_ratio", "warmup_steps")}
 
 
 load = load_experiment  # the name it had before

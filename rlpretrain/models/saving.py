@@ -45,7 +45,8 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
     """Write the policy's weights and the tokenizer to `path`. All ranks call it, and the first rank writes.
 
     The folder is written under a temporary name and then renamed. With LoRA the weights are merged, and the
-    adapter alone goes to the folder `adapter` beside it, which PEFT's `from_pretrained` reads.
+    adapter alone goes to a folder beside it, which PEFT's `from_pretrained` reads: `adapter` for the folder
+    `model`, `NAME_adapter` for another.
     """
     lora = has_lora(policy.model)
     adapter = {name: tensor.to("cpu", copy=True) for name, tensor in policy.adapter()} if lora else {}
@@ -56,7 +57,7 @@ def save_model(policy: Any, tokenizer: Any, path: Path, first: bool) -> None:
     if not first:
         return
     if lora:
-        folder = path.with_name("adapter")
+        folder = path.with_name("adapter" if path.name == "model" else f"{path.name}_adapter")
         with writing(folder):
             work = begin_folder(folder)
             write_adapter(work, adapter, adapter_config(policy.model))

@@ -11,12 +11,22 @@ from typing import Any
 import numpy as np
 
 CURVES: Mapping[str, Sequence[str]] = {
-    "information gain (nats)": ("ig/mean", "ig/frozen", "ig/self", "eval/gain_frozen"),
+    "information gain (nats)": (
+        "ig/mean",
+        "ig/frozen",
+        "ig/self",
+        "eval/gain_frozen",
+        "eval_averaged/gain_frozen",
+    ),
     "gain of thoughts that should not help": ("eval/empty", "eval/shuffled", "eval/other"),
     "reward": ("reward", "reward_std", "frac_reward_zero_std"),
     "thought length (tokens)": ("completions/mean_length", "completions/max_length"),
     "how thoughts end (share)": ("thought/closed_frac", "completions/clipped_ratio", "thought/eos_frac"),
-    "loss without a thought (nats per token)": ("ntp/loss", "eval/no_think_loss"),
+    "loss without a thought (nats per token)": (
+        "ntp/loss",
+        "eval/no_think_loss",
+        "eval_averaged/no_think_loss",
+    ),
     "ratios": (
         "sampling/raw_mean",
         "sampling/raw_ess",
@@ -28,7 +38,7 @@ CURVES: Mapping[str, Sequence[str]] = {
     "share of the GPUs' peak (MFU)": ("perf/mfu", "perf/step_mfu"),
 }
 """Title of each panel, and its metrics."""
-COLOURS = ("#2677d9", "#e67300", "#7a7a7a", "#9b59b6")
+COLOURS = ("#2677d9", "#e67300", "#7a7a7a", "#9b59b6", "#2e8b57")
 MOST_POINTS = 400
 
 Points = list[tuple[float, float]]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlpretrain.config import PretrainConfig
+from rlpretrain.models.averages import move_towards
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.scorer import NoGradScorer, score
 from rlpretrain.types import Arm, MicroBatch, Scores
@@ -139,15 +140,9 @@ class Ema(Frozen):
         super().__init__(model.float())
         self.decay = decay
 
-    @torch.no_grad()
     def update(self, policy: Any) -> None:
-        shadow = dict(self.model.named_parameters(remove_duplicate=False))
-        done: set[int] = set()
-        for name, weight in policy.weights():
-            average = shadow[name]
-            if id(average) not in done:  # a tied tensor has several names
-                done.add(id(average))
-                average.lerp_(weight.to(average.device, torch.float32), 1 - self.decay)
+        averages = dict(self.model.named_parameters(remove_duplicate=False))
+        move_towards(averages, policy.weights(), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters()}

@@ -129,11 +129,22 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     items = [
         weights,
         Item("gradients", 4 * t / share[2], f"4 {name}{over[2]}"),  # they add up in float32
-        Item("AdamW's two moments", 8 * t / share[1], f"8 {name}{over[1]}"),
+        _optimizer_state(config.optim.name, t / share[1], f"{name}{over[1]}"),
     ]
     if b == 2 or stage:
         items.append(Item("fp32 master weights", 4 * t / share[1], f"4 {name}{over[1]}"))
+    average = config.average
+    if average and average.device == "policy" and average.kind != "last_k":
+        items.append(Item("average of the weights", 4 * t / sizes.ranks, f"4 {name} / W"))
     return items
+
+
+def _optimizer_state(optimizer: str, trained: float, formula: str) -> Item:
+    """The optimizer's state; for those of unknown size as much as AdamW's."""
+    if optimizer.endswith("_8bit"):
+        return Item("8-bit optimizer state, at most", 2 * trained, f"2 {formula}")
+    label = "AdamW's two moments" if optimizer == "adamw" else "optimizer state, as if AdamW's"
+    return Item(label, 8 * trained, f"8 {formula}")
 
 
 def _reference_models(config: PretrainConfig, sizes: Sizes, needed: bool) -> list[Item]:

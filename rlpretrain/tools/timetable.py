@@ -9,7 +9,7 @@ from rlpretrain.objectives import Objective
 from rlpretrain.tools.memory import Sizes
 from rlpretrain.tools.sizes import count_step_tokens
 from rlpretrain.tools.speed import format_duration, measure_speed, time_of_step
-from rlpretrain.training.optim import make_schedule
+from rlpretrain.training.schedules import make_schedule
 
 
 def make_timetable(
@@ -60,7 +60,7 @@ def _format_learning_rates(config: PretrainConfig, steps: int | None) -> str:
     if steps:
         places = {place for place in (*places, max(1, steps // 2), steps) if place <= steps}
     rates = [f"{config.optim.lr * factor(i * updates - 1):.2e} (step {i})" for i in sorted(places)]
-    return f"{', '.join(rates)}; {warmup} steps of warm-up, then {config.optim.schedule}"
+    return f"{', '.join(rates)}; {warmup} steps of warm-up, then {config.optim.schedule.name}"
 
 
 def estimate_time(config: PretrainConfig, objective: Objective, sizes: Sizes, steps: int | None) -> str:

@@ -74,7 +74,10 @@ class Console:
             self.rich.print(escape(f"step {step}  {numbers}  {row['step_time']:.2f} s"), soft_wrap=True)
         if groups and (step == 1 or step % self.table_every == 0):
             self.rich.print(thought_table(groups[0], tokenizer))
-        held_out = [f"{name} {value:.3f}" for name, value in sorted(row.items()) if name.startswith("eval/")]
+        evaluated = [
+            (name, row[name]) for name in sorted(row) if name.startswith(("eval/", "eval_averaged/"))
+        ]
+        held_out = [f"{name} {value:.3f}" for name, value in evaluated]
         if held_out:
             self.rich.print(escape(f"step {step}  " + "  ".join(held_out)), soft_wrap=True)
 

@@ -126,6 +126,10 @@ METRICS: dict[str, Metric] = {
         "the thoughts",
         "direct is not below base_direct",
     ),
+    "eval_averaged/*": Metric(
+        "the same numbers as eval/* for the average of the weights (`average`)",
+        "eval_averaged/gain_frozen above eval/gain_frozen",
+    ),
     "eval/*": Metric(
         "numbers on held-out documents; `rlpretrain eval` explains them",
         "eval/gain_frozen rises, eval/no_think_loss does not",

@@ -28,6 +28,7 @@ from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_references
 from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
+from rlpretrain.training.averaging import WeightAverage, check_average
 from rlpretrain.training.backends import Policy, make_policy
 from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
 from rlpretrain.types import Document
@@ -63,6 +64,7 @@ class Parts:
     """Log-probs of trunk and thoughts under the initial model, where the objective needs them."""
     baseline: Baseline
     policy: Policy
+    average: WeightAverage | None
     engine_weights: WeightSource
     """What the engine gets at a sync: the weights, or the adapter."""
     engine: Any
@@ -123,6 +125,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         others = open_source(SourceInputs(config=config.ntp_data, tokenizer=tokenizer, **place), "ntp_data")
     lengths.check_run(model, objective, stream, others, documents)
     total_steps = count_steps(config, objective, stream, replayed)
+    check_average(config.average, total_steps)
 
     start = write_start(config, model, tokenizer, ranks, changed=bool(added) or config.model.from_scratch)
     needs_reference = "reference" in objective.needs
@@ -182,6 +185,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         reference=reference,
         baseline=baseline,
         policy=policy,
+        average=WeightAverage(config.average, policy) if config.average else None,
         engine_weights=policy.adapter if lora and lora.sync == "adapter" else policy.weights,
         engine=engine,
         probe=SyncProbe(config, engine, policy, table_size(tokenizer)) if probed else None,

@@ -51,7 +51,16 @@ MACHINE = (
     "baseline.cache_tokens",
 )
 """Settings of the machine and of the output, which change none of a run's numbers."""
-FREE_TO_CHANGE = (*MACHINE, "max_steps", "epochs", "checkpoint", "eval", "stop")
+FREE_TO_CHANGE = (
+    *MACHINE,
+    "max_steps",
+    "epochs",
+    "checkpoint",
+    "eval",
+    "stop",
+    "optim.schedule.anneal_from",
+    "average.device",
+)
 """Settings that may differ between a checkpoint and the run that resumes from it."""
 
 
@@ -240,11 +249,11 @@ def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> N
 
 def without(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     """A configuration without some of its fields, named `section` or `section.field`."""
-    left = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items() if k not in fields}
-    for name in fields:
-        section, _, field = name.partition(".")
-        if field and isinstance(left.get(section), dict):
-            left[section].pop(field, None)
+    left = {}
+    for key, value in config.items():
+        inside = [name.partition(".")[2] for name in fields if name.startswith(f"{key}.")]
+        if key not in fields:
+            left[key] = without(value, inside) if isinstance(value, dict) else value
     return left
 
 
@@ -259,6 +268,8 @@ def filled(config: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         defaults["policy"]["lora"] = {"use_dora": False, "new_tokens": False}
 
     def fill(given: Any, default: Any, now: Any) -> Any:
+        if isinstance(given, str) and isinstance(default, dict) and "name" in default:
+            given = {"name": given}  # a section that was a name
         if not (isinstance(given, dict) and isinstance(default, dict) and isinstance(now, dict)):
             return given
         old = {k: fill(value, default.get(k), now.get(k)) for k, value in given.items()}

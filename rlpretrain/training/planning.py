@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.data import first_without_weight
 from rlpretrain.data.document_source import DocumentSource, count_documents
@@ -13,9 +15,12 @@ from rlpretrain.models import adapters
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.rollouts.replay import ReplaySource
-from rlpretrain.training.backends import find_backend
+from rlpretrain.training.averaging import check_average
+from rlpretrain.training.backends import backend_of, find_backend
+from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.losses import make_losses
-from rlpretrain.training.optim import find_optimizer, make_schedule
+from rlpretrain.training.optim import check_optimizer
+from rlpretrain.training.schedules import make_schedule
 
 
 def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -> None:
@@ -32,9 +37,17 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     held_out_data(config)
     find_engine(config.engine)
     find_backend(config.policy)
-    find_optimizer(config.optim)
+    stage = 0
+    if backend_of(config.policy) == "deepspeed":
+        settings = ds_settings(config.policy, config.optim, getattr(torch, config.model.dtype))
+        stage = settings["zero_optimization"]["stage"]
+    check_optimizer(config.optim, flat=stage > 0)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
+    if config.max_steps is not None:
+        check_average(config.average, config.max_steps)
+    if config.average and not hasattr(find_backend(config.policy), "parts"):
+        raise ConfigError(f"average: policy.backend {config.policy.backend} has no method `parts`")
     if config.eval.tasks:
         harness.check_installed()
 

@@ -20,7 +20,12 @@ from rlpretrain.types import Document
 from rollout.weights import copy_weights
 
 if TYPE_CHECKING:
+    from rlpretrain.training.averaging import WeightAverage
     from rlpretrain.training.run import Run
+
+
+Progress = Callable[[int, int], None] | None
+"""Called with the numbers of evaluated and of all positions."""
 
 
 @dataclass(eq=False)
@@ -31,12 +36,25 @@ class RunEvaluation:
     whole: nn.Module | None = None
     """A model of its own, for policies whose weights are spread over the ranks."""
 
-    def evaluate(self, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    def evaluate(self, progress: Progress = None) -> dict[str, float]:
         """The metrics of the current weights, the same on every rank. All ranks call it."""
+        return self._evaluate(self.model(), progress, "eval")
+
+    def evaluate_average(self, average: WeightAverage, progress: Progress = None) -> dict[str, float]:
+        """The metrics of the average of the weights. All ranks call it."""
+        sampled = self.parts.engine.info.module
+        with self.parts.source.paused():
+            with average.in_place():
+                row = self._evaluate(self._whole_model(), progress, "eval_averaged")
+            if self.whole is not None and self.whole is sampled:
+                copy_weights(self.whole, self.parts.policy.weights)  # the engine gets its weights back
+        return row
+
+    def _evaluate(self, model: nn.Module, progress: Progress, prefix: str) -> dict[str, float]:
         config, ranks = self.parts.config, self.parts.ranks
         assert self.parts.held_out is not None, "a run evaluates only with eval.data"
         documents, read_documents = self._own_documents()
-        model, frozen = self.model(), self.parts.frozen and self.parts.frozen.model
+        frozen = self.parts.frozen and self.parts.frozen.model
         if self.parts.frozen and config.policy.lora:
             frozen = NoGradScorer(model, adapters_off=True)
         local = evaluate(
@@ -53,7 +71,7 @@ class RunEvaluation:
             progress=progress,
         )
         joined = Evaluation.join(ranks.gather(local))
-        numbers = _numbers(joined, "eval")
+        numbers = _numbers(joined, prefix)
         parts = joined.by_stream()
         if any(ranks.gather(bool(read_documents))):
             losses = None
@@ -69,7 +87,7 @@ class RunEvaluation:
             known = [part for part in ranks.gather(losses) if part is not None]
             parts |= Evaluation.join(known).by_stream()
         for name, part in parts.items():
-            numbers |= _numbers(part, f"eval/{name}")
+            numbers |= _numbers(part, f"{prefix}/{name}")
         return numbers
 
     def _own_documents(self) -> tuple[list[Document], list[Document]]:
@@ -83,13 +101,19 @@ class RunEvaluation:
 
     def model(self) -> nn.Module:
         """A whole model with the policy's current weights; with adapters, if these are trained."""
+        sampled = self.parts.engine.info.module
+        if sampled is not None and not self.parts.config.policy.lora:
+            return sampled
+        return self._whole_model()
+
+    def _whole_model(self) -> nn.Module:
+        """The policy's model, or where that is sharded a whole one with its weights copied in."""
         config, policy = self.parts.config, self.parts.policy
         lora = config.policy.lora
-        sampled = self.parts.engine.info.module
-        if sampled is not None and not lora:
-            return sampled
         if policy.shares_weights:
             return policy.model
+        if self.whole is None and not lora:
+            self.whole = self.parts.engine.info.module  # spares a copy
         if self.whole is None:
             self.whole = models.load_with_tokenizer(config.model, self.parts.delimiters, config.seed)[0].to(
                 self.parts.ranks.device
@@ -112,6 +136,8 @@ def _numbers(evaluation: Evaluation, prefix: str) -> dict[str, float]:
 def evaluate_run(run: Run) -> dict[str, float]:
     """Evaluate, and compare with the best evaluation so far; returns the row. All ranks call it."""
     row = run.evaluation.evaluate(run.console.evaluating)
+    if run.average and run.average.count:
+        row |= run.evaluation.evaluate_average(run.average, run.console.evaluating)
     score, not_finite = score_of(row), row.get("eval/not_finite", 0.0)
     if not_finite or not math.isfinite(score):  # neither a new best nor a lack of progress
         problem = (

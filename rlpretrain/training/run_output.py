@@ -22,6 +22,7 @@ from rlpretrain.training.interruption import Interrupted
 from rlpretrain.types import Batch
 
 if TYPE_CHECKING:
+    from rlpretrain.training.averaging import WeightAverage
     from rlpretrain.training.run import Run
 
 
@@ -128,17 +129,27 @@ def record(run: Run, status: str) -> dict[str, Any]:
     }
 
 
-def save_model(run: Run) -> None:
-    """Write the policy as `output_dir`/model, with a model card. All ranks call it."""
-    models.save_model(run.policy, run.tokenizer, run.folder / "model", run.ranks.first)
+def save_model(run: Run, name: str = "model") -> None:
+    """Write the policy as the folder `name` of `output_dir`, with a model card. All ranks call it."""
+    models.save_model(run.policy, run.tokenizer, run.folder / name, run.ranks.first)
     if run.ranks.first:
         models.model_card(
-            run.folder / "model",
+            run.folder / name,
             base=run.config.model.path,
             objective=run.config.objective.get("name", "rlp"),
             steps=run.step,
             delimiters=run.delimiters,
         )
+
+
+def save_average(run: Run, average: WeightAverage) -> None:
+    """Write the average of the weights as `output_dir`/averaged. All ranks call it."""
+    if not average.count:
+        run.console.say("no weights counted for the average, so none is saved")
+        return
+    with run.source.paused(), average.in_place():
+        save_model(run, "averaged")
+    run.console.say(f"average of the weights saved to {run.folder / 'averaged'}")
 
 
 def interruption(run: Run) -> Interrupted:
@@ -162,7 +173,11 @@ def end(run: Run) -> dict[str, Any]:
     restored = best if run.stopped and run.stopped.startswith("collapse") and best.is_dir() else None
     if restored:
         run.policy.load(restored)
+        if run.average:
+            run.average.load(restored)
     save_model(run)
+    if run.average:
+        save_average(run, run.average)
     run.write_run_json("done", best_checkpoint_restored=str(restored) if restored else None)
     run.console.say(f"stopped early: {run.stopped}" if run.stopped else None)
     origin = f", from {restored.name}" if restored else ""

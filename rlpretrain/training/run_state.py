@@ -44,7 +44,8 @@ def save(run: Run) -> None:
         "baseline": run.baseline.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    checkpoint.save(run.folder, run.step, run.ranks, {"policy": run.policy}, state, rank_state)
+    parts: dict[str, Any] = {"policy": run.policy} | ({"average": run.average} if run.average else {})
+    checkpoint.save(run.folder, run.step, run.ranks, parts, state, rank_state)
     if run.ranks.first:
         checkpoint.rotate(run.folder, run.config.checkpoint.keep, run.best["step"])
 
@@ -52,6 +53,7 @@ def save(run: Run) -> None:
 def restore(run: Run, path: Path) -> None:
     """Restore the checkpoint `path`. All ranks call it."""
     state, rank_state = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
+    _check_annealing(run, path, state)
     run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
     run.stopped = run_stop.over_budget(run)
     run.skipped, run.skipped_in_row = state["skipped"], state["skipped_in_row"]
@@ -63,6 +65,20 @@ def restore(run: Run, path: Path) -> None:
     run.baseline.load_state_dict(rank_state["baseline"])
     torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)
+    if run.average:
+        run.average.load(path)
+
+
+def _check_annealing(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """Raise ConfigError if another `anneal_from` changes the learning rate of completed steps."""
+    schedule, now = state["config"]["optim"]["schedule"], run.config.optim.schedule.anneal_from
+    before = None if isinstance(schedule, str) else schedule["anneal_from"]  # a string in older versions
+    early = [begin for begin in (before, now) if begin is not None and begin < state["step"]]
+    if before != now and early:
+        raise ConfigError(
+            f"cannot resume from {path}: optim.schedule.anneal_from was {before}, is {now}; only a decay "
+            f"that begins at step {state['step']} or later can be added, moved or removed there"
+        )
 
 
 def set_aside(run: Run, resume: str | bool | None) -> str | None:

@@ -23,6 +23,8 @@ def finish_step(run: Run, step: int, batch: Batch) -> None:
     last = complete is not None or step == run.total_steps
     run.stopped = run_stop.nonfinite(run) or run.stopped or complete
     run.stopped = run.stopped or run_stop.collapsed(run, row)
+    if run.average and not run.bad:
+        run.average.update(step)
     if last or _is_due(step, run.config.eval.every):
         row |= evaluate_run(run) if run.held_out is not None else {}
         row |= run_tasks.task_metrics(run)

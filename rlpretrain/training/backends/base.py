@@ -64,6 +64,13 @@ class Policy(Protocol):
         """The adapters alone, as PEFT names them in files."""
         ...
 
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of each trained parameter, as this rank holds them: whole, or under ZeRO 3 a shard.
+
+        Writing to the values changes the parameter. Only `average` needs this method.
+        """
+        ...
+
     def save(self, path: Path) -> None:
         """Write the state that a bit-identical resume needs to the folder `path`."""
         ...

@@ -16,9 +16,10 @@ from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
 from rlpretrain.models.adapters import Piece, adapter_pieces, pieces
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.backends.base import StepInfo, copy_trained
+from rlpretrain.training.backends.base import StepInfo, copy_trained, trained_parameters
 from rlpretrain.training.backends.masters import GradientSum, collect_gradient
-from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
+from rlpretrain.training.optim import groups_for, make_optimizer
+from rlpretrain.training.schedules import make_schedule
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -54,7 +55,7 @@ class DeepSpeedPolicy:
         self.shares_weights, self.stage_gathers = self.stage < 3, self.stage == 3
         self.scorer = scorer = Scorer(model.to(ranks.device))
         self.limit, self.norm, self.clips = settings["gradient_clipping"] or math.inf, 0.0, False
-        optimizer = make_optimizer(parameter_groups(model, optim.weight_decay), optim)
+        optimizer = make_optimizer(groups_for(model, optim), optim)
         if self.stage == 0 and next(model.parameters()).dtype == torch.float32:
             # DeepSpeed clips too, but does not keep the norm
             settings["gradient_clipping"], self.clips = 0.0, True
@@ -127,6 +128,11 @@ class DeepSpeedPolicy:
     def adapter(self) -> Iterator[tuple[str, Tensor]]:
         """As TorchPolicy.adapter."""
         return self._gathered(list(adapter_pieces(self.model)))
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """As TorchPolicy.parts; under ZeRO 3 this rank's shards, flat and padded at the end."""
+        for name, p in trained_parameters(self.model).items():
+            yield name, compat.shard_of(p) if self.stage == 3 else p.detach()
 
     def _gathered(self, all_pieces: list[Piece]) -> Iterator[tuple[str, Tensor]]:
         size = 16 if self.stage == 3 else len(all_pieces)

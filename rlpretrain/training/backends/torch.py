@@ -17,7 +17,8 @@ from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.training.backends.base import StepInfo, copy_trained, trained_parameters
 from rlpretrain.training.backends.masters import make_masters
-from rlpretrain.training.optim import make_optimizer, make_schedule, parameter_groups
+from rlpretrain.training.optim import groups_for, make_optimizer
+from rlpretrain.training.schedules import make_schedule
 from rlpretrain.types import MicroBatch, Scores
 
 
@@ -43,7 +44,7 @@ class TorchPolicy:
         self.masters = make_masters(model)
         copies = {id(p): m for p, m in self.masters}
         self.updated = [copies.get(id(p), p) for p in model.parameters() if p.requires_grad]
-        groups = parameter_groups(model, optim.weight_decay)
+        groups = groups_for(model, optim)
         for group in groups:
             group["params"] = [copies.get(id(p), p) for p in group["params"]]
         self.optimizer = make_optimizer(groups, optim)
@@ -95,6 +96,10 @@ class TorchPolicy:
     def adapter(self) -> Iterator[tuple[str, Tensor]]:
         """The adapters alone, as PEFT names them in files."""
         return ((piece.name, piece.make()) for piece in adapter_pieces(self.model))
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of each trained parameter, whole on every rank; writing to them changes it."""
+        return ((name, p.detach()) for name, p in trained_parameters(self.model).items())
 
     def save(self, path: Path) -> None:
         """Write the state that a bit-identical resume needs to the folder `path`."""
