@@ -41,6 +41,7 @@ from rlpretrain.experiments import compare
 from rlpretrain.experiments.experiment import CommonEvaluation
 from rlpretrain.models import load_with_tokenizer
 from rlpretrain.objectives import delimiters, load_objective
+from rlpretrain.tracking.progress import bar
 from rlpretrain.training.records import write_json
 
 HERE = Path(__file__).parent
@@ -199,7 +200,6 @@ def evaluate_untouched(out: Path, evaluation: CommonEvaluation) -> dict[str, Any
     """The numbers of the checkpoint before the next-token phase; frozen is the model after it."""
     file = out / "untouched.json"
     if not file.exists():
-        print("evaluating the untouched checkpoint ...", flush=True)
         values = {
             "model": str(out / "checkpoint"),
             "data": to_dict(evaluation.data),
@@ -213,9 +213,16 @@ def evaluate_untouched(out: Path, evaluation: CommonEvaluation) -> dict[str, Any
         frozen = load_with_tokenizer(ModelConfig(path=str(out / "warm" / "model")), tags)[0]
         documents = read_all(config.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
         objective = load_objective(config, tokenizer)
-        measured = evaluate(
-            model, objective, documents, frozen=frozen, thoughts=evaluation.thoughts, greedy=True
-        )
+        with bar("evaluating the untouched checkpoint") as progress:
+            measured = evaluate(
+                model,
+                objective,
+                documents,
+                frozen=frozen,
+                thoughts=evaluation.thoughts,
+                greedy=True,
+                progress=progress,
+            )
         write_json(file, measured.columns())
     columns = json.loads(file.read_text())
     return numbers(compare.Measurements([columns], columns["rows"]))

@@ -97,12 +97,7 @@ def test_every_documented_name_is_logged(values):
     Pretrainer(build(merged(values, baseline__frozen_every=1, loss__inner_epochs=2))).train()
     logged = set().union(*(row.keys() for row in rows(Path(values["output_dir"]))))
     documented = {name for name in METRICS if "*" not in name and not name.startswith("verified/")}
-    assert documented - logged == {
-        "perf/mfu",
-        "perf/step_mfu",
-        "perf/probe_s",
-        "sampling/probe_difference",
-    }
+    assert documented - logged == {"perf/mfu", "perf/step_mfu", "perf/probe_s", "sampling/probe_difference"}
 
 
 def test_numbers_agree_with_the_batch(values):
