@@ -49,7 +49,7 @@ def test_a_base_without_tags_under_mask_is_warned_of(tmp_path):
 CASES = {
     "no thought counts": {"thought/uncounted_frac": [1.0] * 3},
     "equal rewards": {"frac_reward_zero_std": [1.0] * 5},
-    "only the tags are learnt": {"ig/frozen": [1.0] * 3, "ig/empty": [0.95] * 3},
+    "only the tags are learnt": {"ig/frozen": [1.0] * 5, "ig/empty": [0.95] * 5},
     "the gain falls": {"ig/frozen": [1.0] * 3 + [0.1] * 3},
     "the no-think loss rises": {"ntp/loss": [2.0] * 10 + [3.0] * 10},
     "thoughts repeat themselves": {"thought/repetition": [0.9] * 10},

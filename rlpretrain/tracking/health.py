@@ -158,7 +158,7 @@ RULES = (
         _only_tags_gain,
         "Only the tags are learnt: an empty thought gains {1:.2f} nats, a sampled one {0:.2f}. "
         "Choose {positions} where thinking can help, or raise {limit} or {thoughts}.",
-        size=3,
+        size=5,
     ),
     Rule(
         "the gain falls",
