@@ -138,7 +138,7 @@ def test_a_second_stage_starts_from_the_first_ones_model_and_is_measured_against
     base = json.loads((file.parent / "compared" / "rlp-1" / "wanted.json").read_text())["model"]["path"]
     first, second = (weights(file.parent / "compared" / name / "model") for name in ("ntp-1", "then_rlp-1"))
     assert 0 < (second - first).norm() < (second - weights(Path(base))).norm()
-    assert set(results["methods"]) == {"base", "then_rlp", "ntp", "rlp"}
+    assert set(results["methods"]) == {"base", "then_rlp", "ntp", "rlp", "steps"}
     assert "then_rlp - ntp" in results["differences"]
 
 

@@ -401,11 +401,9 @@ def test_a_held_out_file_that_is_trained_on_is_named(values, corpus, tmp_path, c
     data = {"sources": dial_sources(corpus), "max_length": 64}
     run = Run(build(merged(values, data=data, eval={"data": files}, console=True)), None)
     run.close()
-    said = " ".join(capsys.readouterr().out.split())
-    assert (
-        f"eval.data.think {copy} is the training file {corpus / 'train.jsonl'} of data.sources.think" in said
-    )
-    assert said.count("is the training file") == 1
+    said = "".join(capsys.readouterr().out.split())  # the console breaks long paths
+    assert f"eval.data.think{copy}isthetrainingfile{corpus / 'train.jsonl'}ofdata.sources.think" in said
+    assert said.count("isthetrainingfile") == 1
 
 
 def test_a_mixture_is_checked_before_a_run(values, corpus, tmp_path, capsys):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from dataclasses import field as _field
-from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -39,6 +39,14 @@ class ScheduleConfig:
     """infinite: the step after which the rate falls exponentially to `min_lr_ratio` at the end; null: never.
     A run that is resumed from a checkpoint may set it to that step or to a later one.
     """
+
+    def __eq__(self, other: object) -> bool:
+        """A schedule equals its name if all of its settings have their defaults: it was a text before."""
+        if isinstance(other, str):
+            other = ScheduleConfig(name=other)
+        return isinstance(other, ScheduleConfig) and asdict(self) == asdict(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @model_validator(mode="before")
     @classmethod

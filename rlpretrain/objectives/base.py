@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards import leave_one_out
 from rlpretrain.data.positions import PositionPicker
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import sampling
@@ -22,7 +23,16 @@ from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
 from rollout.types import Group, Position, Prompt, Thought
 
-__all__ = ["NEEDS", "AdvantageForm", "Config", "Objective", "Setting", "derive_seed", "rewards_differ"]
+__all__ = [
+    "ADVANTAGES",
+    "NEEDS",
+    "AdvantageForm",
+    "Config",
+    "Objective",
+    "Setting",
+    "derive_seed",
+    "rewards_differ",
+]
 
 derive_seed = sampling.derive_seed
 
@@ -266,12 +276,8 @@ class Objective:
         return stored
 
     def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Advantages [B, G] from rewards [B, G], formed in float64: the field `advantage`, if there is one.
-
-        By default leave-one-out (RLP eq. 7).
-        """
-        form: AdvantageForm = getattr(self.config, "advantage", "leave_one_out")
-        return ADVANTAGES[form](reward)
+        """Advantages [B, G] from rewards [B, G], formed in float64; leave-one-out (RLP eq. 7)."""
+        return leave_one_out(reward)
 
     def losses(self) -> tuple[str, ...]:
         """The terms of the loss, by name or `package.module:Class` (rlpretrain/training/losses.py)."""

@@ -149,6 +149,10 @@ class PretrainZero(base.Objective):
         groups = await self.sample_thoughts(engine, masked, prompts, seeds, role="predictor")
         return await self.sample_answers(engine, groups, self.config.closing)
 
+    def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Advantages [B, G] in the form of the field `advantage`."""
+        return base.ADVANTAGES[self.config.advantage](reward)
+
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """Groups whose thoughts do not all have the same reward."""
         return [g for g in groups if base.rewards_differ(g)]

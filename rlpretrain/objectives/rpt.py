@@ -158,6 +158,10 @@ class RPT(base.Objective):
         lengths = [len(_stripped(head)) for head in clean]
         return whole[leading:], [length for length in lengths if length]
 
+    def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Advantages [B, G] in the form of the field `advantage`."""
+        return base.ADVANTAGES[self.config.advantage](reward)
+
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """The groups to train on; with `dynamic_sampling` not those that are all right or all wrong."""
         if not self.config.dynamic_sampling or "target" in self.needs:

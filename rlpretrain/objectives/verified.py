@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from rlpretrain.config import ConfigError, Count
 from rlpretrain.objectives import base
@@ -109,6 +110,10 @@ class Verified(base.Objective):
         if self.config.reward == "strict":
             return float(verdict.verified)
         return self.config.alpha * outcome + (1 - self.config.alpha) * verdict.process
+
+    def advantage(self, reward: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Advantages [B, G] in the form of the field `advantage`."""
+        return base.ADVANTAGES[self.config.advantage](reward)
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """All groups; their verdicts become the step's `notes`, in a replay too."""
