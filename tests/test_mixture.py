@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlpretrain import cli
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.config.io import build, load_config, parse, to_dict
 from rlpretrain.corpora import dial
@@ -393,6 +394,30 @@ def test_held_out_files_of_sources_are_evaluated_apart(values, corpus):
     assert row["eval/no_think_loss"] == row["eval/think/no_think_loss"]  # where it thinks
     assert row["eval/read/no_think_loss"] > 0
     assert "eval/think/gain_frozen" in row and "eval/read/gain_frozen" not in row
+
+
+def test_one_source_of_a_run_is_evaluated_later(values, corpus, tmp_path, capsys):
+    """By its name, with its own fields: here its texts are in another column."""
+    lines = (corpus / "held_out.jsonl").read_text().splitlines()
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text("\n".join(json.dumps({"words": json.loads(line)["text"]}) for line in lines))
+    sources = {**dial_sources(corpus), "other": {"path": str(renamed), "column": "words", "weight": 0.1}}
+    held_out = {"think": str(corpus / "held_out.jsonl"), "other": str(renamed)}
+    changes = {"data": {"sources": sources, "max_length": 64}, "eval": {"data": held_out, "documents": 4}}
+    trained(values, **changes, max_steps=1)
+
+    def numbers(name):
+        file = tmp_path / f"{name}.json"
+        words = ["eval", values["output_dir"], "--data", name, "--documents", "4", "--thoughts", "1"]
+        assert cli.main([*words, "--device", "cpu", "--json", str(file)]) == 0
+        return json.loads(file.read_text())["all"]
+
+    assert numbers("other")["no_think_loss"] == numbers("think")["no_think_loss"]
+    assert cli.main(["eval", values["output_dir"]]) == 2
+    assert "name one as --data: think, other" in capsys.readouterr().err
+    page = tmp_path / "page.html"
+    assert cli.main(["report", values["output_dir"], "--out", str(page)]) == 0
+    assert "mean gain" in page.read_text()  # thoughts in held-out documents of `think`
 
 
 def test_a_held_out_file_that_is_trained_on_is_named(values, corpus, tmp_path, capsys):
