@@ -37,8 +37,12 @@ PARITY_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Grouped heads; windows in every other layer and soft caps."""
-LIMITS = {"float32": (1e-3, 1e-3), "bfloat16": (0.3, 0.3)}
-"""Largest difference of log-probs in nats, and of gradients over the largest entry of their parameter."""
+LIMIT = 1e-3
+"""Largest difference in float32 of log-probs in nats, and of gradients over the largest entry of their
+parameter.
+"""
+ROUNDING = 1.5
+"""In bfloat16 it may be this many times that of eager attention on padded rows in bfloat16."""
 
 
 def measure_parity(settings: Settings, report: Report) -> None:
@@ -69,9 +73,11 @@ def measure_parity(settings: Settings, report: Report) -> None:
                     "eager_nats": eager_nats,
                     "eager_gradient": eager_gradient,
                 }
-                if not (nats <= LIMITS[kind][0] and gradient <= LIMITS[kind][1]):
+                limits = (max(LIMIT, ROUNDING * eager_nats), max(LIMIT, ROUNDING * eager_gradient))
+                if not (nats <= limits[0] and gradient <= limits[1]):
                     raise ValueError(
-                        f"FlexAttention differs from eager padded rows by {nats:.2e} nats, {gradient:.2e}"
+                        f"FlexAttention differs from eager padded rows by {nats:.2e} nats, {gradient:.2e}; "
+                        f"eager padded rows in {kind} by {eager_nats:.2e}, {eager_gradient:.2e}"
                     )
             report(cell)
 

@@ -87,6 +87,11 @@ class Settings:
         )
 
     @property
+    def backend(self) -> str:
+        """What compiles layers; on a CPU their graphs run as they are."""
+        return "inductor" if self.device.startswith("cuda") else "aot_eager"
+
+    @property
     def recomputed_budget(self) -> int:
         """Tokens of a micro-batch where activations are recomputed."""
         return 4 * self.token_budget

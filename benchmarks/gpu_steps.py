@@ -31,15 +31,20 @@ from tests.builders.tiny import word_tokenizer
 class Steps:
     """Training steps of one model, with the library's packing, scoring, losses and optimizer."""
 
-    def __init__(self, settings: Settings, recomputed: bool):
+    def __init__(self, settings: Settings, recomputed: bool, compiled: bool):
         from rlpretrain.config.io import build
+        from rlpretrain.models.compilation import compile_layers
         from rlpretrain.models.randomness import checkpoint_layers
         from rlpretrain.objectives import load_objective
         from rlpretrain.ranks import Ranks
         from rlpretrain.scoring import attention
         from rlpretrain.training.backends.torch import TorchPolicy
 
-        self.recomputed, self.device = recomputed, torch.device(settings.device)
+        self.kind, self.recomputed, self.device = (
+            (recomputed, compiled),
+            recomputed,
+            torch.device(settings.device),
+        )
         self.token_budget = settings.recomputed_budget if recomputed else settings.token_budget
         self.config = build(
             {"model": "none", "data": "none", "objective": "rlp", "policy": {"backend": "torch"}}
@@ -49,6 +54,8 @@ class Steps:
         attention.install(model)
         if recomputed:
             checkpoint_layers(model)
+        if compiled:
+            compile_layers(model, settings.backend)
         ranks = Ranks(device=self.device)
         self.policy = TorchPolicy(model, self.config.policy, self.config.optim, total_steps=1000, ranks=ranks)
 
@@ -95,22 +102,26 @@ def measure_steps(settings: Settings, report: Report) -> None:
     """A training step on a tree, on padded rows, and of next-token training on about as many tokens.
 
     With long documents activations are recomputed, so that a step is one micro-batch. Padded rows of long
-    documents are measured at one position, which stands for all.
+    documents are measured at one position, which stands for all. Layers are compiled, and for the first
+    document also as they are.
     """
     begin = time.perf_counter()
-    cells = [(shape, kind) for shape in settings.shapes for kind in ("tree", "ntp")]
-    cells += [(shape, "padded") for shape in settings.shapes]
+    first = settings.shapes[0]
+    cells = [(shape, kind, True) for shape in settings.shapes for kind in ("tree", "ntp")]
+    cells[2:2] = [(first, "tree", False), (first, "ntp", False), (first, "padded", False)]
+    cells += [(shape, "padded", False) for shape in settings.shapes[1:]]
     steps: Steps | None = None
-    for shape, kind in cells:
-        cell = Cell(f"document {shape.document}, {shape.thoughts} thoughts of {shape.thought}: {kind}")
+    for shape, kind, compiled in cells:
+        name = f"document {shape.document}, {shape.thoughts} thoughts of {shape.thought}: {kind}"
+        cell = Cell(name + ", compiled" * compiled)
         if time.perf_counter() - begin > 0.85 * settings.seconds:
             cell.status = "no time left"
         else:
             with measuring(cell):
                 recomputed = settings.is_long(shape)
-                if steps is None or steps.recomputed != recomputed:
+                if steps is None or steps.kind != (recomputed, compiled):
                     steps = None  # frees its memory
-                    steps = Steps(settings, recomputed)
+                    steps = Steps(settings, recomputed, compiled)
                 cell.values = _measure_step(settings, steps, shape, kind)
             if cell.status != "ok":
                 steps = None  # it may hold parts of a step
@@ -216,7 +227,7 @@ def measure_run(settings: Settings, report: Report) -> None:
             "positions_per_step": shape.positions,
             "sampling": {
                 "thoughts": shape.thoughts,
-                "max_thought_tokens": min(64, shape.thought),
+                "max_thought_tokens": min(32, shape.thought),
                 "cut": "force_close",
             },
             "token_budget": settings.token_budget,

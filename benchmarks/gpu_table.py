@@ -43,8 +43,15 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "memory_gib": ("peak GiB", ".1f"),
         "tree_check_nats": ("tree against padded (nats)", ".1e"),
     },
+    "paths": {
+        "seconds": ("s", ".1f"),
+        "loss": ("loss of the last step", ".4f"),
+        "apart": ("largest difference of a weight", ".1e"),
+        "memory_gib": ("peak GiB", ".2f"),
+    },
 }
 TITLES = {
+    "paths": "Short runs of a small model, one for each path",
     "parity": "Trees on FlexAttention against padded rows on eager attention in float32",
     "compilation": "FlexAttention on trees of many sizes, at the model's heads, bfloat16",
     "steps": "Training steps",

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rewards import fused_tiles
 from rewards.logit_tiles import (
     HeadOptions,
     add_product,
@@ -24,6 +25,7 @@ from rewards.logit_tiles import (
     exponentiate,
     locate_labels,
     logit_tile,
+    multiply,
     row_slices,
     select,
     sum_dtype,
@@ -39,7 +41,7 @@ def token_logps(
     *,
     bias: Float[Tensor, " V"] | None = None,
     temperature: float | Float[Tensor, "*N"] = 1.0,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Float[Tensor, "*N"]:
@@ -59,7 +61,8 @@ def token_logps(
             zero, and it is not computed, so its hidden state may hold anything.
         temperature: divides the final logits; one number, or one per row. Use 1 for targets and the sampling
             temperature for thoughts. Finite and above 0: greedy choice has no log-probability.
-        chunk_size: vocabulary entries per tile. Any size gives the same numbers up to rounding.
+        chunk_size: vocabulary entries per tile; by default 8,192 on a GPU and 2,048 elsewhere. Any size gives
+            the same numbers up to rounding.
         softcap: Gemma 2's final logit soft-capping (arXiv 2408.00118, §2); None for none.
         scale: multiplies the logits: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`.
 
@@ -130,7 +133,7 @@ def row_entropies(
     bias: Float[Tensor, " V"] | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
 ) -> Float[Tensor, "*N"]:
     """Return the entropy in nats of each row's next-token distribution, tile by tile and without gradient.
 
@@ -171,10 +174,18 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         maximum = _initial_maximum(hidden, weight)
         total, label_logits = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        fused = fused_tiles.can_fuse(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             for v in column_slices(weight, options.chunk_size):
                 for r in row_slices(hidden):
-                    tile = logit_tile(hidden[r], weight[v], select(bias, v), select(temperatures, r), options)
+                    head = (select(bias, v), select(temperatures, r))
+                    if fused:
+                        product = multiply(hidden[r], weight[v])
+                        sums = (maximum[r], total[r], label_logits[r])
+                        sums = fused_tiles.fold(product, *head, labels[r], v.start, sums, options)
+                        maximum[r], total[r], label_logits[r] = sums
+                        continue
+                    tile = logit_tile(hidden[r], weight[v], *head, options)
                     inside, column = locate_labels(labels[r], v)
                     label_logits[r] = torch.where(inside, tile.gather(1, column).squeeze(1), label_logits[r])
                     log_rescale = exponentiate(tile, maximum[r])
@@ -200,6 +211,7 @@ class _TokenLogps(torch.autograd.Function):
         # Factors per row are applied to the [N, H] side, not to the tiles. The minus is there because a tile
         # holds softmax − onehot.
         factor = -options.scale * grad_logps.to(dtype) / (1.0 if temperatures is None else temperatures)
+        fused = fused_tiles.can_fuse(hidden)
         scaled_hidden = (hidden.to(dtype) * factor.unsqueeze(1)).to(product_dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for v in column_slices(weight, options.chunk_size):
@@ -208,11 +220,16 @@ class _TokenLogps(torch.autograd.Function):
                 # copy of a whole bf16 weight.
                 weight_sum = None if grad_weight is None else grad_weight[v].to(dtype)
                 for r in row_slices(hidden):
-                    row_temperatures = select(temperatures, r)
-                    tile = logit_tile(hidden[r], columns, select(bias, v), row_temperatures, options)
-                    differentiate(tile, labels[r], v, log_normaliser[r], row_temperatures, options)
+                    head, row_temperatures = select(bias, v), select(temperatures, r)
+                    if fused:
+                        product = multiply(hidden[r], columns)
+                        where = (labels[r], v.start, log_normaliser[r])
+                        tile = fused_tiles.gradient_of(product, head, row_temperatures, *where, options)
+                    else:
+                        tile = logit_tile(hidden[r], columns, head, row_temperatures, options)
+                        differentiate(tile, labels[r], v, log_normaliser[r], row_temperatures, options)
                     if grad_bias is not None:
-                        grad_bias[v].addmv_(tile.T, factor[r])
+                        grad_bias[v].addmv_(tile.T.to(dtype), factor[r])
                     tile = tile.to(product_dtype)
                     if grad_hidden is not None:
                         add_product(grad_hidden[r], tile, columns)

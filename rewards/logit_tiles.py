@@ -23,7 +23,12 @@ class HeadOptions:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, chunk_size: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    chunk_size: int | None,
 ) -> HeadOptions:
     """Return the options of a head; ValueError if its tensors do not fit each other or an option is wrong."""
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -35,6 +40,8 @@ def check_head(
         raise ValueError(
             f"bias {tuple(bias.shape)} must have one entry per row of lm_head_weight {tuple(weight.shape)}"
         )
+    if chunk_size is None:
+        chunk_size = 8192 if hidden.is_cuda else 2048
     if (softcap is not None and not softcap > 0) or chunk_size < 1:
         raise ValueError(
             f"softcap {softcap} must be None or above 0, chunk_size {chunk_size} must be at least 1"
@@ -46,8 +53,8 @@ def logit_tile(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Tensor | None, options: HeadOptions
 ) -> Tensor:
     """Return logits / temperature [N, C] in fp32 (or float64). The caller may overwrite the tensor."""
-    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    tile = (hidden.to(product_dtype) @ weight.to(product_dtype).T).to(sum_dtype(product_dtype))
+    product = multiply(hidden, weight)
+    tile = product.to(sum_dtype(product.dtype))
     if bias is not None:
         tile.add_(bias)
     if options.scale != 1:
@@ -55,6 +62,12 @@ def logit_tile(
     if options.softcap is not None:
         tile.div_(options.softcap).tanh_().mul_(options.softcap)
     return tile if temperatures is None else tile.div_(temperatures.unsqueeze(1))
+
+
+def multiply(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden @ weight.T [N, C] in the common dtype of the two."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.to(dtype) @ weight.to(dtype).T
 
 
 def exponentiate(tile: Tensor, maximum: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +68,24 @@ def require_library(library: str, extra: str, reason: str) -> None:
     """Raise ImportError with the reason and the install line if a library is not installed."""
     if importlib.util.find_spec(library) is None:
         raise ImportError(f"{reason}: {INSTALL[extra]}")
+
+
+def compile_call(layer: nn.Module, backend: str, prepare: Callable[[Any], None]) -> None:
+    """Compile calls of a layer that have no cache of keys and values; `prepare` gets their arguments.
+
+    The compiled call is where torch keeps it, so that copies of the layer have none.
+    """
+    layer.compile(backend=backend)
+    compiled, plain = layer._compiled_call_impl, layer._call_impl
+    assert compiled is not None, "torch has just set it"
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            return plain(*args, **kwargs)
+        prepare((args, kwargs))
+        return compiled(*args, **kwargs)
+
+    layer._compiled_call_impl = call
 
 
 def fill_vocabulary(tokenizer: Any) -> None:

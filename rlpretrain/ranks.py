@@ -72,23 +72,27 @@ def join(device: str = "auto") -> Ranks:
     torch_device = _resolve_device(device, local_rank)
     if torch_device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed if it is installed
-    if torch_device.type == "cuda":  # tested with CPUs and gloo: docs/gpu.md
+    if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
+        # it plans anew for each shape, and the shapes of documents, thoughts and decoding change all the time
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(_backend(torch_device), rank=rank, world_size=size, timeout=PATIENCE)
     return Ranks(rank, size, torch_device)
 
 
 def _resolve_device(device: str, local_rank: int) -> torch.device:
-    """Return the torch device of a setting `device`; ConfigError if there is no such device."""
+    """Return the torch device of a setting `device`, with its number; ConfigError if there is none."""
     if device == "auto":
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch_device = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device '{device}' is not one of auto, cpu, cuda, cuda:N") from None
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}': torch {torch.__version__} finds no CUDA device")
+    if torch_device.type == "cuda" and torch_device.index is None:  # torch.cuda.set_device needs the number
+        return torch.device("cuda", local_rank)
     return torch_device
 
 

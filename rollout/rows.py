@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 logger = logging.getLogger(__name__)
 
+STEADY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels of torch's attention that need no plan for each shape."""
 _REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -145,6 +148,8 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
     Tensors that it rebuilt meanwhile (rotary frequencies for a longer sequence) are then replaced by
     ordinary copies, which training can use. Models with hooks, which may swap parameters (ZeRO,
     offloading), and models of custom code run in `torch.no_grad`.
+
+    cuDNN's attention is left out: it plans anew for each length, that is, for each token.
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
@@ -154,7 +159,7 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.inference_mode() if is_plain else torch.no_grad():
+        with torch.inference_mode() if is_plain else torch.no_grad(), sdpa_kernel(STEADY):
             yield
     finally:
         for module in training:

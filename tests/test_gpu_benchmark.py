@@ -43,7 +43,8 @@ def test_every_part_runs_on_a_cpu(name, all_parts):
     for cell in cells:
         assert name == "environment" or f"| {cell} |" in table
     if name == "steps":
-        assert {cell.rpartition(": ")[2] for cell in cells} == {"tree", "ntp", "padded"}
+        kinds = {"tree", "ntp", "padded", "tree, compiled", "ntp, compiled"}
+        assert {cell.rpartition(": ")[2] for cell in cells} == kinds
         assert all(0 < values["mfu"] < 1 for values in cells.values())
     if name == "compilation":
         assert {values["compilations"] for values in cells.values()} == {2}
@@ -68,7 +69,7 @@ def test_operations_are_those_of_the_matrices_of_the_model():
 def test_a_tree_needs_each_shared_token_once_and_each_row_its_own_path():
     settings = Settings("cpu", tiny=True)
     shape = settings.shapes[0]
-    steps = Steps(settings, recomputed=False)
+    steps = Steps(settings, recomputed=False, compiled=False)
     batch = steps.batch(shape, 0, "tree")
     tree, padded = (needed_by(steps.take(batch, tree=kind)) for kind in (True, False))
     branch = 1 + shape.thought + shape.target - 1  # open tag, thought, target but its last token

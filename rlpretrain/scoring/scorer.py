@@ -21,7 +21,7 @@ from rlpretrain.compat import backbone_of, gathered, head_of, sharded
 from rlpretrain.models import adapters
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.models.spending import Reads, read_by
-from rlpretrain.scoring.attention.interface import placeholder
+from rlpretrain.scoring.attention.interface import pad_to_blocks, placeholder
 from rlpretrain.tree import Tree
 from rlpretrain.types import MicroBatch, Scores
 
@@ -63,6 +63,7 @@ class Scorer(nn.Module):
         self.reads.add_forward(tokens, pairs, len(rows), trained=torch.is_grad_enabled())
         extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if tree is not None:
+            input_ids, extra = pad_to_blocks(input_ids), {k: pad_to_blocks(x) for k, x in extra.items()}
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
         return self.read(hidden, labels, temperature, want, want_rows)

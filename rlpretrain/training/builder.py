@@ -16,6 +16,7 @@ from rlpretrain.data.stream import open_source
 from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.evaluation.harness import Tasks, load_tasks
 from rlpretrain.models import adapters, lengths
+from rlpretrain.models.compilation import compile_layers
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, table_size
 from rlpretrain.ranks import Ranks, join
@@ -168,6 +169,10 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     padded_because = attention.install(model) if config.packing == "tree" else None
     if reference is not None and config.packing == "tree" and padded_because is None:
         attention.install(reference.frozen.model)
+    if config.model.compile:
+        scored = [model, *(scorer.model for scorer in (frozen, baseline) if isinstance(scorer, Frozen))]
+        for each in {id(m): m for m in scored}.values():
+            compile_layers(each)
     return Parts(
         config=config,
         ranks=ranks,

@@ -11,7 +11,7 @@ from rlpretrain.config.data import first_without_weight
 from rlpretrain.data.document_source import DocumentSource, count_documents
 from rlpretrain.evaluation import harness
 from rlpretrain.evaluation.places import held_out_data
-from rlpretrain.models import adapters
+from rlpretrain.models import adapters, compilation
 from rlpretrain.objectives import Objective, parse_section
 from rlpretrain.rollouts.engines import find_engine
 from rlpretrain.rollouts.replay import ReplaySource
@@ -33,6 +33,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     _check_cut(config, owner)
     adapters.check(config)
+    compilation.check(config)
     check_sources(config, owner)
     held_out_data(config)
     find_engine(config.engine)

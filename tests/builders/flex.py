@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -52,5 +51,8 @@ def models_use_flex() -> Iterator[list[Any]]:
         trees.append(args[3])
         return flex.flex(*args)
 
-    with mock.patch.object(interface, "TreeAttention", SimpleNamespace(apply=attend)):
+    with (
+        mock.patch.object(interface, "uses_flex", lambda x: True),
+        mock.patch.object(interface, "flex", attend),
+    ):
         yield trees

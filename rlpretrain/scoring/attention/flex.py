@@ -45,7 +45,11 @@ class Mask(NamedTuple):
 def flex(
     q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Tree attention by FlexAttention: query [1, H, N, D], key and value [1, K, N, D] → [1, H, N, D]."""
+    """Tree attention by FlexAttention: query [1, H, N, D], key and value [1, K, N, D] → [1, H, N, D].
+
+    N is the tokens of the tree, and may include padding up to `padded_size`. Copies are made only of inputs
+    that are not padded, or whose heads are not interleaved in memory as a projection leaves them.
+    """
     size, padded = q.shape[2], padded_size(q.shape[2])
     inputs = [_in_blocks(x, padded) for x in (q, k, v)]
     mask = mask_of(tree, padded, window, q.device)
@@ -84,9 +88,16 @@ def _ordered(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_blocks(x: Tensor, padded: int) -> Tensor:
-    """[1, H, N, D] → [1, H, M / 128, 128, D], so that a compiler knows that M is a multiple of 128."""
-    x = nn.functional.pad(x, (0, 0, 0, padded - x.shape[2])).contiguous()  # one layout: no recompilation
-    x = x.unflatten(2, (-1, BLOCK))
+    """[1, H, N, D] → [1, H, M / 128, 128, D], so that a compiler knows that M is a multiple of 128.
+
+    In memory the heads of a token are neighbours: one layout, so that nothing is compiled again.
+    """
+    by_token = x.transpose(1, 2).contiguous()
+    if padded != x.shape[2]:
+        by_token = nn.functional.pad(by_token, (0, 0, 0, 0, 0, padded - x.shape[2]))
+    x = by_token.transpose(1, 2).unflatten(2, (-1, BLOCK))
+    if not torch.is_grad_enabled():
+        x = x.detach()  # a weight itself would be another compilation
     torch._dynamo.mark_dynamic(x, 2)
     return x
 

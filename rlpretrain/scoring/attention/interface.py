@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlpretrain.compat import attention_of
 from rlpretrain.models.kernels import PREFIX
 from rlpretrain.scoring.attention.cpu import TreeAttention
-from rlpretrain.scoring.attention.flex import flex
+from rlpretrain.scoring.attention.flex import flex, padded_size
 from rlpretrain.tree import Tree
 
 _KINDS = {"full_attention", "sliding_attention"}
@@ -46,7 +46,8 @@ def install(model: Any) -> str | None:
     before = attention_of(model)
     if (reason := why_not(model)) is not None or before.startswith(PREFIX):
         return reason
-    AttentionInterface.register(PREFIX + before, partial(_attend, before))
+    # compiled layers call it as it is: it takes a tree, and compiles its own kernels
+    AttentionInterface.register(PREFIX + before, torch.compiler.disable(partial(_attend, before)))
     AttentionMaskInterface.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.set_attn_implementation(PREFIX + before)
     return None
@@ -62,6 +63,19 @@ def installed(model: Any) -> Iterator[str | None]:
     finally:
         if attention_of(model) != before:
             model.set_attn_implementation(before)
+
+
+def uses_flex(x: Tensor) -> bool:
+    """Whether trees of tensors like `x` are attended to by FlexAttention: those on a GPU."""
+    return x.is_cuda
+
+
+def pad_to_blocks(x: Tensor) -> Tensor:
+    """Token ids or position ids [1, N] of a tree → [1, M] in whole blocks, where FlexAttention attends.
+
+    So the model pads its input once, and not the query, key and value of every layer.
+    """
+    return nn.functional.pad(x, (0, padded_size(x.shape[1]) - x.shape[1])) if uses_flex(x) else x
 
 
 def placeholder(device: torch.device) -> Tensor:
@@ -83,7 +97,7 @@ def _attend(
 ) -> Any:
     """The attention function that models call: query [1, H, N, D], key and value [1, K, N, D] → [1, N, H, D].
 
-    Without a tree it calls the attention that the model had before.
+    Without a tree it calls the attention that the model had before. N includes padding, see `pad_to_blocks`.
     """
     if tree is None:
         from transformers import AttentionInterface
@@ -100,7 +114,7 @@ def _attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     window = window if window and window < tree.deepest else None
-    if query.is_cuda:  # tested on CPUs: docs/gpu.md
+    if uses_flex(query):
         out = flex(query, key, value, tree, scale, window, softcap)
     else:
         out = TreeAttention.apply(query, key, value, tree, scale, window, softcap)

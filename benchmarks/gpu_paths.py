@@ -1,0 +1,153 @@
+"""The part of `benchmarks.gpu` that runs each path of the library that a GPU takes, on a small model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_shapes import Cell, Report, Settings, measuring, peak_gib
+
+STEPS = 4
+PATHS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 weights with float32 copies": {"model": {"dtype": "bfloat16"}},
+    "bfloat16 autocast": {"policy": {"autocast": "bfloat16"}},
+    "padded rows": {"packing": "padded"},
+    "compiled layers": {"model": {"compile": True}},
+    "recomputed activations": {"model": {"gradient_checkpointing": True}},
+    "offloaded activations": {"model": {"gradient_checkpointing": True, "activation_offloading": True}},
+    "LoRA": {"policy": {"lora": {"r": 4}}},
+    "moving average as baseline": {"baseline": {"name": "ema"}},
+    "an average of the weights": {"average": {"kind": "ema"}},
+    "Muon": {"optim": {"name": "muon"}},
+    "DeepSpeed ZeRO 0": {"policy": {"backend": "deepspeed", "zero_stage": 0}},
+    "DeepSpeed ZeRO 2": {"policy": {"backend": "deepspeed", "zero_stage": 2}},
+    "DeepSpeed ZeRO 3": {"policy": {"backend": "deepspeed", "zero_stage": 3}},
+}
+"""Changes of the configuration; the first is what exact ones are compared with."""
+EXACT = (
+    "padded rows",
+    "compiled layers",
+    "recomputed activations",
+    "offloaded activations",
+    "DeepSpeed ZeRO 0",
+)
+EXACT += ("DeepSpeed ZeRO 2", "DeepSpeed ZeRO 3")
+"""Paths that compute the same numbers as the first, up to rounding."""
+ON_A_CPU = ("float32", "padded rows", "LoRA")
+"""Paths of a test of the code: the tests of the library run all of them on a CPU."""
+NEEDS = {"LoRA": "peft", **{name: "deepspeed" for name in PATHS if name.startswith("DeepSpeed")}}
+"""Packages that a path needs; without them it is left out."""
+LARGEST = 2e-3
+"""Of a difference between weights of exact paths after the run, in a model with a learning rate of 1e-3."""
+
+
+def measure_paths(settings: Settings, report: Report) -> None:
+    """Some steps of RLP on each path, a resume, and the greedy thoughts of a GPU against those of a CPU."""
+    from rlpretrain.corpora import dial
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dial.write(folder, base=64, train=64, held_out=16)
+        _write_model(folder / "base")
+        reference: dict[str, torch.Tensor] | None = None
+        paths = {path: PATHS[path] for path in ON_A_CPU} if settings.tiny else PATHS
+        for path, changes in paths.items():
+            cell = Cell(path)
+            if (needed := NEEDS.get(path)) and importlib.util.find_spec(needed) is None:
+                cell.status = f"{needed} is not installed"
+            elif time.perf_counter() - begin > 0.85 * settings.seconds:
+                cell.status = "no time left"
+            else:
+                with measuring(cell):
+                    weights = _run(settings, folder, path, changes, cell)
+                    reference = weights if reference is None else reference
+                    if path in EXACT:
+                        _compare(cell, weights, reference)
+            report(cell)
+        cell = Cell("resume after half of the steps")
+        with measuring(cell):
+            whole, again = folder / _name_of("float32"), folder / "resumed"
+            again.mkdir()
+            (whole / f"checkpoint-{STEPS // 2}").rename(again / f"checkpoint-{STEPS // 2}")
+            weights = _run(settings, folder, "resumed", {}, cell, resume="auto")
+            assert reference is not None, "the first path has failed"
+            _compare(cell, weights, reference)
+        report(cell)
+
+
+def _run(
+    settings: Settings, folder: Path, path: str, changes: dict[str, Any], cell: Cell, resume: Any = None
+) -> dict[str, torch.Tensor]:
+    """Train, fill in the cell and return the weights of the trained model."""
+    from safetensors.torch import load_file
+
+    from rlpretrain import Pretrainer
+    from rlpretrain.config.io import build
+
+    out = folder / _name_of(path)
+    values: dict[str, Any] = {
+        "model": {"path": str(folder / "base")},
+        "data": {"path": str(folder / "train.jsonl"), "max_length": 64},
+        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
+        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"},
+        "positions_per_step": 4,
+        "optim": {"lr": 1e-3, "warmup_steps": 0},
+        "policy": {"backend": "torch"},
+        "max_steps": STEPS,
+        "checkpoint": {"every": STEPS // 2, "keep": 2},
+        "stop": {"collapse": False},
+        "baseline": {"name": "self"},
+        "eval": {"data": str(folder / "held_out.jsonl"), "documents": 8, "every": STEPS},
+        "console": False,
+        "output_dir": str(out),
+        "device": settings.device,
+    }
+    for section, value in changes.items():
+        values[section] = (
+            {**values[section], **value} if section in values and isinstance(value, dict) else value
+        )
+    peak_gib(settings, reset=True)
+    begin = time.perf_counter()
+    Pretrainer(build(values)).train(resume=resume)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if not (losses and all(map(math.isfinite, losses))):
+        raise ValueError(f"losses {losses}")
+    cell.values = {
+        "seconds": time.perf_counter() - begin,
+        "loss": losses[-1],
+        "memory_gib": peak_gib(settings),
+    }
+    saved = sorted((out / "model").glob("*.safetensors"))
+    return {name: x.float() for file in saved for name, x in load_file(file).items()}
+
+
+def _compare(cell: Cell, weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Write the largest difference into the cell; ValueError if it is not rounding."""
+    apart = max(float((weights[name] - x).abs().max()) for name, x in reference.items())
+    cell.values["apart"] = apart
+    if not apart <= LARGEST:
+        raise ValueError(f"weights differ by up to {apart:.1e} from those of the first path")
+
+
+def _name_of(path: str) -> str:
+    return path.replace(" ", "-")
+
+
+def _write_model(folder: Path) -> None:
+    """A random Qwen3 of the corpus' vocabulary, whose heads are wide enough for FlexAttention."""
+    from rlpretrain.corpora import dial
+    from tests.builders.tiny import tiny_model
+
+    heads = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_model("qwen3", vocab_size=len(dial.WORDS), seed=3, **heads).save_pretrained(folder)
+    dial.tokenizer().save_pretrained(folder)
