@@ -41,7 +41,7 @@ def check_head(
             f"bias {tuple(bias.shape)} must have one entry per row of lm_head_weight {tuple(weight.shape)}"
         )
     if chunk_size is None:
-        chunk_size = 8192 if hidden.is_cuda else 2048
+        chunk_size = 8192 if hidden.is_cuda else 2048  # docs/gpu.md
     if (softcap is not None and not softcap > 0) or chunk_size < 1:
         raise ValueError(
             f"softcap {softcap} must be None or above 0, chunk_size {chunk_size} must be at least 1"

@@ -74,7 +74,7 @@ def join(device: str = "auto") -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed if it is installed
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
-        # it plans anew for each shape, and the shapes of documents, thoughts and decoding change all the time
+        # it plans anew for each shape, and shapes change all the time (docs/gpu.md)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(_backend(torch_device), rank=rank, world_size=size, timeout=PATIENCE)

@@ -66,7 +66,7 @@ def installed(model: Any) -> Iterator[str | None]:
 
 
 def uses_flex(x: Tensor) -> bool:
-    """Whether trees of tensors like `x` are attended to by FlexAttention: those on a GPU."""
+    """Whether trees of tensors like `x` are attended to by FlexAttention: those on a GPU (docs/gpu.md)."""
     return x.is_cuda
 
 
