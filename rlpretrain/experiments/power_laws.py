@@ -19,7 +19,11 @@ POINTS = 241
 PAIR_POINTS = 41
 """Exponents of the first grid for each of two terms."""
 ROUNDS = 6
-"""Times that the grid is refined; each makes it five times as fine."""
+"""Times that the grid for one term is refined; each makes it five times as fine."""
+PAIR_ROUNDS = 80
+"""Moves or refinements of the window for two terms."""
+CLOSEST = 0.05
+"""Smallest distance of the exponents of two terms."""
 NO_ZERO = 1e-6
 """Smallest absolute exponent: alpha is infinite at 0, where the law becomes a logarithm."""
 
@@ -106,8 +110,11 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, bounds: Bounds) -> PowerLaw:
     x, y = np.asarray(x, float), np.asarray(y, float)
     centred = y - y.mean(-1, keepdims=True)
     exponents = np.linspace(bounds.low, bounds.high, POINTS)
-    errors = np.stack([_error(x, centred, s) for s in exponents], -1)
-    best, step = exponents[errors.argmin(-1)], exponents[1] - exponents[0]
+    basis = power_basis(x, exponents[:, None])
+    basis = basis - basis.mean(-1, keepdims=True)
+    basis = basis / np.linalg.norm(basis, axis=-1, keepdims=True)
+    best = exponents[np.abs(centred @ basis.T).argmax(-1)]  # the largest part explained
+    step = exponents[1] - exponents[0]
     for _ in range(ROUNDS):
         near = np.clip(best[..., None] + step * np.linspace(-1, 1, 11), bounds.low, bounds.high)
         errors = np.stack([_error(x, centred, near[..., k]) for k in range(near.shape[-1])], -1)
@@ -140,12 +147,13 @@ def fit_two_powers(x: np.ndarray, y: np.ndarray, bounds: Bounds) -> TwoPowers:
     pairs = np.array(list(itertools.combinations(exponents, 2)))
     step = exponents[1] - exponents[0]
     best = pairs[_pair_errors(x, y, pairs).argmin()]
-    for _ in range(ROUNDS):
-        shifts = step * np.array(list(itertools.product(np.linspace(-1, 1, 11), repeat=2)))
-        pairs = np.clip(best + shifts, bounds.low, bounds.high)
-        pairs = pairs[np.diff(pairs, axis=1)[:, 0] > step / 100]  # equal exponents are one term
-        best = pairs[_pair_errors(x, y, pairs).argmin()]
-        step /= 5
+    shifts = np.array(list(itertools.product(np.linspace(-1, 1, 7), repeat=2)))
+    for _ in range(PAIR_ROUNDS):  # the error has long, curved valleys: shrink only once the centre is best
+        pairs = np.clip(best + step * shifts, bounds.low, bounds.high)
+        pairs = pairs[np.diff(pairs, axis=1)[:, 0] > CLOSEST]  # equal exponents are one term
+        nearest = pairs[_pair_errors(x, y, pairs).argmin()]
+        step = step / 2 if np.abs(nearest - best).max() < 0.9 * step else step
+        best = nearest
     design = _design(x, best[None])[0]
     offset, *slopes = np.linalg.lstsq(design, y, rcond=None)[0]
     return TwoPowers(best, np.array(slopes), float(offset))

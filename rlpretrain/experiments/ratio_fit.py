@@ -42,7 +42,7 @@ class RatioLaw:
     """None with fewer ratios than parameters."""
     drawn_laws: PowerLaw | None
     residual: float
-    """Root of the squared distances of the means from the law over the degrees of freedom; NaN without any."""
+    """Root of the squared distances of the means from the law over their degrees of freedom; else NaN."""
     left_out: np.ndarray
     """[M] error of the prediction of each ratio by the law of the others; NaN where not fitted."""
     left_out_laws: dict[int, PowerLaw]

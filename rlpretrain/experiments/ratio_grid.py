@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from rlpretrain.config import STRICT, Amount, ConfigError, Count, PathText, PretrainConfig, Seed
+from rlpretrain.config.data import TextConfig
 from rlpretrain.config.io import build, parse, read_mapping, to_dict
 from rlpretrain.evaluation.places import held_out_data
 from rlpretrain.experiments.experiment import UNLIMITED, Experiment, Fields, overlay
@@ -121,7 +122,8 @@ def make_experiment(grid: Grid, folder: Path) -> Experiment:
         for variant in grid.names
         for ratio in grid.ratios
     }
-    experiment = build_experiment(
+    _check_lengths(grid, values)
+    return build_experiment(
         {
             "methods": methods,
             "evaluation": {
@@ -138,8 +140,6 @@ def make_experiment(grid: Grid, folder: Path) -> Experiment:
         },
         folder,
     )
-    _check_lengths(grid, values)
-    return experiment
 
 
 def _fields_of(grid: Grid, ratio: float) -> dict[str, Any]:
@@ -193,7 +193,8 @@ def _check_sources(grid: Grid, config: PretrainConfig) -> dict[str, Any]:
         )
     if not config.eval.every:
         raise ConfigError(f"eval.every is 0 in {grid.config}: losses over tokens need evaluations on the way")
-    return {name: to_dict(data) for name, data in held_out.items()}
+    texts = [each.name for each in fields(TextConfig)]
+    return {name: {text: to_dict(data)[text] for text in texts} for name, data in held_out.items()}
 
 
 def _check_lengths(grid: Grid, values: dict[str, Any]) -> None:

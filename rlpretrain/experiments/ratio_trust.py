@@ -87,7 +87,7 @@ def _against_law(
             f"{FEWEST_RATIOS} to see whether it holds",
         )
     span = np.ptp(changes)
-    if span <= ERRORS * noise * np.sqrt(2):
+    if span <= 2 * ERRORS * noise:  # the range of five equal means is less in 19 of 20 cases
         yield (
             "flat",
             f"the {group} loss differs by {span:.4f} nats over all ratios, within the noise of the seeds",
