@@ -23,7 +23,7 @@ from rlpretrain.experiments.ratio_fit import draw_means, find_critical, fit_rati
 from rlpretrain.experiments.ratio_grid import load_grid
 from rlpretrain.experiments.ratio_losses import GridLosses, GroupLosses, SourceLosses, read_losses
 from rlpretrain.experiments.ratio_trust import judge_critical
-from rlpretrain.experiments.ratios import analyse
+from rlpretrain.experiments.ratios import analyse, collect_ratios
 from tests.builders.configs import tiny_values
 from tests.builders.processes import warm
 
@@ -351,6 +351,12 @@ def test_a_grid_runs_and_goes_on_and_its_losses_are_those_of_its_runs(corpus, tm
     after = json.loads((tmp_path / "grid" / "ratios.json").read_text())
     before = results["variants"]["fast"]["losses"]["general"]["by_seed"]
     assert [row[:2] for row in after["variants"]["fast"]["losses"]["general"]["by_seed"]] == before
+
+    (tmp_path / "grid" / "fast-r0.75-1" / "evaluation.json").unlink()  # as if it were still to come
+    part = collect_ratios(*load_grid(file), tmp_path)["variants"]["fast"]
+    assert np.shape(part["losses"]["general"]["by_seed"]) == (1, 3)
+    assert {"missing_runs", "few_seeds"} <= reasons(part)
+    assert "3 runs of the grid are not finished" in json.dumps(part)
 
 
 @pytest.mark.parametrize(

@@ -91,18 +91,25 @@ class GridLosses:
 
 
 def read_losses(grid: Grid, experiment: Experiment, where: Path, variant: str) -> GridLosses | None:
-    """The losses of the ratios that all seeds have finished; None before there is one."""
-    folder, seeds = Path(experiment.output_dir), experiment.seeds
-    base_jobs = [Job(experiment=experiment, name=BASE, seed=seed, where=where) for seed in seeds]
-    if not all(_is_done(job) for job in base_jobs):
+    """The losses of the seeds that have finished all ratios; None before a seed has finished any.
+
+    Before there is such a seed, those of the first seed with a ratio, and of the ratios that it has finished.
+    """
+    folder = Path(experiment.output_dir)
+    finished = {
+        seed: [ratio for ratio in grid.ratios if _is_done(experiment, where, method_of(variant, ratio), seed)]
+        for seed in experiment.seeds
+        if _is_done(experiment, where, BASE, seed)
+    }
+    seeds = [seed for seed, ratios in finished.items() if len(ratios) == len(grid.ratios)]
+    seeds = seeds or [seed for seed, ratios in finished.items() if ratios][:1]
+    if not seeds:
         return None
-    ratios = [ratio for ratio in grid.ratios if _is_complete(experiment, where, method_of(variant, ratio))]
-    if not ratios:
-        return None
+    ratios = finished[seeds[0]]
     names = [method_of(variant, ratio) for ratio in ratios]
     runs = [[folder / f"{name}-{seed}" for name in names] for seed in seeds]
     evaluations = [[_common(run) for run in of_seed] for of_seed in runs]
-    bases = [_common(job.folder) for job in base_jobs]
+    bases = [_common(folder / f"{BASE}-{seed}") for seed in seeds]
     logs = [read_logs(of_seed) for of_seed in runs]
     tokens = np.array([[log[-1]["num_input_tokens"] for log in of_seed] for of_seed in logs], float)
     curve_tokens = _curve_tokens(logs, tokens.min())
@@ -124,21 +131,16 @@ def read_losses(grid: Grid, experiment: Experiment, where: Path, variant: str) -
 
 def count_done(experiment: Experiment, where: Path) -> tuple[int, int]:
     """Finished runs and all runs, the base model's evaluations included."""
-    jobs = [
-        Job(experiment=experiment, name=name, seed=seed, where=where)
+    done = [
+        _is_done(experiment, where, name, seed)
         for name in (*experiment.methods, BASE)
         for seed in experiment.seeds
     ]
-    return sum(_is_done(job) for job in jobs), len(jobs)
+    return sum(done), len(done)
 
 
-def _is_complete(experiment: Experiment, where: Path, name: str) -> bool:
-    return all(
-        _is_done(Job(experiment=experiment, name=name, seed=seed, where=where)) for seed in experiment.seeds
-    )
-
-
-def _is_done(job: Job) -> bool:
+def _is_done(experiment: Experiment, where: Path, name: str, seed: int) -> bool:
+    job = Job(experiment=experiment, name=name, seed=seed, where=where)
     if not (job.folder / "evaluation.json").exists():
         return False
     return training_to_do(job) is None and evaluation_to_do(job) is None

@@ -78,7 +78,7 @@ def collect_ratios(grid: Grid, experiment: Experiment, where: Path) -> dict[str,
         if losses is None:
             variants[variant] = None
             continue
-        missing = (len(grid.ratios) - len(losses.ratios)) * len(grid.seeds)
+        missing = len(grid.ratios) * len(grid.seeds) - len(losses.ratios) * len(losses.seeds)
         variants[variant] = analyse(losses, grid.tolerance, draws=grid.draws, missing=missing)
     reasons = [
         f"{variant}: {reason['why']}" if variant else reason["why"]
