@@ -224,6 +224,15 @@ def test_bad_data_are_distrusted_for_the_right_reason(name, changes):
         assert result["critical"]["side"] or result["critical"]["ratio"] > RATIOS[-1]
 
 
+def test_with_one_seed_no_step_is_called_more_than_noise():
+    """What the noise is cannot be known then; the one reason says so."""
+    bumpy = grid_losses(general=law_of(GENERAL, RATIOS) + np.array([0, -0.003, 0, 0, 0]), seeds=1, noise=0)
+    result = analyse(bumpy, TOLERANCE, draws=200)
+    assert reasons(result) == {"few_seeds"}
+    low, high = result["critical"]["interval"]  # over held-out documents alone
+    assert low < result["critical"]["ratio"] < high < low + 0.2
+
+
 def test_unfinished_unequal_and_ended_runs_are_distrusted():
     losses = grid_losses()
     assert reasons(analyse(losses, TOLERANCE, draws=200, missing=3)) == {"missing_runs"}

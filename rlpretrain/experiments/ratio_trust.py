@@ -87,7 +87,9 @@ def _against_law(
             f"{FEWEST_RATIOS} to see whether it holds",
         )
     span = np.ptp(changes)
-    if span <= 2 * ERRORS * noise:  # the range of five equal means is less in 19 of 20 cases
+    if not np.isfinite(law.seed_error).all():  # one seed: what is noise is not known
+        pass
+    elif span <= 2 * ERRORS * noise:  # the range of five equal means is less in 19 of 20 cases
         yield (
             "flat",
             f"the {group} loss differs by {span:.4f} nats over all ratios, within the noise of the seeds",
