@@ -207,6 +207,8 @@ def test_the_critical_ratio_over_tokens_is_that_of_each_token_count():
         ("outside", {"general": law_of((0.03, 2.0, -0.02), RATIOS)}),
         ("outside", {"general": law_of((0.3, 2.0, 0.06), RATIOS)}),
         ("wide_interval", {"noise": 0.05}),
+        ("interval_outside", {"general": law_of((0.08, 1.2, 0.0), RATIOS), "noise": 0.004}),
+        ("interval_outside", {"general": law_of((0.3, 2.0, 0.045), RATIOS), "noise": 0.004}),
         ("at_bound", {"general": (0.0, 0.0, 0.0, 0.0, 0.16), "noise": 0.0003}),
         ("domain_not_learnt", {"domain": (0.01, 0.02, 0.015, 0.02, 0.02)}),
         ("one_ratio_decides", {"general": (-0.02, -0.02, 0.045, 0.048, 0.4)}),

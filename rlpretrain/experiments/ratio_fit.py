@@ -100,6 +100,8 @@ class CriticalRatio:
     """inf: no ratio up to 1 is over the tolerance; -inf: every ratio is, 0 too."""
     interval: tuple[float, float]
     """95%; 0 and 1 are its widest ends."""
+    outside: tuple[float, float]
+    """Shares of the draws whose value is below and above the fitted ratios."""
     left_out: dict[float, float]
     """The value that follows without one of the ratios."""
 
@@ -109,13 +111,14 @@ def find_critical(general: RatioLaw, ratios: np.ndarray, tolerance: float) -> Cr
     if general.law is None or general.drawn_laws is None:
         return None
     value = beyond(float(general.law.largest_below(tolerance)))
-    drawn = np.clip(general.drawn_laws.largest_below(tolerance), 0, 1)
-    low, high = np.quantile(drawn, TAILS)
+    drawn, fitted = general.drawn_laws.largest_below(tolerance), ratios[general.used]
+    low, high = np.quantile(np.clip(drawn, 0, 1), TAILS)
+    outside = (float((drawn < fitted.min()).mean()), float((drawn > fitted.max()).mean()))
     left_out = {
         float(ratios[place]): beyond(float(law.largest_below(tolerance)))
         for place, law in general.left_out_laws.items()
     }
-    return CriticalRatio(value, (float(low), float(high)), left_out)
+    return CriticalRatio(value, (float(low), float(high)), outside, left_out)
 
 
 def beyond(value: float) -> float:

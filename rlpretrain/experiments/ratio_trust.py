@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlpretrain.experiments.ratio_fit import PARAMETERS, CriticalRatio, RatioLaw
+from rlpretrain.experiments.ratio_fit import PARAMETERS, TAILS, CriticalRatio, RatioLaw
 from rlpretrain.experiments.ratio_losses import GridLosses
 
 FEWEST_RATIOS = PARAMETERS + 2
@@ -162,6 +162,13 @@ def _against_critical(
             "outside",
             f"the general loss is over the tolerance from the smallest ratio on, {low:g}: the critical ratio "
             "is below the grid, or there is none",
+        )
+    elif max(critical.outside) > TAILS[0]:
+        side, end = ("below", low) if critical.outside[0] > critical.outside[1] else ("above", high)
+        yield (
+            "interval_outside",
+            f"the 95% interval reaches {side} the fitted ratios ({end:g}), where its end is extrapolated: "
+            "add ratios there, seeds, or documents",
         )
     width, half = critical.interval[1] - critical.interval[0], (high - low) / 2
     if width > half:
