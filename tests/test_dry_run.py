@@ -15,6 +15,7 @@ from rlpretrain.cli import main
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build, load_config, read_mapping
 from rlpretrain.experiments.loading import load_experiment
+from rlpretrain.experiments.ratio_grid import load_grid
 from rlpretrain.objectives import parse_section
 from rlpretrain.tools.dry_run import dry_run, make_objective, model_shape
 from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_by_shape, memory, peak
@@ -249,5 +250,7 @@ def test_positions_divide_over_the_ranks(
 def test_every_example_parses(file: Path):
     if "methods" in read_mapping(file):
         load_experiment(file)
+    elif "ratios" in read_mapping(file):
+        load_grid(file)
     else:
         parse_section(load_config(file).objective)

@@ -15,10 +15,10 @@ from typing import Any
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError
-from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.harness import load_tasks
 from rlpretrain.experiments.curves import plot_curves
 from rlpretrain.experiments.experiment import BASE, Experiment, Job
+from rlpretrain.experiments.held_out import read_held_out
 from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experiment
 from rlpretrain.experiments.loading import build_experiment, load_experiment
 from rlpretrain.experiments.plot import plot
@@ -101,6 +101,6 @@ def check(experiment: Experiment, where: Path) -> None:
             raise ConfigError(f"{part}: {error}") from None
     tokenizer = models.load_tokenizer(common.model)
     for data in filter(None, (evaluation.data, evaluation.search_data)):
-        read_all(data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
+        read_held_out(data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
     if evaluation.tasks:
         load_tasks(evaluation.tasks, evaluation.include_path)

@@ -19,9 +19,9 @@ from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig, TaskSettings
 from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
-from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.evaluate import evaluate
 from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job, needed
+from rlpretrain.experiments.held_out import read_held_out
 from rlpretrain.experiments.search import chosen_values, describe_values, trials
 from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
@@ -266,7 +266,9 @@ def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = 
         result = evaluate(
             model.to(device),
             load_objective(config, tokenizer),
-            read_all(evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed),
+            read_held_out(
+                evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed
+            ),
             frozen=base.to(device),
             thoughts=evaluation.thoughts,
             positions=evaluation.positions,
