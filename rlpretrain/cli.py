@@ -15,6 +15,7 @@ from rlpretrain.commands import (
     corpora,
     evaluation,
     installation,
+    mixing,
     pages,
     preparation,
     serving,
@@ -23,7 +24,7 @@ from rlpretrain.commands import (
 from rlpretrain.config import ConfigError
 from rlpretrain.files import FULL, LOCKED, explain
 
-FEATURES = (training, serving, evaluation, comparison, pages, preparation, corpora, installation)
+FEATURES = (training, serving, evaluation, comparison, mixing, pages, preparation, corpora, installation)
 """In the order of `rlpretrain --help`."""
 
 
