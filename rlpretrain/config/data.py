@@ -108,7 +108,7 @@ class SourceConfig(TextConfig):
 
     weight: Weight = 1.0
     """Its share among the weights of all sources; or points [progress of the run, weight], straight lines
-    between them. Two points at one progress are a step.
+    between them. Two points at one progress are a step. With `mixing`, up to its first update.
     """
     use: Literal["think", "read"] = "think"
     """think: the objective chooses positions in its documents. read: its documents are only read, for the

@@ -108,7 +108,7 @@ def learn_edges(
     runs, folder, first = plan(config, steps, pairs), out.with_suffix(".runs"), join(config.device).first
     records = {}
     for number, run in enumerate(runs, 1):
-        record = _do(short_config(config, run, steps, folder / run.name), run, folder, first)
+        record = _do(short_config(config, run, steps, folder / f"{run.name}.run"), run, folder, first)
         records[run.name] = record
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["losses"].items())
         if first:
