@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import load_config
 from rlpretrain.experiments.edges import compute_edges
+from rlpretrain.training import step_end
+from rlpretrain.training.run import Run
 from tests.builders.mixing import SKILLS, mixed, rows_of, sources_of
 from tests.builders.runs import ROOT, merged, trained
 
@@ -36,21 +40,34 @@ def test_edges_are_relative_falls_of_losses():
         compute_edges(losses, ["a", "b"], pairs=False)
 
 
-def test_the_command_learns_edges_and_goes_on(values, corpus, tmp_path, capsys):
-    """Its losses are those of runs made by hand; what is done is not done again; a run takes the file."""
-    file = tmp_path / "run.yaml"
+def test_the_command_learns_edges_and_goes_on(values, corpus, tmp_path, capsys, monkeypatch):
+    """SIGTERM ends it inside its second run. Then its losses are those of a run made by hand."""
+    file, out, runs = tmp_path / "run.yaml", tmp_path / "edges.json", tmp_path / "edges.runs"
     run = mixed(values, corpus, optim={"lr": 1e-2, "warmup_steps": 1})
-    run["data"] = run["data"] | {"mixing": SKILLS | {"edges": str(tmp_path / "edges.json")}}
+    run["data"] = run["data"] | {"mixing": SKILLS | {"edges": str(out)}}
     file.write_text(yaml.safe_dump(run))
-    command = ["mix", "edges", str(file), "--steps", "6", "--out", str(tmp_path / "edges.json"), "--pairs"]
+    command = ["mix", "edges", str(file), "--steps", "6", "--out", str(out), "--pairs"]
     assert cli.main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "read+think" in said and "3 short runs of 6 steps, 4 evaluations; nothing was trained" in said
-    assert not (tmp_path / "edges.json").exists() and not (tmp_path / "edges.runs").exists()
+    assert not out.exists() and not runs.exists()
+
+    log, sent = step_end._log, []
+
+    def end_the_second(run_: Run, row: Any, batch: Any) -> None:
+        log(run_, row, batch)
+        if run_.folder.name == "think.run" and run_.step == 3 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(step_end, "_log", end_the_second)
+    assert cli.main(command) == 130
+    assert "what is done is kept, the same command goes on there" in capsys.readouterr().err
+    done = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    assert set(done) == {"(base).json", "read.json"} and (runs / "think.run" / "checkpoint-4").is_dir()
     assert cli.main(command) == 0
-    said = capsys.readouterr().out
-    assert "4 of 4: read+think: held-out loss of read" in said
-    result = json.loads((tmp_path / "edges.json").read_text())
+    assert done == {name: (runs / name).stat().st_mtime_ns for name in done}
+    assert "4 of 4: read+think: held-out loss of read" in capsys.readouterr().out
+    result = json.loads(out.read_text())
 
     sources = sources_of(corpus, think=1.0, read=0.0)
     by_hand = merged(run, data={"sources": sources, "max_length": 64}, objective="ntp", average=None)
@@ -60,25 +77,13 @@ def test_the_command_learns_edges_and_goes_on(values, corpus, tmp_path, capsys):
     assert result["losses"]["think"] == {n: row[f"eval/{n}/no_think_loss"] for n in ("think", "read")}
     assert result["trained_tokens"]["think"] == row["source/think/tokens"]
     loss = result["losses"]
-    fall = (loss["read"]["read"] - loss["read+think"]["read"]) / (
-        loss["(base)"]["read"] - loss["read"]["read"]
-    )
-    assert result["edges"]["think"]["read"] == pytest.approx(max(0.0, fall))
+    own_fall = loss["(base)"]["read"] - loss["read"]["read"]
+    fall = loss["read"]["read"] - loss["read+think"]["read"]
+    assert result["edges"]["think"]["read"] == pytest.approx(max(0.0, fall) / own_fall)
+    assert not list(runs.glob("*.run"))  # models and logs of the short runs
 
-    runs = tmp_path / "edges.runs"
-    assert sorted(path.name for path in runs.iterdir()) == [
-        "(base).json", "read+think.json", "read.json", "think.json",
-    ]  # fmt: skip
-    (runs / "read.json").unlink()
-    times = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
-    assert cli.main(command) == 0
-    assert json.loads((tmp_path / "edges.json").read_text()) == result
-    assert times == {name: (runs / name).stat().st_mtime_ns for name in times}
-    capsys.readouterr()
     assert cli.main([*command, "--optim.lr", "0.005"]) == 2
     assert "is of a run with other settings: optim.lr was 0.01, is 0.005" in capsys.readouterr().err
-    trained(run)
-    assert rows_of(values["output_dir"])[-1]["source/think/weight"] > 0
 
 
 def test_configurations_without_edges_are_refused(values, corpus, tmp_path, capsys):

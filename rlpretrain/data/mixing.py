@@ -28,7 +28,7 @@ class SkillIt:
 
     p_i ∝ exp(η Σ_τ Σ_j A_ij L_j(τ)): τ runs over the last `window` updates, L_j is the loss of source j, and
     A_ij says how much training on i lowers it. Every update starts from equal shares, not from the last ones.
-    A text is drawn for what it teaches the sources that are still bad, and less once they are good.
+    A source is drawn for what it teaches the sources whose losses are still high, itself included.
     """
 
     def __init__(self, names: list[str], edges: Mapping[str, Mapping[str, float]], mixing: MixingConfig):
@@ -89,7 +89,7 @@ def _own_hook(mixing: MixingConfig, initial: Mapping[str, float]) -> Any:
         hook = functools.partial(hook, **options)
     try:
         inspect.signature(hook).bind(0.0, {})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             f"data.mixing: '{mixing.name}' cannot be called with (progress, losses) and its options: {error}"
         ) from error

@@ -65,7 +65,7 @@ def make_mixing(
 class OnlineMixing:
     """Gives a mixture new weights after every `data.mixing.every` steps.
 
-    All ranks call everything here, with the same rows: their losses are already those of all ranks. Rank 0
+    All ranks call `observe` with the same rows, whose losses are those of all ranks, and draw by what rank 0
     decides.
     """
 
@@ -77,10 +77,9 @@ class OnlineMixing:
         self.held_out = uses_held_out(config)
         # A resumed run may have another evaluation; the losses in the state belong to this one.
         self.measured = [config.eval.data, config.eval.documents] if self.held_out else None
-        self.sums = {
-            name: [0.0, 0.0] for name in self.names
-        }  # training losses since the last update, and steps
-        self.newest: dict[str, float] = {}  # the last known loss of each source
+        # Of each source: the sum and number of its training losses since the last update, and the last mean.
+        self.sums = {name: [0.0, 0.0] for name in self.names}
+        self.newest: dict[str, float] = {}
         try:
             json.dumps(self.state_dict())
         except (TypeError, ValueError) as error:
