@@ -10,8 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain import Pretrainer
 from rlpretrain.config import ConfigError, DataConfig
@@ -208,6 +210,40 @@ def test_stratified_changes_to_equal_shares_at_the_same_clock(values, corpus):
     trained(run, data=run["data"] | {"mixing": {"name": "stratified", "every": 2}})
     shares = [row["source/think/weight"] for row in rows_of(values["output_dir"])]
     assert shares[0] != 0.5 and shares[2:] == [0.5] * 3
+
+
+def test_of_prompts_with_answers_the_held_out_loss_of_the_answers_counts(values, corpus, tmp_path):
+    """The logged loss against a plain forward of the saved model, and the last shares against the formula."""
+
+    def split(name: str) -> str:
+        rows = [json.loads(line) for line in (corpus / f"{name}.jsonl").read_text().splitlines()[:20]]
+        cut = [row["text"].rpartition(" shows ") for row in rows]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(json.dumps({"q": q + " shows", "a": a}) for q, _, a in cut))
+        return str(file)
+
+    fields = {"column": "q", "answer_column": "a", "answer_join": " ", "max_length": 64}
+    sources = {"asked": {"path": split("train"), **fields}, "read": {"path": str(corpus / "base.jsonl")}}
+    held_out = {"asked": split("held_out"), "read": str(corpus / "held_out.jsonl")}
+    rule = {"name": "skill_it", "edges": {}, "eta": 1.0, "every": 2, "floor": 0.0}
+    changes = {"data": {"sources": sources, "mixing": rule, "max_length": 64}, "objective": "sft_mixed"}
+    run = merged(values, **changes, max_steps=3, eval={"data": held_out, "every": 1, "documents": 20})
+    trained(run)
+    rows = rows_of(values["output_dir"])
+    assert "eval/read/answer_loss" not in rows[-1]
+    losses = [rows[1]["eval/asked/answer_loss"], rows[1]["eval/read/no_think_loss"]]
+    assert rows[2]["source/asked/weight"] == pytest.approx(1 / (1 + math.exp(losses[1] - losses[0])))
+
+    folder = Path(values["output_dir"]) / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    found = []
+    for line in Path(held_out["asked"]).read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(row["q"], return_tensors="pt").input_ids
+        ids = tokenizer(f"{row['q']} {row['a']} {tokenizer.eos_token}", return_tensors="pt").input_ids
+        labels = torch.where(torch.arange(ids.shape[1]) < prompt.shape[1], -100, ids)
+        found.append(model(input_ids=ids, labels=labels).loss.item())
+    assert rows[-1]["eval/asked/answer_loss"] == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
 # Hooks of a user

@@ -1,8 +1,6 @@
 """Three sources for online mixing: dial's problems with their answers, of depth 1, 2 and 3.
 
-Each document begins with its depth, as in `2 ann has 5 bob up1 cat up1 shows 7 .`, so that the number of
-operations is known beforehand. Otherwise training on one depth raises the losses of the others by the places
-where it expects the end.
+A row is a prompt with an answer: {"question": "ann has 5 bob up1 cat up1 shows", "answer": "7 ."}.
 
     python -m examples.mixtures.depths --out runs/mixing
 """
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def documents(problems: Iterator[dial.Problem]) -> Iterator[dict[str, str]]:
     """The rows of a source."""
     for problem in problems:
-        yield {"text": f"{problem.depth} {dial.record(problem)['text']}"}
+        yield {"question": " ".join([*problem.question(), "shows"]), "answer": f"{problem.answer} ."}
 
 
 if __name__ == "__main__":

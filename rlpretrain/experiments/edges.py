@@ -15,6 +15,7 @@ from rlpretrain.config.io import to_dict
 from rlpretrain.objectives import parse_section
 from rlpretrain.ranks import join
 from rlpretrain.training.checkpoint import MACHINE, changes, without
+from rlpretrain.training.mixing import held_out_loss
 from rlpretrain.training.planning import check_settings
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
@@ -170,7 +171,7 @@ def _do(config: PretrainConfig, run: ShortRun, folder: Path, first: bool) -> dic
         row = base.evaluation.evaluate(base.console.evaluating)
         base.close()
     record = {
-        "losses": {name: row[f"eval/{name}/no_think_loss"] for name in config.data.sources},
+        "losses": {name: held_out_loss(row, name) for name in config.data.sources},
         "tokens": row.get("num_input_tokens", 0),
         "config": settings,
     }

@@ -87,6 +87,7 @@ def _source_curves(rows: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
         "share of each source": r"source/(.+)/weight",
         "next-token loss of each source (nats per token)": r"source/(.+)/loss",
         "held-out loss of each source (nats per token)": r"eval/((?!tasks/).+)/no_think_loss",
+        "held-out loss of each source's answers (nats per token)": r"eval/((?!tasks/).+)/answer_loss",
     }
     return {
         title: sorted(name for name in logged if re.fullmatch(pattern, name))

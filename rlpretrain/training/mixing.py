@@ -22,6 +22,14 @@ def uses_held_out(config: PretrainConfig) -> bool:
     return mixing.losses == "held_out" or (mixing.losses == "auto" and isinstance(config.eval.data, dict))
 
 
+def held_out_loss(row: Mapping[str, float], name: str) -> float:
+    """The loss of a source in the row of an evaluation: of prompts with answers that of the answers.
+
+    NaN if the row has none.
+    """
+    return row.get(f"eval/{name}/answer_loss", row.get(f"eval/{name}/no_think_loss", math.nan))
+
+
 def check_mixing(config: PretrainConfig, owner: type[Objective]) -> None:
     """Check `data.mixing` without a model. Raises ConfigError that names the setting."""
     mixing, sources = config.data.mixing, config.data.sources
@@ -121,7 +129,7 @@ class OnlineMixing:
 
     def _held_out_losses(self, row: Mapping[str, float]) -> dict[str, float]:
         """The finite losses of the evaluation of this step."""
-        losses = {name: row.get(f"eval/{name}/no_think_loss", math.nan) for name in self.names}
+        losses = {name: held_out_loss(row, name) for name in self.names}
         return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
     def _training_losses(self) -> dict[str, float]:
