@@ -141,11 +141,11 @@ def test_the_section_of_the_documents_runs(values, corpus, tmp_path, monkeypatch
 
 
 def test_the_example_is_a_whole_configuration(tmp_path, monkeypatch):
-    """Its three commands too, as the file gives them."""
+    """Its commands too, as the file gives them."""
     file = ROOT / "examples" / "mixtures" / "depths.yaml"
     assert load_config(file).data.mixing.name == "skill_it"
     lines = [line for line in file.read_text().splitlines() if "rlpretrain train" in line]
-    for line, rule in zip(lines, ("skill_it", "stratified", None), strict=True):
+    for line, rule in zip(lines, ("skill_it", "stratified", "skill_it", None), strict=True):
         words = (
             shlex.split(line, comments=True)
             if not line.startswith("#")
@@ -153,3 +153,8 @@ def test_the_example_is_a_whole_configuration(tmp_path, monkeypatch):
         )
         mixing = load_config(file, words[3:]).data.mixing
         assert (mixing and mixing.name) == rule
+    assert load_config(file, ["--data.mixing.edges", "{}"]).data.mixing.edges == {}
+    edges = ["--data.mixing.edges", "{depth1: {depth2: 0.5}}"]
+    assert load_config(file, edges).data.mixing.edges == {"depth1": {"depth2": 0.5}}
+    files = load_config(file, ["--eval.data", "{depth1: a.jsonl}", "--data.mixing", "null"]).eval.data
+    assert files == {"depth1": "a.jsonl"}
