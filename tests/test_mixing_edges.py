@@ -23,6 +23,8 @@ from rlpretrain.training.run import Run
 from tests.builders.mixing import SKILLS, mixed, rows_of, sources_of
 from tests.builders.runs import ROOT, merged, trained
 
+EXAMPLE = ROOT / "examples" / "mixtures" / "depths.yaml"
+
 # Learnt edges
 
 
@@ -140,21 +142,27 @@ def test_the_section_of_the_documents_runs(values, corpus, tmp_path, monkeypatch
     assert "share of each source" in page and "source/notes/weight from 0.1 to" in page
 
 
-def test_the_example_is_a_whole_configuration(tmp_path, monkeypatch):
+def test_a_file_or_a_mapping_of_edges_on_the_command_line(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+    def edges(word: str) -> Any:
+        return load_config(EXAMPLE, ["--data.mixing.edges", word]).data.mixing.edges
+
+    assert edges("{}") == {} and edges("{depth1: {depth2: 0.5}}") == {"depth1": {"depth2": 0.5}}
+    assert edges("~/a.json") == "/home/ann/a.json" and edges("1e5") == "1e5" and edges("a: b") == "a: b"
+    files = load_config(EXAMPLE, ["--eval.data", "{depth1: a.jsonl}", "--data.mixing", "null"]).eval.data
+    assert files == {"depth1": "a.jsonl"}
+
+
+def test_the_example_is_a_whole_configuration():
     """Its commands too, as the file gives them."""
-    file = ROOT / "examples" / "mixtures" / "depths.yaml"
-    assert load_config(file).data.mixing.name == "skill_it"
-    lines = [line for line in file.read_text().splitlines() if "rlpretrain train" in line]
+    assert load_config(EXAMPLE).data.mixing.name == "skill_it"
+    lines = [line for line in EXAMPLE.read_text().splitlines() if "rlpretrain train" in line]
     for line, rule in zip(lines, ("skill_it", "stratified", "skill_it", None), strict=True):
         words = (
             shlex.split(line, comments=True)
             if not line.startswith("#")
             else shlex.split(line[1:], comments=True)
         )
-        mixing = load_config(file, words[3:]).data.mixing
+        mixing = load_config(EXAMPLE, words[3:]).data.mixing
         assert (mixing and mixing.name) == rule
-    assert load_config(file, ["--data.mixing.edges", "{}"]).data.mixing.edges == {}
-    edges = ["--data.mixing.edges", "{depth1: {depth2: 0.5}}"]
-    assert load_config(file, edges).data.mixing.edges == {"depth1": {"depth2": 0.5}}
-    files = load_config(file, ["--eval.data", "{depth1: a.jsonl}", "--data.mixing", "null"]).eval.data
-    assert files == {"depth1": "a.jsonl"}

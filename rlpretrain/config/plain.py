@@ -148,7 +148,7 @@ def _takes_text(options: Sequence[Any], plain: Plain) -> bool:
     if takes_list and isinstance(plain.value, list):
         return False
     takes_mapping = any(_is(option, dict, Mapping) for option in options)
-    if takes_mapping and isinstance(plain.value, dict):
+    if takes_mapping and isinstance(plain.value, dict) and plain.startswith("{"):  # `a: b` may be a path
         return False
     return any(map(_is_text, options))
 
