@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.mixtures import depths
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import load_config
 from rlpretrain.experiments.edges import compute_edges
 from rlpretrain.training import step_end
 from rlpretrain.training.run import Run
+from tests.builders.dial import compute
 from tests.builders.mixing import SKILLS, mixed, rows_of, sources_of
 from tests.builders.runs import ROOT, merged, trained
 
@@ -166,3 +168,16 @@ def test_the_example_is_a_whole_configuration():
         )
         mixing = load_config(EXAMPLE, words[3:]).data.mixing
         assert (mixing and mixing.name) == rule
+
+
+def test_the_sources_of_the_example(tmp_path):
+    """Each row is a problem of its depth with its answer, worked out from the words."""
+    assert depths.main(["--out", str(tmp_path), "--train", "6", "--held-out", "3"]) == 0
+    for depth in (1, 2, 3):
+        for name, count in ((f"depth{depth}", 6), (f"held_depth{depth}", 3)):
+            rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+            assert len(rows) == count
+            for row in rows:
+                *words, shows = row["question"].split()
+                assert shows == "shows" and len(words) == 3 + 2 * depth
+                assert row["answer"] == f"{compute(words)} ."
