@@ -15,7 +15,8 @@ from rlpretrain.commands import (
     corpora,
     evaluation,
     installation,
-    mix_ratios,
+    mixing,
+    ratios,
     pages,
     preparation,
     serving,
@@ -24,7 +25,18 @@ from rlpretrain.commands import (
 from rlpretrain.config import ConfigError
 from rlpretrain.files import FULL, LOCKED, explain
 
-FEATURES = (training, serving, evaluation, comparison, mix_ratios, pages, preparation, corpora, installation)
+FEATURES = (
+    training,
+    serving,
+    evaluation,
+    comparison,
+    mixing,
+    ratios,
+    pages,
+    preparation,
+    corpora,
+    installation,
+)
 """In the order of `rlpretrain --help`."""
 
 

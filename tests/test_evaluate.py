@@ -159,6 +159,7 @@ def test_every_number_has_a_meaning_and_an_interval(whole):
     assert names == set(MEANING) - {
         "reward",
         "asked",
+        "answer_loss",
         "not_finite",
     }  # RLP's needs log-probabilities, all of them are
     for name in names:

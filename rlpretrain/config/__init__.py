@@ -1,12 +1,13 @@
 """The configuration of a run: one dataclass per section, with the same names in YAML, CLI and Python.
 
-`base` has the types that sections share; `model`, `data`, `engines`, `optim` and `schema` have the sections;
-`io` reads and checks them.
+`base` has the types that sections share; `model`, `data`, `mixing`, `engines`, `optim` and `schema` have the
+sections; `io` reads and checks them.
 """
 
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.data import DataConfig, SourceConfig, TextConfig
 from rlpretrain.config.engines import EngineConfig
+from rlpretrain.config.mixing import MixingConfig
 from rlpretrain.config.model import ModelConfig
 from rlpretrain.config.optim import AverageConfig, OptimConfig, ScheduleConfig
 from rlpretrain.config.sampling import SamplingConfig
@@ -37,6 +38,7 @@ __all__ = [
     "EvalConfig",
     "LoraConfig",
     "LossConfig",
+    "MixingConfig",
     "ModelConfig",
     "OptimConfig",
     "PathText",

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from rlpretrain.config.base import STRICT, Count, PathText
+from rlpretrain.config.base import STRICT, Count, PathText, headed
+from rlpretrain.config.mixing import MixingConfig, check_names
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -107,7 +108,7 @@ class SourceConfig(TextConfig):
 
     weight: Weight = 1.0
     """Its share among the weights of all sources; or points [progress of the run, weight], straight lines
-    between them. Two points at one progress are a step.
+    between them. Two points at one progress are a step. With `mixing`, up to its first update.
     """
     use: Literal["think", "read"] = "think"
     """think: the objective chooses positions in its documents. read: its documents are only read, for the
@@ -172,6 +173,8 @@ class DataConfig(TextConfig):
     """What the weights of `sources` are shares of. Documents are drawn whole, so that a share of tokens is
     reached through the mean length of each source's documents.
     """
+    mixing: Annotated[MixingConfig | None, headed("name")] = None
+    """Shares of `sources` that follow their losses, in place of their weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -204,6 +207,10 @@ class DataConfig(TextConfig):
                     "the source name '{name}' has other characters than letters, digits, '.', '_' and '-'",
                     {"name": name},
                 )
+        if self.mixing is not None:
+            if not self.sources:
+                raise PydanticCustomError("no_sources", "'mixing' is of 'sources', and there are none")
+            check_names(self.mixing, self.sources)
         place = first_without_weight(list(self.sources.values()))
         if place is not None:
             raise PydanticCustomError(

@@ -31,6 +31,7 @@ HEADS = {
     "baseline": "name",
     "schedule": "name",
     "average": "kind",
+    "mixing": "name",
 }
 """Sections that may be given as a plain string, and the field that the string is."""
 

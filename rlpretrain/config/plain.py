@@ -147,6 +147,9 @@ def _takes_text(options: Sequence[Any], plain: Plain) -> bool:
     takes_list = any(_is(option, tuple, list) for option in options)
     if takes_list and isinstance(plain.value, list):
         return False
+    takes_mapping = any(_is(option, dict, Mapping) for option in options)
+    if takes_mapping and isinstance(plain.value, dict) and plain.startswith("{"):  # `a: b` may be a path
+        return False
     return any(map(_is_text, options))
 
 

@@ -93,6 +93,7 @@ class Mixture:
         self._counted = 0  # draws of all ranks before the order's position, by which draws are shared out
         self._taken_of = dict.fromkeys(self.sources, 0)  # documents of each source before its cursor
         self._progress: float | None = None
+        self._online: dict[str, float] | None = None  # weights that replaced those of the configuration
 
     def is_only_read(self, document: Document) -> bool:
         """Whether no position is chosen in a document of this mixture."""
@@ -110,6 +111,10 @@ class Mixture:
         self._progress = progress
         self.order.set_shares(self._shares_at(progress), first)
 
+    def replace_weights(self, weights: dict[str, float]) -> None:
+        """Draw with these weights from the next `begin` on, whatever the progress. All ranks call it."""
+        self._online = weights
+
     @property
     def position(self) -> int:
         """The draws of the global order that this rank has passed."""
@@ -117,7 +122,8 @@ class Mixture:
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """The weight of each source at a share of the run; they sum to 1."""
-        weights = {name: settings.weight_at(progress) for name, settings in self.config.sources.items()}
+        sources = self.config.sources
+        weights = self._online or {name: source.weight_at(progress) for name, source in sources.items()}
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
 
@@ -195,6 +201,7 @@ class Mixture:
             "counted": self._counted,
             "taken_of": dict(self._taken_of),
             "progress": self._progress,
+            "online": self._online,
             "order": self.order.state_dict(),
             "sources": {name: cursor_of(source) for name, source in self.sources.items()},
         }
@@ -207,7 +214,7 @@ class Mixture:
                 f"{', '.join(sorted(self.sources))}"
             )
         self._counted, self._taken_of = state["counted"], dict(state["taken_of"])
-        self._progress = state["progress"]
+        self._progress, self._online = state["progress"], state.get("online")
         self.order.load_state_dict(state["order"])
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])

@@ -25,6 +25,7 @@ from rlpretrain.evaluation.sampling import Sampler
 from rlpretrain.evaluation.targets import (
     KindScores,
     TargetScores,
+    document_losses,
     is_first,
     no_think,
     score_kinds,
@@ -76,10 +77,11 @@ def evaluate_losses(
     token_budget: int = 16384,
     pad_id: int = 0,
 ) -> Evaluation:
-    """The next-token loss of documents, prepared as the objective does; no thoughts."""
+    """The next-token loss of documents and their answers, prepared as the objective does; no thoughts."""
     prepared = _prepare(objective, documents, seed)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
-    return Evaluation({}, prepared, *no_think(Scorer(model), prepared, layout), [])
+    values, losses, tokens = document_losses(Scorer(model), prepared, layout)
+    return Evaluation(values, prepared, losses, tokens, [])
 
 
 def _prepare(objective: Objective, documents: Sequence[Document], seed: int) -> list[Document]:
@@ -124,7 +126,8 @@ def evaluate(
     reference = frozen if isinstance(frozen, Scorer) or frozen is None else Scorer(frozen)
     layout = Layout(token_budget, cut="force_close", pad_id=pad_id)
     if not objective.has_positions:
-        return Evaluation({}, documents, *no_think(scorer, documents, layout), [])
+        values, losses, tokens = document_losses(scorer, documents, layout)
+        return Evaluation(values, documents, losses, tokens, [])
     entropies: Sequence[Any] = [None] * len(documents)
     if "entropy" in objective.needs:  # of the frozen model, so that the positions do not depend on `model`
         judge = reference or scorer

@@ -67,7 +67,7 @@ def held_out_data(config: PretrainConfig) -> dict[str, DataConfig]:
     files = given if isinstance(given, dict) else {"": given}
     sections = {}
     for name, path in files.items():
-        texts = data.sources[name].texts() if name else replace(data, sources={}, path=path)
+        texts = data.sources[name].texts() if name else replace(data, sources={}, mixing=None, path=path)
         sections[name] = replace(texts, path=path, name=None, split="train", streaming=False)
     return sections
 

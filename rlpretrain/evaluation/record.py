@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ MEANING = {
     "shuffled": "gain_frozen of the thought's own tokens in random order",
     "other": "gain_frozen of a thought made for another document",
     "no_think_loss": "next-token loss on the documents, without thoughts (nats per token)",
+    "answer_loss": "the same on the answers of documents that are prompts with answers; not where it thinks",
     "no_think_change": "no_think_loss minus that of the frozen model",
     "unclosed": "share of sampled thoughts that did not close themselves",
     "length": "tokens per thought",
@@ -53,9 +54,13 @@ class Evaluation:
         """The evaluations of several ranks as one."""
         if len(parts) == 1:
             return parts[0]
-        names = parts[0].values
+        names = dict.fromkeys(name for part in parts for name in part.values)
+
+        def column(part: Evaluation, name: str) -> np.ndarray:
+            return part.values.get(name, np.full(len(part.documents), np.nan))
+
         return Evaluation(
-            values={name: np.concatenate([part.values[name] for part in parts]) for name in names},
+            values={name: np.concatenate([column(part, name) for part in parts]) for name in names},
             documents=[document for part in parts for document in part.documents],
             losses=np.concatenate([part.losses for part in parts]),
             tokens=np.concatenate([part.tokens for part in parts]),
@@ -76,9 +81,13 @@ class Evaluation:
         )
 
     def by_stream(self) -> dict[str, Evaluation]:
-        """The evaluation of each named source that documents are from."""
+        """The evaluation of each named source that documents are from, with the numbers that it has."""
         streams = [document.stream for document in self.documents]
-        return {name: self.where([s == name for s in streams]) for name in sorted(set(streams) - {""})}
+        parts = {name: self.where([s == name for s in streams]) for name in sorted(set(streams) - {""})}
+        return {
+            name: replace(part, values={n: v for n, v in part.values.items() if not np.isnan(v).all()})
+            for name, part in parts.items()
+        }
 
     def columns(self) -> dict[str, Any]:
         """Every number at each position, the `tokens` that weight its loss, and its source row: for JSON."""

@@ -71,6 +71,24 @@ def no_think(scorer: Scorer, documents: Sequence[Document], layout: Layout) -> t
     return _losses(documents, _score(scorer, (), documents, layout).documents)
 
 
+def document_losses(
+    scorer: Scorer, documents: Sequence[Document], layout: Layout
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """`no_think`, behind the numbers of documents that are prompts with answers, by name.
+
+    `answer_loss` [D] is the loss per token of the answer, NaN for a document without one; it is missing if
+    none has one.
+    """
+    scored = _score(scorer, (), documents, layout).documents
+    answers = np.full(len(documents), np.nan)
+    for i, document in enumerate(documents):
+        if document.answer_at is not None:
+            logps = scored[document.id].logps[max(0, document.answer_at - 1) :]
+            answers[i] = -float(logps.double().mean())
+    values = {} if np.isnan(answers).all() else {"answer_loss": answers}
+    return values, *_losses(documents, scored)
+
+
 def is_first(documents: Sequence[Document]) -> np.ndarray:
     """[P] 1 where no earlier position has the same document, else 0."""
     ids = [document.id for document in documents]

@@ -31,7 +31,7 @@ BASE = "base"
 """The name under which the base model is evaluated."""
 UNLIMITED = 10**9
 """`max_steps` of a run that a budget ends."""
-REPLACED = ("objective", "schedule", "average")
+REPLACED = ("objective", "schedule", "average", "mixing")
 """Sections whose settings depend on their name."""
 Fields = Annotated[dict[str, Any], LATER]
 """Fields of a run. Their types are known once the run's objective is."""
@@ -194,8 +194,8 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 def overlay(values: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with those of `above` in their place.
 
-    An `objective`, `schedule` or `average` of another name replaces the whole section; an `engine` of another
-    name keeps the settings that both engines have.
+    An `objective`, `schedule`, `average` or `mixing` of another name replaces the whole section; an `engine`
+    of another name keeps the settings that both engines have.
 
     >>> overlay({"optim": {"lr": 1, "schedule": "cosine"}, "model": "a"}, {"optim": {"lr": 2}})
     {'optim': {'lr': 2, 'schedule': 'cosine'}, 'model': 'a'}

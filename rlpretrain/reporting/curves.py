@@ -38,7 +38,18 @@ CURVES: Mapping[str, Sequence[str]] = {
     "share of the GPUs' peak (MFU)": ("perf/mfu", "perf/step_mfu"),
 }
 """Title of each panel, and its metrics."""
-COLOURS = ("#2677d9", "#e67300", "#7a7a7a", "#9b59b6", "#2e8b57")
+COLOURS = (
+    "#2677d9",
+    "#e67300",
+    "#7a7a7a",
+    "#9b59b6",
+    "#2e8b57",
+    "#c0392b",
+    "#16a5a5",
+    "#b8860b",
+    "#d264a0",
+    "#556b2f",
+)
 MOST_POINTS = 400
 
 Points = list[tuple[float, float]]
@@ -58,7 +69,7 @@ class Panel:
 def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
     """A panel for each entry of `CURVES` that has data."""
     panels: list[Panel] = []
-    for title, names in (*CURVES.items(), *_task_curves(rows).items()):
+    for title, names in (*CURVES.items(), *_source_curves(rows).items(), *_task_curves(rows).items()):
         curves = {name: _points(rows, name) for name in names}
         curves = {name: points for name, points in curves.items() if points}
         if not curves:
@@ -67,6 +78,21 @@ def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
         svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>c{len(panels)}-", _draw(curves))  # unique in the page
         panels.append(Panel(title, svg[svg.index("<svg") :], "; ".join(ends)))
     return panels
+
+
+def _source_curves(rows: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
+    """Panels with a curve for each named source."""
+    logged = {name for row in rows for name in row}
+    patterns = {
+        "share of each source": r"source/(.+)/weight",
+        "next-token loss of each source (nats per token)": r"source/(.+)/loss",
+        "held-out loss of each source (nats per token)": r"eval/((?!tasks/).+)/no_think_loss",
+        "held-out loss of each source's answers (nats per token)": r"eval/((?!tasks/).+)/answer_loss",
+    }
+    return {
+        title: sorted(name for name in logged if re.fullmatch(pattern, name))
+        for title, pattern in patterns.items()
+    }
 
 
 def _task_curves(rows: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:

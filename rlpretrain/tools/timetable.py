@@ -42,6 +42,8 @@ def make_timetable(
     if sizes.device == "cpu" or torch.cuda.is_available():
         table["time on this machine, roughly"] = estimate_time(config, objective, sizes, steps)
     table["learning rate"] = _format_learning_rates(config, steps)
+    if mixing := config.data.mixing:
+        table["shares of the sources"] = f"change every {mixing.every} steps, by {mixing.name}"
     table["documents, at least"] = format_count(needed_documents)
     if documents is None:
         table["rows there are"] = "of several sources" if config.data.sources else "unknown offline"

@@ -31,6 +31,7 @@ from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.averaging import WeightAverage, check_average
 from rlpretrain.training.backends import Policy, make_policy
+from rlpretrain.training.mixing import OnlineMixing, make_mixing
 from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
 from rlpretrain.types import Document
 from rollout.store import Recorded, Store
@@ -72,6 +73,8 @@ class Parts:
     probe: SyncProbe | None
     """Checks after each sync that an engine with its own copy has the policy's weights."""
     source: BatchSource | ReplaySource
+    mixing: OnlineMixing | None
+    """Sets the weights of the sources by their losses."""
     store: Store | None
     layout: Layout
     padded_because: str | None
@@ -195,6 +198,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         engine=engine,
         probe=SyncProbe(config, engine, policy, table_size(tokenizer)) if probed else None,
         source=source,
+        mixing=make_mixing(config, stream, total_steps),
         store=Store(folder / "rollouts", ranks.rank) if config.save_rollouts else None,
         layout=_layout(
             config, objective, tokenizer, frozen, tree=config.packing == "tree" and padded_because is None

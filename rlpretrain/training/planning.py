@@ -19,6 +19,7 @@ from rlpretrain.training.averaging import check_average
 from rlpretrain.training.backends import backend_of, find_backend
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.losses import make_losses
+from rlpretrain.training.mixing import check_mixing
 from rlpretrain.training.optim import check_optimizer
 from rlpretrain.training.schedules import make_schedule
 
@@ -36,6 +37,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     compilation.check(config)
     check_sources(config, owner)
     held_out_data(config)
+    check_mixing(config, owner)
     find_engine(config.engine)
     find_backend(config.policy)
     stage = 0

@@ -6,7 +6,7 @@ import signal
 from dataclasses import replace
 from typing import Any
 
-from rlpretrain.config import PretrainConfig
+from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.files import CannotWrite
 from rlpretrain.training import run_stop
 from rlpretrain.training.interruption import Interrupted
@@ -52,8 +52,10 @@ class Pretrainer:
     def rollout(self) -> dict[str, Any]:
         """Only sample: store every step's groups under `output_dir`/rollouts, for `replay`.
 
-        The starting weights sample all of them.
+        The starting weights sample all of them. Raises ConfigError for `data.mixing`, which needs losses.
         """
+        if self.config.data.mixing is not None:
+            raise ConfigError("data.mixing: a run that only samples has no losses to follow: leave it out")
         run = Run(replace(self.config, save_rollouts=True), None)
         groups = 0
         try:

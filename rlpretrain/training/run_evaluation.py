@@ -14,7 +14,7 @@ from rlpretrain.evaluation.evaluate import Evaluation, evaluate, evaluate_losses
 from rlpretrain.evaluation.places import only_read
 from rlpretrain.models import adapters
 from rlpretrain.scoring.scorer import NoGradScorer
-from rlpretrain.training import run_state, run_stop
+from rlpretrain.training import run_stop
 from rlpretrain.training.builder import Parts
 from rlpretrain.types import Document
 from rollout.weights import copy_weights
@@ -148,8 +148,6 @@ def evaluate_run(run: Run) -> dict[str, float]:
     best = run.best["gain"]
     if best is None or not best >= score:  # an older run may have kept NaN as its best
         run.best = {"step": run.step, "gain": score, "stale": 0}
-        if run.config.checkpoint.every and run.step % run.config.checkpoint.every:
-            run_state.save(run)
         return row
     run.best["stale"] += 1
     run.stopped = run_stop.out_of_patience(run) or run.stopped

@@ -38,6 +38,7 @@ def save(run: Run) -> None:
         "skipped_in_row": run.skipped_in_row,
         "monitor": run.monitor.state_dict(),
         "source_monitors": {name: monitor.state_dict() for name, monitor in run.source_monitors.items()},
+        "mixing": run.mixing.state_dict() if run.mixing else None,
     }
     rank_state = {
         "source": run.source.state_dict(),
@@ -60,6 +61,8 @@ def restore(run: Run, path: Path) -> None:
     run.monitor.load_state_dict(state["monitor"])
     for name, monitor in run.source_monitors.items():
         monitor.load_state_dict(state["source_monitors"][name])
+    if run.mixing:
+        run.mixing.load_state_dict(state["mixing"])
     run.source.load_state_dict(rank_state["source"])
     run.stopped = run.stopped or run_stop.exhausted(run)
     run.baseline.load_state_dict(rank_state["baseline"])

@@ -28,12 +28,15 @@ def finish_step(run: Run, step: int, batch: Batch) -> None:
     if last or _is_due(step, run.config.eval.every):
         row |= evaluate_run(run) if run.held_out is not None else {}
         row |= run_tasks.task_metrics(run)
+    if run.mixing:
+        run.console.say(run.mixing.observe(step, row, run.ranks))
     if step < run.total_steps and run.stopped is None:
         run.stopped = run_stop.interrupted(run)
     _log(run, row, batch)
     run.last = row
     every = run.config.checkpoint.every
-    regular = bool(every) and (_is_due(step, every) or last or run.stopped is not None)
+    is_best = run.best["step"] == step
+    regular = bool(every) and (_is_due(step, every) or is_best or last or run.stopped is not None)
     if regular or run_stop.was_interrupted(run):
         run_state.save(run)
 

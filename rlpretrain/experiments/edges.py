@@ -1,0 +1,181 @@
+"""Learning the edges of Skill-It: how far training on one source lowers the held-out loss of another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlpretrain.config import ConfigError, PretrainConfig, StopConfig
+from rlpretrain.config.io import to_dict
+from rlpretrain.objectives import parse_section
+from rlpretrain.ranks import join
+from rlpretrain.training.checkpoint import MACHINE, changes, without
+from rlpretrain.training.mixing import held_out_loss
+from rlpretrain.training.planning import check_settings
+from rlpretrain.training.pretrainer import Pretrainer
+from rlpretrain.training.records import write_json
+from rlpretrain.training.run import Run
+
+Losses = Mapping[str, Mapping[str, float]]
+"""Short run → source → held-out loss after the run, in nats per token."""
+BASE = "(base)"
+"""The run without a step; no source can have this name."""
+RULES = {
+    False: "A_ij = max(0, L_j(base) - L_j(i)) / (L_j(base) - L_j(j))",
+    True: "A_ij = max(0, L_j(j) - L_j(i + j)) / (L_j(base) - L_j(j)), A_jj = 1",
+}
+"""How edges follow from losses: of single sources, and of pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShortRun:
+    """A training from the base on some of the sources, in equal shares; on none, the base itself."""
+
+    sources: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of its sources, joined by "+"."""
+        return "+".join(self.sources) or BASE
+
+
+def plan(config: PretrainConfig, steps: int, pairs: bool) -> list[ShortRun]:
+    """The short runs, the base first. Raises ConfigError for a configuration that gives no edges."""
+    names = list(config.data.sources)
+    files = config.eval.data if isinstance(config.eval.data, dict) else {}
+    if len(names) < 2:
+        raise ConfigError("edges are between several data.sources: name at least two")
+    if missing := [name for name in names if name not in files]:
+        raise ConfigError(
+            f"edges need held-out documents of every source: eval.data has no {', '.join(missing)}"
+        )
+    if config.optim.warmup_steps >= steps:
+        raise ConfigError(
+            f"optim.warmup_steps {config.optim.warmup_steps} leave no step of --steps {steps} at the full "
+            "learning rate: give more --steps, or a lower --optim.warmup_steps"
+        )
+    runs = [ShortRun(()), *(ShortRun((name,)) for name in names)]
+    if pairs:
+        runs += [ShortRun(pair) for pair in itertools.combinations(sorted(names), 2)]
+    for run in runs[1:]:
+        short = short_config(config, run, steps, Path())
+        check_settings(short, parse_section(short.objective)[0], ranks=1)
+    return runs
+
+
+def short_config(config: PretrainConfig, run: ShortRun, steps: int, folder: Path) -> PretrainConfig:
+    """The configuration of a short run: next-token training on its sources, evaluated on all at its end.
+
+    An objective with thoughts is replaced by `ntp`.
+    """
+    trained = run.sources or tuple(config.data.sources)
+    sources = {
+        name: replace(source, weight=float(name in trained), next_token=True, exhausted="repeat", passes=None)
+        for name, source in config.data.sources.items()
+    }
+    thinks = parse_section(config.objective)[0].has_positions
+    return replace(
+        config,
+        data=replace(config.data, sources=sources, mixing=None),
+        objective={"name": "ntp"} if thinks else config.objective,
+        max_steps=steps,
+        epochs=None,
+        eval=replace(config.eval, every=0, tasks=()),
+        checkpoint=replace(config.checkpoint, every=0),
+        average=None,
+        stop=StopConfig(collapse=False),
+        replay=None,
+        save_rollouts=False,
+        report_to=(),
+        push_to_hub=None,
+        output_dir=str(folder),
+    )
+
+
+def learn_edges(
+    config: PretrainConfig, steps: int, out: Path, pairs: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Do the short runs, write their edges to `out`, and return what was written.
+
+    The losses of each run are kept beside `out`, so that the same call goes on after an interruption. `say`
+    gets a line for each run. Raises ConfigError if a source does not learn from itself, or if the runs that
+    are kept had other settings.
+    """
+    runs, folder, first = plan(config, steps, pairs), out.with_suffix(".runs"), join(config.device).first
+    records = {}
+    for number, run in enumerate(runs, 1):
+        record = _do(short_config(config, run, steps, folder / f"{run.name}.run"), run, folder, first)
+        records[run.name] = record
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["losses"].items())
+        if first:
+            say(f"{number} of {len(runs)}: {run.name}: held-out loss of {losses}")
+    losses = {name: record["losses"] for name, record in records.items()}
+    result = {
+        "edges": compute_edges(losses, list(config.data.sources), pairs),
+        "rule": RULES[pairs],
+        "steps": steps,
+        "model": config.model.path,
+        "seed": config.seed,
+        "losses": losses,
+        "trained_tokens": {name: record["tokens"] for name, record in records.items()},
+    }
+    if first:
+        write_json(out, result)
+    return result
+
+
+def compute_edges(losses: Losses, names: list[str], pairs: bool) -> dict[str, dict[str, float]]:
+    """{trained source: {source whose loss falls: edge}}; 1 is what a source's own documents do for it."""
+    edges: dict[str, dict[str, float]] = {name: {} for name in names}
+    for target in names:
+        before, after = losses[BASE][target], losses[target][target]
+        if not after < before:
+            raise ConfigError(
+                f"training on '{target}' did not lower its own held-out loss ({before:.4f} before, "
+                f"{after:.4f} after), so nothing can be measured against it: give more --steps, or another "
+                "learning rate"
+            )
+        for source in names:
+            if source == target:
+                fall = before - after
+            elif pairs:
+                pair = ShortRun(tuple(sorted((source, target))))
+                fall = after - losses[pair.name][target]
+            else:
+                fall = before - losses[source][target]
+            edges[source][target] = max(0.0, fall) / (before - after)
+    return edges
+
+
+def _do(config: PretrainConfig, run: ShortRun, folder: Path, first: bool) -> dict[str, Any]:
+    """The record of a short run: that of an earlier call, or of a run now."""
+    file, settings = folder / f"{run.name}.json", json.loads(json.dumps(to_dict(config)))
+    if file.exists():
+        record = json.loads(file.read_text())
+        different = changes(without(record["config"], MACHINE), without(settings, MACHINE))
+        if different:
+            raise ConfigError(
+                f"{file} is of a run with other settings: {'; '.join(different)}. Remove {folder}, or choose "
+                "another --out"
+            )
+        return record
+    if run.sources:
+        row = Pretrainer(config).train(resume="auto")
+    else:
+        base = Run(config, "auto")
+        row = base.evaluation.evaluate(base.console.evaluating)
+        base.close()
+    record = {
+        "losses": {name: held_out_loss(row, name) for name in config.data.sources},
+        "tokens": row.get("num_input_tokens", 0),
+        "config": settings,
+    }
+    if first:
+        write_json(file, record)
+        shutil.rmtree(config.output_dir)  # its model is of no further use
+    return record
