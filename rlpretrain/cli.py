@@ -16,9 +16,9 @@ from rlpretrain.commands import (
     evaluation,
     installation,
     mixing,
-    ratios,
     pages,
     preparation,
+    ratios,
     serving,
     training,
 )
