@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.process_memory import PeakMemory
+from benchmarks.process_memory import PeakMemory, memory_field
 from examples.gsm8k_calculations import LINES, read_calculations, write_rows
 from examples.smollm2_checkpoint import make_checkpoint
 
@@ -111,9 +112,11 @@ def run_row(name: str, out: Path, steps: int) -> int:
     torch.set_num_threads(1)
     method, engine, weights = name.split(" / ")
     row: dict[str, Any] = {"name": name, "steps": steps, "fault": None}
+    folder = out / file_of(out, name).stem
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was interrupted
     try:
         train = train_with_trl if engine == "trl" else train_natively
-        row |= train(method, engine, weights, out / file_of(out, name).stem, steps)
+        row |= train(method, engine, weights, folder, steps)
     except Exception as error:
         traceback.print_exc()
         row["fault"] = f"{type(error).__name__}: {error}"
@@ -158,7 +161,7 @@ def train_natively(method: str, engine: str, weights: str, folder: Path, steps: 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "seconds": statistics.median(line["step_time"] for line in lines),
-        "peak_gib": peak.growth() / GIB,
+        "peak_gib": memory_field("VmHWM") / GIB,
         "promised_gib": promised / GIB,
         "trained": len(lines),
     }
@@ -211,7 +214,7 @@ def train_with_trl(method: str, engine: str, weights: str, folder: Path, steps: 
     times = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
     return {
         "seconds": statistics.median(times),
-        "peak_gib": peak.growth() / GIB,
+        "peak_gib": memory_field("VmHWM") / GIB,
         "promised_gib": None,
         "trained": trainer.state.global_step,
     }
