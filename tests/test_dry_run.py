@@ -132,6 +132,12 @@ def test_lora_and_the_engine_count():
     )
     assert vllm["keys and values"].bytes == 2 << 30 and "logits of sampling" not in vllm
     assert not {"engine's own weights", "keys and values"} & servers.keys()
+    merged, adapter = (
+        planned(None, "--engine.name", "vllm_local", "--policy.lora", json.dumps({"r": 8, "sync": sync}))
+        for sync in ("merged", "adapter")
+    )
+    assert merged["merged weights of a sync"].bytes == merged["weights"].bytes
+    assert "merged weights of a sync" not in adapter.keys() | vllm.keys()
 
 
 def test_plain_settings_cost_no_copies():

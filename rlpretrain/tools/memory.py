@@ -21,6 +21,9 @@ GIB = 2**30
 LIBRARIES = 0.5 * GIB
 """What a process holds once everything is imported: .44 GiB were measured."""
 
+VLLM = 0.5 * GIB
+"""What vLLM in the same process adds on a CPU: `benchmarks.real_matrix` measured .2 to .6 GiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -103,6 +106,7 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
         items.append(Item("Python and libraries", LIBRARIES, "torch, transformers, datasets: measured"))
     if thinks:
         items += engine_weights(config.engine, config.model.dtype, sizes.parameters, sizes.stage)
+        items += _engine_extras(config, sizes)
     if thinks or "reference" in owner.needs:
         items += _reference_models(config, sizes, "reference" in owner.needs)
     items += _training_tensors(config, shape, sizes)
@@ -225,6 +229,20 @@ def engine_weights(engine: EngineConfig, dtype: str, parameters: int, stage: int
     b = getattr(torch, (not engine.reads_policy and engine.dtype) or dtype).itemsize
     when = "sampling" if engine.sleeps else "always"
     return [Item("engine's own weights", b * parameters, f"{b} P: {reason}", when)]
+
+
+def _engine_extras(config: PretrainConfig, sizes: Sizes) -> list[Item]:
+    """What vLLM in the trainer's process takes beside its weights and its keys and values."""
+    engine, lora, items = config.engine, config.policy.lora, []
+    if not engine.in_process or engine.reads_policy:
+        return items
+    if sizes.device == "cpu":
+        items.append(Item("vLLM's code and buffers", VLLM, "measured with SmolLM2-135M"))
+    if lora and lora.sync == "merged":
+        b = getattr(torch, config.model.dtype).itemsize
+        formula = f"{b} P, all at once (policy.lora.sync: adapter saves it)"
+        items.append(Item("merged weights of a sync", b * sizes.parameters, formula, "sampling"))
+    return items
 
 
 def peak(items: list[Item]) -> float:
