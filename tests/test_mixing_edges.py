@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_a_recipe_and_terms_of_thoughts_do_not_reach_short_runs(values, corpus):
     run = mixed(values, corpus, recipe="paper", loss={"terms": ["surrogate"], "ntp_coef": 0.3})
     config = build(run, config_of)
     short = short_config(config, plan(config, 20, pairs=False)[1], 20, Path("x"))
+    assert short.recipe == "paper" and replace(config, max_steps=3).sampling == config.sampling
     assert short.objective == {"name": "ntp"} and short.loss.terms == () and short.optim == config.optim
 
 

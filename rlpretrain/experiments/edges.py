@@ -87,7 +87,6 @@ def short_config(config: PretrainConfig, run: ShortRun, steps: int, folder: Path
         data=replace(config.data, sources=sources, mixing=None),
         objective={"name": "ntp"} if thinks else config.objective,
         loss=replace(config.loss, terms=()) if thinks else config.loss,
-        recipe="default",  # what a recipe sets is in the sections by now
         max_steps=steps,
         epochs=None,
         eval=replace(config.eval, every=0, tasks=()),
