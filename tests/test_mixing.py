@@ -188,6 +188,24 @@ def test_two_ranks_mix_like_one_and_resume(values, corpus, tmp_path):
             assert ours["source/read/weight"] == pytest.approx(theirs["source/read/weight"], rel=1e-4)
 
 
+def test_batches_that_were_drawn_ahead_are_logged_with_their_own_shares(values, corpus, tmp_path):
+    """With two batches ahead an update shows two steps late, in the documents and the log; resumed too."""
+    run = mixed(values, corpus, positions_per_step=16, max_steps=8, engine={"max_staleness": 2})
+    data = run["data"] | {"mixing": {"name": "stratified", "every": 3}}
+    data["sources"] = sources_of(corpus, think=1.0, read=0.25)
+    run = merged(run, data=data, eval={"data": None}, checkpoint={"every": 4, "keep": 9})
+    trained(run, output_dir=str(tmp_path / "whole"))
+    rows = rows_of(tmp_path / "whole")
+    assert [row["source/think/weight"] for row in rows] == [0.8] * 5 + [0.5] * 3
+    read = [sum(id_.startswith("read") for id_ in step) for step in drawn(tmp_path / "whole")]
+    assert max(read[:5]) < min(read[5:])
+    part = Path(shutil.copytree(tmp_path / "whole", tmp_path / "part"))
+    shutil.rmtree(part / "checkpoint-8")
+    trained(run, resume=str(part / "checkpoint-4"), output_dir=str(part))
+    assert drawn(tmp_path / "whole") == drawn(part)
+    assert [row["source/think/weight"] for row in rows_of(part)] == [0.8] * 5 + [0.5] * 3
+
+
 def test_the_draws_of_a_source_stay_its_own(values, corpus, tmp_path):
     """Each source gives the first documents of its order, as without mixing; only more or fewer of them."""
     run = mixed(values, corpus, objective="ntp", positions_per_step=16)
@@ -343,10 +361,48 @@ def test_an_objective_with_thoughts_needs_a_share_to_think_in(values, corpus, my
 def test_without_a_loss_the_shares_stay(values, corpus, capsys):
     """A source that no step has drawn has no training loss; the run says so and goes on."""
     run = mixed(values, corpus, held_out=False, objective="ntp", max_steps=4, console=True)
-    data = run["data"] | {"sources": sources_of(corpus, read=0.0)}
+    data = run["data"] | {"sources": sources_of(corpus, read=[[0, 0.0], [0.9, 0.0], [1, 1.0]])}
     trained(run, data=data)
     assert "step 2: the shares stay: no finite loss of read is known" in capsys.readouterr().out
     assert [row["source/think/weight"] for row in rows_of(values["output_dir"])] == [1.0] * 4
+
+
+def test_a_loss_that_leaves_out_documents_does_not_count(values, corpus):
+    """Means are over finite numbers only. A model with NaN somewhere decides nothing, as in evaluations."""
+    run = Run(build(mixed(values, corpus, objective="ntp")), None)
+    row = {"eval/think/no_think_loss": 1.0, "eval/read/no_think_loss": 2.0, "eval/read/not_finite": 0.1}
+    assert run.mixing.observe(2, row, run.ranks) == (
+        "step 2: the shares stay: no finite loss of read is known"
+    )
+    assert "shares from here on" in run.mixing.observe(2, row | {"eval/read/not_finite": 0.0}, run.ranks)
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "later"), [({}, {"sum": torch.ones(2)}), ({}, {"best": math.nan}), ({3: 1.0}, {})]
+)
+def test_a_state_that_no_checkpoint_keeps_is_refused_at_once(values, corpus, my_mix, first, later):
+    """Before the first step, or in the step in which it appears; not when a checkpoint is due."""
+
+    class Stateful(my_mix.Turns):
+        def state_dict(self):
+            return later if self.calls else first
+
+    my_mix.Stateful = Stateful
+    run = with_hook(values, corpus, mixing={"name": "my_mix:Stateful"}, checkpoint={"every": 0})
+    with pytest.raises(ConfigError, match="its state cannot be kept in a checkpoint"):
+        trained(run)
+    assert Path(values["output_dir"], "metrics.jsonl").exists() is not bool(first)
+
+
+def test_objects_that_would_lose_their_state_are_refused(my_mix):
+    my_mix.made = my_mix.Turns({})
+    my_mix.Half = type("Half", (), {"__init__": lambda s, w: None, "__call__": lambda s, p, q: q})
+    my_mix.Half.state_dict = lambda self: {}
+    with pytest.raises(ConfigError, match="'my_mix:made' is an object with a state: name its class Turns"):
+        hook_of("my_mix:made")
+    with pytest.raises(ConfigError, match="needs both state_dict and load_state_dict, or neither"):
+        hook_of("my_mix:Half")
 
 
 # Settings
@@ -409,6 +465,8 @@ def test_settings_that_do_not_go_together_are_refused(values, corpus, tmp_path):
         }
     }
     refused("think has next_token: false and so none", data=data | unread, eval={"data": None})
+    off = {"sources": sources_of(corpus, read=0.0)}
+    refused("sources.read has weight 0 and so never has one", data=data | off, eval={"data": None})
     refused("a replay draws no documents", replay=str(tmp_path))
     plain = {"path": str(corpus / "train.jsonl"), "mixing": "stratified"}
     refused("'mixing' is of 'sources', and there are none", data=plain)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import yaml
 from examples.mixtures import depths
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
-from rlpretrain.config.io import load_config
-from rlpretrain.experiments.edges import compute_edges
+from rlpretrain.config.io import build, load_config
+from rlpretrain.experiments.edges import compute_edges, plan, short_config
+from rlpretrain.objectives import config_of
 from rlpretrain.training import step_end
 from rlpretrain.training.run import Run
 from tests.builders.dial import compute
@@ -40,6 +43,8 @@ def test_edges_are_relative_falls_of_losses():
     assert compute_edges(losses, ["a", "b"], pairs=False) == {"a": {"a": 1, "b": 0.25}, "b": {"a": 0, "b": 1}}
     assert compute_edges(losses, ["a", "b"], pairs=True) == {"a": {"a": 1, "b": 0.25}, "b": {"a": 0, "b": 1}}
     losses["a"]["a"] = 3.2
+    with pytest.raises(ConfigError, match=r"the short run b, the held-out loss of 'a' is not a finite"):
+        compute_edges(losses | {"b": {"a": math.nan, "b": 2.0}}, ["a", "b"], pairs=False)
     with pytest.raises(ConfigError, match=r"'a' did not lower its own held-out loss \(3.0000 before, 3.2000"):
         compute_edges(losses, ["a", "b"], pairs=False)
 
@@ -86,6 +91,10 @@ def test_the_command_learns_edges_and_goes_on(values, corpus, tmp_path, capsys, 
     assert result["edges"]["think"]["read"] == pytest.approx(max(0.0, fall) / own_fall)
     assert not list(runs.glob("*.run"))  # models and logs of the short runs
 
+    kept = (runs / "read.json").read_text()
+    (runs / "read.json").write_text("{}")
+    assert cli.main(command) == 2 and "read.json is damaged" in capsys.readouterr().err
+    (runs / "read.json").write_text(kept)
     assert cli.main([*command, "--optim.lr", "0.005"]) == 2
     assert "is of a run with other settings: optim.lr was 0.01, is 0.005" in capsys.readouterr().err
 
@@ -102,6 +111,30 @@ def test_configurations_without_edges_are_refused(values, corpus, tmp_path, caps
     refused("eval.data has no read", eval=held_out)
     refused("between several data.sources: name at least two", data=values["data"], eval={"data": None})
     refused("optim.warmup_steps 9 leave no step of --steps 6", "--optim.warmup_steps", "9")
+
+
+def test_files_of_others_are_left_alone(values, corpus, tmp_path, capsys):
+    """A dry run says so too."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(mixed(values, corpus)))
+
+    def refused(out: Path, message: str) -> None:
+        assert cli.main(["mix", "edges", str(file), "--steps", "20", "--out", str(out), "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+
+    refused(file, "exists and has no learnt edges: choose another name")
+    refused(tmp_path / "edges.runs", "the folder of the short runs has this name: end it with .json")
+    (tmp_path / "mine.runs" / "think.run").mkdir(parents=True)
+    refused(tmp_path / "mine.json", "mine.runs exists and is not of this command")
+    assert (tmp_path / "mine.runs" / "think.run").is_dir()
+
+
+def test_a_recipe_and_terms_of_thoughts_do_not_reach_short_runs(values, corpus):
+    run = mixed(values, corpus, recipe="paper", loss={"terms": ["surrogate"], "ntp_coef": 0.3})
+    config = build(run, config_of)
+    short = short_config(config, plan(config, 20, pairs=False)[1], 20, Path("x"))
+    assert short.recipe == "paper" and replace(config, max_steps=3).sampling == config.sampling
+    assert short.objective == {"name": "ntp"} and short.loss.terms == () and short.optim == config.optim
 
 
 # Documents and examples

@@ -379,6 +379,7 @@ def test_a_grid_runs_and_goes_on_and_its_losses_are_those_of_its_runs(corpus, tm
         ({"ratios": [0.5, 0.1]}, "must ascend"),
         ({"ratios": [0.1, 1.5]}, "ratios.1"),
         ({"set": {"eval": {"every": 0}}}, "eval.every is 0"),
+        ({"set": {"data": {"mixing": "stratified"}}}, "has data.mixing, which would change a ratio"),
         ({"set": {"data": {"sources": {"more": {"path": "more.jsonl"}}}}}, "source 'more' .* in no group"),
         ({"set": {"data": {"sources": {"new": {"exhausted": "stop"}}}}}, "source 'new' has exhausted: stop"),
         ({"tokens": 500, "variants": {"c": {"optim": {"schedule": "cosine"}}}}, "schedule cosine depends"),

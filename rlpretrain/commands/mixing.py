@@ -38,13 +38,13 @@ def mix(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.table import Table
 
     from rlpretrain.config.io import load_config
-    from rlpretrain.experiments.edges import learn_edges, plan
-    from rlpretrain.files import check_file
+    from rlpretrain.experiments.edges import check_out, learn_edges, plan
     from rlpretrain.objectives import config_of
     from rlpretrain.tracking.tables import show
 
     config = load_config(args.config, rest, config_of)
     runs = plan(config, args.steps, args.pairs)
+    check_out(Path(args.out))
     trained = len(runs) - 1
     if args.dry_run:
         table = Table("short run", "steps", "documents")
@@ -54,7 +54,6 @@ def mix(args: argparse.Namespace, rest: Sequence[str]) -> int:
         show(table)
         print(f"{trained} short runs of {args.steps} steps, {len(runs)} evaluations; nothing was trained")
         return 0
-    check_file(args.out, "--out")
     try:
         result = learn_edges(config, args.steps, Path(args.out), args.pairs)
     except KeyboardInterrupt:

@@ -156,6 +156,12 @@ class SourceConfig(TextConfig):
         (left, low), (right, high) = before[-1], after[0]
         return low + (high - low) * (progress - left) / (right - left)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether its weight is 0 all the time."""
+        weights = [weight for _, weight in self.weight] if isinstance(self.weight, tuple) else [self.weight]
+        return not any(weights)
+
     def texts(self) -> DataConfig:
         """Its texts alone, as a section `data` has them."""
         return DataConfig(**{field.name: getattr(self, field.name) for field in fields(TextConfig)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field as _field
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -258,7 +258,7 @@ class PretrainConfig:
     def _expand(cls, given: Any) -> Any:
         """Apply `recipe: paper` where the user set nothing; one epoch if neither steps nor epochs are set."""
         values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
-        if values.get("recipe") == "paper":
+        if values.get("recipe") == "paper" and not _is_copy(values):
             values = _under(values, PAPER_RECIPE)
             objective = values.get("objective", "rlp")
             objective = {"name": objective} if isinstance(objective, str) else dict(objective)
@@ -277,6 +277,11 @@ PAPER_RECIPE: dict[str, Any] = {
     "positions_per_step": 512,
 }
 """Hyper-parameters of arXiv 2510.01265v2, which `recipe: paper` sets where the user did not."""
+
+
+def _is_copy(values: Mapping[str, Any]) -> bool:
+    """Whether `dataclasses.replace` gave the values: all fields, whose sections were built before."""
+    return values.keys() >= {each.name for each in fields(PretrainConfig)} and is_dataclass(values["loss"])
 
 
 def _under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from rlpretrain.config import ConfigError, DataConfig, MixingConfig
 from rlpretrain.config.mixing import MIXERS
 from rlpretrain.config.plugins import find
+from rlpretrain.files import finite
 
 Hook = Callable[[float, Mapping[str, float]], Mapping[str, float]]
 """(share of the run that is done, next-token loss of each source in nats) → share of each, up to a factor.
@@ -85,6 +86,10 @@ def _own_hook(mixing: MixingConfig, initial: Mapping[str, float]) -> Any:
             hook = hook(initial, **options)
         except (TypeError, ValueError, LookupError) as error:
             raise ConfigError(f"data.mixing '{mixing.name}': {type(error).__name__}: {error}") from error
+    elif hasattr(hook, "state_dict"):  # it would be shared by all runs of the process
+        raise ConfigError(
+            f"data.mixing: '{mixing.name}' is an object with a state: name its class {type(hook).__name__}"
+        )
     else:
         hook = functools.partial(hook, **options)
     try:
@@ -93,6 +98,10 @@ def _own_hook(mixing: MixingConfig, initial: Mapping[str, float]) -> Any:
         raise ConfigError(
             f"data.mixing: '{mixing.name}' cannot be called with (progress, losses) and its options: {error}"
         ) from error
+    if hasattr(hook, "state_dict") != hasattr(hook, "load_state_dict"):
+        raise ConfigError(
+            f"data.mixing: '{mixing.name}' needs both state_dict and load_state_dict, or neither"
+        )
     return hook
 
 
@@ -122,6 +131,19 @@ def read_edges(mixing: MixingConfig, names: list[str]) -> Mapping[str, Mapping[s
                     f"{setting}: the edge {source} → {target} is {edge!r}, not a number from 0 on"
                 )
     return edges
+
+
+def check_state(hook: Hook, where: str) -> None:
+    """Raise ConfigError if a checkpoint would not give the state of a hook back."""
+    state = getattr(hook, "state_dict", dict)()
+    try:
+        kept = json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: its state cannot be kept in a checkpoint: {error}") from error
+    if kept != finite(state):  # tuples may become lists
+        raise ConfigError(
+            f"{where}: its state cannot be kept in a checkpoint: keys must be texts, in {state!r}"
+        )
 
 
 def check_shares(shares: Any, names: list[str], where: str) -> dict[str, float]:

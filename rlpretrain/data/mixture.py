@@ -164,7 +164,9 @@ class Mixture:
                 return f"exhausted: source '{name}' has no documents left ({self._passes_of(name)})"
         if not self.order.is_over:
             return None
-        return f"exhausted: no source{' to think in' * bool(self._read_only)} has documents left"
+        return (
+            f"exhausted: no source{' to think in' * bool(self._read_only)} with a weight has documents left"
+        )
 
     @property
     def epoch(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig, StopConfig
 from rlpretrain.config.io import to_dict
+from rlpretrain.files import check_file
 from rlpretrain.objectives import parse_section
 from rlpretrain.ranks import join
 from rlpretrain.training.checkpoint import MACHINE, changes, without
@@ -20,6 +22,7 @@ from rlpretrain.training.planning import check_settings
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 from rlpretrain.training.run import Run
+from rollout.folders import MARK
 
 Losses = Mapping[str, Mapping[str, float]]
 """Short run → source → held-out loss after the run, in nats per token."""
@@ -83,6 +86,7 @@ def short_config(config: PretrainConfig, run: ShortRun, steps: int, folder: Path
         config,
         data=replace(config.data, sources=sources, mixing=None),
         objective={"name": "ntp"} if thinks else config.objective,
+        loss=replace(config.loss, terms=()) if thinks else config.loss,
         max_steps=steps,
         epochs=None,
         eval=replace(config.eval, every=0, tasks=()),
@@ -104,9 +108,14 @@ def learn_edges(
 
     The losses of each run are kept beside `out`, so that the same call goes on after an interruption. `say`
     gets a line for each run. Raises ConfigError if a source does not learn from itself, or if the runs that
-    are kept had other settings.
+    are kept had other settings, or if a file or folder in the way is not of this command.
     """
-    runs, folder, first = plan(config, steps, pairs), out.with_suffix(".runs"), join(config.device).first
+    runs, folder, ranks = plan(config, steps, pairs), check_out(out), join(config.device)
+    first = ranks.first
+    ranks.barrier()  # all have looked
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
     records = {}
     for number, run in enumerate(runs, 1):
         record = _do(short_config(config, run, steps, folder / f"{run.name}.run"), run, folder, first)
@@ -129,9 +138,31 @@ def learn_edges(
     return result
 
 
+def check_out(out: Path) -> Path:
+    """The folder beside `out` for the short runs. ConfigError for what this command did not write."""
+    check_file(out, "--out")
+    if out.exists() and "rule" not in _read(out):
+        raise ConfigError(f"--out {out} exists and has no learnt edges: choose another name")
+    folder = out.with_suffix(".runs")
+    if folder == out:
+        raise ConfigError(f"--out {out}: the folder of the short runs has this name: end it with .json")
+    if folder.exists() and not (folder / MARK).is_file():
+        raise ConfigError(
+            f"{folder} exists and is not of this command, which keeps its short runs there: choose another "
+            "--out"
+        )
+    return folder
+
+
 def compute_edges(losses: Losses, names: list[str], pairs: bool) -> dict[str, dict[str, float]]:
     """{trained source: {source whose loss falls: edge}}; 1 is what a source's own documents do for it."""
     edges: dict[str, dict[str, float]] = {name: {} for name in names}
+    for run, measured in losses.items():
+        if unknown := [name for name in names if not math.isfinite(_number(measured[name]))]:
+            raise ConfigError(
+                f"after the short run {run}, the held-out loss of '{unknown[0]}' is not a finite number, so "
+                "no edge can be measured: choose a lower learning rate, or look at its documents"
+            )
     for target in names:
         before, after = losses[BASE][target], losses[target][target]
         if not after < before:
@@ -156,7 +187,11 @@ def _do(config: PretrainConfig, run: ShortRun, folder: Path, first: bool) -> dic
     """The record of a short run: that of an earlier call, or of a run now."""
     file, settings = folder / f"{run.name}.json", json.loads(json.dumps(to_dict(config)))
     if file.exists():
-        record = json.loads(file.read_text())
+        record = _read(file)
+        if not {"losses", "tokens", "config"} <= record.keys():
+            raise ConfigError(
+                f"{file} is damaged, or not of a short run: remove it, and the run is done again"
+            )
         different = changes(without(record["config"], MACHINE), without(settings, MACHINE))
         if different:
             raise ConfigError(
@@ -168,8 +203,10 @@ def _do(config: PretrainConfig, run: ShortRun, folder: Path, first: bool) -> dic
         row = Pretrainer(config).train(resume="auto")
     else:
         base = Run(config, "auto")
-        row = base.evaluation.evaluate(base.console.evaluating)
-        base.close()
+        try:
+            row = base.evaluation.evaluate(base.console.evaluating)
+        finally:
+            base.close()
     record = {
         "losses": {name: held_out_loss(row, name) for name in config.data.sources},
         "tokens": row.get("num_input_tokens", 0),
@@ -179,3 +216,17 @@ def _do(config: PretrainConfig, run: ShortRun, folder: Path, first: bool) -> dic
         write_json(file, record)
         shutil.rmtree(config.output_dir)  # its model is of no further use
     return record
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty for any other file."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _number(loss: float | None) -> float:
+    """A loss of a record, whose JSON has null for NaN."""
+    return math.nan if loss is None else loss

@@ -172,6 +172,11 @@ def _check_sources(grid: Grid, config: PretrainConfig) -> dict[str, Any]:
     """The section of each held-out file; ConfigError where the groups are not the sources of the run."""
     named = {*grid.general, *grid.domain}
     sources = config.data.sources
+    if config.data.mixing is not None:
+        raise ConfigError(
+            f"{grid.config} has data.mixing, which would change a ratio on the way: set "
+            "{data: {mixing: null}}"
+        )
     if unknown := sorted(named - sources.keys()):
         known = ", ".join(sources) or "there are none"
         raise ConfigError(f"'{unknown[0]}' is none of data.sources of {grid.config} ({known})")

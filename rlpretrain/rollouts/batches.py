@@ -43,6 +43,8 @@ class SubmittedBatch:
     """Documents in which no position is chosen."""
     exhausted: str | None
     """Why the run ends with this batch."""
+    shares: dict[str, float]
+    """The share of each named source when its documents were drawn."""
 
 
 class BatchSource:
@@ -87,9 +89,9 @@ class BatchSource:
         self._without_position = 0  # documents
         self._submitted: list[SubmittedBatch] = []  # not yet taken
         self._spare: list[DrawnPosition] = []  # chosen for a batch that had enough
-        # (documents to read, why the run ends) of batches that were waiting when the checkpoint was written
-        self._restored: list[tuple[list[Document], str | None]] = []
-        self._progress = 0.0  # of the batch that was taken last
+        # (documents to read, why the run ends, shares) of batches that waited when the checkpoint was written
+        self._restored: list[tuple[list[Document], str | None, dict[str, float]]] = []
+        self._shares: dict[str, float] = {}  # of the sources in the batch that was taken last
         self.exhausted: str | None = None  # why the run ends with the batch that was taken last
 
     def take(self, n: int, ahead: int = 0) -> Batch:
@@ -132,7 +134,7 @@ class BatchSource:
         if self.mixture is None:
             return {}
         row: dict[str, float] = {}
-        shares, epochs = self.mixture.weights_at(self._progress), self.mixture.epochs
+        shares, epochs = self._shares, self.mixture.epochs
         for name in self.mixture.sources:
             documents, tokens = self._draws.by_stream.get(name, (0, 0))
             row[f"source/{name}/documents"], row[f"source/{name}/tokens"] = documents, tokens
@@ -157,8 +159,12 @@ class BatchSource:
             "without": self._without_position,
             "spare": [position.to_row() for position in waiting + self._spare],
             "waiting": [
-                {"read_documents": list(map(document_to_row, documents)), "exhausted": exhausted}
-                for documents, exhausted in self._waiting()
+                {
+                    "read_documents": list(map(document_to_row, documents)),
+                    "exhausted": exhausted,
+                    "shares": shares,
+                }
+                for documents, exhausted, shares in self._waiting()
             ],
             "exhausted": self.exhausted,
             "ntp_stream": None,
@@ -176,7 +182,11 @@ class BatchSource:
         self._draws.by_stream = {name: list(counts) for name, counts in state.get("by_stream", {}).items()}
         self._spare = _numbered([DrawnPosition.from_row(row) for row in state["spare"]])
         self._restored = [
-            ([document_from_row(row) for row in batch["read_documents"]], batch["exhausted"])
+            (
+                list(map(document_from_row, batch["read_documents"])),
+                batch["exhausted"],
+                batch.get("shares", {}),
+            )
             for batch in state.get("waiting", [])
         ]
         self.exhausted = state.get("exhausted")
@@ -185,9 +195,10 @@ class BatchSource:
             self._ntp_draws.drawn = state.get("ntp_drawn", 0)
             self._ntp_draws.dropped = state.get("ntp_dropped", 0)
 
-    def _waiting(self) -> list[tuple[list[Document], str | None]]:
+    def _waiting(self) -> list[tuple[list[Document], str | None, dict[str, float]]]:
         """What a batch that was not taken has beside its positions."""
-        return [(batch.read_documents, batch.exhausted) for batch in self._submitted] + self._restored
+        submitted = [(batch.read_documents, batch.exhausted, batch.shares) for batch in self._submitted]
+        return submitted + self._restored
 
     def _take_documents(self, n: int) -> Batch:
         """A batch of an objective without positions."""
@@ -197,7 +208,7 @@ class BatchSource:
         traces = self._take_ntp_documents(objective.mix(n), objective)
         documents = self._draws.fill(n - len(traces), objective)
         self._check_longer(documents)
-        self._progress = objective.progress
+        self._shares = self._shares_at(objective.progress)
         self.exhausted = self.mixture.exhausted if self.mixture is not None else None
         return Batch((), documents + traces, objective.progress)
 
@@ -207,21 +218,28 @@ class BatchSource:
             (first,) = self.policy.ranks.max([float(self.mixture.position)])
             self.mixture.begin(objective.progress, int(first))
 
+    def _shares_at(self, progress: float) -> dict[str, float]:
+        """The share of each named source in a batch that is drawn now."""
+        return self.mixture.weights_at(progress) if self.mixture is not None else {}
+
     def _submit(self, n: int, ahead: int) -> None:
         """Choose the positions of the next batch and let the engine begin with its thoughts."""
         objective = self.objective.at((self.taken + len(self._submitted)) / self.steps)
         if self._restored:  # its draws were made before the checkpoint
-            read_documents, exhausted = self._restored.pop(0)
+            read_documents, exhausted, shares = self._restored.pop(0)
             positions, self._spare = self._spare[:n], self._spare[n:]
         else:
             self._begin_draws(objective)
             read_documents = []
             positions = self._choose_positions(n, objective, read_documents)
             exhausted = self.mixture.exhausted if self.mixture is not None else None
+            shares = {}
+        shares = shares or self._shares_at(objective.progress)  # an older checkpoint has none
         engine = Metered(self.engine)
         ticket = self.queue.submit(self._rollouts(positions, objective, engine, ahead))
+        reads, progress = engine.reads, objective.progress
         self._submitted.append(
-            SubmittedBatch(positions, ticket, objective.progress, engine.reads, read_documents, exhausted)
+            SubmittedBatch(positions, ticket, progress, reads, read_documents, exhausted, shares)
         )
 
     def _collect(self, submitted: SubmittedBatch) -> Batch:
@@ -232,7 +250,7 @@ class BatchSource:
         except ValueError as error:
             raise ConfigError(f"cannot sample thoughts: {error}") from error
         self.reads.merge(submitted.reads)
-        self._progress, self.exhausted = submitted.progress, submitted.exhausted
+        self._shares, self.exhausted = submitted.shares, submitted.exhausted
         by_draw = {position.draw: position.document for position in submitted.positions}
         documents = list(by_draw.values())
         if self.mixture is not None:

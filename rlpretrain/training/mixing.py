@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.document_source import DocumentSource
-from rlpretrain.data.mixing import check_shares, make_hook, raise_to_floor
+from rlpretrain.data.mixing import check_shares, check_state, make_hook, raise_to_floor
 from rlpretrain.data.mixture import Mixture
 from rlpretrain.objectives import Objective
 from rlpretrain.ranks import Ranks
@@ -25,8 +24,10 @@ def uses_held_out(config: PretrainConfig) -> bool:
 def held_out_loss(row: Mapping[str, float], name: str) -> float:
     """The loss of a source in the row of an evaluation: of prompts with answers that of the answers.
 
-    NaN if the row has none.
+    NaN if the row has none, or if some documents have no finite loss: the means leave those out.
     """
+    if row.get(f"eval/{name}/not_finite"):
+        return math.nan
     return row.get(f"eval/{name}/answer_loss", row.get(f"eval/{name}/no_think_loss", math.nan))
 
 
@@ -54,6 +55,11 @@ def check_mixing(config: PretrainConfig, owner: type[Objective]) -> None:
         raise ConfigError(
             f"data.mixing follows training losses, but data.sources.{unread[0]} has next_token: false and so "
             "none: give eval.data a file for every source"
+        )
+    elif unread := [name for name, source in sources.items() if source.is_off]:
+        raise ConfigError(
+            f"data.mixing follows training losses, but data.sources.{unread[0]} has weight 0 and so never "
+            "one, and no share would ever change: give it a weight, or eval.data a file for every source"
         )
     if mixing.every >= (config.max_steps or math.inf):
         raise ConfigError(
@@ -88,12 +94,7 @@ class OnlineMixing:
         # Of each source: the sum and number of its training losses since the last update, and the last mean.
         self.sums = {name: [0.0, 0.0] for name in self.names}
         self.newest: dict[str, float] = {}
-        try:
-            json.dumps(self.state_dict())
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"data.mixing: the state of '{self.settings.name}' cannot be kept in a checkpoint: {error}"
-            ) from error
+        check_state(self.hook, f"data.mixing: '{self.settings.name}'")
 
     def observe(self, step: int, row: Mapping[str, float], ranks: Ranks) -> str | None:
         """Take the losses of a step; after every `every`-th, set new weights. Returns a line about it."""
@@ -141,7 +142,12 @@ class OnlineMixing:
     def _decide(self, step: int, losses: dict[str, float], ranks: Ranks) -> dict[str, float]:
         """The shares by the hook, none below the floor."""
         where = f"data.mixing: '{self.settings.name}' at step {step}"
-        given = self.hook(step / self.total_steps, dict(losses))  # on every rank, as it may have a state
+        try:
+            given = self.hook(step / self.total_steps, dict(losses))  # on every rank, as it may have a state
+        except Exception as error:
+            error.add_note(f"{where} raised this")
+            raise
+        check_state(self.hook, where)  # its next values may be of another kind than the first
         shares = check_shares(ranks.gather(given)[0], self.names, where)
         shares = raise_to_floor(shares, self.settings.floor)
         if not any(shares[name] > 0 for name in self.mixture.order.required):
