@@ -40,6 +40,7 @@ def fold(
         sums: three times [N], in the dtype of the sums; the result replaces them.
     """
     function = compiled(_fold, options.scale, options.softcap)
+    allow_compilations()
     return function(product, bias, temperatures, labels - start, *sums)
 
 
@@ -54,6 +55,7 @@ def gradient_of(
 ) -> Tensor:
     """(softmax − onehot) · d capped / d uncapped [N, C] of a tile, in the dtype of `product`."""
     function = compiled(_gradient_of, options.scale, options.softcap)
+    allow_compilations()
     return function(product, bias, temperatures, labels - start, log_normaliser)
 
 
@@ -61,6 +63,17 @@ def gradient_of(
 def compiled(function: Callable[..., Any], scale: float, softcap: float | None) -> Callable[..., Any]:
     """The function for heads of this form, compiled for all numbers of rows and columns at once."""
     return torch.compile(partial(function, scale, softcap), dynamic=True, fullgraph=True)
+
+
+def allow_compilations(most: int = 64) -> None:
+    """Let torch compile a function `most` times before it gives up or raises an error, not 8, in this thread.
+
+    Forms of inputs are soon more than 8: dtypes, with and without gradient, a bias, a window, adapters, one
+    row. Settings of dynamo are a thread's own (torch 2.13), and a backward pass on a GPU, with the layers
+    that it recomputes, is in another thread than the forward pass: call this before each compiled call.
+    """
+    if torch._dynamo.config.recompile_limit < most:
+        torch._dynamo.config.recompile_limit = most
 
 
 def _logits(

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.utils import logging as hf_logging
 
+from rewards.fused_tiles import allow_compilations
 from rlpretrain.floors import refuse_older
 from rlpretrain.floors import versions as versions
 from rollout.weights import complete, parameters_of
@@ -73,16 +75,18 @@ def require_library(library: str, extra: str, reason: str) -> None:
 def compile_call(layer: nn.Module, backend: str, prepare: Callable[[Any], None]) -> None:
     """Compile calls of a layer that have no cache of keys and values; `prepare` gets their arguments.
 
-    The compiled call is where torch keeps it, so that copies of the layer have none.
+    The compiled call is where torch keeps it, so that copies of the layer have none. A cache is known by its
+    class, since its argument is past_key_values, layer_past or cache_params, in GPT-2 without a name.
     """
     layer.compile(backend=backend)
     compiled, plain = layer._compiled_call_impl, layer._call_impl
     assert compiled is not None, "torch has just set it"
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
             return plain(*args, **kwargs)
         prepare((args, kwargs))
+        allow_compilations()
         return compiled(*args, **kwargs)
 
     layer._compiled_call_impl = call

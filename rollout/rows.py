@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 logger = logging.getLogger(__name__)
 
-STEADY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Kernels of torch's attention that need no plan for each shape."""
 _REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -149,19 +146,23 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
     ordinary copies, which training can use. Models with hooks, which may swap parameters (ZeRO,
     offloading), and models of custom code run in `torch.no_grad`.
 
-    cuDNN's attention is left out: it plans anew for each length, that is, for each token.
+    cuDNN's attention is left out: it plans anew for each length, that is, for each token. Which other kernels
+    torch may use is left as it is.
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
     is_plain = type(model).__module__.startswith("transformers.") and not any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules
     )
+    uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     for module in training:
         module.training = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        with torch.inference_mode() if is_plain else torch.no_grad(), sdpa_kernel(STEADY):
+        with torch.inference_mode() if is_plain else torch.no_grad():
             yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
         for module in training:
             module.training = True
         stores = [store for module in modules for store in (vars(module), module._buffers)]

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rewards import fused_tiles, logit_tiles, token_logps
 from rlpretrain.config import ConfigError
@@ -28,6 +32,7 @@ from rollout.types import Prompt, SamplingParams
 from tests.builders.batches import CLOSE, OPEN, random_batch
 from tests.builders.flex import Compilations
 from tests.builders.runs import merged, trained
+from tests.builders.tiny import tiny_model
 from tests.builders.trees import laid, model_of, numbers
 
 
@@ -47,6 +52,10 @@ def close(ours: Any, theirs: Any) -> None:
             )
 
 
+def layers_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 @pytest.mark.parametrize("name, tree, recomputed", [("qwen3", True, True), ("gemma2", False, False)])
 def test_compiled_layers_give_the_same_numbers(name, tree, recomputed, backend):
     plain, model = model_of(name), model_of(name)
@@ -61,17 +70,18 @@ def test_compiled_layers_give_the_same_numbers(name, tree, recomputed, backend):
     assert 0 < counted[1] == counted[2], "a second size may be compiled, others are not"
 
 
-def test_decoding_and_copies_are_not_compiled(backend):
-    plain, model = model_of("qwen3"), model_of("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gpt_neox"])
+def test_decoding_and_copies_are_not_compiled(name, backend):
+    """The argument of the cache is past_key_values, has no name in GPT-2, and is layer_past in GPT-NeoX."""
+    plain, model = tiny_model(name), tiny_model(name)
     compile_layers(model, backend=backend)
     prompts = [Prompt((7, 8, 9, OPEN), (CLOSE,), (CLOSE,))] * 2
     params = SamplingParams(6)
     drawn = [asyncio.run(HFEngine(m).sample(prompts, params, 3, [1, 2])) for m in (plain, model)]
     assert drawn[0] == drawn[1]
     assert not backend.graphs
-    twin = copy.deepcopy(model)
-    assert all(is_compiled(layer) for layer in model.model.layers)
-    assert not any(is_compiled(layer) for layer in twin.model.layers)
+    assert layers_of(model) and all(is_compiled(layer) for layer in layers_of(model))
+    assert not any(is_compiled(layer) for layer in layers_of(copy.deepcopy(model)))
 
 
 def test_a_run_with_compiled_layers_trains_the_same_weights(values, tmp_path, monkeypatch, backend):
@@ -124,6 +134,52 @@ def test_fused_tiles_give_the_numbers_of_plain_ones(softcap, heat, with_bias, mo
         for ours, theirs in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert len(backend.graphs) == 2
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    """The result of a function in a thread whose settings are torch's, as a GPU's backward pass has."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_many_forms_of_tiles_are_compiled_in_every_thread(monkeypatch, backend):
+    """Dtypes, biases, temperatures and single rows are more forms than the eight that torch allows."""
+    make = partial(torch.compile, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(fused_tiles, "compiled", lru_cache(lambda f, *form: make(partial(f, *form))))
+    forms = itertools.product((torch.float32, torch.bfloat16), (1, 5), (False, True), (1.0, 2.0))
+
+    def run() -> None:
+        for dtype, rows, with_bias, temperature in forms:
+            hidden, weight = torch.randn(rows, 4).to(dtype).requires_grad_(), torch.randn(9, 4).to(dtype)
+            bias, labels = torch.randn(9) if with_bias else None, torch.arange(rows)
+            results = []
+            for fused in (False, True):
+                monkeypatch.setattr(fused_tiles, "can_fuse", lambda x, fused=fused: fused)
+                logps = token_logps(hidden, weight, labels, bias=bias, temperature=temperature)
+                results.append((logps, *torch.autograd.grad(logps.sum(), hidden)))
+            close([dict(enumerate(results[1]))], [dict(enumerate(results[0]))])
+
+    in_a_thread(run)
+
+
+class Scale(GradientCheckpointingLayer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_many_forms_of_layers_are_compiled_in_every_thread(backend):
+    """Five data types with and without gradient: none of the ten forms is left to run as it is."""
+    layer = Scale()
+    compile_layers(nn.ModuleList([layer]), backend)
+
+    def run() -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32):
+            for is_trained in (True, False):
+                with torch.set_grad_enabled(is_trained):
+                    layer(torch.ones(2, 3, 4, dtype=dtype))
+
+    in_a_thread(run)
+    assert len(backend.graphs) == 10
 
 
 @pytest.mark.gpu

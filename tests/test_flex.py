@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,21 @@ def test_trees_of_all_sizes_take_one_compilation(compilations):
     for graph in compilations.graphs:
         lengths = [node.meta["example_value"].shape[2] for node in graph.graph.nodes if node.name == "l_q_"]
         assert len(lengths) == 1 and isinstance(lengths[0], torch.SymInt)
+
+
+def test_many_forms_of_heads_are_compiled_in_every_thread(compilations):
+    """Layers recomputed in a backward pass on a GPU run in another thread, whose settings are torch's."""
+    tree = grow([list(range(20))]).tree
+
+    def run() -> None:
+        for width in range(16, 26):
+            q = torch.randn(1, 2, tree.size, width)
+            theirs = TreeAttention.apply(q, q, q, tree, 0.25, None, None)
+            torch.testing.assert_close(flex(q, q, q, tree, 0.25, None, None), theirs, rtol=1e-5, atol=1e-5)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+    assert len(compilations.graphs) == 10
 
 
 def test_another_window_size_is_only_another_input(compilations):

@@ -22,8 +22,11 @@ from rlpretrain.experiments.ratio_curves import curve_laws, stability_gaps
 from rlpretrain.experiments.ratio_fit import draw_means, find_critical, fit_ratio_law
 from rlpretrain.experiments.ratio_grid import load_grid
 from rlpretrain.experiments.ratio_losses import GridLosses, GroupLosses, SourceLosses, read_losses
+from rlpretrain.experiments.ratio_plot import plot_ratios
+from rlpretrain.experiments.ratio_tables import as_markdown
 from rlpretrain.experiments.ratio_trust import judge_critical
 from rlpretrain.experiments.ratios import analyse, collect_ratios
+from rlpretrain.files import finite
 from tests.builders.configs import tiny_values
 from tests.builders.processes import warm
 
@@ -102,6 +105,22 @@ def test_a_law_without_noise_is_given_back(exponent, alpha, beta, count):
     assert float(law.beta) == pytest.approx(beta, abs=1e-3) and not law.at_bound
     if alpha > 0 and (inside := critical_of((alpha, exponent, beta), beta + alpha / 4)) > 0.01:
         assert float(law.largest_below(beta + alpha / 4)) == pytest.approx(inside, abs=1e-3)
+
+
+@pytest.mark.parametrize("largest", [0.05, 0.02, 0.001])
+def test_a_law_of_small_ratios_is_that_of_larger_ones_in_another_unit(largest):
+    """Powers of small numbers are small beside 1, and must not be lost in it."""
+    x = np.array([0.0, 0.1, 0.25, 0.5, 1.0])
+    y = law_of((0.1, 2.2, -0.02), x)
+    small, usual = (fit_power_law(x * unit, y, Bounds(0.2, 12)) for unit in (largest, 1.0))
+    assert small.at(x * largest) == pytest.approx(y, abs=1e-5)
+    for name in ("exponent", "beta"):
+        assert float(getattr(small, name)) == pytest.approx(float(getattr(usual, name)), abs=1e-6)
+    assert float(small.alpha) * largest**2.2 == pytest.approx(0.1, rel=1e-4)
+    for limit in (-0.01, 0.03, 0.2):
+        assert float(small.largest_below(limit)) == pytest.approx(
+            largest * float(usual.largest_below(limit)), rel=1e-6
+        )
 
 
 def test_the_fit_is_that_of_scipy_from_many_starts():
@@ -224,6 +243,28 @@ def test_bad_data_are_distrusted_for_the_right_reason(name, changes):
         assert reasons(result) == {name}
     if name == "outside":
         assert result["critical"]["side"] or result["critical"]["ratio"] > RATIOS[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ratios": (0.0,)}, {"few_ratios", "no_law"}),
+        ({"ratios": (1.0,)}, {"few_ratios", "no_law"}),
+        ({"ratios": (0.0, 1.0), "seeds": 1}, {"few_ratios", "few_seeds", "no_law"}),
+        ({"general": (0.0, 0.01, np.nan, 0.08, 0.2)}, {"not_finite"}),
+        ({"domain": (0.0, -0.01, -0.1, np.nan, -0.2)}, set()),
+    ],
+)
+def test_what_has_no_law_is_written_and_plotted(changes, expected, tmp_path):
+    """A grid that has just begun, at ratio 0, has no run that reads the domain; a run may end in NaN."""
+    result = analyse(grid_losses(**changes), TOLERANCE, draws=200)
+    assert expected <= reasons(result)
+    results = finite({"tolerance": TOLERANCE, "groups": {}, "seeds": [0], "runs": {"done": 1, "of": 9}})
+    results["variants"] = finite({"": result})
+    plot_ratios(results, tmp_path / "ratios.svg")
+    text = as_markdown(results)
+    assert ("no law." in text) == (result["critical"]["ratio"] is None)
+    assert text.count("\n| 0") + text.count("\n| 1 |") == 2 * len(result["ratios"])
 
 
 def test_with_one_seed_no_step_is_called_more_than_noise():
@@ -383,6 +424,17 @@ def test_a_grid_runs_and_goes_on_and_its_losses_are_those_of_its_runs(corpus, tm
         ({"set": {"data": {"sources": {"more": {"path": "more.jsonl"}}}}}, "source 'more' .* in no group"),
         ({"set": {"data": {"sources": {"new": {"exhausted": "stop"}}}}}, "source 'new' has exhausted: stop"),
         ({"tokens": 500, "variants": {"c": {"optim": {"schedule": "cosine"}}}}, "schedule cosine depends"),
+        ({"ratios": [0, 0.5, 0.5000001]}, "told apart by six digits"),
+        ({"set": {"data": {"weights_count": "documents"}}}, "a ratio is a share of tokens"),
+        ({"variants": {"a": {}, "b": {"eval": {"every": 0}}}}, "variant 'b': eval.every is 0"),
+        (
+            {"variants": {"a": {}, "b": {"data": {"max_length": 32}}}},
+            "variant 'b': its held-out text differs",
+        ),
+        (
+            {"variants": {"c": {"data": {"sources": {"new": {"exhausted": "stop"}}}}}},
+            "variant 'c': source 'new' has exhausted",
+        ),
         ({"variants": {"a b": {}}}, "method 'a b-r0'"),
         ({"tolerence": 0.1}, "unknown key 'tolerence'"),
     ],

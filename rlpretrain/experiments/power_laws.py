@@ -38,27 +38,29 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """y = offset + slope (x^s - 1)/s, which is alpha x^s + beta in a form that is well conditioned at s = 0.
+    """y = offset + slope (u^s - 1)/s with u = x / unit, which is alpha x^s + beta, well conditioned at s = 0.
 
-    All fields may be arrays [...], a law for each of several data sets.
+    All fields but the last two may be arrays [...], a law for each of several data sets.
     """
 
     exponent: np.ndarray
     slope: np.ndarray
-    """dy/dx at x = 1."""
+    """dy/du at x = unit."""
     offset: np.ndarray
-    """y at x = 1."""
+    """y at x = unit."""
     bounds: Bounds
+    unit: float
+    """The largest fitted x: of an x that is small everywhere, x^s would be lost beside 1."""
 
     @property
     def alpha(self) -> np.ndarray:
         """The coefficient of x^s."""
-        return self.slope / self.exponent
+        return self.slope / self.exponent * self.unit**-self.exponent
 
     @property
     def beta(self) -> np.ndarray:
         """The constant: y at x = 0 where the exponent is above 0."""
-        return self.offset - self.alpha
+        return self.offset - self.slope / self.exponent
 
     @property
     def at_bound(self) -> np.ndarray:
@@ -68,7 +70,8 @@ class PowerLaw:
 
     def at(self, x: np.ndarray) -> np.ndarray:
         """y [..., n] at x [n]."""
-        return self.offset[..., None] + self.slope[..., None] * power_basis(x, self.exponent[..., None])
+        basis = power_basis(np.asarray(x, float) / self.unit, self.exponent[..., None])
+        return self.offset[..., None] + self.slope[..., None] * basis
 
     def largest_below(self, limit: float) -> np.ndarray:
         """The largest x of at least 0 at which y does not exceed `limit`, of a law with exponent above 0.
@@ -78,8 +81,8 @@ class PowerLaw:
         rises = self.slope > 0
         with np.errstate(divide="ignore", invalid="ignore"):
             power = 1 + self.exponent * (limit - self.offset) / self.slope
-            crossing = np.where(power >= 0, np.maximum(power, 0) ** (1 / self.exponent), -np.inf)
-        return np.where(rises, crossing, np.where(self.offset <= limit, np.inf, -np.inf))
+            crossing = np.where(power >= 0, self.unit * np.maximum(power, 0) ** (1 / self.exponent), -np.inf)
+        return np.where(rises, crossing, np.where(self.at(np.ones(1))[..., 0] <= limit, np.inf, -np.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +108,11 @@ def power_basis(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
 def fit_power_law(x: np.ndarray, y: np.ndarray, bounds: Bounds) -> PowerLaw:
     """The law of least squares through y [..., n] at x [n], for each of the leading dimensions.
 
-    Needs three different x. x = 0 needs `bounds.low` above 0.
+    Needs three different x, none below 0 and one above. x = 0 needs `bounds.low` above 0.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
+    unit = float(x.max())
+    x = x / unit
     centred = y - y.mean(-1, keepdims=True)
     exponents = np.linspace(bounds.low, bounds.high, POINTS)
     basis = power_basis(x, exponents[:, None])
@@ -122,7 +127,7 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, bounds: Bounds) -> PowerLaw:
         step /= 5
     best = np.where(np.abs(best) < NO_ZERO, NO_ZERO, best)
     slope, centre = _slope(x, centred, best)
-    return PowerLaw(best, slope, y.mean(-1) - slope * centre, bounds)
+    return PowerLaw(best, slope, y.mean(-1) - slope * centre, bounds, unit)
 
 
 def _slope(x: np.ndarray, centred: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,7 @@ class RatioLaw:
     draws: np.ndarray
     """[draws, M] means that the data might have had."""
     law: PowerLaw | None
-    """None with fewer ratios than parameters."""
+    """None with fewer ratios than parameters, or a mean that is not finite."""
     drawn_laws: PowerLaw | None
     residual: float
     """Root of the squared distances of the means from the law over their degrees of freedom; else NaN."""
@@ -59,7 +59,7 @@ def fit_ratio_law(losses: GridLosses, group: str, rng: np.random.Generator, draw
     drawn = draw_means(data, rng, draws)
     x = losses.ratios[used]
     left_out, left_out_laws = np.full(len(mean), np.nan), {}
-    if used.sum() < PARAMETERS:
+    if used.sum() < PARAMETERS or not np.isfinite(mean[used]).all():
         return RatioLaw(used, mean, error, drawn, None, None, np.nan, left_out, left_out_laws)
     law = fit_power_law(x, mean[used], bounds)
     freedom = used.sum() - PARAMETERS

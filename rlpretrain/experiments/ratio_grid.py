@@ -112,8 +112,7 @@ def make_experiment(grid: Grid, folder: Path) -> Experiment:
     """The experiment of a grid: a method for each variant and ratio. ConfigError if it cannot be trained."""
     _check_ratios(grid)
     values = overlay(read_mapping(folder / grid.config), grid.set)
-    config = build(values, config_of)
-    held_out = _check_sources(grid, config)
+    held_out = _check_variants(grid, values)
     methods = {
         method_of(variant, ratio): {
             "config": grid.config,
@@ -160,12 +159,29 @@ def _fields_of(grid: Grid, ratio: float) -> dict[str, Any]:
 def _check_ratios(grid: Grid) -> None:
     if sorted(set(grid.ratios)) != list(grid.ratios):
         raise ConfigError(f"ratios {list(grid.ratios)} must ascend, each only once")
+    if len({method_of("", ratio) for ratio in grid.ratios}) < len(grid.ratios):
+        raise ConfigError(f"ratios {list(grid.ratios)} are told apart by six digits: make them differ there")
     if len(grid.ratios) < 2:
         raise ConfigError("a grid needs at least two ratios; a law with an interval needs five")
     if not grid.general or not grid.domain:
         raise ConfigError("a grid needs sources in both groups, general and domain")
     if both := sorted(grid.general.keys() & grid.domain.keys()):
         raise ConfigError(f"source '{both[0]}' is in both groups, general and domain")
+
+
+def _check_variants(grid: Grid, values: dict[str, Any]) -> dict[str, Any]:
+    """The section of each held-out file, the same in all variants; ConfigError that names a variant."""
+    sections: dict[str, Any] = {}
+    for variant in grid.names:
+        try:
+            config = build(overlay(values, grid.variants.get(variant, {})), config_of)
+            held_out = _check_sources(grid, config)
+            if sections and held_out != sections:
+                raise ConfigError("its held-out text differs from the first variant's: all need the same")
+        except ConfigError as error:
+            raise ConfigError(f"variant '{variant}': {error}" if variant else f"{error}") from None
+        sections = held_out
+    return sections
 
 
 def _check_sources(grid: Grid, config: PretrainConfig) -> dict[str, Any]:
@@ -183,6 +199,11 @@ def _check_sources(grid: Grid, config: PretrainConfig) -> dict[str, Any]:
     if left := sorted(sources.keys() - named):
         raise ConfigError(
             f"source '{left[0]}' of {grid.config} is in no group: add it to general or domain, or remove it"
+        )
+    if config.data.weights_count != "tokens":
+        raise ConfigError(
+            f"data.weights_count is {config.data.weights_count} in {grid.config}, and a ratio is a share of "
+            "tokens: leave it out"
         )
     ends = [name for name in named if sources[name].exhausted != "repeat"]
     if ends:

@@ -86,6 +86,8 @@ def _against_law(
             f"{law.used.sum()} ratios for the {PARAMETERS} parameters of the {group} law; it takes at least "
             f"{FEWEST_RATIOS} to see whether it holds",
         )
+    if not law.used.any():
+        return
     span = np.ptp(changes)
     if not np.isfinite(law.seed_error).all():  # one seed: what is noise is not known
         pass
@@ -147,7 +149,8 @@ def _against_critical(
     critical: CriticalRatio | None, general: RatioLaw, domain: RatioLaw, losses: GridLosses, tolerance: float
 ) -> Iterator[tuple[str, str]]:
     if critical is None:
-        yield "no_law", "there are fewer ratios than parameters, so there is no law and no critical ratio"
+        if general.used.sum() < PARAMETERS:
+            yield "no_law", "there are fewer ratios than parameters, so there is no law and no critical ratio"
         return
     measured = losses.ratios[general.used]
     low, high = measured.min(), measured.max()

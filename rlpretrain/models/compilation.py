@@ -17,9 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlpretrain.compat import compile_call
 from rlpretrain.config import ConfigError, PretrainConfig
 
-_RECOMPILES = 64
-"""Compilations of a layer's code before torch gives up: with and without gradient, windows, adapters, ..."""
-
 
 def check(config: PretrainConfig) -> None:
     """Check the settings beside `model.compile`. Raises ConfigError."""
@@ -46,8 +43,6 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
         raise ConfigError(
             f"model.compile: {type(model).__name__} has no layers of transformers' kind; set it to false"
         )
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, _RECOMPILES)
     for layer in layers:
         compile_call(layer, backend, mark_lengths)
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
+from rollout.rows import sampling_mode
 from tests.builders.sampling import VOCABULARY, logps_of, prompts_of, sample, tokens
 from tests.builders.tiny import bpe_tokenizer, tiny_model, word_tokenizer
 
@@ -236,6 +238,21 @@ def test_what_a_model_rebuilds_while_sampling_can_be_trained_with() -> None:
     ids = torch.tensor([prompts_of([12])[0].token_ids])
     model.train()(input_ids=ids, labels=ids).loss.backward()
     model.to(torch.float64)  # moves every buffer in place
+
+
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_sampling_takes_cudnn_alone_from_the_kernels_that_the_caller_allows(cudnn: bool) -> None:
+    """cuDNN plans for each length; a caller that allows one kernel alone keeps to it."""
+
+    def allowed() -> tuple[bool, ...]:
+        return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+
+    kernels = [SDPBackend.MATH, *([SDPBackend.CUDNN_ATTENTION] if cudnn else [])]
+    with sdpa_kernel(kernels):
+        with pytest.raises(KeyError), sampling_mode(model_of("qwen3")):
+            assert allowed() == (False, False)
+            raise KeyError
+        assert allowed() == (cudnn, False)
 
 
 def test_sync_copies_weights_and_stamps_the_version() -> None:

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rewards.fused_tiles import allow_compilations
 from rlpretrain.scoring.attention.blocks import BLOCK, blocks_of, walk
 from rlpretrain.tree import Tree
-
-_RECOMPILES = 64
-"""Compilations of `_attend` before torch raises an error; its limit of 8 is soon used up by two models."""
 
 
 class Mask(NamedTuple):
@@ -53,6 +51,7 @@ def flex(
     size, padded = q.shape[2], padded_size(q.shape[2])
     inputs = [_in_blocks(x, padded) for x in (q, k, v)]
     mask = mask_of(tree, padded, window, q.device)
+    allow_compilations()  # the usual limit, after which there is an error, is soon used up by two models
     return compiled()(*inputs, mask, scale, softcap)[:, :, :size]
 
 
@@ -105,8 +104,6 @@ def _in_blocks(x: Tensor, padded: int) -> Tensor:
 @lru_cache(maxsize=1)
 def compiled() -> Any:
     """`_attend`, compiled. `fullgraph`: an error, not plain products of all pairs, where it cannot be."""
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, _RECOMPILES)
     return torch.compile(_attend, dynamic=False, fullgraph=True)
 
 
