@@ -34,7 +34,7 @@ class ModelConfig:
     activation_offloading: bool = False
     """Keep these inputs in CPU memory; needs `gradient_checkpointing`."""
     compile: bool = False
-    """Compile each layer with torch.compile: faster on a GPU after some seconds of compilation (docs/gpu.md)."""
+    """Compile each layer with torch.compile: faster on a GPU, after some seconds (docs/gpu.md)."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
     """Linear layers in four (nf4) or eight bits with bitsandbytes, for QLoRA (arXiv 2305.14314)."""
     from_scratch: bool = False
