@@ -7,7 +7,7 @@
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.data import DataConfig, SourceConfig, TextConfig
 from rlpretrain.config.engines import EngineConfig
-from rlpretrain.config.model import ModelConfig
+from rlpretrain.config.model import ModelConfig, ReferenceConfig
 from rlpretrain.config.optim import AverageConfig, OptimConfig, ScheduleConfig
 from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
@@ -42,6 +42,7 @@ __all__ = [
     "PathText",
     "PolicyConfig",
     "PretrainConfig",
+    "ReferenceConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "Seed",

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.data import DataConfig
 from rlpretrain.config.engines import EngineConfig, EngineSection
-from rlpretrain.config.model import ModelConfig
+from rlpretrain.config.model import ModelConfig, ReferenceConfig
 from rlpretrain.config.optim import AverageConfig, OptimConfig
 from rlpretrain.config.sampling import SamplingConfig
 
@@ -199,6 +199,8 @@ class PretrainConfig:
     """The terms of the loss."""
     baseline: Annotated[BaselineConfig, headed("name")] = _field(default_factory=BaselineConfig)
     """The no-think arm."""
+    reference: Annotated[ReferenceConfig, headed("path")] = _field(default_factory=ReferenceConfig)
+    """A second, frozen model, for objectives that need one."""
     eval: EvalConfig = _field(default_factory=EvalConfig)
     """Evaluation during training."""
     checkpoint: CheckpointConfig = _field(default_factory=CheckpointConfig)

@@ -13,7 +13,7 @@ from rollout.types import SamplingParams
 
 NEEDS = {
     "target": "log-probs of the targets, after the thoughts and without them",
-    "reference": "log-probs of trunk and thoughts under the frozen initial model",
+    "reference": "log-probs of trunk and thoughts under `reference.path`, by default the initial model",
     "entropy": "the entropy of each token of a document, for `positions`",
     "batch": "`advantage` sees all groups of a step at once",
     "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",
