@@ -149,18 +149,36 @@ class Reference:
     temperature, so equal models give equal numbers. With `keep` it caches up to so many log-probs of whole
     documents and thoughts. A micro-batch that is cached as a whole is not scored; any other is scored as a
     whole, in the policy's rows.
+
+    `initial` scores the trunk with the initial model too, for objectives with need "initial".
     """
 
-    def __init__(self, frozen: Frozen, temperature: float, *, keep: int = 0, autocast: bool = False):
+    def __init__(
+        self,
+        frozen: Frozen,
+        temperature: float,
+        *,
+        keep: int = 0,
+        autocast: bool = False,
+        initial: Reference | None = None,
+    ):
+        self.initial = initial
         self.frozen, self.temperature, self.autocast = frozen, temperature, autocast
         self.cache = LogpCache(keep) if keep else None
         self.cached = self.asked = 0
         """Log-probs taken from the cache, and all, since the last `take_counts`."""
 
     def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
-        """The scores with `trunk_reference` [M] and `thought_reference` [B, G, L]; at most one forward."""
+        """The scores with `trunk_reference` [M], `thought_reference` [B, G, L] and `trunk_initial` [M].
+
+        At most one forward of each model.
+        """
         trunk, thoughts = self.logps(micro)
-        return replace(scores, trunk_reference=trunk, thought_reference=thoughts)
+        scores = replace(scores, trunk_reference=trunk, thought_reference=thoughts)
+        if self.initial is None:
+            return scores
+        initial = trunk if self.initial is self else self.initial.logps(micro)[0]
+        return replace(scores, trunk_initial=initial)
 
     @torch.no_grad()
     def logps(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -193,12 +211,17 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """The cache: its values come from the rows in which a text was scored first."""
-        return {} if self.cache is None else {"cache": self.cache.state_dict()}
+        state = {} if self.cache is None else {"cache": self.cache.state_dict()}
+        if self.initial is None or self.initial is self:
+            return state
+        return state | {"initial": self.initial.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         if self.cache is not None and "cache" in state:
             self.cache.load_state_dict(state["cache"])
+        if self.initial is not None and "initial" in state:
+            self.initial.load_state_dict(state["initial"])
 
     def _known(self, keys: list[str]) -> list[Tensor] | None:
         """The cached log-probs of all keys. Under ZeRO-3 all ranks score a micro-batch, or none does."""
@@ -267,9 +290,13 @@ def make_reference(
     """
     if "reference" not in needs:
         return None
+    keep = config.reference.cache_tokens if again and second is not None else 0
     temperature, autocast = config.sampling.temperature, getattr(policy, "autocast", False)
+    of_initial = None
+    if initial is not None and (second is None or "initial" in needs):
+        of_initial = Reference(initial, temperature, keep=keep, autocast=autocast)
     if second is not None:
-        keep = config.reference.cache_tokens if again else 0
-        return Reference(Frozen(second), temperature, keep=keep, autocast=autocast)
-    assert initial is not None, "it is made for objectives that need a reference"
-    return Reference(initial, temperature, autocast=autocast)
+        return Reference(Frozen(second), temperature, keep=keep, autocast=autocast, initial=of_initial)
+    assert of_initial is not None, "it is made for objectives that need a reference"
+    of_initial.initial = of_initial if "initial" in needs else None
+    return of_initial

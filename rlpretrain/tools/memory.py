@@ -55,6 +55,8 @@ class Sizes:
     """Tokens of the longest document."""
     reference: int = 0
     """Parameters of the model of `reference.path`; 0 without one."""
+    needs: frozenset[str] = frozenset()
+    """What the objective needs with its settings; its class may need less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,9 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
         items.append(Item("Python and libraries", LIBRARIES, "torch, transformers, datasets: measured"))
     if thinks:
         items += engine_weights(config.engine, config.model.dtype, sizes.parameters, sizes.stage)
-    if thinks or "reference" in owner.needs:
-        items += _reference_models(config, sizes, "reference" in owner.needs, thinks)
+    needs = owner.needs | sizes.needs
+    if thinks or "reference" in needs:
+        items += _reference_models(config, sizes, needs, thinks)
     items += _training_tensors(config, shape, sizes)
     if thinks:
         items += _sampling_tensors(config, shape, sizes)
@@ -149,7 +152,9 @@ def _optimizer_state(optimizer: str, trained: float, formula: str) -> Item:
     return Item(label, 8 * trained, f"8 {formula}")
 
 
-def _reference_models(config: PretrainConfig, sizes: Sizes, needed: bool, thinks: bool) -> list[Item]:
+def _reference_models(
+    config: PretrainConfig, sizes: Sizes, needs: frozenset[str], thinks: bool
+) -> list[Item]:
     """The models that gains are measured against, and the reference's, whole on every rank."""
     p, b, baseline = sizes.parameters, getattr(torch, config.model.dtype).itemsize, config.baseline
     items = []
@@ -160,7 +165,7 @@ def _reference_models(config: PretrainConfig, sizes: Sizes, needed: bool, thinks
         if sizes.device == "cpu":
             formula = "4 bytes for each of reference.cache_tokens"
             items.append(Item("log-probs of the reference", 4 * config.reference.cache_tokens, formula))
-    needs_initial = needed and not sizes.reference
+    needs_initial = "initial" in needs or ("reference" in needs and not sizes.reference)
     if baseline.name == "ema":
         items.append(Item("baseline ema", 4 * p, "4 P, whole on every rank"))
     measured = thinks and bool(baseline.frozen_every or config.eval.data)
@@ -170,7 +175,7 @@ def _reference_models(config: PretrainConfig, sizes: Sizes, needed: bool, thinks
         else:
             reason = "for baseline frozen, ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"
             if needs_initial:
-                reason = "which the objective needs as its reference"
+                reason = "which the objective needs"
             items.append(Item("initial model", b * p, f"{b} P, whole on every rank, {reason}"))
     if baseline.name == "frozen" and sizes.device == "cpu":
         formula = "4 bytes for each of baseline.cache_tokens"

@@ -100,6 +100,7 @@ def make_sizes(
         micro=micro,
         longest=longest,
         reference=reference,
+        needs=frozenset(objective.needs),
     )
 
 

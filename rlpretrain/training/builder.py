@@ -136,7 +136,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     check_average(config.average, total_steps)
 
     start = write_start(config, model, tokenizer, ranks, changed=bool(added) or config.model.from_scratch)
-    needs_initial = "reference" in objective.needs and second is None
+    needs_initial = ("reference" in objective.needs and second is None) or "initial" in objective.needs
     measures_frozen = owner.has_positions and bool(config.baseline.frozen_every or documents)
     repeats = documents_repeat(config, objective, stream, total_steps)
     frozen, baseline = make_references(config, model, measures_frozen or needs_initial, repeats, ranks)
@@ -177,6 +177,8 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     padded_because = attention.install(model) if config.packing == "tree" else None
     if reference is not None and config.packing == "tree" and padded_because is None:
         padded_because = attention.install(reference.frozen.model)
+        if reference.initial is not None:
+            attention.install(reference.initial.frozen.model)
     if config.model.compile:
         scorers = (frozen, baseline, reference and reference.frozen)
         scored = [model, *(scorer.model for scorer in scorers if isinstance(scorer, Frozen))]
