@@ -139,9 +139,11 @@ class Scores:
     baseline_hits: Tensor | None = None
     """[B, T] bool, the same without the thought."""
     trunk_reference: Tensor | None = None
-    """[M] `trunk_logps` under the frozen initial model; only with need "reference"."""
+    """[M] `trunk_logps` under the frozen reference model; only with need "reference"."""
     thought_reference: Tensor | None = None
-    """[B, G, L] `thought_logps` under the frozen initial model; only with need "reference"."""
+    """[B, G, L] `thought_logps` under the frozen reference model; only with need "reference"."""
+    trunk_initial: Tensor | None = None
+    """[M] `trunk_logps` under the frozen initial model; only with need "initial"."""
 
     def detached(self) -> Scores:
         """The same numbers without their graph: what rewards may see."""

@@ -337,8 +337,8 @@ def test_memory_keeps_what_was_used_last(corpus):
     model = tiny_model("qwen3", 40)
     frozen = Frozen(copy.deepcopy(model), keep=20)
     for size in (8, 7, 8, 9):
-        frozen._remember(bytes([size]), torch.zeros(size))
-    assert list(frozen.known) == [bytes([8]), bytes([9])] and frozen.kept == 17
+        frozen.cache.add(str(size), torch.zeros(size))
+    assert list(frozen.cache.known) == ["8", "9"] and frozen.cache.kept == 17
 
 
 def test_no_think_rows_of_a_template_are_remembered_too(values):

@@ -8,17 +8,16 @@ from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText,
 from rlpretrain.config.data import DataConfig, SourceConfig, TextConfig
 from rlpretrain.config.engines import EngineConfig
 from rlpretrain.config.mixing import MixingConfig
-from rlpretrain.config.model import ModelConfig
+from rlpretrain.config.model import ModelConfig, ReferenceConfig
 from rlpretrain.config.optim import AverageConfig, OptimConfig, ScheduleConfig
+from rlpretrain.config.policy import LoraConfig, PolicyConfig
 from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
     PAPER_RECIPE,
     BaselineConfig,
     CheckpointConfig,
     EvalConfig,
-    LoraConfig,
     LossConfig,
-    PolicyConfig,
     PretrainConfig,
     StopConfig,
     TaskSettings,
@@ -44,6 +43,7 @@ __all__ = [
     "PathText",
     "PolicyConfig",
     "PretrainConfig",
+    "ReferenceConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "Seed",

@@ -29,6 +29,7 @@ HEADS = {
     "objective": "name",
     "engine": "name",
     "baseline": "name",
+    "reference": "path",
     "schedule": "name",
     "average": "kind",
     "mixing": "name",

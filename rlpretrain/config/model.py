@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -50,5 +50,39 @@ class ModelConfig:
         if self.activation_offloading and not self.gradient_checkpointing:
             raise PydanticCustomError(
                 "no_checkpointing", "'activation_offloading' needs 'gradient_checkpointing: true'"
+            )
+        return self
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ReferenceConfig:
+    """A second, frozen model that gives log-probs to an objective with need "reference"."""
+
+    path: PathText | None = None
+    """Hub id or folder of a checkpoint with the vocabulary of `model`; by default the initial model."""
+    tokenizer: PathText | None = None
+    """Hub id or folder of its tokenizer; the checkpoint's own by default."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of its weights; by default that of `model`."""
+    attn_implementation: str | None = None
+    """Attention kernel; by default as for `model`."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Turn it on only for code that you trust."""
+    cache_tokens: Annotated[int, Field(ge=0)] = 2**24
+    """Log-probs of `path` to cache where texts are scored again, 4 bytes each, by each rank; 0: none.
+    Checkpoints hold the cache, so that a resumed run has the same numbers.
+    """
+
+    @model_validator(mode="after")
+    def _check_path(self) -> ReferenceConfig:
+        """Without a path there is no checkpoint that the other fields could describe."""
+        given = [name for name in ("tokenizer", "revision", "dtype") if getattr(self, name) is not None]
+        if self.path is None and given:
+            raise PydanticCustomError(
+                "no_reference",
+                "'{name}' is set without 'path': without it the initial model is used",
+                {"name": given[0]},
             )
         return self

@@ -18,48 +18,10 @@ from pydantic.dataclasses import dataclass
 from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
 from rlpretrain.config.data import DataConfig
 from rlpretrain.config.engines import EngineConfig, EngineSection
-from rlpretrain.config.model import ModelConfig
+from rlpretrain.config.model import ModelConfig, ReferenceConfig
 from rlpretrain.config.optim import AverageConfig, OptimConfig
+from rlpretrain.config.policy import PolicyConfig
 from rlpretrain.config.sampling import SamplingConfig
-
-
-@dataclass(config=STRICT, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) instead of all weights.
-
-    There is no dropout, because sampled and trained log-probs must agree.
-    """
-
-    r: Count = 16
-    """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The adapter is scaled by alpha / r."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers with an adapter: all-linear (all but the output head), or ends of names (q_proj, v_proj)."""
-    use_dora: bool = False
-    """Train the length of each weight column beside its direction (DoRA, arXiv 2402.09353)."""
-    new_tokens: bool = True
-    """Train the embeddings of thought delimiters that the tokenizer lacked."""
-    sync: Literal["merged", "adapter"] = "merged"
-    """What the engine gets: whole weights with the adapters merged in, or the adapters alone (vllm_local)."""
-
-
-@dataclass(config=STRICT, kw_only=True)
-class PolicyConfig:
-    """How the model is trained."""
-
-    backend: str = "auto"
-    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class.
-    A policy of your own follows rlpretrain/training/backends/base.py.
-    """
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage."""
-    deepspeed_config: PathText | None = None
-    """A DeepSpeed JSON file. This library overrides batch sizes and accumulation, and keeps the rest."""
-    lora: LoraConfig | None = None
-    """Train adapters instead of all weights; `{}` takes the defaults."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Run the forward in bfloat16 over float32 weights (torch backend)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -199,6 +161,8 @@ class PretrainConfig:
     """The terms of the loss."""
     baseline: Annotated[BaselineConfig, headed("name")] = _field(default_factory=BaselineConfig)
     """The no-think arm."""
+    reference: Annotated[ReferenceConfig, headed("path")] = _field(default_factory=ReferenceConfig)
+    """A second, frozen model, for objectives that need one."""
     eval: EvalConfig = _field(default_factory=EvalConfig)
     """Evaluation during training."""
     checkpoint: CheckpointConfig = _field(default_factory=CheckpointConfig)

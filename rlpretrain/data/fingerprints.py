@@ -51,6 +51,18 @@ def fingerprint(tokenizer: Any) -> str:
     return Hasher.hash(written)
 
 
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Changes with what can change the ids of an ordinary text.
+
+    Unlike `fingerprint` it does not depend on the class, nor on which tokens have a role: a base checkpoint
+    and a chat model made from it often differ in their end-of-text token alone.
+    """
+    probe = list(tokenizer(PROBE, verbose=False)["input_ids"])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = _state_of_backend(backend) if backend is not None else _state_in_python(tokenizer)
+    return Hasher.hash(json.dumps([probe, tokenizer.get_vocab(), state], sort_keys=True))
+
+
 def older_fingerprint(tokenizer: Any) -> str:
     """The fingerprint in checkpoints older than `fingerprint`.
 

@@ -264,7 +264,7 @@ class Mixture:
 
     def _passes_of(self, name: str) -> str:
         passes = self.config.sources[name].passes or 1
-        return f"{passes:g} {'pass' if passes == 1 else 'passes'}"
+        return f"{passes:g} pass{'es' * (passes != 1)}"
 
 
 @contextmanager
@@ -285,18 +285,13 @@ def seed_of(name: str, seed: int) -> int:
 
 def skip(source: Any, n: int) -> None:
     """Pass over the next `n` documents of a source; one without a method `skip` reads them."""
-    if not n:
-        return
-    if hasattr(source, "skip"):
-        source.skip(n)
-    else:
-        source.take(n)
+    if n:
+        getattr(source, "skip", source.take)(n)
 
 
 def mean_length(source: Any, reopen: Callable[[], DocumentSource]) -> float:
     """Mean tokens of a source's documents: its own `mean_length`, or that of its first documents."""
-    known = getattr(source, "mean_length", None)
-    if known is not None:
+    if (known := getattr(source, "mean_length", None)) is not None:
         return known
     documents = take_documents(reopen(), SAMPLE, 0.0)
     return sum(len(document.token_ids) for document in documents) / len(documents)

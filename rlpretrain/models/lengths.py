@@ -107,12 +107,15 @@ def check_rows(
     )
 
 
-def check_run(model: Any, objective: Any, stream: Any, others: Any, held_out: Sequence[Any] | None) -> None:
-    """Raise ConfigError if documents of a run do not fit the model.
+def check_run(
+    model: Any, objective: Any, stream: Any, others: Any, held_out: Sequence[Any] | None, *, of: str = ""
+) -> None:
+    """Raise ConfigError if documents of a run do not fit the model; `of` begins what is said of its limit.
 
     `stream` has the training documents and `others` those of `ntp_data`; None if there are none.
     """
     limit = limit_of(model)
+    limit = limit and Limit(limit.tokens, of + limit.reason)
     if stream is not None:
         check_rows(objective, stream.longest, limit)
         for name, longest in getattr(stream, "longest_only_read", {}).items():

@@ -13,7 +13,9 @@ from rollout.types import SamplingParams
 
 NEEDS = {
     "target": "log-probs of the targets, after the thoughts and without them",
-    "reference": "log-probs of trunk and thoughts under the frozen initial model",
+    "reference": "log-probs of trunk and thoughts under `reference.path`, by default the initial model",
+    "second_model": "a reference model that is not the initial one: `reference.path`",
+    "initial": "log-probs of the trunk under the frozen initial model, beside those of the reference",
     "entropy": "the entropy of each token of a document, for `positions`",
     "batch": "`advantage` sees all groups of a step at once",
     "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",

@@ -8,9 +8,8 @@ weights under plain RLP. It matters where gains are clipped or compared across p
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from rlpretrain.config import PretrainConfig
 from rlpretrain.models.averages import move_towards
 from rlpretrain.ranks import Ranks
+from rlpretrain.scoring.logp_cache import LogpCache, digest
 from rlpretrain.scoring.scorer import NoGradScorer, score
 from rlpretrain.types import Arm, MicroBatch, Scores
 
@@ -63,8 +63,7 @@ class Frozen(Baseline):
         if not adapters_off:
             model.requires_grad_(False).eval()
         self.scorer = NoGradScorer(model, adapters_off)
-        self.known: OrderedDict[bytes, Tensor] = OrderedDict()
-        self.kept = 0
+        self.cache = LogpCache(keep)
 
     def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
         return replace(scores, baseline_logps=self.logps(micro))
@@ -89,17 +88,17 @@ class Frozen(Baseline):
         """The log-probs at `rows` of an arm of whole documents; scores only documents not in the cache."""
         sizes = arm.attention_mask.sum(1).tolist()
         documents = [arm.input_ids[r, :size].cpu() for r, size in enumerate(sizes)]
-        keys = [blake2b(ids.numpy().tobytes(), digest_size=16).digest() for ids in documents]
-        new = {key: r for r, key in enumerate(keys) if key not in self.known}
+        keys = [digest(ids.numpy()) for ids in documents]
+        new = {key: r for r, key in enumerate(keys) if key not in self.cache}
         new_rows = list(new.values())
         ids, mask = arm.input_ids[new_rows], arm.attention_mask[new_rows]
         inside = mask[:, 1:].bool()
         at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, :-1]
         scored = self._score_rows(ids, mask, at[inside], ids[:, 1:][inside]).cpu()
-        logps_of = {key: self.known[key] for key in keys if key not in new}
+        logps_of = {key: self.cache[key] for key in keys if key not in new}
         logps_of |= zip(new, scored.split([sizes[r] - 1 for r in new_rows]), strict=True)
         for key, logps in logps_of.items():
-            self._remember(key, logps)
+            self.cache.add(key, logps)
         if not len(rows):
             return scored[:0]
         width = arm.input_ids.shape[1]
@@ -117,16 +116,6 @@ class Frozen(Baseline):
             mask = torch.ones_like(ids)
         logps, _ = self.scorer(ids.to(device), mask.to(device), None, rows.to(device), labels.to(device))
         return logps if has_rows else logps[:0]
-
-    def _remember(self, key: bytes, logps: Tensor) -> None:
-        """Put log-probs into the cache, and drop those that were used least recently."""
-        if key in self.known:
-            self.known.move_to_end(key)
-            return
-        self.known[key], self.kept = logps.clone(), self.kept + len(logps)
-        while self.kept > self.keep:
-            _, dropped = self.known.popitem(last=False)
-            self.kept -= len(dropped)
 
 
 class Ema(Frozen):
@@ -156,19 +145,111 @@ class Ema(Frozen):
 class Reference:
     """Log-probs of trunk and thoughts under a frozen model, for objectives with need "reference".
 
-    It scores the same rows as the policy, and thoughts at the same temperature, so equal models give equal
-    numbers.
+    It scores the same rows as the policy, with the same packing and precision, and thoughts at the same
+    temperature, so equal models give equal numbers. With `keep` it caches up to so many log-probs of whole
+    documents and thoughts. A micro-batch that is cached as a whole is not scored; any other is scored as a
+    whole, in the policy's rows.
+
+    `initial` scores the trunk with the initial model too, for objectives with need "initial".
     """
 
-    def __init__(self, frozen: Frozen, temperature: float):
-        self.frozen, self.temperature = frozen, temperature
+    def __init__(
+        self,
+        frozen: Frozen,
+        temperature: float,
+        *,
+        keep: int = 0,
+        autocast: bool = False,
+        initial: Reference | None = None,
+    ):
+        self.initial = initial
+        self.frozen, self.temperature, self.autocast = frozen, temperature, autocast
+        self.cache = LogpCache(keep) if keep else None
+        self.cached = self.asked = 0
+        """Log-probs taken from the cache, and all, since the last `take_counts`."""
+
+    def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
+        """The scores with `trunk_reference` [M], `thought_reference` [B, G, L] and `trunk_initial` [M].
+
+        At most one forward of each model.
+        """
+        trunk, thoughts = self.logps(micro)
+        scores = replace(scores, trunk_reference=trunk, thought_reference=thoughts)
+        if self.initial is None:
+            return scores
+        initial = trunk if self.initial is self else self.initial.logps(micro)[0]
+        return replace(scores, trunk_initial=initial)
 
     @torch.no_grad()
-    def __call__(self, scores: Scores, micro: MicroBatch) -> Scores:
-        """The scores with `trunk_reference` [M] and `thought_reference` [B, G, L]; one more forward."""
+    def logps(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs of the trunk [M] and of the thoughts [B, G, L]."""
         device = next(self.frozen.model.parameters()).device
-        own = score(self.frozen.scorer, micro.to(device), self.temperature)
-        return replace(scores, trunk_reference=own.trunk_logps, thought_reference=own.thought_logps)
+        micro = micro.to(device)
+        keys, inside = [], micro.thought_mask
+        if self.cache is not None:
+            keys = _keys_of(micro)
+            if (known := self._known(keys)) is not None:
+                both = torch.cat([*known, torch.zeros(0)]).to(device)
+                trunk, thoughts = both.split([len(micro.trunk_rows), len(both) - len(micro.trunk_rows)])
+                blank = torch.zeros(inside.shape, dtype=both.dtype, device=device)
+                return trunk, blank.masked_scatter(inside, thoughts)
+        with self._precision(device):
+            own = score(self.frozen.scorer, micro, self.temperature)
+        if self.cache is not None:
+            sizes = [len(document.token_ids) - 1 for document in micro.documents]
+            sizes += inside.sum(-1)[inside.any(-1)].tolist()
+            both = torch.cat([own.trunk_logps, own.thought_logps[inside]]).cpu()
+            self.asked += len(both)
+            for key, logps in zip(keys, both.split(sizes), strict=True):
+                self.cache.add(key, logps)
+        return own.trunk_logps, own.thought_logps
+
+    def take_counts(self) -> tuple[int, int]:
+        """(log-probs taken from the cache, all log-probs) since the last call."""
+        counts, self.cached, self.asked = (self.cached, self.asked), 0, 0
+        return counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cache: its values come from the rows in which a text was scored first."""
+        state = {} if self.cache is None else {"cache": self.cache.state_dict()}
+        if self.initial is None or self.initial is self:
+            return state
+        return state | {"initial": self.initial.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if self.cache is not None and "cache" in state:
+            self.cache.load_state_dict(state["cache"])
+        if self.initial is not None and "initial" in state:
+            self.initial.load_state_dict(state["initial"])
+
+    def _known(self, keys: list[str]) -> list[Tensor] | None:
+        """The cached log-probs of all keys. Under ZeRO-3 all ranks score a micro-batch, or none does."""
+        assert self.cache is not None
+        missing = float(any(key not in self.cache for key in keys))
+        if self.frozen.scorer.sharded:
+            missing = self.frozen.ranks.max([missing])[0]
+        if missing:
+            return None
+        known = self.cache.take(keys)
+        assert known is not None, "none is missing"
+        number = sum(map(len, known))
+        self.cached, self.asked = self.cached + number, self.asked + number
+        return known
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The policy's autocast."""
+        return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+def _keys_of(micro: MicroBatch) -> list[str]:
+    """Keys of the documents, then of the thoughts in the loss, which depend on their prompts too."""
+    keys = [digest(document.token_ids, context=1) for document in micro.documents]
+    for b, g in micro.thought_mask.any(-1).nonzero().tolist():
+        group = micro.groups[b]
+        prompt = group.prompt.token_ids
+        keys.append(digest((*prompt, *group.thoughts[g].token_ids), context=len(prompt)))
+    return keys
 
 
 def make_references(
@@ -193,3 +274,29 @@ def make_references(
     if settings.name == "ema":
         return frozen, Ema(copy.deepcopy(initial), settings.decay)
     return frozen, NoBaseline() if settings.name == "none" else Baseline()
+
+
+def make_reference(
+    config: PretrainConfig,
+    needs: frozenset[str],
+    initial: Frozen | None,
+    second: nn.Module | None,
+    policy: Any,
+    again: bool,
+) -> Reference | None:
+    """The reference of an objective with these needs: the model of `reference.path`, or the initial one.
+
+    `again`: the same texts will be scored more than once, so their log-probs are worth caching.
+    """
+    if "reference" not in needs:
+        return None
+    keep = config.reference.cache_tokens if again and second is not None else 0
+    temperature, autocast = config.sampling.temperature, getattr(policy, "autocast", False)
+    of_initial = None
+    if initial is not None and (second is None or "initial" in needs):
+        of_initial = Reference(initial, temperature, keep=keep, autocast=autocast)
+    if second is not None:
+        return Reference(Frozen(second), temperature, keep=keep, autocast=autocast, initial=of_initial)
+    assert of_initial is not None, "it is made for objectives that need a reference"
+    of_initial.initial = of_initial if "initial" in needs else None
+    return of_initial

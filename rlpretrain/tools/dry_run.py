@@ -29,7 +29,7 @@ from rlpretrain.tools.readiness import missing_tags
 from rlpretrain.tools.sizes import count_rows, make_sizes, measure_documents, measure_source
 from rlpretrain.tools.timetable import make_timetable
 from rlpretrain.tracking.peaks import find_peak
-from rlpretrain.training.planning import check_settings
+from rlpretrain.training.planning import check_reference, check_settings
 
 
 def dry_run(config: PretrainConfig, beside: Path) -> int:
@@ -40,6 +40,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     notes: list[str] = []
     objective = make_objective(config, notes)
     check_settings(config, type(objective), int(os.environ.get("WORLD_SIZE", 1)))
+    check_reference(config, objective)
     shape, where = model_shape(config.model, beside)
     if config.data.source is None and not config.data.sources:
         documents = count_rows(config.data, notes)

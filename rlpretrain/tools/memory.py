@@ -56,6 +56,10 @@ class Sizes:
     """The most tokens of one micro-batch: `token_budget`, or all tokens of a step."""
     longest: int = 0
     """Tokens of the longest document."""
+    reference: int = 0
+    """Parameters of the model of `reference.path`; 0 without one."""
+    needs: frozenset[str] = frozenset()
+    """What the objective needs with its settings; its class may need less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,9 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     if thinks:
         items += engine_weights(config.engine, config.model.dtype, sizes.parameters, sizes.stage)
         items += _engine_extras(config, sizes)
-    if thinks or "reference" in owner.needs:
-        items += _reference_models(config, sizes, "reference" in owner.needs)
+    needs = owner.needs | sizes.needs
+    if thinks or "reference" in needs:
+        items += _reference_models(config, sizes, needs, thinks)
     items += _training_tensors(config, shape, sizes)
     if thinks:
         items += _sampling_tensors(config, shape, sizes)
@@ -151,19 +156,30 @@ def _optimizer_state(optimizer: str, trained: float, formula: str) -> Item:
     return Item(label, 8 * trained, f"8 {formula}")
 
 
-def _reference_models(config: PretrainConfig, sizes: Sizes, needed: bool) -> list[Item]:
-    """The models that gains are measured against, whole on every rank."""
+def _reference_models(
+    config: PretrainConfig, sizes: Sizes, needs: frozenset[str], thinks: bool
+) -> list[Item]:
+    """The models that gains are measured against, and the reference's, whole on every rank."""
     p, b, baseline = sizes.parameters, getattr(torch, config.model.dtype).itemsize, config.baseline
     items = []
+    if sizes.reference:
+        size = getattr(torch, config.reference.dtype or config.model.dtype).itemsize
+        formula = f"{size} bytes for each of its {sizes.reference:,} parameters, whole on every rank"
+        items.append(Item("reference model", size * sizes.reference, formula))
+        if sizes.device == "cpu":
+            formula = "4 bytes for each of reference.cache_tokens"
+            items.append(Item("log-probs of the reference", 4 * config.reference.cache_tokens, formula))
+    needs_initial = "initial" in needs or ("reference" in needs and not sizes.reference)
     if baseline.name == "ema":
         items.append(Item("baseline ema", 4 * p, "4 P, whole on every rank"))
-    if needed or baseline.name == "frozen" or baseline.frozen_every or config.eval.data:
+    measured = thinks and bool(baseline.frozen_every or config.eval.data)
+    if needs_initial or baseline.name == "frozen" or measured:
         if config.policy.lora:
             items.append(Item("initial model", 0, "none: the trained one with its adapters off"))
         else:
             reason = "for baseline frozen, ig/frozen (baseline.frozen_every: 0 saves it) and evaluation"
-            if needed:
-                reason = "which the objective needs as its reference"
+            if needs_initial:
+                reason = "which the objective needs"
             items.append(Item("initial model", b * p, f"{b} P, whole on every rank, {reason}"))
     if baseline.name == "frozen" and sizes.device == "cpu":
         formula = "4 bytes for each of baseline.cache_tokens"

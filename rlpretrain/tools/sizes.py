@@ -17,8 +17,14 @@ from rlpretrain.data.document_source import SourceInputs, count_documents
 from rlpretrain.data.opening import open_rows, quiet, reads_cells
 from rlpretrain.data.stream import open_source
 from rlpretrain.data.tokenization import DocumentSplitter
-from rlpretrain.models.lengths import check_rows, limit_of
-from rlpretrain.objectives import Objective
+from rlpretrain.models.lengths import Limit, check_rows, limit_of
+from rlpretrain.objectives import Objective, delimiters
+from rlpretrain.scoring.reference_model import (
+    check_vocabulary,
+    is_local,
+    reference_model_config,
+    reference_shape,
+)
 from rlpretrain.tools.memory import Sizes, count_by_shape
 from rlpretrain.training.backends import backend_of
 from rlpretrain.training.backends.deepspeed import ds_settings
@@ -80,6 +86,7 @@ def make_sizes(
         notes += config.engine.memory_notes()
     micro = min(max(config.token_budget, window.row, smallest_piece), step)
     parameters = count_by_shape(shape, config.model.trust_remote_code, policy.lora)
+    reference = _count_reference(config, objective, longest, parameters.all, notes)
     return Sizes(
         parameters=parameters.all,
         trained=parameters.trained,
@@ -92,7 +99,32 @@ def make_sizes(
         row=window.row,
         micro=micro,
         longest=longest,
+        reference=reference,
+        needs=frozenset(objective.needs),
     )
+
+
+def _count_reference(
+    config: PretrainConfig, objective: Objective, longest: int, default: int, notes: list[str]
+) -> int:
+    """Parameters of the model of `reference.path`: 0 without one, `default` where it is not on this machine.
+
+    ConfigError where it cannot score the documents.
+    """
+    if config.reference.path is None:
+        return 0
+    other = reference_model_config(config)
+    if not is_local(other):
+        notes.append(
+            f"'{other.path}' of reference.path is no folder here: it is taken to be as large as model"
+        )
+        return default
+    if is_local(config.model) and not config.model.from_scratch:
+        check_vocabulary(config, delimiters(config.objective))
+    shape = reference_shape(other)
+    limit = limit_of(shape)
+    check_rows(objective, longest, limit and Limit(limit.tokens, f"reference.path: {limit.reason}"))
+    return count_by_shape(shape, other.trust_remote_code).all
 
 
 def _count_group_tokens(

@@ -1,7 +1,7 @@
 """Every metric of a run: its name, meaning and healthy range.
 
-TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reader/*, verified/*, perf/*,
-run/*.
+TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reference/*, reader/*,
+verified/*, perf/*, run/*.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "baseline/logp": Metric("mean log p(target) of the baseline", "steady"),
     "baseline/self": Metric("mean log p(target) of the current model without a thought", "not falling"),
     "ntp/loss": Metric("next-token loss of the trunk, in nats per token", "not above its start"),
+    "reference/cached_frac": Metric(
+        "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
+    ),
     "reader/loss": Metric("mean -log p(target | context, thought)", "falls"),
     "sampling/*": Metric(
         "importance ratios and log-prob differences of sampler and trainer, raw and truncated", "ratio near 1"

@@ -26,13 +26,14 @@ from rlpretrain.rollouts.replay import ReplaySource, rollouts_in
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
-from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_references
+from rlpretrain.scoring.reference_model import check_vocabulary, load_reference
+from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_reference, make_references
 from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.averaging import WeightAverage, check_average
 from rlpretrain.training.backends import Policy, make_policy
 from rlpretrain.training.mixing import OnlineMixing, make_mixing
-from rlpretrain.training.planning import check_settings, count_steps, documents_repeat
+from rlpretrain.training.planning import check_reference, check_settings, count_steps, documents_repeat
 from rlpretrain.types import Document
 from rollout.store import Recorded, Store
 from rollout.types import WeightSource
@@ -63,7 +64,7 @@ class Parts:
     frozen: Frozen | None
     """The initial model, where something is measured against it."""
     reference: Reference | None
-    """Log-probs of trunk and thoughts under the initial model, where the objective needs them."""
+    """Log-probs of trunk and thoughts under the reference model, where the objective needs them."""
     baseline: Baseline
     policy: Policy
     average: WeightAverage | None
@@ -101,11 +102,14 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         torch.set_num_threads(config.threads)
     tasks = load_tasks(config.eval.tasks, config.eval.include_path) if config.eval.tasks else None
     tags = delimiters(config.objective)
+    if config.reference.path:
+        check_vocabulary(config, tags)
     model, tokenizer, added = models.load_with_tokenizer(config.model, tags, config.seed)
     check_model(model.to(ranks.device))
     if ranks.first:
         models.try_saving(model, tokenizer, config.model)
     objective = load_objective(config, tokenizer)
+    check_reference(config, objective)
     place: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.size, "seed": config.seed}
     replayed = None
     if config.replay:
@@ -128,15 +132,17 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     if config.ntp_data:
         others = open_source(SourceInputs(config=config.ntp_data, tokenizer=tokenizer, **place), "ntp_data")
     lengths.check_run(model, objective, stream, others, documents)
+    second = load_reference(config, tags, model, ranks.device) if config.reference.path else None
+    if second is not None:
+        lengths.check_run(second, objective, stream, others, documents, of="reference.path: ")
     total_steps = count_steps(config, objective, stream, replayed)
     check_average(config.average, total_steps)
 
     start = write_start(config, model, tokenizer, ranks, changed=bool(added) or config.model.from_scratch)
-    needs_reference = "reference" in objective.needs
+    needs_initial = ("reference" in objective.needs and second is None) or "initial" in objective.needs
     measures_frozen = owner.has_positions and bool(config.baseline.frozen_every or documents)
     repeats = documents_repeat(config, objective, stream, total_steps)
-    frozen, baseline = make_references(config, model, measures_frozen or needs_reference, repeats, ranks)
-    reference = Reference(frozen, config.sampling.temperature) if frozen and needs_reference else None
+    frozen, baseline = make_references(config, model, measures_frozen or needs_initial, repeats, ranks)
     lora = config.policy.lora
     if lora:
         adapters.add_lora(model, lora, tokenizer.convert_tokens_to_ids(added) if lora.new_tokens else ())
@@ -149,6 +155,8 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         config.sampling.temperature,
         config.loss.inner_epochs,
     )
+    scores_again = repeats or config.loss.inner_epochs > 1 or "batch" in objective.needs
+    reference = make_reference(config, objective.needs, frozen, second, policy, scores_again)
     if replayed is not None:
         engine, source = Recorded(replayed.facts), replayed
     else:
@@ -171,9 +179,12 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     probed = engine.info.needs_probe
     padded_because = attention.install(model) if config.packing == "tree" else None
     if reference is not None and config.packing == "tree" and padded_because is None:
-        attention.install(reference.frozen.model)
+        padded_because = attention.install(reference.frozen.model)
+        if reference.initial is not None:
+            attention.install(reference.initial.frozen.model)
     if config.model.compile:
-        scored = [model, *(scorer.model for scorer in (frozen, baseline) if isinstance(scorer, Frozen))]
+        scorers = (frozen, baseline, reference and reference.frozen)
+        scored = [model, *(scorer.model for scorer in scorers if isinstance(scorer, Frozen))]
         for each in {id(m): m for m in scored}.values():
             compile_layers(each)
     return Parts(

@@ -52,7 +52,8 @@ def account(run: Run, batch: Batch) -> None:
         _Reader(policy.model, run.early, in_training=False),
         _Reader(policy.model, run.source.reads, on_rank=in_process, in_training=False),
     ]
-    frozen_models = {id(b): b for b in (run.frozen, run.baseline) if isinstance(b, Frozen)}
+    scorers = (run.frozen, run.baseline, run.reference and run.reference.frozen)
+    frozen_models = {id(b): b for b in scorers if isinstance(b, Frozen)}
     readers += [_Reader(b.model, b.scorer.reads) for b in frozen_models.values()]
     if run.objective.proxy is not None:
         readers.append(_Reader(run.objective.proxy.model, run.objective.proxy.reads, in_training=False))
@@ -69,6 +70,9 @@ def account(run: Run, batch: Batch) -> None:
     documents, tokens, *work = run.ranks.sum([documents, tokens, trained, operations, on_ranks, in_training])
     run.work = StepWork(*work)
     run.spent.add(documents, tokens, run.work.operations)
+    if run.reference and run.reference.cache:
+        cached, asked = run.reference.take_counts()
+        run.metrics.add("reference/cached_frac", cached / max(asked, 1), asked)
 
 
 def _size_of(run: Run, model: Any) -> Size:

@@ -70,6 +70,20 @@ def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
         )
 
 
+def check_reference(config: PretrainConfig, objective: Objective) -> None:
+    """Check that a reference model of its own serves the objective. Raises ConfigError."""
+    if config.reference.path is None and "second_model" in objective.needs:
+        raise ConfigError(
+            f"objective {type(objective).__name__} needs a second model: set reference.path to a checkpoint "
+            "with the vocabulary of 'model'"
+        )
+    if config.reference.path is not None and "reference" not in objective.needs:
+        raise ConfigError(
+            f"'reference.path' is set, but objective {type(objective).__name__} uses no reference: leave it "
+            "out, or choose another objective"
+        )
+
+
 def check_sources(config: PretrainConfig, owner: type[Objective]) -> None:
     """Check that the named sources serve the objective. Raises ConfigError that names the setting."""
     sources = config.data.sources

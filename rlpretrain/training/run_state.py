@@ -44,6 +44,7 @@ def save(run: Run) -> None:
         "source": run.source.state_dict(),
         "baseline": run.baseline.state_dict(),
         "rng": torch.get_rng_state(),
+        "reference": run.reference.state_dict() if run.reference else {},
     }
     parts: dict[str, Any] = {"policy": run.policy} | ({"average": run.average} if run.average else {})
     checkpoint.save(run.folder, run.step, run.ranks, parts, state, rank_state)
@@ -66,6 +67,8 @@ def restore(run: Run, path: Path) -> None:
     run.source.load_state_dict(rank_state["source"])
     run.stopped = run.stopped or run_stop.exhausted(run)
     run.baseline.load_state_dict(rank_state["baseline"])
+    if run.reference:
+        run.reference.load_state_dict(rank_state.get("reference", {}))  # none in older versions
     torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)
     if run.average:
