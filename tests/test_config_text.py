@@ -61,8 +61,10 @@ def text_fields() -> list[str]:
     return found
 
 
-def engine_of(name: str) -> list[str]:
-    """The words that choose an engine that has a field."""
+def beside(name: str) -> list[str]:
+    """The words that a field needs: those that choose an engine that has it, or a second model."""
+    if name.startswith("reference.") and name != "reference.path":
+        return ["--reference.path=x"]
     engines = ("hf", "vllm_server", "ray") if name.startswith("engine.") else ()
     kinds = (kind for kind in engines if name.removeprefix("engine.") in EngineConfig(name=kind).__dict__)
     return [f"--engine.name={kind}" for kind in kinds][:1]
@@ -91,7 +93,7 @@ def test_the_fields_that_take_text():
 @pytest.mark.parametrize("word", WORDS)
 def test_text_on_the_command_line_stays_text(file, word):
     for name in text_fields():
-        assert at(load_config(file, ["--ntp_data=x", *engine_of(name), f"--{name}={word}"]), name) == word, (
+        assert at(load_config(file, ["--ntp_data=x", *beside(name), f"--{name}={word}"]), name) == word, (
             name
         )
     if ": " not in word:
@@ -255,6 +257,8 @@ def path_fields() -> set[str]:
         "eval.data",
         "eval.include_path",
         "output_dir",
+        "reference.path",
+        "reference.tokenizer",
         "replay",
     }
 
@@ -263,7 +267,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_field(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     for name in path_fields():
         assert (
-            at(load_config(file, ["--ntp_data=x", *engine_of(name), f"--{name}", "~/x/*.jsonl"]), name)
+            at(load_config(file, ["--ntp_data=x", *beside(name), f"--{name}", "~/x/*.jsonl"]), name)
             == "/home/ann/x/*.jsonl"
         ), name
     assert load_config(file, ["--ntp_data", "~/y"]).ntp_data.path == "/home/ann/y"
