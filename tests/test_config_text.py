@@ -93,9 +93,7 @@ def test_the_fields_that_take_text():
 @pytest.mark.parametrize("word", WORDS)
 def test_text_on_the_command_line_stays_text(file, word):
     for name in text_fields():
-        assert at(load_config(file, ["--ntp_data=x", *beside(name), f"--{name}={word}"]), name) == word, (
-            name
-        )
+        assert at(load_config(file, ["--ntp_data=x", *beside(name), f"--{name}={word}"]), name) == word, name
     if ": " not in word:
         assert load_config(file, ["--model", word]).model.path == word  # a section by its head
     assert load_config(file, ["--revision", word]).model.revision == word
