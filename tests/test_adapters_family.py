@@ -42,6 +42,8 @@ def values(name: str, family: Path, out: Path) -> dict[str, Any]:
     for source in ("data", "ntp_data"):
         if source in found:
             found[source]["path"] = str(family / Path(found[source]["path"]).name)
+    if "reference" in found:
+        found["reference"] = str(family / "base")
     if found["objective"] != "ntp" and "min_entropy" in found["objective"]:
         found["objective"] |= {
             "min_entropy": 0.0,

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -38,8 +39,11 @@ from tests.builders.trees import laid, model_of, numbers
 
 @pytest.fixture
 def backend() -> Iterator[Compilations]:
+    """Compilations from nothing, without the checks of shapes that tests/rewards puts around functions."""
     torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield Compilations()
+    jaxtyping.config.update("jaxtyping_disable", False)
     torch._dynamo.reset()
 
 

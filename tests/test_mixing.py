@@ -466,7 +466,7 @@ def test_settings_that_do_not_go_together_are_refused(values, corpus, tmp_path):
     }
     refused("think has next_token: false and so none", data=data | unread, eval={"data": None})
     off = {"sources": sources_of(corpus, read=0.0)}
-    refused("sources.read has weight 0 and so never has one", data=data | off, eval={"data": None})
+    refused("sources.read has weight 0 and so never one", data=data | off, eval={"data": None})
     refused("a replay draws no documents", replay=str(tmp_path))
     plain = {"path": str(corpus / "train.jsonl"), "mixing": "stratified"}
     refused("'mixing' is of 'sources', and there are none", data=plain)
