@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_shapes import Cell, Report, Settings, measuring, peak_gib
+from tests.builders.configs import tiny_values
 
 STEPS = 4
 PATHS: dict[str, dict[str, Any]] = {
@@ -37,20 +38,19 @@ EXACT = (
     "compiled layers",
     "recomputed activations",
     "offloaded activations",
-    "DeepSpeed ZeRO 0",
+    *(name for name in PATHS if name.startswith("DeepSpeed")),
 )
-EXACT += ("DeepSpeed ZeRO 2", "DeepSpeed ZeRO 3")
 """Paths that compute the same numbers as the first, up to rounding."""
 ON_A_CPU = ("float32", "padded rows", "LoRA")
 """Paths of a test of the code: the tests of the library run all of them on a CPU."""
 NEEDS = {"LoRA": "peft", **{name: "deepspeed" for name in PATHS if name.startswith("DeepSpeed")}}
 """Packages that a path needs; without them it is left out."""
-LARGEST = 2e-3
-"""Of a difference between weights of exact paths after the run, in a model with a learning rate of 1e-3."""
+LARGEST = 1e-4
+"""Of a difference between weights of exact paths; four steps at a rate of 1e-3 move them by up to 4e-3."""
 
 
 def measure_paths(settings: Settings, report: Report) -> None:
-    """Some steps of RLP on each path, a resume, and the greedy thoughts of a GPU against those of a CPU."""
+    """Some steps of RLP on each path, and a resume."""
     from rlpretrain.corpora import dial
 
     begin = time.perf_counter()
@@ -94,21 +94,13 @@ def _run(
     from rlpretrain.config.io import build
 
     out = folder / _name_of(path)
-    values: dict[str, Any] = {
+    values = tiny_values(folder, out) | {
         "model": {"path": str(folder / "base")},
-        "data": {"path": str(folder / "train.jsonl"), "max_length": 64},
-        "objective": {"name": "rlp", "positions": "after", "marker": "shows"},
-        "sampling": {"thoughts": 4, "max_thought_tokens": 6, "cut": "force_close"},
-        "positions_per_step": 4,
         "optim": {"lr": 1e-3, "warmup_steps": 0},
-        "policy": {"backend": "torch"},
         "max_steps": STEPS,
         "checkpoint": {"every": STEPS // 2, "keep": 2},
-        "stop": {"collapse": False},
         "baseline": {"name": "self"},
         "eval": {"data": str(folder / "held_out.jsonl"), "documents": 8, "every": STEPS},
-        "console": False,
-        "output_dir": str(out),
         "device": settings.device,
     }
     for section, value in changes.items():

@@ -1,8 +1,8 @@
 """The arithmetic on a tile of logits as single kernels, compiled by torch for an accelerator.
 
 Each function reads the matrix product of a tile once and writes only what is left of it; in
-`rewards.logit_tiles` every operation reads and writes the tile in fp32. On an H100 these passes took as long
-as the products (docs/gpu.md). Shapes: N rows of the tile, C of its columns.
+`rewards.logit_tiles` every operation reads and writes the tile in fp32. On an H100 this saved .089 of the
+.575 s of a training step (docs/gpu.md). Shapes: N rows of the tile, C of its columns.
 """
 
 from collections.abc import Callable

@@ -100,11 +100,12 @@ def test_a_run_with_compiled_layers_trains_the_same_weights(values, tmp_path, mo
 
 
 def test_what_cannot_be_compiled_is_refused(values):
-    config = build(
-        merged(values, model={"path": values["model"], "compile": True}, policy={"backend": "deepspeed"})
-    )
+    model = {"path": values["model"], "compile": True}
+    config = build(merged(values, model=model, policy={"backend": "deepspeed"}))
     with pytest.raises(ConfigError, match=r"model\.compile needs policy\.backend torch"):
-        compilation.check(config)
+        compilation.check(config, backend_of(config.policy))
+    automatic = build(merged(values, model=model, policy={"backend": "auto"}))
+    compilation.check(automatic, "torch")  # what auto is where DeepSpeed is not installed
     with pytest.raises(ConfigError, match="has no layers of transformers' kind"):
         compile_layers(torch.nn.Linear(2, 2))
 

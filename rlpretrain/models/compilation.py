@@ -18,11 +18,11 @@ from rlpretrain.compat import compile_call
 from rlpretrain.config import ConfigError, PretrainConfig
 
 
-def check(config: PretrainConfig) -> None:
-    """Check the settings beside `model.compile`. Raises ConfigError."""
+def check(config: PretrainConfig, backend: str) -> None:
+    """Check the settings beside `model.compile`; `backend` trains the model. Raises ConfigError."""
     if not config.model.compile:
         return
-    if config.policy.backend != "torch":
+    if backend != "torch":
         raise ConfigError(
             "model.compile needs policy.backend torch: other backends put hooks into layers, at which "
             "compiled code stops"

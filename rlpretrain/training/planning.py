@@ -34,7 +34,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     _check_cut(config, owner)
     adapters.check(config)
-    compilation.check(config)
+    compilation.check(config, backend_of(config.policy))
     check_sources(config, owner)
     held_out_data(config)
     check_mixing(config, owner)
