@@ -28,6 +28,7 @@ from rlpretrain.models import compilation
 from rlpretrain.models.compilation import compile_layers, is_compiled
 from rlpretrain.models.randomness import checkpoint_layers
 from rlpretrain.training import builder
+from rlpretrain.training.backends import backend_of
 from rollout import HFEngine
 from rollout.types import Prompt, SamplingParams
 from tests.builders.batches import CLOSE, OPEN, random_batch

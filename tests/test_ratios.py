@@ -160,8 +160,10 @@ def test_draws_give_students_interval_of_the_seeds():
     """With rows that are all alike only seeds vary; the draws of a mean are then Student's t."""
     losses = grid_losses(noise=0.01, seeds=4)
     data = losses.groups["general"]
-    alike = [replace(s, sums=s.sums.mean(-1, keepdims=True) * np.ones(64), base=s.base.mean(-1, keepdims=True)
-             * np.ones(64), tokens=np.full(64, s.tokens.mean())) for s in data.sources]  # fmt: skip
+    alike = []
+    for source in data.sources:
+        means = {name: getattr(source, name).mean(-1, keepdims=True) for name in ("sums", "base", "tokens")}
+        alike.append(replace(source, **{name: mean * np.ones(64) for name, mean in means.items()}))
     drawn = draw_means(GroupLosses(alike, data.curves), np.random.default_rng(0), 40_000)
     for place in range(len(RATIOS)):
         mean, ends = interval(GroupLosses(alike, data.curves).changes[:, place][:, None], rows=["0"])

@@ -40,10 +40,8 @@ def _draw_ratios(panel: Any, result: dict[str, Any], group: str, tolerance: floa
         panel.plot(ratios, np.array(seed, float), "_", color="C0", alpha=0.5, markersize=7)
     for mask, fill, label in ((fitted, "C0", "measured"), (~fitted, "none", "not fitted")):
         if mask.any():
-            panel.errorbar(
-                ratios[mask], mean[mask], yerr=lengths[:, mask], fmt="o", color="C0", capsize=2,
-                markerfacecolor=fill, label=label,
-            )  # fmt: skip
+            look = {"fmt": "o", "color": "C0", "capsize": 2, "markerfacecolor": fill, "label": label}
+            panel.errorbar(ratios[mask], mean[mask], yerr=lengths[:, mask], **look)
     if "band" in law:
         band = {name: np.array(values, float) for name, values in law["band"].items()}
         panel.plot(band["ratios"], band["mean"], color="C1", label="law")
