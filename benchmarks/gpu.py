@@ -52,8 +52,8 @@ MODULES = {
     "paths": "gpu_paths",
 }
 """Where the function `measure_NAME` of each part is; each process imports only its own."""
-OLDEST_TORCH = "2.11"
-"""The oldest torch that is tried here; the library itself asks for a newer one, see rlpretrain/floors.py."""
+OLDEST = {"torch": "2.11", "vllm": "0.26"}
+"""The oldest versions that are tried here; the library itself asks for newer ones, see rlpretrain/floors.py."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,7 +62,7 @@ def run_part(name: str, settings: Any, file: Path) -> None:
     from rlpretrain import floors
 
     # cards come with the torch that their drivers support; the parity part says whether it computes the same
-    floors.OLDEST["torch"] = OLDEST_TORCH
+    floors.OLDEST.update(OLDEST)
     measure = getattr(importlib.import_module(f"benchmarks.{MODULES[name]}"), f"measure_{name}")
     cells: list[dict[str, Any]] = []
 

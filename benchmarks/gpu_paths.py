@@ -16,6 +16,7 @@ from benchmarks.gpu_shapes import Cell, Report, Settings, measuring, peak_gib
 from tests.builders.configs import tiny_values
 
 STEPS = 4
+VLLM: dict[str, Any] = {"name": "vllm_local", "kv_cache_gib": 1.0, "options": {"enforce_eager": True}}
 PATHS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16 weights with float32 copies": {"model": {"dtype": "bfloat16"}},
@@ -28,6 +29,9 @@ PATHS: dict[str, dict[str, Any]] = {
     "moving average as baseline": {"baseline": {"name": "ema"}},
     "an average of the weights": {"average": {"kind": "ema"}},
     "Muon": {"optim": {"name": "muon"}},
+    "vLLM": {"engine": VLLM},
+    "vLLM that sleeps while the model trains": {"engine": VLLM | {"sleep": True}},
+    "vLLM, an adapter": {"engine": VLLM, "policy": {"lora": {"r": 4, "sync": "adapter"}}},
     "DeepSpeed ZeRO 0": {"policy": {"backend": "deepspeed", "zero_stage": 0}},
     "DeepSpeed ZeRO 2": {"policy": {"backend": "deepspeed", "zero_stage": 2}},
     "DeepSpeed ZeRO 3": {"policy": {"backend": "deepspeed", "zero_stage": 3}},
@@ -43,7 +47,9 @@ EXACT = (
 """Paths that compute the same numbers as the first, up to rounding."""
 ON_A_CPU = ("float32", "padded rows", "LoRA")
 """Paths of a test of the code: the tests of the library run all of them on a CPU."""
-NEEDS = {"LoRA": "peft", **{name: "deepspeed" for name in PATHS if name.startswith("DeepSpeed")}}
+NEEDS = {"LoRA": "peft"}
+NEEDS |= {name: "deepspeed" for name in PATHS if name.startswith("DeepSpeed")}
+NEEDS |= {name: "vllm" for name in PATHS if name.startswith("vLLM")}
 """Packages that a path needs; without them it is left out."""
 LARGEST = 1e-4
 """Of a difference between weights of exact paths; four steps at a rate of 1e-3 move them by up to 4e-3."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -172,64 +173,103 @@ def _one_tree(batch: Any) -> list[Any]:
 
 
 def measure_sampling(settings: Settings, report: Report) -> None:
-    """Tokens a second of the HF engine: thoughts after prompts of half a document."""
+    """Tokens a second of the HF engine, and of vLLM if it is installed: thoughts after half a document."""
     from rollout import HFEngine
-    from rollout.types import Prompt, SamplingParams
 
     model = make_model(settings)
+    engine: Any = HFEngine(model)
     for document in sorted({shape.document for shape in settings.shapes}):
-        shape = next(shape for shape in settings.shapes if shape.document == document)
-        positions = shape.positions if document < 8192 else 1
-        length = 4 if settings.tiny else 64
-        cell = Cell(f"{positions * shape.thoughts} thoughts of {length} after {document // 2} tokens")
-        with measuring(cell):
-            ids, _ = make_batch(replace(shape, thoughts=0), 0)
-            prompts = [
-                Prompt((*ids[: document // 2 - 1 - p], OPEN), (CLOSE,), (CLOSE,)) for p in range(positions)
-            ]
-            engine = HFEngine(model)
-            peak_gib(settings, reset=True)
+        _measure_engine(settings, report, "hf", engine, document, 4 if settings.tiny else 64)
+    if not _has_vllm(settings):
+        return
+    from rollout.vllm_local import VLLMEngine
 
-            def sample(
-                tokens: int, engine: Any = engine, prompts: Any = prompts, n: int = shape.thoughts
-            ) -> float:
-                wait_for(settings)
-                begin = time.perf_counter()
-                params = SamplingParams(tokens)
-                sampled = asyncio.run(engine.sample(prompts, params, n, list(range(len(prompts)))))
-                wait_for(settings)
-                made = sum(len(thought.token_ids) for group in sampled for thought in group)
-                return made / (time.perf_counter() - begin)
+    del engine
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = None
+        torch.cuda.empty_cache()
+        longest = max(shape.document for shape in settings.shapes)
+        engine = VLLMEngine(folder, dtype="bfloat16", max_model_len=longest, kv_cache_gib=8)
+        for document in sorted({shape.document for shape in settings.shapes}):
+            for length in (64, 256):
+                _measure_engine(settings, report, "vllm_local", engine, document, length)
+        engine.close()
 
-            sample(2)
-            cell.values = {"tokens_per_s": sample(length), "memory_gib": peak_gib(settings)}
-        report(cell)
+
+def _has_vllm(settings: Settings) -> bool:
+    """Whether vLLM is measured; on a CPU the library's tests run it."""
+    return settings.device.startswith("cuda") and importlib.util.find_spec("vllm") is not None
+
+
+def _measure_engine(
+    settings: Settings, report: Report, name: str, engine: Any, document: int, length: int
+) -> None:
+    """Thoughts of `length` tokens after prompts of half a document; the first call warms up."""
+    from rollout.types import Prompt, SamplingParams
+
+    shape = next(shape for shape in settings.shapes if shape.document == document)
+    positions = shape.positions if document < 8192 else 1
+    cell = Cell(f"{name}: {positions * shape.thoughts} thoughts of {length} after {document // 2} tokens")
+    with measuring(cell):
+        ids, _ = make_batch(replace(shape, thoughts=0), 0)
+        prompts = [
+            Prompt((*ids[: document // 2 - 1 - p], OPEN), (CLOSE,), (CLOSE,)) for p in range(positions)
+        ]
+        peak_gib(settings, reset=True)
+
+        def sample(tokens: int, seed: int) -> float:
+            wait_for(settings)
+            begin = time.perf_counter()
+            seeds = [seed + i * shape.thoughts for i in range(len(prompts))]
+            sampled = asyncio.run(engine.sample(prompts, SamplingParams(tokens), shape.thoughts, seeds))
+            wait_for(settings)
+            made = sum(len(thought.token_ids) for group in sampled for thought in group)
+            return made / (time.perf_counter() - begin)
+
+        sample(2, 0)
+        cell.values = {"tokens_per_s": sample(length, 1000), "memory_gib": peak_gib(settings)}
+    report(cell)
 
 
 def measure_run(settings: Settings, report: Report) -> None:
-    """RLP by the library's own entry: 20 steps from random weights, medians of the last 15."""
+    """RLP by the library's own entry from random weights: with vLLM if it is installed, then with hf."""
+    shape = settings.shapes[0]
+    if _has_vllm(settings):
+        vllm = {"name": "vllm_local", "kv_cache_gib": 8.0}
+        _measure_run(settings, report, vllm, shape.thought, 20)
+    _measure_run(settings, report, {"name": "hf"}, min(32, shape.thought), 20)
+
+
+def _measure_run(
+    settings: Settings, report: Report, engine: dict[str, Any], thought: int, steps: int
+) -> None:
+    """Medians of all steps but the first five."""
     from rlpretrain import Pretrainer
     from rlpretrain.config.io import build
 
-    cell = Cell("20 steps of RLP")
-    shape, steps = settings.shapes[0], 20
+    cell = Cell(f"{steps} steps of RLP, engine {engine['name']}, thoughts of {thought}")
+    shape = settings.shapes[0]
     with measuring(cell), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_model(settings, folder, shape)
+        compiled = settings.device.startswith("cuda")
         values = {
-            "model": {"path": str(folder / "model"), "from_scratch": True, "dtype": "bfloat16"},
+            "model": {
+                "path": str(folder / "model"),
+                "from_scratch": True,
+                "dtype": "bfloat16",
+                "compile": compiled,
+            },
             "data": {"path": str(folder / "documents.jsonl"), "max_length": shape.document},
             "objective": {
                 "name": "rlp",
                 "positions_per_document": shape.positions,
                 "target_length": shape.target,
             },
+            "engine": engine,
             "positions_per_step": shape.positions,
-            "sampling": {
-                "thoughts": shape.thoughts,
-                "max_thought_tokens": min(32, shape.thought),
-                "cut": "force_close",
-            },
+            "sampling": {"thoughts": shape.thoughts, "max_thought_tokens": thought, "cut": "force_close"},
             "token_budget": settings.token_budget,
             "max_steps": steps,
             "baseline": {"frozen_every": 0},
@@ -244,23 +284,29 @@ def measure_run(settings: Settings, report: Report) -> None:
         begin = time.perf_counter()
         Pretrainer(build(values)).train()
         whole = time.perf_counter() - begin
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "step_time" in row]
-        facts = json.loads((folder / "run" / "run.json").read_text())
-        if len(rows) != steps:
-            raise ValueError(f"{len(rows)} of {steps} steps are logged")
-        numbers = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
-        for key in sorted(numbers):
-            known = [row[key] for row in rows[5:] if row.get(key) is not None]
-            if known and key.startswith(("perf/", "step_time", "loss", "grad_norm", "ig/", "batch/", "num_")):
-                cell.values[key] = statistics.median(known)
-        spent = rows[-1].get("num_flops", 0) - rows[4].get("num_flops", 0)
-        took = sum(row["step_time"] for row in rows[5:])
+        cell.values = _numbers_of(folder / "run", steps, settings.peak)
         cell.values |= {"whole_s": whole, "memory_gib": peak_gib(settings)}
-        cell.values["mfu_with_sampling"] = spent / took / settings.peak if settings.peak else None
-        differences = [value for key, value in _flat(facts).items() if key.endswith("tree_difference")]
-        cell.values["tree_check_nats"] = differences[0]
     report(cell)
+
+
+def _numbers_of(run: Path, steps: int, peak: float | None) -> dict[str, Any]:
+    """Medians of a run's metrics, its check of the tree, and its MFU with all that a step does."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "step_time" in row]
+    facts = json.loads((run / "run.json").read_text())
+    if len(rows) != steps:
+        raise ValueError(f"{len(rows)} of {steps} steps are logged")
+    values: dict[str, Any] = {}
+    for key in sorted({key for row in rows for key, value in row.items() if isinstance(value, int | float)}):
+        known = [row[key] for row in rows[5:] if row.get(key) is not None]
+        if known and key.startswith(("perf/", "step_time", "loss", "grad_norm", "ig/", "batch/", "num_")):
+            values[key] = statistics.median(known)
+    spent = rows[-1].get("num_flops", 0) - rows[4].get("num_flops", 0)
+    took = sum(row["step_time"] for row in rows[5:])
+    values["mfu_with_sampling"] = spent / took / peak if peak else None
+    differences = [value for key, value in _flat(facts).items() if key.endswith("tree_difference")]
+    values["tree_check_nats"] = differences[0]
+    return values
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

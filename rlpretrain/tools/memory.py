@@ -18,8 +18,8 @@ from rlpretrain.models.spending import widths_of
 from rlpretrain.objectives import parse_section
 
 GIB = 2**30
-LIBRARIES = 0.5 * GIB
-"""What a process holds once everything is imported: .44 GiB were measured."""
+LIBRARIES = 0.62 * GIB
+"""What a process holds once everything is imported and a tokenizer is loaded: .62 GiB were measured."""
 
 VLLM = 0.5 * GIB
 """What vLLM in the same process adds on a CPU: `benchmarks.real_matrix` measured .2 to .6 GiB."""
@@ -254,6 +254,9 @@ def _engine_extras(config: PretrainConfig, sizes: Sizes) -> list[Item]:
         return items
     if sizes.device == "cpu":
         items.append(Item("vLLM's code and buffers", VLLM, "measured with SmolLM2-135M"))
+        b = getattr(torch, engine.dtype or config.model.dtype).itemsize
+        formula = f"{b} P: on a CPU vLLM makes its layers anew, then packs them"
+        items.append(Item("layers that a sync makes anew", b * sizes.parameters, formula, "sampling"))
     if lora and lora.sync == "merged":
         b = getattr(torch, config.model.dtype).itemsize
         formula = f"{b} P, all at once (policy.lora.sync: adapter saves it)"
