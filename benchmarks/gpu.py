@@ -53,7 +53,7 @@ MODULES = {
 }
 """Where the function `measure_NAME` of each part is; each process imports only its own."""
 OLDEST = {"torch": "2.11", "vllm": "0.26"}
-"""The oldest versions that are tried here; the library itself asks for newer ones, see rlpretrain/floors.py."""
+"""The oldest versions that are tried here; the library asks for newer ones (rlpretrain/floors.py)."""
 ROOT = Path(__file__).resolve().parents[1]
 
 

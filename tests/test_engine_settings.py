@@ -9,6 +9,7 @@ import re
 from dataclasses import fields, replace
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -23,7 +24,7 @@ from rlpretrain.config.engines import (
 )
 from rlpretrain.config.io import build, describe, load_config, to_dict
 from rlpretrain.experiments.experiment import overlay
-from rlpretrain.rollouts.engines import find_engine
+from rlpretrain.rollouts.engines import default_tolerance, find_engine
 from rlpretrain.training.checkpoint import check_same
 from rlpretrain.training.pretrainer import Pretrainer
 from tests.builders.runs import ROOT, merged, trained
@@ -156,3 +157,17 @@ def test_an_engine_that_sleeps_does_not_sample_ahead(values, monkeypatch):
         ConfigError, match="engine hf sleeps while the model trains: set engine.max_staleness to 0"
     ):
         Pretrainer(build(merged(values, engine={"max_staleness": 1}))).train()
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "tolerance"),
+    [
+        ({}, "cpu", 1e-3),
+        ({}, "cuda", 0.05),  # vLLM's attention rounds float32 to TensorFloat32 there
+        ({"engine": {"name": "vllm_local", "dtype": "bfloat16"}}, "cuda", 0.1),
+        ({"model": {"path": "m", "dtype": "bfloat16"}}, "cpu", 0.1),
+    ],
+)
+def test_the_probe_allows_what_the_arithmetic_of_the_device_rounds(values, device, tolerance):
+    config = build({"model": "m", "data": "d.jsonl", "objective": "rlp"} | values)
+    assert default_tolerance(config, torch.device(device)) == tolerance

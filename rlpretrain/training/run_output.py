@@ -37,7 +37,7 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
     yield from overlaps(run.config)
     if run.dropped:
         yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens left out"
-    if run.peak is None and run.ranks.device.type == "cuda":  # never run: docs/gpu.md
+    if run.peak is None and run.ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(run.ranks.device)
         yield f"the peak of {name} is not known, so perf/mfu is not logged: set peak_flops"
     if run.resumed_from:
