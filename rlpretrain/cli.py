@@ -20,12 +20,14 @@ from rlpretrain.commands import (
     preparation,
     ratios,
     serving,
+    starting,
     training,
 )
 from rlpretrain.config import ConfigError
 from rlpretrain.files import FULL, LOCKED, explain
 
 FEATURES = (
+    starting,
     training,
     serving,
     evaluation,

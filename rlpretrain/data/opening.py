@@ -54,6 +54,16 @@ def open_rows(data: DataConfig) -> Dataset | IterableDataset:
     return rows
 
 
+def column_names(data: DataConfig) -> list[str]:
+    """The columns of `data.path`, whatever columns `data` names. ConfigError as in `open_rows`."""
+    files = find_files(data)
+    with readable(data), quiet():
+        if reads_cells(data):
+            return columns_of(files, kind_of(files[0]) or "")
+        rows = _open_with_datasets(data, files)
+        return list(rows.column_names or next(iter(rows), {}))
+
+
 def columns_wanted(data: DataConfig) -> list[str]:
     """The columns that `data` names, each once."""
     order = [order_column(data)] if data.order_by else []
