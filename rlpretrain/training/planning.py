@@ -60,8 +60,8 @@ def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
     cut, (_, own) = config.sampling.cut, parse_section(config.objective)
     if cut in owner.refused_cuts:
         raise ConfigError(
-            f"sampling.cut {cut} does not fit objective {owner.__name__}: a thought without an end is wrong, "
-            "and not left out. Set force_close or penalise"
+            f"sampling.cut {cut} does not fit objective {owner.__name__}: thoughts without an end count and "
+            "may not be left out. Set force_close or penalise"
         )
     if cut == "penalise" and config.sampling.cut_penalty > 0 and getattr(own, "advantage", None) == "max_rl":
         raise ConfigError(
