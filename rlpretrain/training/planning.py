@@ -33,6 +33,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     _check_cut(config, owner)
+    _check_baseline(config, owner)
     adapters.check(config)
     compilation.check(config, backend_of(config.policy))
     check_sources(config, owner)
@@ -67,6 +68,17 @@ def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
         raise ConfigError(
             "objective.advantage max_rl needs rewards of at least 0, but sampling.cut penalise makes some "
             "negative: set sampling.cut to force_close"
+        )
+
+
+def _check_baseline(config: PretrainConfig, owner: type[Objective]) -> None:
+    """The baseline's model must be one that can score what the objective asks of it."""
+    name, refused = config.baseline.name, owner.refused_baselines
+    if name in refused:
+        allowed = [other for other in ("self", "frozen", "ema") if other not in refused]
+        raise ConfigError(
+            f"baseline.name {name} does not fit objective {owner.__name__}, whose rewards are scored by the "
+            f"baseline's model. Set {' or '.join(allowed)}"
         )
 
 

@@ -107,10 +107,10 @@ class ObjectiveReward(LiveScorer):
                 "0, or use rlpretrain's own trainer"
             )
         policy_judges = getattr(self.objective, "judge", 0) is None and config.reward == "judge"
-        if {"batch", "reference"} & self.objective.needs or policy_judges:
+        if {"batch", "reference", "target_baseline"} & self.objective.needs or policy_judges:
             raise ConfigError(
                 f"objective {section['name']} cannot be a reward function with these settings: it compares "
-                "whole batches, needs a reference model, or asks the policy to judge (set judge_url or "
+                "whole batches, needs a second model, or asks the policy to judge (set judge_url or "
                 "judge_function)"
             )
         self.delimiters = Delimiters(config.open, config.close)
