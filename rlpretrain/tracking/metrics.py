@@ -39,10 +39,6 @@ METRICS: dict[str, Metric] = {
     "thought/closed_frac": Metric("share of thoughts that closed themselves", "above .9"),
     "thought/eos_frac": Metric("share of thoughts that ended the document instead", "near 0"),
     "thought/uncounted_frac": Metric("share of thoughts that do not count (cut off, aborted)", "below .1"),
-    "thought/kl": Metric(
-        "mean log-ratio of a thought under policy and reference, in nats: an estimate of the KL divergence",
-        "0 at the start of a run from the reference, then bounded",
-    ),
     "thought/leakage": Metric("overlap of thought and target n-grams", "no sudden rise"),
     "thought/repetition": Metric("share of 4-grams repeated within a thought", "below .3"),
     "completions/mean_length": Metric("tokens per thought", "no drift to 0 or to the limit"),
@@ -53,6 +49,10 @@ METRICS: dict[str, Metric] = {
     "ntp/loss": Metric("next-token loss of the trunk, in nats per token", "not above its start"),
     "reference/cached_frac": Metric(
         "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
+    ),
+    "reference/kl": Metric(
+        "mean log-ratio of a thought under policy and reference, in nats: an estimate of the KL divergence",
+        "0 at the start of a run from the reference, then bounded",
     ),
     "reader/loss": Metric("mean -log p(target | context, thought)", "falls"),
     "sampling/*": Metric(

@@ -60,10 +60,10 @@ def test_the_divergence_is_exactly_0_in_the_first_step(values, tmp_path, packing
     common = {"packing": packing, "sampling__temperature": 0.7}
     run, ours = one_step(latro(values, beta=5.0, **common), output_dir=str(tmp_path / "latro"))
     _, plain = one_step(likelihood(values, **common), output_dir=str(tmp_path / "likelihood"))
-    assert same(ours, plain) and run.last["thought/kl"] == 0
+    assert same(ours, plain) and run.last["reference/kl"] == 0
     trained(latro(values, beta=5.0, max_steps=2, **common), output_dir=str(tmp_path / "two"))
     rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["thought/kl"] == 0 and abs(rows[1]["thought/kl"]) > 1e-3
+    assert rows[0]["reference/kl"] == 0 and abs(rows[1]["reference/kl"]) > 1e-3
 
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
