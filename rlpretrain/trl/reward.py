@@ -106,6 +106,11 @@ class ObjectiveReward(LiveScorer):
                 "objective.direct: a loss on the target itself has no place in a reward function: set it to "
                 "0, or use rlpretrain's own trainer"
             )
+        if getattr(config, "fixed_length", False):
+            raise ConfigError(
+                "objective.fixed_length: thoughts that TRL samples end at the close tag: set it to false, or "
+                "use rlpretrain's own trainer"
+            )
         policy_judges = getattr(self.objective, "judge", 0) is None and config.reward == "judge"
         if {"batch", "reference", "target_baseline"} & self.objective.needs or policy_judges:
             raise ConfigError(
