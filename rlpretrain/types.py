@@ -142,6 +142,8 @@ class Scores:
     """[M] `trunk_logps` under the frozen reference model; only with need "reference"."""
     thought_reference: Tensor | None = None
     """[B, G, L] `thought_logps` under the frozen reference model; only with need "reference"."""
+    target_baseline: Tensor | None = None
+    """[B, G, T] `target_logps` under the model of `baseline`; only with need "target_baseline"."""
     trunk_initial: Tensor | None = None
     """[M] `trunk_logps` under the frozen initial model; only with need "initial"."""
 

@@ -139,6 +139,10 @@ def test_positions_of_the_examples(tmp_path):
         "rlpt_judge",
         "pretrain_zero",
         "likelihood",
+        "latro",
+        "quiet_star",
+        "nover",
+        "bow",
         "random_reward",
         "format_only",
     ):

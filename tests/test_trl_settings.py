@@ -355,6 +355,12 @@ def test_a_processor_brings_its_tokenizer(texts, corpus, tmp_path):
         ({"remove_unused_columns": True}, "leave remove_unused_columns at false"),
         ({"objective": "likelihood", "objective_fields": {"direct": 1.0}}, "a loss on the target itself"),
         ({"objective": "likelihood", "objective_fields": {"score": "jepo"}}, "advantages of its own"),
+        ({"objective": "quiet_star"}, "objective.fixed_length: thoughts that TRL samples end"),
+        (
+            {"objective": "quiet_star", "objective_fields": {"fixed_length": False}},
+            "objective.clamp True has advantages of its own",
+        ),
+        ({"objective": "bow"}, "objective bow cannot be a reward function"),
         ({"objective": "rmt"}, "set ntp_coef 0"),
         (None, "takes an RLPConfig"),
     ],

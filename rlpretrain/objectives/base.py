@@ -66,6 +66,8 @@ class Objective:
     """Most tokens sampled after a thought, up to `config.closing`; 0: no answer is sampled."""
     refused_cuts: frozenset[str] = frozenset()
     """Values of `sampling.cut` with which a run is refused."""
+    refused_baselines: frozenset[str] = frozenset()
+    """Values of `baseline.name` with which a run is refused."""
     token_reduction = "thought_mean"
     """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
     __slots__ = ("__dict__", "__weakref__", "_setting")
@@ -206,6 +208,14 @@ class Objective:
         if self.config.no_think == "raw":
             return None
         return self.template.no_think(position, self.config.no_think)
+
+    def baseline_prompt(self, group: Group) -> Prompt:
+        """The ids around a thought for the baseline's model, which scores targets on need "target_baseline".
+
+        The policy's own by default. Another prompt costs rows of its own, and a model apart from the policy:
+        with it, refuse the baselines none and self (`refused_baselines`).
+        """
+        return group.prompt
 
     # sampling
 

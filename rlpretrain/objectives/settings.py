@@ -16,9 +16,10 @@ NEEDS = {
     "reference": "log-probs of trunk and thoughts under `reference.path`, by default the initial model",
     "second_model": "a reference model that is not the initial one: `reference.path`",
     "initial": "log-probs of the trunk under the frozen initial model, beside those of the reference",
+    "target_baseline": "log-probs of the targets after the thoughts under the model of `baseline`",
     "entropy": "the entropy of each token of a document, for `positions`",
     "batch": "`advantage` sees all groups of a step at once",
-    "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",
+    "group": "`reward` and `target_weights` see a whole group: it may not be spread over micro-batches",
     "ntp_data": "a second stream of documents",
 }
 """What an objective can ask of a run. Each need is read somewhere; a test checks that."""

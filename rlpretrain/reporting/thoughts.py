@@ -149,8 +149,9 @@ def _add_groups(
     )
     rewarded: dict[str, list[float]] = {}
     unrewarded = [group for group in groups if group.rewards is None]
-    # not by a reward that compares a batch, or needs the reference that only a run has
-    can_be_rewarded = "target" in objective.needs and not {"batch", "reference"} & objective.needs
+    # not by a reward that compares a batch, or needs a model that only a run has
+    only_in_a_run = {"batch", "reference", "target_baseline"}
+    can_be_rewarded = "target" in objective.needs and not only_in_a_run & objective.needs
     if loaded.model is not None and unrewarded and can_be_rewarded:
         ids = dict.fromkeys(group.position.document_id for group in unrewarded)
         known = [documents[document_id] for document_id in ids if document_id in documents]

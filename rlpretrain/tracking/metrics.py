@@ -50,6 +50,10 @@ METRICS: dict[str, Metric] = {
     "reference/cached_frac": Metric(
         "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
     ),
+    "reference/kl": Metric(
+        "mean log-ratio of a thought under policy and reference, in nats: an estimate of the KL divergence",
+        "0 at the start of a run from the reference, then bounded",
+    ),
     "reader/loss": Metric("mean -log p(target | context, thought)", "falls"),
     "sampling/*": Metric(
         "importance ratios and log-prob differences of sampler and trainer, raw and truncated", "ratio near 1"

@@ -63,6 +63,9 @@ class StepMetrics:
         counted = scores.counted
         if scores.target_mask.any():
             self._add_gains(scores, self_logps)
+        if scores.thought_reference is not None:
+            log_ratio = (scores.thought_logps.detach() - scores.thought_reference).sum(-1)
+            self.add("reference/kl", log_ratio[counted])
         self.add("reward", reward[counted])
         deviations = torch.stack([_deviation(r[c]) for r, c in zip(reward, counted, strict=True)])
         self.add("reward_std", deviations)

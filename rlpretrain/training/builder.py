@@ -28,6 +28,7 @@ from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.reference_model import check_vocabulary, load_reference
 from rlpretrain.scoring.references import Baseline, Frozen, Reference, make_reference, make_references
+from rlpretrain.scoring.target_baseline import TargetBaseline
 from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.averaging import WeightAverage, check_average
@@ -66,6 +67,8 @@ class Parts:
     reference: Reference | None
     """Log-probs of trunk and thoughts under the reference model, where the objective needs them."""
     baseline: Baseline
+    target_baseline: TargetBaseline | None
+    """Log-probs of the targets under the baseline's model, where the objective needs them."""
     policy: Policy
     average: WeightAverage | None
     engine_weights: WeightSource
@@ -182,6 +185,15 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         padded_because = attention.install(reference.frozen.model)
         if reference.initial is not None:
             attention.install(reference.initial.frozen.model)
+    layout = _layout(
+        config, objective, tokenizer, frozen, tree=config.packing == "tree" and padded_because is None
+    )
+    target_baseline = None
+    if "target_baseline" in objective.needs:
+        if layout.tree and isinstance(baseline, Frozen):
+            attention.install(baseline.model)
+        autocast = getattr(policy, "autocast", False)
+        target_baseline = TargetBaseline(baseline, objective, layout, autocast=autocast)
     if config.model.compile:
         scorers = (frozen, baseline, reference and reference.frozen)
         scored = [model, *(scorer.model for scorer in scorers if isinstance(scorer, Frozen))]
@@ -203,6 +215,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         frozen=frozen,
         reference=reference,
         baseline=baseline,
+        target_baseline=target_baseline,
         policy=policy,
         average=WeightAverage(config.average, policy) if config.average else None,
         engine_weights=policy.adapter if lora and lora.sync == "adapter" else policy.weights,
@@ -211,9 +224,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         source=source,
         mixing=make_mixing(config, stream, total_steps),
         store=Store(folder / "rollouts", ranks.rank) if config.save_rollouts else None,
-        layout=_layout(
-            config, objective, tokenizer, frozen, tree=config.packing == "tree" and padded_because is None
-        ),
+        layout=layout,
         padded_because=padded_because,
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
         parameters=models.count_parameters(policy.model),

@@ -33,6 +33,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     _check_cut(config, owner)
+    _check_baseline(config, owner)
     adapters.check(config)
     compilation.check(config, backend_of(config.policy))
     check_sources(config, owner)
@@ -60,13 +61,24 @@ def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
     cut, (_, own) = config.sampling.cut, parse_section(config.objective)
     if cut in owner.refused_cuts:
         raise ConfigError(
-            f"sampling.cut {cut} does not fit objective {owner.__name__}: a thought without an end is wrong, "
-            "and not left out. Set force_close or penalise"
+            f"sampling.cut {cut} does not fit objective {owner.__name__}: thoughts without an end count and "
+            "may not be left out. Set force_close or penalise"
         )
     if cut == "penalise" and config.sampling.cut_penalty > 0 and getattr(own, "advantage", None) == "max_rl":
         raise ConfigError(
             "objective.advantage max_rl needs rewards of at least 0, but sampling.cut penalise makes some "
             "negative: set sampling.cut to force_close"
+        )
+
+
+def _check_baseline(config: PretrainConfig, owner: type[Objective]) -> None:
+    """The baseline's model must be one that can score what the objective asks of it."""
+    name, refused = config.baseline.name, owner.refused_baselines
+    if name in refused:
+        allowed = [other for other in ("self", "frozen", "ema") if other not in refused]
+        raise ConfigError(
+            f"baseline.name {name} does not fit objective {owner.__name__}, whose rewards are scored by the "
+            f"baseline's model. Set {' or '.join(allowed)}"
         )
 
 

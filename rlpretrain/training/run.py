@@ -160,8 +160,10 @@ class Run(Parts):
         return pack_step(self, batch, totals)
 
     def add_references(self, own: Scores, micro: MicroBatch) -> Scores:
-        """The policy's scores with the baseline's no-think log-probs, and the reference's where needed."""
+        """The policy's scores with the baseline's log-probs, and the reference's where needed."""
         scores = self.baseline(own, micro)
+        if self.target_baseline is not None:
+            scores = self.target_baseline(scores, micro)
         return scores if self.reference is None else self.reference(scores, micro)
 
     def count_losses(self, micros: Sequence[MicroBatch]) -> list[float]:

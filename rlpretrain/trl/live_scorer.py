@@ -26,6 +26,9 @@ from rlpretrain.trl.model_setup import check_adapters, make_baseline, settle_mod
 from rlpretrain.types import Batch
 from rollout.types import Group
 
+OWN_ADVANTAGES = (("score", "jepo"), ("clamp", True), ("unclosed", "double_mean"))
+"""Fields of objectives, and the values with which `advantage` is more than a comparison of rewards."""
+
 
 class LiveScorer:
     """Rewards groups by an objective, with the model that it watches, against the baseline of that name."""
@@ -52,11 +55,13 @@ class LiveScorer:
             )
         self.model = model
         keep_differentiable(inner)
-        if not self.attention and getattr(self.objective.config, "score", "") == "jepo":
-            raise ConfigError(
-                "objective.score jepo has advantages of its own, and this trainer of TRL's computes them "
-                "from rewards: take another score, or AsyncRollouts, or rlpretrain's own trainer"
-            )
+        for field, value in OWN_ADVANTAGES:
+            if not self.attention and getattr(self.objective.config, field, None) == value:
+                raise ConfigError(
+                    f"objective.{field} {value} has advantages of its own, and this trainer of TRL's "
+                    "computes them from rewards: take another value, or AsyncRollouts, or rlpretrain's "
+                    "own trainer"
+                )
         if peft_model is not None:
             check_adapters(inner, peft_model, self.baseline)
         settle_model(inner, self.attention, is_sharded=is_sharded, reward_name=self.__name__)

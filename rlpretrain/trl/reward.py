@@ -106,11 +106,16 @@ class ObjectiveReward(LiveScorer):
                 "objective.direct: a loss on the target itself has no place in a reward function: set it to "
                 "0, or use rlpretrain's own trainer"
             )
+        if getattr(config, "fixed_length", False):
+            raise ConfigError(
+                "objective.fixed_length: thoughts that TRL samples end at the close tag: set it to false, or "
+                "use rlpretrain's own trainer"
+            )
         policy_judges = getattr(self.objective, "judge", 0) is None and config.reward == "judge"
-        if {"batch", "reference"} & self.objective.needs or policy_judges:
+        if {"batch", "reference", "target_baseline"} & self.objective.needs or policy_judges:
             raise ConfigError(
                 f"objective {section['name']} cannot be a reward function with these settings: it compares "
-                "whole batches, needs a reference model, or asks the policy to judge (set judge_url or "
+                "whole batches, needs a second model, or asks the policy to judge (set judge_url or "
                 "judge_function)"
             )
         self.delimiters = Delimiters(config.open, config.close)
