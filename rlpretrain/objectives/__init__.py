@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "Objective",
     "Setting",
     "available",
+    "banned_ids",
     "config_of",
     "delimiters",
     "find",
@@ -106,9 +107,18 @@ def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
             f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data"
         )
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
+    banned = banned_ids(s.banned_tokens, tokenizer)
+    params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos, banned)
     reduction = objective.token_reduction if run.loss.reduction == "auto" else run.loss.reduction
     return objective.with_setting(Setting(params, s.thoughts, run.loss.reader_coef, reduction))
+
+
+def banned_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The ids of `sampling.banned_tokens`; ConfigError for a text that is not one token."""
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [token for token in tokens if token not in vocabulary]:
+        raise ConfigError(f"sampling.banned_tokens: '{unknown[0]}' is not a token of the tokenizer")
+    return tuple(vocabulary[token] for token in tokens)
 
 
 load = load_objective  # the name it had before
