@@ -16,7 +16,7 @@ from rlpretrain.config import ConfigError, PretrainConfig, names
 from rlpretrain.config.io import parse
 from rlpretrain.objectives.base import Objective
 from rlpretrain.objectives.settings import NEEDS, Config, Setting
-from rlpretrain.prompts import Delimiters
+from rlpretrain.prompts import AddedTokens, Delimiters
 from rollout.types import SamplingParams
 
 __all__ = [
@@ -82,10 +82,10 @@ def parse_section(section: Mapping[str, Any]) -> tuple[type[Objective], Any]:
     return owner, parse(owner.Config, section, "objective")
 
 
-def delimiters(section: Mapping[str, Any]) -> Delimiters | None:
-    """The tags of a thought under an `objective:` section; None for an objective without thoughts."""
+def delimiters(section: Mapping[str, Any]) -> AddedTokens | None:
+    """The tokens that an `objective:` section adds to tokenizer and model: a thought's tags, or others."""
     owner, config = parse_section(section)
-    return Delimiters(config.open, config.close) if owner.has_positions else None
+    return Delimiters(config.open, config.close) if owner.has_positions else owner.control_tokens(config)
 
 
 def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
