@@ -102,9 +102,7 @@ class Completion(Body):
         """The library's sampling parameters."""
         eos = () if self.ignore_eos else tuple(eos_ids)
         banned = tuple(self.logit_bias or ())
-        return SamplingParams(
-            self.max_tokens, self.temperature, self.top_p, max(0, self.top_k), eos, banned
-        )
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, max(0, self.top_k), eos, banned)
 
 
 class Params(Body):

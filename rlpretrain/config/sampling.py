@@ -24,8 +24,8 @@ class SamplingConfig:
     top_k: Annotated[int, Field(ge=0)] = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
     banned_tokens: tuple[str, ...] = ()
-    """Tokens that are never sampled, by their text: control tokens of the base model, for instance. Importance
-    ratios are biased by the probability that the model gives them.
+    """Tokens that are never sampled, by their text: control tokens of the base model, for instance.
+    Importance ratios are biased by the probability that the model gives them.
     """
     max_thought_tokens: Count = 256
     """Longest thought, close tag included. A base that never saw the tags closes no thought at first, so at
