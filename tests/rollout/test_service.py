@@ -269,7 +269,7 @@ def test_completions_are_vllms(client, model):
 
 def test_banned_ids_are_never_sampled(client, model):
     """By either route; a bias that does not ban is refused."""
-    (prompt,), banned = prompts_of([6], stop_ids=()), list(range(0, VOCABULARY, 2))
+    (prompt,), banned = prompts_of([6], stop_ids=()), list(range(0, model.config.vocab_size, 2))
     (expected,) = sample(HFEngine(model), [prompt], replace(PARAMS, banned_ids=tuple(banned)), seeds=[3])
     (group,) = groups_of(client, [prompt], seeds=[3], banned_ids=banned)
     assert [t["token_ids"] for t in group["thoughts"]] == [list(t.token_ids) for t in expected]
