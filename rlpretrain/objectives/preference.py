@@ -23,8 +23,8 @@ a loss there is that of the text alone: the same tokens as for `mle`.
 
 The paper's code clamps 1 − p at 1e-20. Here 1 − p is computed from log p and clamped at float32's resolution.
 
-Exact reductions to `ntp`: `mle`; `rwr` with a β so large that weights round to 1; `conditional` with `drop: 1`;
-a threshold above all scores in `filter` and `unlikelihood` (refused in a run). The control of each is
+Exact reductions to `ntp`: `mle`; `rwr` with a β so large that weights round to 1; `conditional` with `drop:
+1`; a threshold above all scores in `filter` and `unlikelihood` (refused in a run). The control of each is
 `permuted`: scores of random segments.
 """
 

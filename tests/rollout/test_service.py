@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlpretrain.cli import main
-from rollout import FinishReason, HFEngine, Prompt, SamplingParams
+from rollout import FinishReason, HFEngine, Prompt, SamplingParams, vllm_routes
 from rollout.batched import BatchedEngine
 from tests.builders.processes import Forked, start
 from tests.builders.sampling import prompts_of, sample, tokens
@@ -274,7 +274,7 @@ def test_banned_ids_are_never_sampled(client, model):
     (group,) = groups_of(client, [prompt], seeds=[3], banned_ids=banned)
     assert [t["token_ids"] for t in group["thoughts"]] == [list(t.token_ids) for t in expected]
     assert not any(set(t.token_ids) & set(banned) for t in expected)
-    body = completion("", prompt, replace(PARAMS, banned_ids=tuple(banned)), 3, 3)
+    body = vllm_routes.completion("", prompt, replace(PARAMS, banned_ids=tuple(banned)), 3, 3)
     said = client.post("/v1/completions", json={k: v for k, v in body.items() if k != "model"}).json()
     assert [c["token_ids"] for c in said["choices"]] == [list(t.token_ids) for t in expected]
     refused = client.post("/v1/completions", json={"prompt": [1], "logit_bias": {"3": 1.5}})
