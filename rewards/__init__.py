@@ -23,6 +23,7 @@ from rewards.likelihood import row_entropies, token_logps, token_logps_from_logi
 from rewards.probability import (
     VR_CLI_STEPS,
     debiased_probability,
+    log_complement,
     multi_sample_bound,
     perplexity_gain,
     target_logp,
@@ -42,6 +43,7 @@ __all__ = [
     "importance_ratio",
     "information_gain",
     "leave_one_out",
+    "log_complement",
     "max_rl",
     "multi_sample_bound",
     "other_document",

@@ -5,6 +5,7 @@ with no counted token gets NaN: not applicable. Nothing is detached here: the ca
 log-probs.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,24 @@ def target_probability(
     count = counted.sum(-1)
     total = torch.where(counted, logps.exp(), 0.0).sum(-1)
     return torch.where(count > 0, total / count, torch.nan)
+
+
+def log_complement(logps: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return log(1 − p) from log p, accurate for small and for large p; in the dtype of `logps`.
+
+    log p is taken to be at most −eps, the dtype's resolution: where p rounds to 1 the result is log(eps),
+    about −16 in float32, and the gradient is that at −eps, so that both are finite.
+
+    >>> log_complement(torch.tensor([0.5, 1.0]).log())
+    tensor([ -0.6931, -15.9424])
+    """
+    most = -torch.finfo(logps.dtype).eps
+    bounded = logps + (logps.clamp(max=most) - logps).detach()  # clamp alone has no gradient at p = 1
+    is_small = bounded < -math.log(2)
+    # Each branch gets values that it can take: a gradient that is not finite would spoil the sum.
+    small = torch.log1p(-torch.exp(torch.where(is_small, bounded, -1.0)))
+    large = torch.log(-torch.expm1(torch.where(is_small, -0.5, bounded)))
+    return torch.where(is_small, small, large)
 
 
 def debiased_probability(

@@ -44,9 +44,25 @@ class Delimiters:
         if not self.open.strip() or not self.close.strip() or self.open == self.close:
             raise ConfigError(f"a thought needs two different tags, got '{self.open}' and '{self.close}'")
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Both."""
+        return self.open, self.close
+
+
+@dataclass(frozen=True, slots=True)
+class ControlTokens:
+    """Tokens that an objective without thoughts puts into documents; new ones start as the mean row."""
+
+    tokens: tuple[str, ...]
+
+
+AddedTokens = Delimiters | ControlTokens
+"""What an objective adds to tokenizer and model, where they lack it."""
+
 
 def ensure_delimiters(
-    tokenizer: Any, model: nn.Module | None = None, delimiters: Delimiters | None = None
+    tokenizer: Any, model: nn.Module | None = None, delimiters: AddedTokens | None = None
 ) -> list[str]:
     """Make both tags single tokens of `tokenizer` and `model`; return the tags that were added.
 
@@ -58,15 +74,17 @@ def ensure_delimiters(
     A new tag starts as the mean of the rows of the pieces into which the tokenizer split it before ("<",
     "think", ">"), for input and output. On SmolLM2-135M, 32 positions of GSM8K with targets of three tokens,
     an empty thought then costs 5.1 nats; started as the mean of all rows it costs 6.6 (NOTES.md). If the
-    tokenizer has no such pieces (a word tokenizer), the tag starts as the mean of the rows in use.
+    tokenizer has no such pieces (a word tokenizer), the tag starts as the mean of the rows in use. So do
+    control tokens, whose words mean nothing.
 
     A model whose table is too small for a tokenizer that already has both tags is resized too.
     """
     delimiters = delimiters or Delimiters()
     vocabulary = tokenizer.get_vocab()
     used_ids = sorted(vocabulary.values())
-    added = [tag for tag in (delimiters.open, delimiters.close) if tag not in vocabulary]
-    pieces = {tag: _split_tag(tokenizer, tag) for tag in added}
+    added = [tag for tag in delimiters.tokens if tag not in vocabulary]
+    is_thought = isinstance(delimiters, Delimiters)
+    pieces = {tag: _split_tag(tokenizer, tag) if is_thought else [] for tag in added}
     if added:
         fill_vocabulary(tokenizer)
         tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in added])
@@ -90,7 +108,7 @@ def ensure_delimiters(
         for weight in weights.values():
             for tag in added:
                 row = tokenizer.convert_tokens_to_ids(tag)
-                if pieces[tag] or row < rows:
+                if pieces[tag] or row < rows or not is_thought:
                     mean = weight[pieces[tag] or ids_with_row].float().mean(0)
                     weight[row] = mean.to(weight.dtype)
     return added

@@ -52,14 +52,14 @@ def uniforms(seeds: Sequence[int], steps: int, device: torch.device | str = "cpu
 
 
 def truncated_logps(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probabilities (nats, float32, [R, V]) to draw from: temperature, top-k, then top-p.
+    """Log-probabilities (nats, float32, [R, V]) to draw from: banned ids, temperature, top-k, then top-p.
 
     Top-k keeps every token that ties with the k-th; top-p keeps the smallest set of most likely tokens
     whose probability reaches it, at least one. Tokens outside are -inf and the rest are normalised again.
-    At temperature 0 nothing is truncated and the log-probabilities of temperature 1 are returned: a greedy
-    choice has no distribution of its own.
+    At temperature 0 only banned ids are removed, and the log-probabilities of temperature 1 are returned: a
+    greedy choice has no distribution of its own.
     """
-    logits = logits.float()
+    logits = _without_banned(logits.float(), params)
     if params.temperature not in (0.0, 1.0):
         logits = logits / params.temperature
     if params.temperature > 0 and 0 < params.top_k < logits.shape[-1]:
@@ -91,9 +91,17 @@ def draw(
         mass = logps.exp().cumsum(-1, dtype=torch.float64)
         token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:]).clamp_(max=logits.shape[-1] - 1)
     if greedy is not None and params.temperature > 0:
-        plain = logits[greedy].float().log_softmax(-1)
+        plain = _without_banned(logits[greedy].float(), params).log_softmax(-1)
         token[greedy], logps[greedy] = plain.argmax(-1, keepdim=True), plain
     return token[:, 0], logps.gather(1, token)[:, 0]
+
+
+def _without_banned(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Logits [R, V] with -inf at the banned ids."""
+    if not params.banned_ids:
+        return logits
+    banned = torch.tensor(params.banned_ids, device=logits.device)
+    return logits.index_fill(-1, banned, -torch.inf)
 
 
 def _shift_right(word: Tensor, bits: int) -> Tensor:

@@ -110,6 +110,8 @@ def check_request(
         raise ValueError(f"n must be at least 1, got {n}")
     if len(seeds) != len(prompts):
         raise ValueError(f"one seed a prompt: got {len(prompts)} prompts and {len(seeds)} seeds")
+    if len(set(params.banned_ids)) >= vocabulary:
+        raise ValueError(f"all {vocabulary} ids of the vocabulary are banned: none is left to sample")
     for i, prompt in enumerate(prompts):
         length = len(prompt.token_ids)
         if length == 0:
@@ -119,7 +121,13 @@ def check_request(
                 f"prompt {i} has {length} tokens, and with {params.max_thought_tokens} of thought that is "
                 f"over the model's {most} positions: shorten the context or max_thought_tokens"
             )
-        for name, ids in (("", prompt.token_ids), ("stop ", prompt.stop_ids), ("eos ", params.eos_ids)):
+        named = (
+            ("", prompt.token_ids),
+            ("stop ", prompt.stop_ids),
+            ("eos ", params.eos_ids),
+            ("banned ", params.banned_ids),
+        )
+        for name, ids in named:
             wrong = [token for token in ids if not 0 <= token < vocabulary]
             if wrong:
                 raise ValueError(

@@ -89,13 +89,17 @@ def sane_temperature(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How thoughts are drawn: `top_k` 0 and `top_p` 1 do not truncate, `temperature` 0 is greedy."""
+    """How thoughts are drawn: `top_k` 0 and `top_p` 1 do not truncate, `temperature` 0 is greedy.
+
+    `banned_ids` are never sampled: they are removed before everything else, greedy choices included.
+    """
 
     max_thought_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     eos_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_thought_tokens < 1:
@@ -112,8 +116,8 @@ class Thought:
     """One sampled thought.
 
     `token_ids` are exactly the sampled ids, the close tag or end-of-text included. `behaviour_logps` (nats,
-    one per id) are the log-probabilities of the distribution they were drawn from: after temperature, top-p
-    and top-k.
+    one per id) are the log-probabilities of the distribution they were drawn from: without banned ids, after
+    temperature, top-p and top-k.
     """
 
     token_ids: tuple[int, ...]

@@ -26,6 +26,7 @@ def request_of(prompt: Prompt, params: SamplingParams, n: int, seed: int) -> tup
         ignore_eos=True,
         stop_token_ids=[*prompt.stop_ids, *params.eos_ids],
         stop=list(prompt.stop_strings),
+        logit_bias=dict.fromkeys(params.banned_ids, -math.inf) or None,
         detokenize=bool(prompt.stop_strings),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -13,6 +13,8 @@ from typing import Any
 from rollout.engine import ending
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought
 
+BAN = -100
+"""The bias of a banned token: vLLM's servers raise any lower bias to it."""
 SUPPORTED = ((0, 30), (0, 33))
 """vLLM versions whose routes this file knows: the first, and the first that is too new."""
 
@@ -213,7 +215,17 @@ def _message(answer: Any) -> str:
 
 
 def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:
-    """The body of `/v1/completions` that samples `n` thoughts."""
+    """The body of `/v1/completions` that samples `n` thoughts.
+
+    A banned id has a bias of -100, the lowest that vLLM's servers accept. It is added before the temperature.
+    Raises ValueError where the temperature leaves less than 25 of it: then a banned id could be sampled.
+    """
+    if params.banned_ids and params.temperature > 4:
+        raise ValueError(
+            f"banned ids need a temperature of at most 4 with vLLM servers, got {params.temperature}: their "
+            "lowest bias is -100, divided by the temperature"
+        )
+    bias = {str(token): BAN for token in params.banned_ids}
     return {
         "model": model,
         "prompt": list(prompt.token_ids),
@@ -229,7 +241,7 @@ def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed:
         "stop_token_ids": [*prompt.stop_ids, *params.eos_ids],
         "stop": list(prompt.stop_strings),
         "skip_special_tokens": False,
-    }
+    } | ({"logit_bias": bias} if bias else {})
 
 
 def thoughts(

@@ -79,6 +79,10 @@ class Completion(Body):
     logprobs: Annotated[Literal[0] | None, Number] = None
     return_token_ids: bool = False
     skip_special_tokens: bool = True
+    logit_bias: dict[Annotated[int, Field(ge=0, le=2**31 - 1)], Literal[-100]] | None = Field(
+        default=None, max_length=1024
+    )
+    """Only to ban tokens: a bias of -100, which removes them here, while vLLM adds it."""
     stream: Literal[False] = False
 
     def prompts(self, encode: Callable[[str], Sequence[int]] | None) -> list[Prompt]:
@@ -97,7 +101,8 @@ class Completion(Body):
     def params(self, eos_ids: Sequence[int]) -> SamplingParams:
         """The library's sampling parameters."""
         eos = () if self.ignore_eos else tuple(eos_ids)
-        return SamplingParams(self.max_tokens, self.temperature, self.top_p, max(0, self.top_k), eos)
+        banned = tuple(self.logit_bias or ())
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, max(0, self.top_k), eos, banned)
 
 
 class Params(Body):
@@ -108,11 +113,17 @@ class Params(Body):
     top_p: Share = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1), Number] = 0
     eos_ids: Ids = Field(default_factory=list, max_length=1024)
+    banned_ids: Ids = Field(default_factory=list, max_length=1024)
 
     def params(self) -> SamplingParams:
         """The library's `SamplingParams`."""
         return SamplingParams(
-            self.max_thought_tokens, self.temperature, self.top_p, self.top_k, tuple(self.eos_ids)
+            self.max_thought_tokens,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            tuple(self.eos_ids),
+            tuple(self.banned_ids),
         )
 
 

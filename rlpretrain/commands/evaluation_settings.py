@@ -26,7 +26,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Of the options that a run's own settings replace."""
 _FROM_RUN = {
     "data": ("column", "answer_column", "answer_join", "max_length", "long", "append_eos"),
-    "sampling": ("temperature", "top_p", "top_k", "max_thought_tokens"),
+    "sampling": ("temperature", "top_p", "top_k", "banned_tokens", "max_thought_tokens"),
     "model": ("dtype", "attn_implementation", "trust_remote_code"),
 }
 """What is taken over from a run's configuration."""

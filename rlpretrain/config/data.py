@@ -59,6 +59,11 @@ class TextConfig:
     """
     answer_join: str = "\n"
     """Text between prompt and answer; it belongs to the prompt."""
+    score_column: str | None = None
+    """Column with the scores of a text, for `objective: preference`: a number, or segments
+    [[start, end, score], ...] in characters; higher is worse. A token has the score of the segment of its
+    first character that is not white space.
+    """
     max_length: Count = _field(default=2048)
     """Longest document in tokens; `long` says what happens to longer ones."""
     long: Literal["split", "truncate"] = "split"
@@ -98,6 +103,10 @@ class TextConfig:
         if values.get("streaming") and values.get("order_by"):
             raise PydanticCustomError(
                 "no_order", "'order_by' needs 'streaming: false': a stream is not sorted"
+            )
+        if values.get("score_column") and values.get("answer_column"):
+            raise PydanticCustomError(
+                "no_scores", "'score_column' has the scores of one text: it does not go with 'answer_column'"
             )
         return given
 

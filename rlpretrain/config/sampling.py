@@ -23,6 +23,10 @@ class SamplingConfig:
     """Nucleus; below 1 the importance ratios are biased."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
+    banned_tokens: tuple[str, ...] = ()
+    """Tokens that are never sampled, by their text: control tokens of the base model, for instance.
+    Importance ratios are biased by the probability that the model gives them.
+    """
     max_thought_tokens: Count = 256
     """Longest thought, close tag included. A base that never saw the tags closes no thought at first, so at
     first every thought is this long. `recipe: paper` sets the paper's 2048.

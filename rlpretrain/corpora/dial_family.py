@@ -29,6 +29,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.corpora.dial_formats import HMM, Formats, thought
 from rlpretrain.corpora.dial_formats import Mix as DialMix
 from rlpretrain.corpora.dial_problems import CLOSE, OPEN, Problem, draw, split_problems
+from rlpretrain.corpora.dial_scored import scored_documents
 
 MASK, HIDDEN = "<MASK>", "[mask]"
 BOX, NAME, END = "\\boxed{", "\\mask{", "}"
@@ -189,14 +190,21 @@ def write(
     depths: Sequence[int] = (1, 2, 3, 4),
     held_out_depths: Sequence[int] = (1, 2, 3, 4, 5, 6),
 ) -> dict[str, Path]:
-    """Write base.jsonl, train.jsonl, held_out.jsonl and model/ under `out`, as `dial.write` does."""
+    """Write base.jsonl, train.jsonl, held_out.jsonl and model/ under `out`, as `dial.write` does.
+
+    scored.jsonl has worked problems, as many as train.jsonl, with wrong steps and the scores of their
+    sentences; scored_held_out.jsonl has the held-out problems, without wrong steps.
+    """
     if mix not in MIXES:
         raise ValueError(f"unknown mix '{mix}': one of {', '.join(MIXES)}")
     held_out_problems, training = split_problems(train, held_out, seed, depths, held_out_depths)
+    _, worked = split_problems(train, held_out, seed, depths, held_out_depths)
     files = {
         "base": ({"text": text} for text in dial.base_documents(base, seed, MIXES[mix], FORMATS)),
         "train": (record(problem) for problem in training),
         "held_out": (record(problem) for problem in held_out_problems),
+        "scored": scored_documents(iter(worked), seed),
+        "scored_held_out": scored_documents(iter(held_out_problems), seed, slip=0.0),
     }
     return dial.save(Path(out), files, WORDS)
 

@@ -29,6 +29,8 @@ FEATURES = Features(
     token_ids=List(Value("int32")), answer_at=Value("int32"), row=Value("int64"), piece=Value("int32")
 )
 """The cached columns, one line a piece."""
+SCORED = Features(**FEATURES, scores=List(Value("float64")), segment_starts=List(Value("int32")))
+"""The cached columns with `data.score_column`."""
 
 
 class IndexedReader:
@@ -87,7 +89,8 @@ class IndexedReader:
         documents = []
         for k, row in enumerate(pieces["row"]):
             answer_at, number = pieces["answer_at"][k], pieces["piece"][k]
-            piece = TokenPiece(pieces["token_ids"][k], None if answer_at == NONE else answer_at)
+            scored = [pieces[name][k] for name in SCORED if name not in FEATURES and name in pieces]
+            piece = TokenPiece(pieces["token_ids"][k], None if answer_at == NONE else answer_at, *scored)
             values = {name: column[k] for name, column in meta.items()}
             documents.append(
                 self.splitter.make_document(piece, row, None if number == NONE else number, values)
@@ -115,7 +118,7 @@ class IndexedReader:
                 with_indices=True,
                 batched=True,
                 remove_columns=rows.column_names,
-                features=FEATURES,
+                features=SCORED if self.splitter.data.score_column else FEATURES,
                 new_fingerprint=mark,
                 cache_file_name=str(file) if file else None,
                 desc="tokenizing",
@@ -136,6 +139,7 @@ class IndexedReader:
             data.answer_join,
             data.max_length,
             data.long,
+            *([data.score_column] if data.score_column else []),
         ]
         names = [file["filename"] for file in rows.cache_files]
         files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
@@ -162,6 +166,9 @@ class IndexedReader:
             out["answer_at"] += [NONE if piece.answer_at is None else piece.answer_at for piece in pieces]
             out["row"] += [row] * len(pieces)
             out["piece"] += range(len(pieces)) if len(pieces) > 1 else [NONE]
+            if self.splitter.data.score_column:
+                out.setdefault("scores", []).extend(piece.scores for piece in pieces)
+                out.setdefault("segment_starts", []).extend(piece.segment_starts for piece in pieces)
         return out
 
     def _index_of(self, i: int) -> int:

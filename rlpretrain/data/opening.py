@@ -67,7 +67,8 @@ def column_names(data: DataConfig) -> list[str]:
 def columns_wanted(data: DataConfig) -> list[str]:
     """The columns that `data` names, each once."""
     order = [order_column(data)] if data.order_by else []
-    return list(dict.fromkeys([*_text_columns(data), *data.meta_columns, *order]))
+    scores = [data.score_column] if data.score_column else []
+    return list(dict.fromkeys([*_text_columns(data), *scores, *data.meta_columns, *order]))
 
 
 def order_column(data: DataConfig) -> str:

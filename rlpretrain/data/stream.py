@@ -187,14 +187,13 @@ def read_all(
     """One pass in the data's own order, at most `limit` documents: evaluation sets.
 
     With a `seed` these are a random sample, without one the first; streams, and sources of others without a
-    method `sample(n, seed)`, always give the first. Errors are those of `open_source`; a source without
-    `one_pass` is refused too.
+    method `sample(n, seed)`, always give the first. Scores are not read: an evaluation uses none. Errors are
+    those of `open_source`; a source without `one_pass` is refused too.
     """
     if data.sources:
         raise ConfigError("'sources' are mixed for training; held-out documents come from one path")
-    inputs = SourceInputs(
-        config=replace(data, shuffle=False, order_by=None), tokenizer=tokenizer, min_length=min_length
-    )
+    plain = replace(data, shuffle=False, order_by=None, score_column=None)
+    inputs = SourceInputs(config=plain, tokenizer=tokenizer, min_length=min_length)
     source = open_source(inputs)
     sample = getattr(source, "sample", None)
     if limit is not None and seed is not None and sample is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.data.fingerprints import fingerprint
+from rlpretrain.data.scores import SEGMENT_STARTS, read_segments, segment_of_tokens, starts_of
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.types import Document
 
@@ -21,10 +22,16 @@ CONTINUED = ("\n", "a", ".", "1")
 
 @dataclass(frozen=True, slots=True)
 class TokenPiece:
-    """The token ids of one document, and the index of its answer's first token (None: no answer)."""
+    """The token ids of one document, and the index of its answer's first token (None: no answer).
+
+    With `data.score_column`, `scores` has a number for each token, and `segment_starts` the index of the
+    first token of each segment.
+    """
 
     token_ids: list[int]
     answer_at: int | None = None
+    scores: list[float] | None = None
+    segment_starts: list[int] | None = None
 
 
 def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -53,7 +60,12 @@ class DocumentSplitter:
         self.reader = TokenReader(tokenizer)
         whole_file = os.path.isfile(os.path.expanduser(data.path)) and "[" not in data.split
         self.row_is_line = whole_file and data.path.endswith(".txt")
-        self.columns = (data.column, *([data.answer_column] if data.answer_column else ()))
+        others = (data.answer_column, data.score_column)
+        self.columns = (data.column, *(name for name in others if name))
+        if data.score_column and not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                "data.score_column needs a fast tokenizer: a slow one does not tell the characters of a token"
+            )
         self.fingerprint = fingerprint(tokenizer)
 
     def split(self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> list[list[TokenPiece]]:
@@ -61,9 +73,11 @@ class DocumentSplitter:
         data = self.data
         if self.cells:
             columns = {name: [json.loads(cell) for cell in columns[name]] for name in self.columns}
+        if data.score_column is not None:
+            return self._split_scored(columns, rows)
         if data.answer_column is None:
             texts = self._tokenize(columns, data.column, rows)
-            return [[TokenPiece(ids) for ids in self._split_ids(text_ids)] for text_ids in texts]
+            return [[TokenPiece(ids) for ids, _ in self._split_ids(text_ids)] for text_ids in texts]
         prompt_ids = self._tokenize(columns, data.column, rows, suffix=data.answer_join)
         answer_ids = self._tokenize(columns, data.answer_column, rows, add_special_tokens=False)
         prompts = [f"{prompt}{data.answer_join}" for prompt in columns[data.column]]
@@ -82,8 +96,12 @@ class DocumentSplitter:
         meta = {
             name: json.loads(values[name]) if self.cells else values[name] for name in self.data.meta_columns
         }
+        if piece.segment_starts is not None:
+            meta[SEGMENT_STARTS] = piece.segment_starts
         document_id = str(row) if number is None else f"{row}.{number}"
-        return Document(document_id, tuple(piece.token_ids), self.source(row), meta or None, piece.answer_at)
+        scores = None if piece.scores is None else tuple(piece.scores)
+        ids = tuple(piece.token_ids)
+        return Document(document_id, ids, self.source(row), meta or None, piece.answer_at, scores)
 
     def nothing_left(self, dropped: int) -> ConfigError:
         """The error for data in which no document is long enough."""
@@ -115,17 +133,52 @@ class DocumentSplitter:
         ids = iter(encoded)
         return [[] if empty else next(ids) for empty in blank]
 
-    def _split_ids(self, ids: list[int]) -> list[list[int]]:
-        """A text's ids in parts of at most `max_length`; the last holds more than the text's end tokens."""
+    def _split_ids(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
+        """A text's ids in parts of at most `max_length`; the last holds more than the text's end tokens.
+
+        Beside each part: for each of its tokens, the index in `ids` of the text's token that it is or, for a
+        special token that is added, next to which it stands.
+        """
         if not ids:
-            return [[]]
+            return [([], [])]
         ends_with_tail = bool(self.tail) and ids[-len(self.tail) :] == self.tail
         text_end = len(ids) - len(self.tail) if ends_with_tail else len(ids)
+        places = list(range(len(ids)))
         if self.eos is not None and ids[-1:] != [self.eos]:
-            ids = [*ids, self.eos]
+            ids, places = [*ids, self.eos], [*places, len(places) - 1]
         most, step = self.data.max_length, self.data.max_length - len(self.lead)
         starts = range(most, text_end, step) if self.data.long == "split" else ()
-        return [ids[:most], *(self.lead + ids[start : start + step] for start in starts)]
+        later = [
+            (self.lead + ids[start : start + step], [start] * len(self.lead) + places[start : start + step])
+            for start in starts
+        ]
+        return [(ids[:most], places[:most]), *later]
+
+    def _split_scored(
+        self, columns: Mapping[str, Sequence[Any]], rows: Sequence[int]
+    ) -> list[list[TokenPiece]]:
+        """The pieces of each row, with the scores of their tokens."""
+        name = self.data.score_column
+        assert name is not None
+        out = []
+        texts = self._tokenize(columns, self.data.column, rows)
+        for text, ids, value, row in zip(columns[self.data.column], texts, columns[name], rows, strict=True):
+            if not ids:
+                out.append([TokenPiece([], None, [], [])])
+                continue
+            try:
+                segments = read_segments(value, text)
+            except ValueError as error:
+                raise ConfigError(f"{self.source(row)}: column '{name}': {error}") from None
+            offsets = self.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            of_token = segment_of_tokens(text, offsets, segments)
+            pieces = []
+            for part, places in self._split_ids(ids):
+                own = [of_token[place] for place in places]
+                scores = [segments[k].score for k in own]
+                pieces.append(TokenPiece(part, None, scores, starts_of(own)))
+            out.append(pieces)
+        return out
 
     def _prompt_and_answer(
         self, prompt: str, answer: str, prompt_ids: list[int], answer_ids: list[int]

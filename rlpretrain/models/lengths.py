@@ -95,6 +95,11 @@ def check_rows(
         return
     longest_document = longest - (longest_row - limit.tokens)
     problem = f"{limit.reason}, but a document of {names.documents} with {longest} tokens"
+    if not objective.has_positions and longest_row > longest:
+        raise ConfigError(
+            f"{problem} may have {longest_row} with its control tokens: set objective.max_length to at most "
+            f"{limit.tokens}, or lower {names.max_length}"
+        )
     if not objective.has_positions:
         raise ConfigError(f"{problem} is longer: set {names.max_length} to at most {limit.tokens}")
     if longest_document < objective.min_length:

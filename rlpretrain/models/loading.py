@@ -20,7 +20,7 @@ from rlpretrain.models.load_errors import (
 )
 from rlpretrain.models.randomness import checkpoint_layers
 from rlpretrain.models.spending import count_elements
-from rlpretrain.prompts import Delimiters, ensure_delimiters
+from rlpretrain.prompts import AddedTokens, ensure_delimiters
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,10 @@ class LoadedModel(NamedTuple):
     model: nn.Module
     tokenizer: Any
     added_tags: list[str]
-    """The thought delimiters that had to be added to both."""
+    """The thought delimiters, or control tokens, that had to be added to both."""
 
 
-def load_with_tokenizer(config: ModelConfig, delimiters: Delimiters | None, seed: int = 0) -> LoadedModel:
+def load_with_tokenizer(config: ModelConfig, delimiters: AddedTokens | None, seed: int = 0) -> LoadedModel:
     """Load a checkpoint and its tokenizer, and make the thought delimiters tokens of both."""
     tokenizer = load_tokenizer(config)
     model = load_model(config, seed)

@@ -16,7 +16,7 @@ from rlpretrain.compat import without_progress_bars
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.files import writing
 from rlpretrain.models.adapters import adapter_config, has_lora, pieces, plain_name
-from rlpretrain.prompts import Delimiters
+from rlpretrain.prompts import AddedTokens, Delimiters
 from rollout.folders import MARK, begin_folder, finish_folder
 from rollout.weights import write_adapter
 
@@ -128,9 +128,11 @@ def _tied_once(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def model_card(path: Path, *, base: str, objective: str, steps: int, delimiters: Delimiters | None) -> None:
+def model_card(path: Path, *, base: str, objective: str, steps: int, delimiters: AddedTokens | None) -> None:
     """Write the README.md of a saved model: its origin, and how to remove thoughts at inference."""
-    thinking = THINKING.format(open=delimiters.open, close=delimiters.close) if delimiters else ""
+    thinking = ""
+    if isinstance(delimiters, Delimiters):
+        thinking = THINKING.format(open=delimiters.open, close=delimiters.close)
     local = Path(base).exists()
     (path / "README.md").write_text(
         CARD.format(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlpretrain.config import ConfigError, PretrainConfig, names
 from rlpretrain.config.io import parse
 from rlpretrain.objectives.base import Objective
 from rlpretrain.objectives.settings import NEEDS, Config, Setting
-from rlpretrain.prompts import Delimiters
+from rlpretrain.prompts import AddedTokens, Delimiters
 from rollout.types import SamplingParams
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Objective",
     "Setting",
     "available",
+    "banned_ids",
     "config_of",
     "delimiters",
     "find",
@@ -81,10 +82,10 @@ def parse_section(section: Mapping[str, Any]) -> tuple[type[Objective], Any]:
     return owner, parse(owner.Config, section, "objective")
 
 
-def delimiters(section: Mapping[str, Any]) -> Delimiters | None:
-    """The tags of a thought under an `objective:` section; None for an objective without thoughts."""
+def delimiters(section: Mapping[str, Any]) -> AddedTokens | None:
+    """The tokens that an `objective:` section adds to tokenizer and model: a thought's tags, or others."""
     owner, config = parse_section(section)
-    return Delimiters(config.open, config.close) if owner.has_positions else None
+    return Delimiters(config.open, config.close) if owner.has_positions else owner.control_tokens(config)
 
 
 def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
@@ -106,9 +107,18 @@ def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
             f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data"
         )
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos)
+    banned = banned_ids(s.banned_tokens, tokenizer)
+    params = SamplingParams(s.max_thought_tokens, s.temperature, s.top_p, s.top_k, eos, banned)
     reduction = objective.token_reduction if run.loss.reduction == "auto" else run.loss.reduction
     return objective.with_setting(Setting(params, s.thoughts, run.loss.reader_coef, reduction))
+
+
+def banned_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The ids of `sampling.banned_tokens`; ConfigError for a text that is not one token."""
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [token for token in tokens if token not in vocabulary]:
+        raise ConfigError(f"sampling.banned_tokens: '{unknown[0]}' is not a token of the tokenizer")
+    return tuple(vocabulary[token] for token in tokens)
 
 
 load = load_objective  # the name it had before

@@ -6,7 +6,7 @@ Nothing here knows how models run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlpretrain.data.positions import PositionPicker
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import sampling
 from rlpretrain.objectives.settings import ADVANTAGES, DEFAULT_SETTING, NEEDS, AdvantageForm, Config, Setting
-from rlpretrain.prompts import Delimiters, ThoughtPrompt
+from rlpretrain.prompts import ControlTokens, Delimiters, ThoughtPrompt
 from rlpretrain.types import Document, MicroBatch, Scores, Window
 from rollout.engine import Engine
 from rollout.types import Group, Position, Prompt, Thought
@@ -101,6 +101,11 @@ class Objective:
         if config.positions == "entropy":
             self.needs = self.needs | {"entropy"}
 
+    @classmethod
+    def control_tokens(cls, config: Any) -> ControlTokens | None:
+        """Tokens that an objective without thoughts adds to tokenizer and model; None: none."""
+        return None
+
     # what the run sets
 
     @property
@@ -175,16 +180,29 @@ class Objective:
         target = self.shortest_target if "target" in self.needs else 0
         return Window(prompt, sampled, max(size, sampled + close + target))
 
-    # where to think, and with what prompt
+    # documents
+
+    def inspect(self, documents: Iterable[Document]) -> None:
+        """Look at documents of `data` before the run; ConfigError if they cannot be trained on.
+
+        They come in the order of the seed, the same on all ranks and after a resume, and end with one pass.
+        What is not taken is not read. Called only if it is overridden, and not for a replay.
+        """
 
     def prepare(self, document: Document, rng: Any) -> Document | None:
         """The document to train on, before positions are chosen in it; None drops it, and another is drawn.
 
-        Called once for each drawn document of `data` and `ntp_data`, and in an evaluation; `rng` depends on
+        Called once for each drawn document of `data` and `ntp_data`; `rng` depends on
         the seed and the draw alone. It may insert control tokens or set `scores`; then `answer_at` and
         `scores` have to fit the new tokens. A document that does not change is returned as it is.
         """
         return document
+
+    def prepare_held_out(self, document: Document, rng: Any) -> Document | None:
+        """The document to evaluate; by default as `prepare` makes it. None leaves it out."""
+        return self.prepare(document, rng)
+
+    # where to think, and with what prompt
 
     def positions(self, document: Document, rng: Any, trunk: Tensor | None = None) -> list[Position]:
         """Where to think in a document.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from rlpretrain.config import ConfigError
-from rlpretrain.data.document_source import DocumentSource, problem_of, take_documents
+from rlpretrain.data.document_source import DocumentSource, SourceInputs, problem_of, take_documents
 from rlpretrain.data.mixture import Mixture
+from rlpretrain.data.stream import open_source
 from rlpretrain.objectives import Objective
 from rlpretrain.types import Document
 from rollout.store import document_from_row, document_to_row
@@ -109,7 +110,17 @@ def prepare_document(objective: Objective, document: Document, key: Sequence[int
     """
     if getattr(objective.prepare, "__func__", None) is Objective.prepare:
         return document
-    prepared = objective.prepare(document, np.random.default_rng(key))
+    return _checked(objective, document, objective.prepare(document, np.random.default_rng(key)))
+
+
+def prepare_held_out(objective: Objective, document: Document, seed: int) -> Document | None:
+    """`prepare_document` for an evaluation: its random numbers depend on `seed` and the document's id."""
+    rng = np.random.default_rng((seed, document_number(document.id), EVALUATION))
+    return _checked(objective, document, objective.prepare_held_out(document, rng))
+
+
+def _checked(objective: Objective, document: Document, prepared: Document | None) -> Document | None:
+    """What the objective made of a document; ConfigError if it cannot be trained on."""
     if prepared is None or prepared is document:
         return prepared
     if problem := problem_of(prepared):
@@ -117,9 +128,25 @@ def prepare_document(objective: Objective, document: Document, key: Sequence[int
     return prepared if prepared.stream == document.stream else replace(prepared, stream=document.stream)
 
 
-def prepare_held_out(objective: Objective, document: Document, seed: int) -> Document | None:
-    """`prepare_document` for an evaluation: its random numbers depend on `seed` and the document's id."""
-    return prepare_document(objective, document, (seed, document_number(document.id), EVALUATION))
+def inspect_documents(objective: Objective, inputs: SourceInputs) -> None:
+    """Show documents of `data` to an objective that asks for them (`Objective.inspect`).
+
+    Sources of a mixture come in turn, each up to the end of its pass.
+    """
+    if getattr(objective.inspect, "__func__", None) is Objective.inspect:
+        return
+    parts = [source.texts() for source in inputs.config.sources.values() if not source.is_off]
+    sources = [
+        open_source(replace(inputs, config=part, rank=0, world_size=1)) for part in parts or [inputs.config]
+    ]
+    objective.inspect(_one_pass(sources))
+
+
+def _one_pass(sources: list[DocumentSource]) -> Iterator[Document]:
+    while sources:
+        for source in sources:
+            yield from take_documents(source, 1, 0.0)
+        sources = [source for source in sources if not source.epoch]
 
 
 def document_number(document_id: str) -> int:

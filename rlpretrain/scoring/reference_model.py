@@ -15,7 +15,7 @@ from rlpretrain.config import ConfigError, ModelConfig, PretrainConfig
 from rlpretrain.data.fingerprints import vocabulary_fingerprint
 from rlpretrain.models.load_errors import explain_load_error, only_config
 from rlpretrain.models.loading import load_tokenizer
-from rlpretrain.prompts import Delimiters, ensure_delimiters
+from rlpretrain.prompts import AddedTokens, ensure_delimiters
 from rlpretrain.scoring.checks import check_model
 
 
@@ -38,7 +38,7 @@ def is_local(config: ModelConfig) -> bool:
     return Path(config.path).is_dir() and (config.tokenizer is None or Path(config.tokenizer).is_dir())
 
 
-def check_vocabulary(config: PretrainConfig, delimiters: Delimiters | None) -> None:
+def check_vocabulary(config: PretrainConfig, delimiters: AddedTokens | None) -> None:
     """Raise ConfigError if the reference gives other ids to a text, or has another number of logits.
 
     It needs no weights. The thought delimiters count as added to both tokenizers.
@@ -72,7 +72,7 @@ def reference_shape(config: ModelConfig) -> Any:
 
 
 def load_reference(
-    config: PretrainConfig, delimiters: Delimiters | None, model: nn.Module, device: torch.device
+    config: PretrainConfig, delimiters: AddedTokens | None, model: nn.Module, device: torch.device
 ) -> nn.Module:
     """The frozen model of `reference.path` on `device`; ConfigError if it cannot score the texts of `model`.
 

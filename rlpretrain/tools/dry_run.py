@@ -21,7 +21,7 @@ from rlpretrain.config.io import build, to_dict
 from rlpretrain.config.plugins import find
 from rlpretrain.evaluation.places import held_out_data, overlaps
 from rlpretrain.models.loading import load_tokenizer, only_config
-from rlpretrain.objectives import Objective, load_objective, parse_section
+from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.tools import readiness
 from rlpretrain.tools.memory import GIB, Sizes, memory, peak
@@ -128,7 +128,8 @@ def make_objective(config: PretrainConfig, notes: list[str]) -> Objective:
         tokenizer = _make_byte_tokenizer()
     if owner.has_positions:
         notes += missing_tags(tokenizer, Delimiters(section.open, section.close)) if is_local else []
-        ensure_delimiters(tokenizer, None, Delimiters(section.open, section.close))
+    if (tags := delimiters(config.objective)) is not None:
+        ensure_delimiters(tokenizer, None, tags)
     return load_objective(config, tokenizer)
 
 

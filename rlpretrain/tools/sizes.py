@@ -145,7 +145,7 @@ def count_step_tokens(config: PretrainConfig, objective: Objective, longest: int
     """The most tokens that a step of one rank puts through the model. They bound a micro-batch, too."""
     positions = config.positions_per_step // ranks
     if not objective.has_positions:
-        return positions * longest
+        return positions * objective.window(longest).row
     group = _count_group_tokens(config, objective, objective.window(longest), longest)
     return positions * (group.shared + config.sampling.thoughts * group.per_thought)
 

@@ -1,7 +1,7 @@
 """Every metric of a run: its name, meaning and healthy range.
 
 TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reference/*, reader/*,
-verified/*, perf/*, run/*.
+verified/*, preference/*, perf/*, run/*.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ METRICS: dict[str, Metric] = {
     "baseline/logp": Metric("mean log p(target) of the baseline", "steady"),
     "baseline/self": Metric("mean log p(target) of the current model without a thought", "not falling"),
     "ntp/loss": Metric("next-token loss of the trunk, in nats per token", "not above its start"),
+    "ntp/weight_mean": Metric(
+        "mean weight of the next-token loss, where the objective weighs tokens", "near 1: it scales the step"
+    ),
+    "ntp/weight_ess": Metric(
+        "effective sample size of these weights, (Σw)² / (n Σw²), as a share of the tokens", "above .1"
+    ),
+    "preference/good_frac": Metric(
+        "share of the segments drawn that are good, or of documents that `filter` keeps", "not 0 and not 1"
+    ),
     "reference/cached_frac": Metric(
         "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
     ),

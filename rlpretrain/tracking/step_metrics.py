@@ -76,6 +76,11 @@ class StepMetrics:
                 self.rewards[group.id, first + k] = rewards[k]
             self._add_thoughts(group)
 
+    def add_weights(self, weights: torch.Tensor) -> None:
+        """Add the weights [M] of the next-token loss in a micro-batch."""
+        self.add("ntp/weight_mean", weights)
+        self.add("ntp/weight_square", weights.double() ** 2)
+
     def observe_dropped(self, group: Group, counted: Sequence[bool], rewards: Sequence[float]) -> None:
         """Add a group that is left out of training; the metrics of thoughts and rewards include it."""
         self._add_thoughts(group)
@@ -132,6 +137,9 @@ class StepMetrics:
         means |= dict(zip(summed, ranks.sum([self.totals[name] for name in summed]), strict=True))
         if "ig/square" in means:
             means["ig/std"] = max(0.0, means.pop("ig/square") - means["ig/mean"] ** 2) ** 0.5
+        if "ntp/weight_square" in means:
+            square = means.pop("ntp/weight_square")
+            means["ntp/weight_ess"] = means["ntp/weight_mean"] ** 2 / square if square else 0.0
         if "completions/mean_length" in means:
             means["completions/max_length"] = ranks.max([self.longest])[0]
         return means

@@ -18,9 +18,10 @@ from rlpretrain.evaluation.harness import Tasks, load_tasks
 from rlpretrain.models import adapters, lengths
 from rlpretrain.models.compilation import compile_layers
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
-from rlpretrain.prompts import Delimiters, table_size
+from rlpretrain.prompts import AddedTokens, table_size
 from rlpretrain.ranks import Ranks, join
 from rlpretrain.rollouts.batches import BatchSource
+from rlpretrain.rollouts.drawing import inspect_documents
 from rlpretrain.rollouts.engines import SyncProbe, make_engine, write_start
 from rlpretrain.rollouts.replay import ReplaySource, rollouts_in
 from rlpretrain.scoring import attention
@@ -50,9 +51,9 @@ class Parts:
     resumed_from: Path | None
     """The checkpoint that the run resumes from."""
 
-    delimiters: Delimiters | None
+    delimiters: AddedTokens | None
     added: list[str]
-    """The delimiters that were added to the tokenizer."""
+    """The tokens of `delimiters` that the tokenizer lacked."""
     tokenizer: Any
     objective: Objective
     held_out: list[Document] | None
@@ -120,16 +121,16 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         replayed = ReplaySource(stored, config.max_steps, fingerprint(tokenizer))
     stream = None
     if replayed is None:
-        stream = open_source(
-            SourceInputs(
-                config=config.data,
-                tokenizer=tokenizer,
-                min_length=objective.min_length,
-                per_step=config.positions_per_step,
-                thinks=objective.has_positions,
-                **place,
-            )
+        inputs = SourceInputs(
+            config=config.data,
+            tokenizer=tokenizer,
+            min_length=objective.min_length,
+            per_step=config.positions_per_step,
+            thinks=objective.has_positions,
+            **place,
         )
+        stream = open_source(inputs)
+        inspect_documents(objective, inputs)
     documents = held_out(config, tokenizer, objective, ranks.size)
     others = None
     if config.ntp_data:

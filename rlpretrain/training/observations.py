@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rlpretrain.models.spending import Reads, Size, size_of
+from rlpretrain.objectives import Objective
 from rlpretrain.scoring.references import Frozen
 from rlpretrain.tracking.throughput import StepWork
 from rlpretrain.training.losses import LossInputs, LossOutput
@@ -25,6 +26,9 @@ def observe(run: Run, inputs: LossInputs, output: LossOutput, own: Tensor) -> No
         run.note(**{name: value / epochs if name.endswith("loss") else value})
     rewards = scores.counted.new_zeros(0) if inputs.thoughts is None else inputs.thoughts.rewards
     run.metrics.observe(micro, scores, rewards, own)
+    weigh = run.objective.ntp_weights
+    if micro.documents and getattr(weigh, "__func__", None) is not Objective.ntp_weights:
+        run.metrics.add_weights(weigh(micro, scores.detached()))
     if run.frozen is None or not run.measures_frozen():
         return
     frozen = scores.baseline_logps if run.frozen is run.baseline else run.frozen.logps(micro)

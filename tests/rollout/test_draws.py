@@ -62,6 +62,26 @@ def test_truncated_distributions_by_hand(changes: dict[str, float], expected: to
     torch.testing.assert_close(logps[0].exp(), expected[order], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}])
+def test_banned_ids_are_removed_before_all_else(changes: dict[str, float]) -> None:
+    """The distribution is that of a model whose vocabulary lacks them."""
+    kept = [1, 3, 4, 5, 6, 7]
+    logps = truncated_logps(PROBS.log()[None], params(banned_ids=(0, 2), **changes))[0]  # type: ignore[arg-type]
+    assert logps[[0, 2]].tolist() == [-torch.inf] * 2
+    torch.testing.assert_close(logps[kept], truncated_logps(PROBS[kept].log()[None], params(**changes))[0])
+
+
+def test_greedy_choices_are_not_banned_either() -> None:
+    logits, uniform = PROBS.log().expand(2, -1), torch.full((2,), 0.01, dtype=torch.float64)
+    banned: dict[str, tuple[int, ...]] = {"banned_ids": (0,)}
+    for tokens, logps in (
+        draw(logits, uniform, params(temperature=0.0, **banned)),  # type: ignore[arg-type]
+        draw(logits, uniform, params(**banned), torch.tensor([True, True])),  # type: ignore[arg-type]
+    ):
+        assert tokens.tolist() == [1, 1]
+        torch.testing.assert_close(logps.exp(), torch.tensor([0.25 / 0.6] * 2))
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 2.0}]
 )

@@ -329,3 +329,18 @@ def test_thoughts_are_the_same_on_an_accelerator(family: str) -> None:
     prompts = prompts_of([12, 3, 7, 7])
     expected = tokens(sample(HFEngine(model_of(family)), prompts))
     assert tokens(sample(HFEngine(model_of(family).cuda()), prompts)) == expected
+
+
+def test_banned_ids_are_never_sampled() -> None:
+    """Ids that would be: among them a likely one, and that of the greedy choice."""
+    engine, prompts = HFEngine(model_of("qwen3")), prompts_of([5, 9], stop_ids=())
+    greedy = SamplingParams(max_thought_tokens=6, temperature=0.0)
+    for params in (SamplingParams(max_thought_tokens=6), greedy):
+        free = {i for group in sample(engine, prompts, params, n=20) for t in group for i in t.token_ids}
+        banned = tuple(sorted(free)[::2])
+        groups = sample(engine, prompts, replace(params, banned_ids=banned), n=20)
+        assert free & set(banned) and not any(set(t.token_ids) & set(banned) for g in groups for t in g)
+    with pytest.raises(ValueError, match="banned id 40 is outside the model's vocabulary of 40"):
+        sample(engine, prompts, replace(greedy, banned_ids=(40,)))
+    with pytest.raises(ValueError, match="all 40 ids of the vocabulary are banned"):
+        sample(engine, prompts, replace(greedy, banned_ids=tuple(range(40))))

@@ -88,6 +88,13 @@ def test_a_pool_samples_what_one_engine_would(pool, model):
         sample(pool, [Prompt((99,), stop_ids=())])
 
 
+def test_banned_ids_reach_the_actors(pool):
+    banned = tuple(range(0, VOCABULARY, 2))
+    params = SamplingParams(max_thought_tokens=9, banned_ids=banned)
+    groups = sample(pool, prompts_of([12, 3], stop_ids=()), params)
+    assert not any(set(t.token_ids) & set(banned) for group in groups for t in group)
+
+
 def test_an_actor_that_is_killed_comes_back_with_the_present_weights(pool, model):
     import ray
 

@@ -7,14 +7,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlpretrain.cli import main
-from rollout import FinishReason, HFEngine, Prompt, SamplingParams
+from rollout import FinishReason, HFEngine, Prompt, SamplingParams, vllm_routes
 from rollout.batched import BatchedEngine
 from tests.builders.processes import Forked, start
 from tests.builders.sampling import prompts_of, sample, tokens
@@ -265,6 +265,20 @@ def test_completions_are_vllms(client, model):
         assert choice["stop_reason"] == (thought.token_ids[-1] if closed else None)
         assert len(choice["logprobs"]["token_logprobs"]) == len(thought.token_ids)
     assert said["usage"]["completion_tokens"] == sum(len(t.token_ids) for t in thoughts)
+
+
+def test_banned_ids_are_never_sampled(client, model):
+    """By either route; a bias that does not ban is refused."""
+    (prompt,), banned = prompts_of([6], stop_ids=()), list(range(0, model.config.vocab_size, 2))
+    (expected,) = sample(HFEngine(model), [prompt], replace(PARAMS, banned_ids=tuple(banned)), seeds=[3])
+    (group,) = groups_of(client, [prompt], seeds=[3], banned_ids=banned)
+    assert [t["token_ids"] for t in group["thoughts"]] == [list(t.token_ids) for t in expected]
+    assert not any(set(t.token_ids) & set(banned) for t in expected)
+    body = vllm_routes.completion("", prompt, replace(PARAMS, banned_ids=tuple(banned)), 3, 3)
+    said = client.post("/v1/completions", json={k: v for k, v in body.items() if k != "model"}).json()
+    assert [c["token_ids"] for c in said["choices"]] == [list(t.token_ids) for t in expected]
+    refused = client.post("/v1/completions", json={"prompt": [1], "logit_bias": {"3": 1.5}})
+    assert refused.status_code == 400 and "logit_bias" in refused.text
 
 
 def test_text_in_and_out(client):

@@ -179,6 +179,26 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(pair):
             torch.testing.assert_close(torch.tensor(thought.behaviour_logps), expected, atol=1e-4, rtol=0)
 
 
+def test_banned_ids_are_never_sampled(pair):
+    """Log-probs are those of the model without them, and greedy thoughts those of the other engine."""
+    model, engine = pair
+    engine.sync(weights_of(model), engine.version)
+    banned = tuple(range(0, VOCABULARY, 2))
+    (prompt,) = prompts_of([10], stop_ids=())
+    params = SamplingParams(max_thought_tokens=5, temperature=0.6, banned_ids=banned)
+    for thought in sample(engine, [prompt], params, n=8)[0]:
+        assert not set(thought.token_ids) & set(banned)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt.token_ids + thought.token_ids])).logits[0, 9:-1]
+        logits[:, list(banned)] = -torch.inf
+        ids = torch.tensor(thought.token_ids)[:, None]
+        expected = (logits / 0.6).log_softmax(-1).gather(1, ids)[:, 0]
+        torch.testing.assert_close(torch.tensor(thought.behaviour_logps), expected, atol=1e-4, rtol=0)
+    greedy = SamplingParams(max_thought_tokens=5, temperature=0.0, banned_ids=banned)
+    theirs, ours = (sample(each, [prompt], greedy, n=1) for each in (engine, HFEngine(model)))
+    assert tokens(theirs) == tokens(ours)
+
+
 def test_what_cannot_be_sampled_is_refused(pair):
     _, engine = pair
     with pytest.raises(ValueError, match="id 40 is outside the model's vocabulary of 40"):

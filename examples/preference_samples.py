@@ -1,0 +1,75 @@
+"""How often models that `preference` trained write wrong steps, in worked problems sampled after a question.
+
+A model with control tokens is asked behind the good one, and behind the bad one, where it must be wrong more
+often. Control tokens are banned in the samples.
+
+    python -m examples.preference_samples runs/dial_family/preference_compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlpretrain.corpora.dial_problems import EOS, Problem, problems
+from rlpretrain.corpora.dial_scored import wrong_steps
+from rlpretrain.training.records import write_json
+from rollout import HFEngine, Prompt, SamplingParams
+
+GOOD, BAD = "<|good|>", "<|bad|>"
+"""Control tokens of the objective, by its defaults."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print and write the shares of each trained model under a folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="run, or output_dir of a comparison")
+    parser.add_argument("--problems", type=int, default=250)
+    parser.add_argument("--thoughts", type=int, default=4, help="samples of each problem")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    asked = list(problems(args.problems, args.seed, (1, 2, 3, 4), "samples"))
+    results = {}
+    for file in sorted(args.folder.rglob("model/config.json")):
+        name = str(file.parent.parent.relative_to(args.folder))
+        results[name] = rates_of(file.parent, asked, args.thoughts, args.seed)
+        print(name, json.dumps(results[name]), flush=True)
+    write_json(args.folder / "samples.json", results)
+    return 0
+
+
+def rates_of(folder: Path, asked: Sequence[Problem], thoughts: int, seed: int) -> dict[str, float]:
+    """The share of samples with a wrong step: "plain", or behind "good" and "bad" if these are tokens."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(folder).eval())
+    vocabulary = tokenizer.get_vocab()
+    control = tuple(vocabulary[token] for token in (GOOD, BAD) if token in vocabulary)
+    params = SamplingParams(40, eos_ids=(vocabulary[EOS],), banned_ids=control)
+    kinds = {"good": [GOOD], "bad": [BAD]} if control else {"plain": []}
+    rates = {}
+    for kind, before in kinds.items():
+        prompts = []
+        for problem in asked:
+            words = [*([GOOD] if before else []), *problem.question(), ".", *before, "so"]
+            ids = tuple(vocabulary[word] for word in words)
+            prompts.append(Prompt(ids, stop_ids=(vocabulary["."],)))
+        groups = asyncio.run(engine.sample(prompts, params, thoughts, range(seed, seed + len(prompts))))
+        wrong = [
+            wrong_steps(problem, tokenizer.convert_ids_to_tokens(list(thought.token_ids))[:-1]) > 0
+            for problem, group in zip(asked, groups, strict=True)
+            for thought in group
+        ]
+        rates[kind] = sum(wrong) / len(wrong)
+    return rates
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
