@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlpretrain import __version__
 from rlpretrain.commands import (
+    augmenting,
     comparison,
     corpora,
     evaluation,
@@ -35,6 +36,7 @@ FEATURES = (
     pages,
     preparation,
     corpora,
+    augmenting,
     installation,
 )
 """In the order of `rlpretrain --help`."""
