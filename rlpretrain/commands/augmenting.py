@@ -207,7 +207,7 @@ def table(summary: Summary) -> Any:
     kept = f"{summary.unfinished_kept:,} of them closed for it" if summary.unfinished_kept else ""
     shown.add_row("thoughts kept", f"{summary.kept:,}", kept)
     for reason, meaning in REASONS.items():
-        if summary.dropped[reason]:
+        if reason in summary.dropped:
             shown.add_row(f"dropped: {reason}", f"{summary.dropped[reason]:,}", meaning)
     shown.add_row("tokens of documents", f"{summary.document_tokens:,}", "")
     share = f"{summary.thought_share:.1%} of all tokens, tags included"

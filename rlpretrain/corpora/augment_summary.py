@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ class Summary:
     """Thoughts that were sampled: those that are kept and those of `dropped`."""
     kept: int = 0
     unfinished_kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     """By the reasons of `thought_texts.REASONS`."""
     document_tokens: int = 0
     """Of the source texts."""
@@ -48,7 +47,8 @@ class Summary:
         self.sampled += row["sampled"]
         self.kept += len(thoughts)
         self.unfinished_kept += sum(thought["finish_reason"] != "close" for thought in thoughts)
-        self.dropped.update(row["dropped"])
+        for reason, number in row["dropped"].items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + number
         self.document_tokens += row["document_tokens"]
         self.thought_tokens += row["thought_tokens"]
         gains = [thought["gain"] for thought in thoughts if thought.get("gain") is not None]
