@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -241,7 +241,7 @@ class Augmenter:
 
 def _identity(
     config: PretrainConfig, where: Where, limits: Limits, thoughts: int, chat: bool
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """The settings that the rows depend on."""
     engine = {name: getattr(config.engine, name, None) for name in ("name", "dtype", "of", "options")}
     sections = {name: asdict(getattr(config, name)) for name in ("model", "data", "sampling")}
