@@ -164,7 +164,6 @@ def test_thoughts_that_cannot_stand_in_a_text(data, tmp_path):
         rows = rows_of(out)
         return sum((Counter(row["dropped"]) for row in rows), Counter()), rows
 
-    assert counts("eos", say=["so well"], ending="eos")[0] == {"unfinished": 11}
     assert counts("cut", say=["so well"], ending="length")[0] == {"unfinished": 11}
     dropped, rows = counts("kept", "--unfinished", "keep", say=["so well"], ending="eos")
     assert not dropped and all(row["text"].endswith(". <think> so well </think>") for row in rows)
@@ -196,18 +195,21 @@ def test_long_documents_are_thought_about_piece_by_piece(data, tmp_path):
 def test_answers_and_rows_without_text(tmp_path):
     file, out = tmp_path / "problems.jsonl", tmp_path / "out.jsonl"
     problems = [
-        {"question": "ann has 5 bob up1 shows", "answer": "6 ."},
+        {"question": "ann has 5 bob up1 shows", "answer": "6 eve"},
         {"question": "", "answer": "6 ."},
         {"question": "leo has 4 ann up3 shows", "answer": None},
         {"question": "leo has 4 " * 80, "answer": "6 ."},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in problems))
     answers = ["--column", "question", "--answer-column", "answer", "--answer-join", " "]
-    assert run(file, out, "before", *answers, *scripted(say=["5 bob up1 6"])) == 0
+    assert run(file, out, "before", *answers, *scripted(say=["5 bob up1 6 eve"])) == 0
     rows = rows_of(out)
-    assert rows[0]["text"] == "ann has 5 bob up1 shows <think> 5 bob up1 6 </think> 6 ."
-    assert rows[0]["thoughts"][0]["leak"] == 1.0
+    assert rows[0]["text"] == "ann has 5 bob up1 shows <think> 5 bob up1 6 eve </think> 6 eve"
+    assert rows[0]["thoughts"][0]["leak"] == 1.0  # the whole answer is the target
     assert [row["places"] for row in rows] == [1, 0, 0, 0]
+    out = tmp_path / "half.jsonl"
+    assert run(file, out, "before", *answers, *scripted(say=["5 bob up1 6"])) == 0
+    assert rows_of(out)[0]["thoughts"][0]["leak"] == 0.0  # of its two tokens in this order
     assert rows[2]["text"] == "leo has 4 ann up3 shows" and rows[3]["text"].endswith("4  6 .")
 
 

@@ -58,7 +58,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeyp
     refused("every row out has a column seed of its own", "--data.meta_columns", "[seed]")
     refused("the tokenizer has no chat template", "--chat")
     refused("makes rows of up to", "--max-length", "1000")
-    refused("lower sampling.max_thought_tokens", "--max-thought-tokens", "300")
+    refused("lower --max-thought-tokens", "--max-thought-tokens", "300")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("augment is one process")
 

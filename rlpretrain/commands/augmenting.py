@@ -21,6 +21,8 @@ BY_PLACE: Mapping[str, Mapping[str, Any]] = {
 }
 """Defaults that depend on --where. .6 and .9 are those of TPT (arXiv 2509.20186), the others our choice."""
 TARGET_LENGTH, MAX_LEAK, LEAK_N, MAX_THOUGHT_TOKENS = 16, 0.5, 4, 512
+WHOLE_ANSWER = 4096
+"""Target tokens after a place before an answer, at most: the answer is the target."""
 SECTIONS = ("model", "data", "objective", "sampling", "engine", "reference")
 """Sections of a run's configuration that the command line takes as --section.field."""
 
@@ -177,11 +179,16 @@ def _configuration(args: argparse.Namespace, rest: Sequence[str], folder: str) -
 
 def _objective(args: argparse.Namespace) -> dict[str, Any]:
     """The objective section: what was given, and the places that --where means."""
-    section = {"name": "rlp"} | (objective_section(args.objective) if args.objective else {})
-    if args.where == "before":
-        return {"positions": "answer"} | section
-    if args.where == "inferable":
-        return {"positions": "entropy", "target_length": TARGET_LENGTH} | section
+    given = objective_section(args.objective) if args.objective else {}
+    section: dict[str, Any] = {"name": "rlp"}
+    if args.where != "after":
+        section["positions"] = "answer" if args.where == "before" else "entropy"
+    section |= given
+    if "target_length" not in given:
+        if section.get("positions") == "answer":
+            section["target_length"] = WHOLE_ANSWER
+        elif args.where == "inferable":
+            section["target_length"] = TARGET_LENGTH
     return section
 
 

@@ -156,7 +156,7 @@ class Augmenter:
         """The places for thoughts, each character of a row once."""
         pieces = [(k, piece) for k, text in enumerate(texts) for piece in text.pieces]
         entropies: list[Any] = [None] * len(pieces)
-        if self.where == "inferable" and "entropy" in self.objective.needs:
+        if pieces and self.where == "inferable" and "entropy" in self.objective.needs:
             assert self.samplers.scorer is not None, "places by entropy have a scorer"
             entropies = list(self.samplers.scorer.entropies([piece.document for _, piece in pieces]))
         taken = set[tuple[int, int]]()

@@ -20,7 +20,7 @@ from rlpretrain.corpora.text_places import RowReader
 from rlpretrain.corpora.thought_gains import GainScorer, check_rewards
 from rlpretrain.data.data_files import find_files
 from rlpretrain.data.opening import open_rows, quiet, reads_cells
-from rlpretrain.models.lengths import check_engine, check_rows, limit_of
+from rlpretrain.models.lengths import Names, check_engine, check_rows, limit_of
 from rlpretrain.objectives import Objective, delimiters, load_objective
 from rlpretrain.prompts import TEMPLATES, Delimiters, ensure_delimiters
 from rlpretrain.ranks import join
@@ -28,6 +28,9 @@ from rlpretrain.rollouts.engines import find_engine, make_engine, write_start
 from rlpretrain.scoring.checks import check_model
 from rlpretrain.scoring.reference_model import check_vocabulary, load_reference, reference_shape
 from rollout.engine import Engine
+
+NAMES = Names("the data", "--max-length", "--max-thought-tokens")
+"""Options that make rows long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def chat_template(tokenizer: Any, template: str, tags: Delimiters) -> str:
 
 
 def _fitting(config: PretrainConfig, objective: Objective, fit: bool, more: int) -> PretrainConfig:
-    """The configuration with the longest documents that the model takes, if `fit`.
+    """The configuration with the longest documents that the model takes, if `fit`, and without end tokens.
 
     `more` are tokens of a document that the objective expects behind the thought, and that stand before it.
     """
@@ -135,7 +138,7 @@ def _fitting(config: PretrainConfig, objective: Objective, fit: bool, more: int)
     if fit and limit is not None:
         added = objective.window(length + more).row - length
         length = max(min(length, limit.tokens - added), min(length, objective.min_length))
-    check_rows(objective, length + more, limit)
+    check_rows(objective, length + more, limit, NAMES)
     return replace(config, data=replace(config.data, max_length=length, append_eos=False))
 
 
@@ -163,7 +166,7 @@ def load_samplers(plan: Plan, scores: bool, stack: ExitStack, say: Callable[[str
     objective = load_objective(config, tokenizer)
     scorer = GainScorer(scoring, config, tokenizer, stack) if scores else None
     if scorer is not None:
-        check_rows(scorer.objective, config.data.max_length, limit_of(scoring))
+        check_rows(scorer.objective, config.data.max_length, limit_of(scoring), NAMES)
     start = write_start(config, model, tokenizer, ranks, changed=bool(plan.added))
     # an engine has room for the target behind the longest prompt: after a whole document there is none
     room = replace(config.data, max_length=config.data.max_length + objective.shortest_target)
@@ -171,7 +174,7 @@ def load_samplers(plan: Plan, scores: bool, stack: ExitStack, say: Callable[[str
         replace(config, data=room), model, tokenizer, objective, ranks, shares=True, start=start
     )
     stack.callback(engine.close)
-    check_engine(objective, config.data.max_length, engine.info.max_model_len)
+    check_engine(objective, config.data.max_length, engine.info.max_model_len, NAMES)
     if config.engine.name not in BUILT_IN:  # the contract of EngineContext
         engine.sync(lambda: _weights_of(model), 0)
     objective = objective.with_setting(replace(objective.setting, thoughts=plan.thoughts))
