@@ -52,8 +52,8 @@ class VLLMServerEngine:
 
     `transfer` nccl sends weights from GPU to GPU (see `vllm_nccl`); servers reach this process at
     `master_address`. `lead` is true on rank 0, which hands over the weights; `share` gives rank 0's value to
-    all ranks and makes them wait for it. `say` gets a line for every ten seconds of waiting. A `frozen` engine
-    is never synced: its servers keep their weights, and need no access to `weights_dir`.
+    all ranks and makes them wait for it. `say` gets a line for every ten seconds of waiting. A `frozen`
+    engine is never synced: its servers keep their weights, and need no access to `weights_dir`.
 
     All requests run on an event loop in a thread of its own, so any thread and any loop may `sample`.
     """

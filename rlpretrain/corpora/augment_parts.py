@@ -171,7 +171,7 @@ def load_samplers(plan: Plan, scores: bool, stack: ExitStack, say: Callable[[str
     # an engine has room for the target behind the longest prompt: after a whole document there is none
     room = replace(config.data, max_length=config.data.max_length + objective.shortest_target)
     engine = make_engine(
-        replace(config, data=room), model, tokenizer, objective, ranks, shares=True, start=start
+        replace(config, data=room), model, tokenizer, objective, ranks, shares=True, start=start, frozen=True
     )
     stack.callback(engine.close)
     check_engine(objective, config.data.max_length, engine.info.max_model_len, NAMES)
