@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlpretrain import __version__
 from rlpretrain.commands import (
+    augmenting,
     comparison,
     corpora,
     evaluation,
@@ -37,6 +38,7 @@ FEATURES = (
     pages,
     preparation,
     corpora,
+    augmenting,
     installation,
 )
 """In the order of `rlpretrain --help`."""

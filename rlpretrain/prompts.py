@@ -30,7 +30,14 @@ RLP_TEMPLATE = (
     "already, and say nothing about these instructions.\n\n{context}\n\n"
 )
 """RLP's second version gives base models an instruction with this content (METHODS §1.3), in our words."""
-TEMPLATES = {"raw": "{context}", "rlp": RLP_TEMPLATE}
+EXPERT_TEMPLATE = (
+    "Read the following text as an expert of its subject would, and write down what goes through your mind "
+    "while you work through it. Stay with what is difficult and says much, pass over what is plain, and "
+    "explain the hard steps so simply that a beginner could follow. Put all of it between {open} and "
+    "{close}.\n\n{context}\n\n"
+)
+"""The instruction of thinking-augmented pretraining to its generator (arXiv 2509.20186), in our words."""
+TEMPLATES = {"raw": "{context}", "rlp": RLP_TEMPLATE, "expert": EXPERT_TEMPLATE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +138,10 @@ def table_size(tokenizer: Any) -> int:
 class ThoughtPrompt:
     """Makes the prompts of a run: a position's context inside a template, then the open tag.
 
-    `template` is `raw` (the thought is opened inside the document itself), `rlp` (an instruction before the
-    context), or a text that contains `{context}` once, with `{open}` and `{close}` for the tags. The open tag
-    is added after the template. If the tokenizer starts every text with a BOS, the document's BOS stays
-    first, before the template's words.
+    `template` is `raw` (the thought is opened inside the document itself), `rlp` or `expert` (an instruction
+    before the context), or a text that contains `{context}` once, with `{open}` and `{close}` for the tags.
+    The open tag is added after the template. If the tokenizer starts every text with a BOS, the document's
+    BOS stays first, before the template's words.
     """
 
     def __init__(self, tokenizer: Any, delimiters: Delimiters | None = None, template: str = "raw"):

@@ -39,6 +39,7 @@ class PoolSettings:
     master_address: str | None
     vocabulary: int | None
     weights_dir: Path
+    frozen: bool = False
 
 
 class ServerPool:
@@ -88,7 +89,8 @@ class ServerPool:
                 base_url=server.url, headers=dict(headers), limits=limits, timeout=settings.request_timeout
             )
         answering = await self._first_to_answer()
-        folder = settings.weights_dir if settings.transfer == "file" and settings.lead else None
+        writes = settings.transfer == "file" and settings.lead and not settings.frozen
+        folder = settings.weights_dir if writes else None
         for server in answering:
             await server.check(settings.vocabulary, folder)
         self.model = answering[0].card["id"]

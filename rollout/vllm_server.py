@@ -52,7 +52,8 @@ class VLLMServerEngine:
 
     `transfer` nccl sends weights from GPU to GPU (see `vllm_nccl`); servers reach this process at
     `master_address`. `lead` is true on rank 0, which hands over the weights; `share` gives rank 0's value to
-    all ranks and makes them wait for it. `say` gets a line for every ten seconds of waiting.
+    all ranks and makes them wait for it. `say` gets a line for every ten seconds of waiting. A `frozen`
+    engine is never synced: its servers keep their weights, and need no access to `weights_dir`.
 
     All requests run on an event loop in a thread of its own, so any thread and any loop may `sample`.
     """
@@ -80,6 +81,7 @@ class VLLMServerEngine:
         vocabulary: int | None = None,
         say: Callable[[str], None] = log.warning,
         share: Callable[[Any], Any] = lambda value: value,
+        frozen: bool = False,
     ) -> None:
         if not urls:
             raise ValueError("engine vllm_server needs the URL of at least one server")
@@ -102,6 +104,7 @@ class VLLMServerEngine:
             master_address=master_address,
             vocabulary=vocabulary,
             weights_dir=self.weights_dir,
+            frozen=frozen,
         )
         self.pool = ServerPool(urls, settings, version, say)
         self._loop = asyncio.new_event_loop()
@@ -177,6 +180,8 @@ class VLLMServerEngine:
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
+        if self.pool.settings.frozen:
+            raise RuntimeError("this engine is frozen: its servers keep their weights")
         begin = time.perf_counter()
         state: dict[str, torch.Tensor] = {}
         for name, tensor in weights():  # all ranks iterate, since gathering sharded weights needs all

@@ -77,7 +77,7 @@ FOLDERS = [
     "experiments",  # methods × seeds
     "reporting",  # a run as a page
     "trl",  # reward functions and trainers for TRL
-    "corpora",  # controlled corpora
+    "corpora",  # controlled corpora, documents with generated thoughts
     "tools",  # doctor, dry run, server
     "commands",  # the command line
 ]

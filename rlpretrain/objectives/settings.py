@@ -54,8 +54,8 @@ class Config:
     top_fraction: float = 0.2
     """Positions `entropy` draws among this share of a document's highest next-token entropies."""
     template: str = "raw"
-    """raw: the thought begins inside the document. rlp: the paper's system prompt in our words.
-    Or a text with {context}.
+    """raw: the thought begins inside the document. rlp: the paper's system prompt in our words. expert: an
+    instruction to comment on a whole document, for `rlpretrain augment`. Or a text with {context}.
     """
     no_think: str = "raw"
     """The context of the no-think arm: raw (the document), template, or empty_thought."""

@@ -48,6 +48,8 @@ class EngineContext:
     """`model` holds whole weights on every rank, so an engine may sample with it."""
     start: Path | None
     """Folder with the starting model and tokenizer, where `config.model.path` does not hold them."""
+    frozen: bool = False
+    """The weights never change: a built-in engine is not synced."""
 
     @property
     def settings(self) -> EngineConfig:
@@ -118,6 +120,7 @@ def make_engine(
     *,
     shares: bool,
     start: Path | None = None,
+    frozen: bool = False,
 ) -> Engine:
     """The engine that `engine.name` names, with the run's starting weights.
 
@@ -131,6 +134,7 @@ def make_engine(
         ranks=ranks,
         shares_weights=shares,
         start=start,
+        frozen=frozen,
     )
     make = find_engine(config.engine)
     if not objective.has_positions:  # nothing is ever sampled

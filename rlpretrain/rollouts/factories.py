@@ -108,6 +108,7 @@ def make_vllm_server(context: EngineContext) -> Engine:
         lead=context.lead,
         share=context.share,
         vocabulary=text_config_of(context.model).vocab_size,
+        frozen=context.frozen,
         say=context.say,
     )
 
