@@ -7,6 +7,7 @@ from rewards.advantages import (
     max_rl,
     zero_variance_fraction,
 )
+from rewards.candidates import candidate_logps, top_logps
 from rewards.controls import (
     CollapseMonitor,
     distinct_n,
@@ -34,6 +35,7 @@ __all__ = [
     "CollapseMonitor",
     "ImportanceRatio",
     "batch_normalized",
+    "candidate_logps",
     "debiased_probability",
     "distinct_n",
     "empty",
@@ -54,5 +56,6 @@ __all__ = [
     "target_probability",
     "token_logps",
     "token_logps_from_logits",
+    "top_logps",
     "zero_variance_fraction",
 ]
