@@ -16,6 +16,7 @@ NEEDS = {
     "reference": "log-probs of trunk and thoughts under `reference.path`, by default the initial model",
     "second_model": "a reference model that is not the initial one: `reference.path`",
     "initial": "log-probs of the trunk under the frozen initial model, beside those of the reference",
+    "teacher": "likeliest tokens under `reference.path`, by default the initial model: for `soft_targets`",
     "entropy": "the entropy of each token of a document, for `positions`",
     "batch": "`advantage` sees all groups of a step at once",
     "group": "`target_weights` sees a whole group: it may not be spread over micro-batches",
@@ -78,6 +79,8 @@ class Setting:
     """How the tokens of a thought are weighted in the loss."""
     progress: float = 0.0
     """The share of the run that is done when the batch is trained, 0 to 1."""
+    held_out: bool = False
+    """The document that `prepare` gets is read for an evaluation: a filter of training data keeps it."""
 
 
 DEFAULT_SETTING = Setting(SamplingParams(max_thought_tokens=1), thoughts=2, reader_coef=0.0)

@@ -118,7 +118,11 @@ def prepare_document(objective: Objective, document: Document, key: Sequence[int
 
 
 def prepare_held_out(objective: Objective, document: Document, seed: int) -> Document | None:
-    """`prepare_document` for an evaluation: its random numbers depend on `seed` and the document's id."""
+    """`prepare_document` for an evaluation: its random numbers depend on `seed` and the document's id.
+
+    The objective can tell by its setting `held_out`.
+    """
+    objective = objective.with_setting(replace(objective.setting, held_out=True))
     return prepare_document(objective, document, (seed, document_number(document.id), EVALUATION))
 
 

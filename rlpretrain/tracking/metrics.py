@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "baseline/logp": Metric("mean log p(target) of the baseline", "steady"),
     "baseline/self": Metric("mean log p(target) of the current model without a thought", "not falling"),
     "ntp/loss": Metric("next-token loss of the trunk, in nats per token", "not above its start"),
+    "ntp/soft_frac": Metric(
+        "share of document tokens with soft targets, for objectives that give some", "1, or 0 after `until`"
+    ),
     "reference/cached_frac": Metric(
         "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
     ),
