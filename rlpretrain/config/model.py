@@ -72,7 +72,8 @@ class ReferenceConfig:
     """Run code that comes with the checkpoint. Turn it on only for code that you trust."""
     cache_tokens: Annotated[int, Field(ge=0)] = 2**24
     """Log-probs of `path` to cache where texts are scored again, 4 bytes each, by each rank; 0: none.
-    The K likeliest tokens of a teacher are 2 K such numbers. Checkpoints hold the cache, so that a resumed run has the same numbers.
+    The K likeliest tokens of a teacher are 2 K such numbers. Checkpoints hold the cache, so that a resumed
+    run has the same numbers.
     """
 
     @model_validator(mode="after")
