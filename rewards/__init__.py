@@ -7,6 +7,7 @@ from rewards.advantages import (
     max_rl,
     zero_variance_fraction,
 )
+from rewards.candidates import candidate_logps, top_logps
 from rewards.controls import (
     CollapseMonitor,
     distinct_n,
@@ -35,6 +36,7 @@ __all__ = [
     "CollapseMonitor",
     "ImportanceRatio",
     "batch_normalized",
+    "candidate_logps",
     "debiased_probability",
     "distinct_n",
     "empty",
@@ -56,5 +58,6 @@ __all__ = [
     "target_probability",
     "token_logps",
     "token_logps_from_logits",
+    "top_logps",
     "zero_variance_fraction",
 ]

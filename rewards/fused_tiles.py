@@ -15,6 +15,9 @@ from torch import Tensor
 
 from rewards.logit_tiles import HeadOptions, sum_dtype
 
+MOST_LABELS = 32
+"""Labels of a row that are computed here; each adds a comparison for every logit of a tile."""
+
 
 def can_fuse(x: Tensor) -> bool:
     """Whether tiles on the device of `x` are computed here: a GPU for which Triton writes kernels."""
@@ -57,6 +60,38 @@ def gradient_of(
     function = compiled(_gradient_of, options.scale, options.softcap)
     allow_compilations()
     return function(product, bias, temperatures, labels - start, log_normaliser)
+
+
+def fold_several(
+    product: Tensor,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    labels: Tensor,
+    start: int,
+    sums: tuple[Tensor, Tensor, Tensor, Tensor],
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `fold` for labels [N, K], whose logits [N, K] are the third sum; the fourth is the sum of logits."""
+    function = compiled(_fold_several, options.scale, options.softcap)
+    allow_compilations()
+    return function(product, bias, temperatures, labels - start, *sums)
+
+
+def gradient_of_several(
+    product: Tensor,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    labels: Tensor,
+    start: int,
+    log_normaliser: Tensor,
+    pulls: Tensor,
+    spread: Tensor,
+    options: HeadOptions,
+) -> Tensor:
+    """What `logit_tiles.differentiate` makes of a tile with several labels, in the dtype of `product`."""
+    function = compiled(_gradient_of_several, options.scale, options.softcap)
+    allow_compilations()
+    return function(product, bias, temperatures, labels - start, log_normaliser, pulls, spread)
 
 
 @lru_cache(maxsize=16)
@@ -124,4 +159,48 @@ def _gradient_of(
     probabilities = (logits - log_normaliser.unsqueeze(1)).exp()
     is_label = torch.arange(product.shape[1], device=product.device) == columns.unsqueeze(1)
     gradient = probabilities - is_label.to(probabilities.dtype)
+    return (gradient if slope is None else gradient * slope).to(product.dtype)
+
+
+def _fold_several(
+    scale: float,
+    softcap: float | None,
+    product: Tensor,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    columns: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    label_logits: Tensor,
+    logit_sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`columns` [N, K] as in `_fold`."""
+    logits, _ = _logits(scale, softcap, product, bias, temperatures)
+    is_inside = (columns >= 0) & (columns < product.shape[1])
+    labelled = logits.gather(1, columns.clamp(0, product.shape[1] - 1))
+    raised = torch.maximum(maximum, logits.amax(1))
+    total = total * (maximum - raised).exp() + (logits - raised.unsqueeze(1)).exp().sum(1)
+    labels = torch.where(is_inside, labelled, label_logits)
+    return raised, total, labels, logit_sums + logits.sum(1)
+
+
+def _gradient_of_several(
+    scale: float,
+    softcap: float | None,
+    product: Tensor,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    columns: Tensor,
+    log_normaliser: Tensor,
+    pulls: Tensor,
+    spread: Tensor,
+) -> Tensor:
+    """As `gradient_of_several`; `columns` as in `_fold_several`."""
+    logits, slope = _logits(scale, softcap, product, bias, temperatures)
+    probabilities = (logits - log_normaliser.unsqueeze(1)).exp()
+    gradient = probabilities * pulls.sum(1, keepdim=True) - spread.unsqueeze(1)
+    places = torch.arange(product.shape[1], device=product.device)
+    for column, pull in zip(columns.unbind(1), pulls.unbind(1), strict=True):
+        is_label = places == column.unsqueeze(1)
+        gradient = gradient - is_label.to(gradient.dtype) * pull.unsqueeze(1)
     return (gradient if slope is None else gradient * slope).to(product.dtype)

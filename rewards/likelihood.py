@@ -8,30 +8,20 @@ in place and adds its share to the gradients. That takes four matrix products wh
 and the memory of one tile.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rewards import fused_tiles
 from rewards.logit_tiles import (
-    HeadOptions,
-    add_product,
     check_head,
     column_slices,
-    differentiate,
     exponentiate,
-    locate_labels,
     logit_tile,
-    multiply,
     row_slices,
     select,
     sum_dtype,
 )
-
-IGNORE = -100
+from rewards.tiled_logps import IGNORE, TiledLogps, initial_maximum, temperature_per_row
 
 
 def token_logps(
@@ -85,7 +75,7 @@ def token_logps(
             "its last dimension: one label per row"
         )
     rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    temperatures = _temperature_per_row(temperature, labels, hidden)
+    temperatures = temperature_per_row(temperature, labels.shape, hidden)
     counted = row_labels != IGNORE
     outside = counted & ((row_labels < 0) | (row_labels >= lm_head_weight.shape[0]))
     if bool(outside.any()):
@@ -94,10 +84,10 @@ def token_logps(
             f"{tuple(lm_head_weight.shape)}; mark rows that do not count with {IGNORE}"
         )
     if bool(counted.all()):
-        logps = _TokenLogps.apply(rows, lm_head_weight, bias, row_labels, temperatures, options)
+        logps = TiledLogps.apply(rows, lm_head_weight, bias, row_labels, temperatures, options)
         return logps.view(labels.shape)
     index = counted.nonzero().squeeze(1)
-    logps = _TokenLogps.apply(
+    logps = TiledLogps.apply(
         rows[index], lm_head_weight, bias, row_labels[index], select(temperatures, index), options
     )
     return logps.new_zeros(row_labels.shape).index_put((index,), logps).view(labels.shape)
@@ -115,7 +105,7 @@ def token_logps_from_logits(
     >>> token_logps_from_logits(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
     tensor([-0.1269])
     """
-    temperatures = _temperature_per_row(temperature, labels, logits)
+    temperatures = temperature_per_row(temperature, labels.shape, logits)
     scaled = logits.to(sum_dtype(logits.dtype))
     if temperatures is not None:
         scaled = scaled / temperatures.view(*labels.shape, 1)
@@ -146,7 +136,7 @@ def row_entropies(
     """
     options = check_head(hidden, lm_head_weight, bias, softcap, scale, chunk_size)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    maximum = _initial_maximum(rows, lm_head_weight)
+    maximum = initial_maximum(rows, lm_head_weight)
     total, moment = torch.zeros_like(maximum), torch.zeros_like(maximum)  # Σw and Σ w ln w
     with torch.autocast(rows.device.type, enabled=False):
         for v in column_slices(lm_head_weight, options.chunk_size):
@@ -157,115 +147,3 @@ def row_entropies(
                 moment[r] = rescale * (moment[r] + total[r] * log_rescale) - torch.special.entr(tile).sum(1)
                 total[r] = rescale * total[r] + tile.sum(1)
     return (total.log() - moment / total).view(hidden.shape[:-1])
-
-
-class _TokenLogps(torch.autograd.Function):
-    """Forward: running log-sum-exp over tiles. Backward: d logp / dz = (onehot − softmax(z / T)) / T."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperatures: Tensor | None,
-        options: HeadOptions,
-    ) -> Tensor:
-        maximum = _initial_maximum(hidden, weight)
-        total, label_logits = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        fused = fused_tiles.can_fuse(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for v in column_slices(weight, options.chunk_size):
-                for r in row_slices(hidden):
-                    head = (select(bias, v), select(temperatures, r))
-                    if fused:
-                        product = multiply(hidden[r], weight[v])
-                        sums = (maximum[r], total[r], label_logits[r])
-                        sums = fused_tiles.fold(product, *head, labels[r], v.start, sums, options)
-                        maximum[r], total[r], label_logits[r] = sums
-                        continue
-                    tile = logit_tile(hidden[r], weight[v], *head, options)
-                    inside, column = locate_labels(labels[r], v)
-                    label_logits[r] = torch.where(inside, tile.gather(1, column).squeeze(1), label_logits[r])
-                    log_rescale = exponentiate(tile, maximum[r])
-                    total[r] = total[r] * log_rescale.exp_() + tile.sum(1)
-        log_normaliser = maximum + total.log()
-        # Save the parameter itself, not a view or a copy: ZeRO-3 empties its storage after the forward pass
-        # and refills it before the backward pass.
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, log_normaliser)
-        ctx.options = options
-        return label_logits - log_normaliser
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_logps,) = grad_outputs
-        hidden, weight, bias, labels, temperatures, log_normaliser = ctx.saved_tensors
-        options = ctx.options
-        product_dtype, dtype = torch.promote_types(hidden.dtype, weight.dtype), log_normaliser.dtype
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-        # Factors per row are applied to the [N, H] side, not to the tiles. The minus is there because a tile
-        # holds softmax − onehot.
-        factor = -options.scale * grad_logps.to(dtype) / (1.0 if temperatures is None else temperatures)
-        fused = fused_tiles.can_fuse(hidden)
-        scaled_hidden = (hidden.to(dtype) * factor.unsqueeze(1)).to(product_dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for v in column_slices(weight, options.chunk_size):
-                columns = weight[v].to(product_dtype)
-                # Sums over row blocks are taken in fp32, for one range of columns at a time: there is no fp32
-                # copy of a whole bf16 weight.
-                weight_sum = None if grad_weight is None else grad_weight[v].to(dtype)
-                for r in row_slices(hidden):
-                    head, row_temperatures = select(bias, v), select(temperatures, r)
-                    if fused:
-                        product = multiply(hidden[r], columns)
-                        where = (labels[r], v.start, log_normaliser[r])
-                        tile = fused_tiles.gradient_of(product, head, row_temperatures, *where, options)
-                    else:
-                        tile = logit_tile(hidden[r], columns, head, row_temperatures, options)
-                        differentiate(tile, labels[r], v, log_normaliser[r], row_temperatures, options)
-                    if grad_bias is not None:
-                        grad_bias[v].addmv_(tile.T.to(dtype), factor[r])
-                    tile = tile.to(product_dtype)
-                    if grad_hidden is not None:
-                        add_product(grad_hidden[r], tile, columns)
-                    if weight_sum is not None:
-                        add_product(weight_sum, tile.T, scaled_hidden[r])
-                if grad_weight is not None and weight_sum is not None and grad_weight.dtype != dtype:
-                    grad_weight[v] = weight_sum  # with equal dtypes the two share memory
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(factor.unsqueeze(1)).to(hidden.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def _initial_maximum(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return the lowest finite number for each row [N].
-
-    With −inf instead, a first tile of only −inf would add NaN, not 0.
-    """
-    dtype = sum_dtype(torch.promote_types(rows.dtype, weight.dtype))
-    return rows.new_full((rows.shape[0],), torch.finfo(dtype).min, dtype=dtype)
-
-
-def _temperature_per_row(temperature: float | Tensor, labels: Tensor, like: Tensor) -> Tensor | None:
-    """Return one temperature per row [N], or None if the temperature is the number 1."""
-    temperatures = torch.as_tensor(temperature, device=like.device).detach()
-    if temperatures.ndim and temperatures.shape != labels.shape:
-        raise ValueError(
-            f"temperature {tuple(temperatures.shape)} must be a number or have the shape of labels "
-            f"{tuple(labels.shape)}"
-        )
-    if not bool(((temperatures > 0) & temperatures.isfinite()).all()):
-        raise ValueError(
-            f"temperature must be finite and above 0, not {float(temperatures.min())}: greedy choice has no "
-            "log-probability. Use 1 for targets and the sampling temperature for thoughts"
-        )
-    if not temperatures.ndim and float(temperatures) == 1:
-        return None
-    return temperatures.to(sum_dtype(like.dtype)).expand(labels.shape).reshape(-1)

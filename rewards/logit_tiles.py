@@ -90,14 +90,26 @@ def differentiate(
     log_normaliser: Tensor,
     temperatures: Tensor | None,
     options: HeadOptions,
+    pulls: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> None:
-    """Turn a tile of logits / temperature into (softmax − onehot) · d capped / d uncapped, in place."""
+    """Turn a tile of logits / temperature into (softmax − onehot) · d capped / d uncapped, in place.
+
+    With several labels a row [N, K], their gradients `pulls` [N, K] are part of it: (Σ_k pulls_k) · softmax −
+    Σ_k pulls_k · onehot_k − `spread` [N], which every token gets.
+    """
     slope = None
     if options.softcap is not None:
         slope = _softcap_slope(tile, temperatures, options.softcap)
     tile.sub_(log_normaliser.unsqueeze(1)).exp_()
     inside, column = locate_labels(labels, columns)
-    tile.scatter_add_(1, column, -inside.unsqueeze(1).to(tile.dtype))
+    if pulls is None:
+        tile.scatter_add_(1, column, -inside.unsqueeze(1).to(tile.dtype))
+    else:
+        tile.mul_(pulls.sum(1, keepdim=True))
+        tile.scatter_add_(1, column, torch.where(inside, -pulls, 0.0))
+    if spread is not None:
+        tile.sub_(spread.unsqueeze(1))
     if slope is not None:
         tile.mul_(slope)
 
@@ -112,11 +124,12 @@ def _softcap_slope(tile: Tensor, temperatures: Tensor | None, softcap: float) ->
 def locate_labels(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Return which labels lie in a tile's columns [N], and at which of them [N, 1].
 
-    A label outside gets an arbitrary column of the tile, so that it can be passed to gather and scatter.
+    Both are [N, K] for labels [N, K]. A label outside gets an arbitrary column of the tile, so that it can be
+    passed to gather and scatter.
     """
     inside = (labels >= columns.start) & (labels < columns.stop)
     column = (labels - columns.start).clamp(0, columns.stop - columns.start - 1)
-    return inside, column.unsqueeze(1)
+    return inside, column.view(len(labels), 1) if labels.ndim == 1 else column
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

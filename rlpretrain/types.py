@@ -111,12 +111,37 @@ class MicroBatch:
     """The thoughts were sampled with the weights that are trained, so importance weights are exactly 1."""
     asked: Sequence[frozenset[int]] = ()
     """For each of `documents`, the indices of the tokens before which groups of the step think."""
+    soft_ids: Tensor | None = None
+    """[M, K] int64 tokens of the soft targets, -1 for the whole vocabulary, -100 for none; None without."""
+    soft_probs: Tensor | None = None
+    """[M, K] float32, the probability of each in the loss."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftTargets:
+    """What each document token of a micro-batch is trained on in place of the token itself.
+
+    A row's loss is −Σ_k probs[k] · log p(ids[k]): give the document's own token too where it shall count. An
+    id may be −1, the whole vocabulary: its log-prob is the mean over all tokens. Entries with probability 0
+    are not read.
+    """
+
+    ids: Tensor  # [M, K] int64
+    probs: Tensor  # [M, K]
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The K likeliest tokens of a model's prediction of each document token, likeliest first."""
+
+    ids: Tensor  # [M, K] int64
+    logps: Tensor  # [M, K] nats, over the whole vocabulary, at the temperature that was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +171,8 @@ class Scores:
     """[B, G, T] `target_logps` under the model of `baseline`; only with need "target_baseline"."""
     trunk_initial: Tensor | None = None
     """[M] `trunk_logps` under the frozen initial model; only with need "initial"."""
+    soft_logps: Tensor | None = None
+    """[M, K] log-probs of the micro-batch's `soft_ids`, with gradient; only where it has soft targets."""
 
     def detached(self) -> Scores:
         """The same numbers without their graph: what rewards may see."""

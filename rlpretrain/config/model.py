@@ -56,7 +56,7 @@ class ModelConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class ReferenceConfig:
-    """A second, frozen model that gives log-probs to an objective with need "reference"."""
+    """A second, frozen model that gives log-probs to an objective with need "reference" or "teacher"."""
 
     path: PathText | None = None
     """Hub id or folder of a checkpoint with the vocabulary of `model`; by default the initial model."""
@@ -72,7 +72,8 @@ class ReferenceConfig:
     """Run code that comes with the checkpoint. Turn it on only for code that you trust."""
     cache_tokens: Annotated[int, Field(ge=0)] = 2**24
     """Log-probs of `path` to cache where texts are scored again, 4 bytes each, by each rank; 0: none.
-    Checkpoints hold the cache, so that a resumed run has the same numbers.
+    The K likeliest tokens of a teacher are 2 K such numbers. Checkpoints hold the cache, so that a resumed
+    run has the same numbers.
     """
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ Nothing here knows how models run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import sampling
 from rlpretrain.objectives.settings import ADVANTAGES, DEFAULT_SETTING, NEEDS, AdvantageForm, Config, Setting
 from rlpretrain.prompts import ControlTokens, Delimiters, ThoughtPrompt
-from rlpretrain.types import Document, MicroBatch, Scores, Window
+from rlpretrain.types import Document, Likeliest, MicroBatch, Scores, SoftTargets, Window
 from rollout.engine import Engine
 from rollout.types import Group, Position, Prompt, Thought
 
@@ -43,6 +43,10 @@ RENAMED = {
     "rewarded": "add_rewards",
 }
 """Old names of hooks; subclasses that override or call an old name keep working."""
+
+
+ReadLikeliest = Callable[[MicroBatch, int, float], Likeliest]
+"""Reads the likeliest tokens of each document token: (micro-batch, how many, temperature)."""
 
 
 def rewards_differ(group: Group) -> bool:
@@ -318,10 +322,22 @@ class Objective:
     def trunk_loss(self, micro: MicroBatch, scores: Scores) -> Tensor:
         """The loss [M] of each document token, summed over the micro-batch and divided by the step's tokens.
 
-        By default the next-token loss, weighted by `ntp_weights`. Override it for a loss that is not linear
-        in log p (unlikelihood), or that has more than one target token.
+        By default the next-token loss, or the cross-entropy with the soft targets where the micro-batch has
+        some, weighted by `ntp_weights`. Override it for a loss that is not linear in log p (unlikelihood).
         """
-        return -self.ntp_weights(micro, scores) * scores.trunk_logps
+        logps = scores.trunk_logps
+        if scores.soft_logps is not None and micro.soft_probs is not None:
+            logps = (micro.soft_probs * scores.soft_logps).sum(-1)
+        return -self.ntp_weights(micro, scores) * logps
+
+    def soft_targets(self, micro: MicroBatch, teacher: ReadLikeliest | None) -> SoftTargets | None:
+        """Several tokens with probabilities for each document token, in its place in `trunk_loss`.
+
+        None, the default: the document's own token alone. Asked for before the micro-batch is scored, on all
+        ranks, in a micro-batch without documents too. `teacher(micro, count, temperature)` reads the
+        `Likeliest` tokens of a frozen model; it is None without need "teacher".
+        """
+        return None
 
     def ntp_weights(self, micro: MicroBatch, scores: Scores) -> Tensor:
         """Weights [M] of the next-token loss. They must carry no gradient: detach what depends on scores."""

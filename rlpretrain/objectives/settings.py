@@ -17,6 +17,7 @@ NEEDS = {
     "second_model": "a reference model that is not the initial one: `reference.path`",
     "initial": "log-probs of the trunk under the frozen initial model, beside those of the reference",
     "target_baseline": "log-probs of the targets after the thoughts under the model of `baseline`",
+    "teacher": "likeliest tokens under `reference.path`, by default the initial model: for `soft_targets`",
     "entropy": "the entropy of each token of a document, for `positions`",
     "batch": "`advantage` sees all groups of a step at once",
     "group": "`reward` and `target_weights` see a whole group: it may not be spread over micro-batches",

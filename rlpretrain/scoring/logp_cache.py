@@ -19,7 +19,10 @@ def digest(ids: Sequence[int] | np.ndarray, *, context: int = 0) -> str:
 
 
 class LogpCache:
-    """Up to `keep` log-probs, by the digest of the ids; those used least recently are dropped."""
+    """Up to `keep` numbers, by the digest of the ids; those used least recently are dropped.
+
+    A sequence has a log-prob for each predicted token [n], or several numbers [n, width].
+    """
 
     def __init__(self, keep: int):
         self.keep, self.kept = keep, 0
@@ -36,10 +39,10 @@ class LogpCache:
         if key in self.known:
             self.known.move_to_end(key)
             return
-        self.known[key], self.kept = logps.detach().cpu().clone(), self.kept + len(logps)
+        self.known[key], self.kept = logps.detach().cpu().clone(), self.kept + logps.numel()
         while self.kept > self.keep:
             _, dropped = self.known.popitem(last=False)
-            self.kept -= len(dropped)
+            self.kept -= dropped.numel()
 
     def take(self, keys: Iterable[str]) -> list[Tensor] | None:
         """The log-probs of all keys, which count as used; None if one of them is not known."""
@@ -55,12 +58,15 @@ class LogpCache:
         values = list(self.known.values())
         return {
             "keys": list(self.known),
-            "sizes": [len(logps) for logps in values],
-            "logps": torch.cat(values) if values else torch.zeros(0),
+            "sizes": [logps.numel() for logps in values],
+            "widths": [logps.shape[1] if logps.ndim > 1 else 0 for logps in values],
+            "logps": torch.cat([logps.flatten() for logps in values]) if values else torch.zeros(0),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the contents by what `state_dict` returned."""
         self.known, self.kept = OrderedDict(), 0
-        for key, logps in zip(state["keys"], state["logps"].split(state["sizes"]), strict=True):
-            self.add(key, logps)
+        widths = state.get("widths", [0] * len(state["keys"]))  # none in older versions
+        parts = state["logps"].split(state["sizes"])
+        for key, logps, width in zip(state["keys"], parts, widths, strict=True):
+            self.add(key, logps.view(-1, width) if width else logps)

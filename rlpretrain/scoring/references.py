@@ -150,7 +150,8 @@ class Reference:
     documents and thoughts. A micro-batch that is cached as a whole is not scored; any other is scored as a
     whole, in the policy's rows.
 
-    `initial` scores the trunk with the initial model too, for objectives with need "initial".
+    `initial` scores the trunk with the initial model too, for objectives with need "initial". With
+    `only_teaches` it adds no log-probs to the scores: it is there for `Teacher`.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Reference:
         autocast: bool = False,
         initial: Reference | None = None,
     ):
-        self.initial = initial
+        self.initial, self.only_teaches = initial, False
         self.frozen, self.temperature, self.autocast = frozen, temperature, autocast
         self.cache = LogpCache(keep) if keep else None
         self.cached = self.asked = 0
@@ -173,6 +174,8 @@ class Reference:
 
         At most one forward of each model.
         """
+        if self.only_teaches:
+            return scores
         trunk, thoughts = self.logps(micro)
         scores = replace(scores, trunk_reference=trunk, thought_reference=thoughts)
         if self.initial is None:
@@ -184,16 +187,16 @@ class Reference:
     def logps(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probs of the trunk [M] and of the thoughts [B, G, L]."""
         device = next(self.frozen.model.parameters()).device
-        micro = micro.to(device)
+        micro = replace(micro.to(device), soft_ids=None, soft_probs=None)
         keys, inside = [], micro.thought_mask
         if self.cache is not None:
             keys = _keys_of(micro)
-            if (known := self._known(keys)) is not None:
+            if (known := self.known(keys)) is not None:
                 both = torch.cat([*known, torch.zeros(0)]).to(device)
                 trunk, thoughts = both.split([len(micro.trunk_rows), len(both) - len(micro.trunk_rows)])
                 blank = torch.zeros(inside.shape, dtype=both.dtype, device=device)
                 return trunk, blank.masked_scatter(inside, thoughts)
-        with self._precision(device):
+        with self.precision(device):
             own = score(self.frozen.scorer, micro, self.temperature)
         if self.cache is not None:
             sizes = [len(document.token_ids) - 1 for document in micro.documents]
@@ -223,7 +226,7 @@ class Reference:
         if self.initial is not None and "initial" in state:
             self.initial.load_state_dict(state["initial"])
 
-    def _known(self, keys: list[str]) -> list[Tensor] | None:
+    def known(self, keys: list[str]) -> list[Tensor] | None:
         """The cached log-probs of all keys. Under ZeRO-3 all ranks score a micro-batch, or none does."""
         assert self.cache is not None
         missing = float(any(key not in self.cache for key in keys))
@@ -237,7 +240,7 @@ class Reference:
         self.cached, self.asked = self.cached + number, self.asked + number
         return known
 
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """The policy's autocast."""
         return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
 
@@ -284,19 +287,22 @@ def make_reference(
     policy: Any,
     again: bool,
 ) -> Reference | None:
-    """The reference of an objective with these needs: the model of `reference.path`, or the initial one.
+    """The reference or teacher that these needs ask for: the model of `reference.path`, or the initial one.
 
     `again`: the same texts will be scored more than once, so their log-probs are worth caching.
     """
-    if "reference" not in needs:
+    if not {"reference", "teacher"} & needs:
         return None
     keep = config.reference.cache_tokens if again and second is not None else 0
     temperature, autocast = config.sampling.temperature, getattr(policy, "autocast", False)
-    of_initial = None
+    of_initial, only_teaches = None, "reference" not in needs
     if initial is not None and (second is None or "initial" in needs):
         of_initial = Reference(initial, temperature, keep=keep, autocast=autocast)
     if second is not None:
-        return Reference(Frozen(second), temperature, keep=keep, autocast=autocast, initial=of_initial)
+        reference = Reference(Frozen(second), temperature, keep=keep, autocast=autocast, initial=of_initial)
+        reference.only_teaches = only_teaches
+        return reference
     assert of_initial is not None, "it is made for objectives that need a reference"
     of_initial.initial = of_initial if "initial" in needs else None
+    of_initial.only_teaches = only_teaches
     return of_initial

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewards import token_logps
+from rewards import candidate_logps, token_logps, top_logps
 from rewards.likelihood import row_entropies
 from rlpretrain.compat import backbone_of, gathered, head_of, sharded
 from rlpretrain.models import adapters
@@ -47,11 +47,14 @@ class Scorer(nn.Module):
         want: str = "logps",
         tree: Tree | None = None,
         want_rows: tuple[int, int] | None = None,
+        candidates: Tensor | None = None,
+        count: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs [K] of `labels` given the states at `rows` of the flattened input.
 
-        `want` is "logps", or adds "entropies" or the likeliest tokens ("top"): those of `rows` in the slice
-        `want_rows`, of all by default.
+        `want` is "logps", or adds "entropies", the likeliest token ("top"), or the log-probs of `candidates`
+        ("candidates", at temperature 1): those of `rows` in the slice `want_rows`, of all by default. With
+        "likeliest" the result is, instead, log-probs and ids [K, count] of the `count` likeliest tokens.
         """
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
@@ -66,7 +69,7 @@ class Scorer(nn.Module):
             input_ids, extra = pad_to_blocks(input_ids), {k: pad_to_blocks(x) for k, x in extra.items()}
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
-        return self.read(hidden, labels, temperature, want, want_rows)
+        return self.read(hidden, labels, temperature, want, want_rows, candidates, count)
 
     def read(
         self,
@@ -75,10 +78,23 @@ class Scorer(nn.Module):
         temperature: Tensor | float,
         want: str,
         want_rows: tuple[int, int] | None = None,
+        candidates: Tensor | None = None,
+        count: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the head to the states [K, H]: log-probs of `labels` [K], and what `want` adds."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
+        if want == "likeliest":
+            ids, tops = top_logps(hidden, head.weight, count, temperature=temperature, **form)
+            return tops, ids
+        if want == "candidates":
+            assert candidates is not None and want_rows is not None, "they go together"
+            first = want_rows[0]  # the rows from there on are read once, for label and candidates
+            both = torch.cat([labels[first:, None], candidates], 1)
+            several = candidate_logps(hidden[first:], head.weight, both, **form)
+            heats = temperature[:first] if isinstance(temperature, Tensor) else temperature
+            before = token_logps(hidden[:first], head.weight, labels[:first], temperature=heats, **form)
+            return torch.cat([before, several[:, 0]]), several[:, 1:]
         logps = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
         hidden = hidden[slice(*want_rows)] if want_rows else hidden
         if want == "entropies":
@@ -139,23 +155,26 @@ def score(
     """Score a micro-batch.
 
     `entropies` adds the entropies of the trunk's predictions, `hits` whether a target token is the likeliest.
+    A micro-batch with soft targets gets their log-probs, unless one of the two is asked for.
     `scorer` is a Scorer or wraps one (a DeepSpeed engine). Thoughts are scored at `temperature`, everything
     else at 1. Entries outside the masks are 0. Raises ValueError for entropies and hits together, which need
     different rows.
     """
     if entropies and hits:
         raise ValueError("score gives entropies or hits, not both at once")
+    soft = micro.soft_ids is not None and not entropies and not hits
     thoughts, targets, baselines, trunk = parts = _parts(micro)
     rows = torch.cat([part.rows[part.mask] for part in parts])
     labels = torch.cat([part.labels[part.mask] for part in parts])
     temperatures = torch.ones(len(rows), device=rows.device)
     temperatures[: int(micro.thought_mask.sum())] = temperature or 1.0
-    want = "entropies" if entropies else "top" if hits else "logps"
+    want = "entropies" if entropies else "top" if hits else "candidates" if soft else "logps"
     sizes = [int(part.mask.sum()) for part in parts]
     before_trunk = sum(sizes[:3])
-    want_rows = (before_trunk, len(rows)) if entropies else (sizes[0], before_trunk)
+    want_rows = (before_trunk, len(rows)) if entropies or soft else (sizes[0], before_trunk)
     inputs = (micro.input_ids, micro.attention_mask, micro.position_ids)
-    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree, want_rows)
+    candidates = micro.soft_ids if soft else None
+    logps, more = scorer(*inputs, rows, labels, temperatures, want, micro.tree, want_rows, candidates)
 
     thought_logps, target_logps, baseline_logps, trunk_logps = logps.split(sizes)
     scores = Scores(
@@ -166,6 +185,8 @@ def score(
         micro.target_mask,
         micro.counted,
     )
+    if soft:
+        return replace(scores, soft_logps=more)
     if entropies:
         return replace(scores, trunk_entropies=more)
     if hits:

@@ -112,7 +112,7 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
         items += engine_weights(config.engine, config.model.dtype, sizes.parameters, sizes.stage)
         items += _engine_extras(config, sizes)
     needs = owner.needs | sizes.needs
-    if thinks or "reference" in needs:
+    if thinks or {"reference", "teacher"} & needs:
         items += _reference_models(config, sizes, needs, thinks)
     items += _training_tensors(config, shape, sizes)
     if thinks:
@@ -169,7 +169,8 @@ def _reference_models(
         if sizes.device == "cpu":
             formula = "4 bytes for each of reference.cache_tokens"
             items.append(Item("log-probs of the reference", 4 * config.reference.cache_tokens, formula))
-    needs_initial = "initial" in needs or ("reference" in needs and not sizes.reference)
+    scores_or_teaches = bool({"reference", "teacher"} & needs)
+    needs_initial = "initial" in needs or (scores_or_teaches and not sizes.reference)
     if baseline.name == "ema":
         items.append(Item("baseline ema", 4 * p, "4 P, whole on every rank"))
     measured = thinks and bool(baseline.frozen_every or config.eval.data)

@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
     "preference/good_frac": Metric(
         "share of the segments drawn that are good, or of documents that `filter` keeps", "not 0 and not 1"
     ),
+    "ntp/soft_frac": Metric(
+        "share of document tokens with soft targets, for objectives that give some", "1, or 0 after `until`"
+    ),
     "reference/cached_frac": Metric(
         "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
     ),

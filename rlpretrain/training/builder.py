@@ -143,7 +143,8 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     check_average(config.average, total_steps)
 
     start = write_start(config, model, tokenizer, ranks, changed=bool(added) or config.model.from_scratch)
-    needs_initial = ("reference" in objective.needs and second is None) or "initial" in objective.needs
+    scores_or_teaches = bool({"reference", "teacher"} & objective.needs)
+    needs_initial = (scores_or_teaches and second is None) or "initial" in objective.needs
     measures_frozen = owner.has_positions and bool(config.baseline.frozen_every or documents)
     repeats = documents_repeat(config, objective, stream, total_steps)
     frozen, baseline = make_references(config, model, measures_frozen or needs_initial, repeats, ranks)

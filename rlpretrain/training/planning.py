@@ -89,7 +89,7 @@ def check_reference(config: PretrainConfig, objective: Objective) -> None:
             f"objective {type(objective).__name__} needs a second model: set reference.path to a checkpoint "
             "with the vocabulary of 'model'"
         )
-    if config.reference.path is not None and "reference" not in objective.needs:
+    if config.reference.path is not None and not {"reference", "teacher"} & objective.needs:
         raise ConfigError(
             f"'reference.path' is set, but objective {type(objective).__name__} uses no reference: leave it "
             "out, or choose another objective"

@@ -10,6 +10,7 @@ from rlpretrain.scoring.balance import balance
 from rlpretrain.scoring.checks import check_tree
 from rlpretrain.scoring.groups import micro_batches, no_think_contexts
 from rlpretrain.scoring.layout import Layout
+from rlpretrain.training.soft_targets import add_soft_targets
 from rlpretrain.training.tag_gain import gains_of_empty_thoughts
 from rlpretrain.types import Batch, MicroBatch, Totals
 
@@ -41,7 +42,7 @@ def pack_step(run: Run, batch: Batch, totals: Totals) -> list[MicroBatch]:
         run.metrics.add("ig/empty", gains)
     if layout.tree and "tree_difference" not in run.facts:
         _compare_with_padded(run, micros[0], layout, totals)
-    return micros
+    return add_soft_targets(run, micros)
 
 
 def _any_split(run: Run, micros: list[MicroBatch]) -> bool:

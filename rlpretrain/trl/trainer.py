@@ -151,11 +151,12 @@ class RLPTrainer(GRPOTrainer):
         self.rows: list[dict[str, Any]] = []  # rows of the dataset that are being sampled for
         self.limit = limit_of(model)
         owner = type(self.reward.objective)
-        hooks = (owner.ntp_weights, owner.trunk_loss)
-        if args.ntp_coef and hooks != (Objective.ntp_weights, Objective.trunk_loss):
+        names = ("ntp_weights", "trunk_loss", "soft_targets")
+        changed = any(getattr(owner, name) is not getattr(Objective, name) for name in names)
+        if args.ntp_coef and changed:
             raise ConfigError(
-                f"objective {args.objective} weighs the tokens of the next-token loss, which this trainer "
-                "does not: set ntp_coef 0, or use rlpretrain's own trainer"
+                f"objective {args.objective} changes the next-token loss, which this trainer does "
+                "not: set ntp_coef 0, or use rlpretrain's own trainer"
             )
         if reward_funcs is None:
             further_rewards = []
