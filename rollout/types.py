@@ -114,6 +114,10 @@ class Thought:
     `token_ids` are exactly the sampled ids, the close tag or end-of-text included. `behaviour_logps` (nats,
     one per id) are the log-probabilities of the distribution they were drawn from: after temperature, top-p
     and top-k.
+
+    A `given` thought was not sampled: its ids come from the data (a candidate beside the sampled ones). It is
+    never cut off, its importance weight is 1 whatever `behaviour_logps` holds, and no statistic of what was
+    sampled includes it.
     """
 
     token_ids: tuple[int, ...]
@@ -122,6 +126,7 @@ class Thought:
     policy_version: int
     seed: int
     answer_span: tuple[int, int] | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)

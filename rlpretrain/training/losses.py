@@ -34,15 +34,17 @@ def clipped_surrogate(
     The clipping is PPO's (arXiv 1707.06347). Each thought token has the weight `micro.token_weights` (1/|c|
     for RLP, 1 for a policy gradient: `loss.reduction`). The ratio is taken against `old_logps`; None means
     this forward, with a ratio of exactly 1. Tokens that another engine or an older policy sampled are also
-    weighted by the truncated exp(old - behaviour). Only log-probs of sampled thought tokens carry gradient.
+    weighted by the truncated exp(old - behaviour); given thoughts never are. Only log-probs of thought tokens
+    carry gradient.
     """
     new = scores.thought_logps
     old = new.detach() if old_logps is None else old_logps
     weight = micro.token_weights
     info: dict[str, float] = {}
     if not micro.on_policy:
-        sampling = importance_ratio(old, micro.behaviour_logps, micro.thought_mask, cap=config.importance_cap)
-        weight = weight * sampling.truncated
+        sampled = micro.thought_mask & ~micro.given[:, :, None]
+        sampling = importance_ratio(old, micro.behaviour_logps, sampled, cap=config.importance_cap)
+        weight = weight * torch.where(sampled, sampling.truncated, 1.0)
         info = {f"sampling/{k}": float(v) for k, v in sampling.diagnostics.items()}
     ratio = torch.exp(new - old)
     bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
