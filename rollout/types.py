@@ -51,7 +51,8 @@ class Position:
     """A place in a document where the model may think before it predicts.
 
     `target_ids` are the document's ids from `index` on, `context_ids` those before it. `suffix_ids` are ids
-    after the target, for a method that may read them (a masked segment).
+    after the target, for a method that may read them (a masked segment), or another text in the target's
+    place (a rewrite).
     """
 
     document_id: str
