@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-SHARED = {"base", "sampling", "settings"}
+SHARED = {"base", "candidates", "sampling", "settings"}
 """Modules of this folder that are not objectives."""
 
 
