@@ -22,6 +22,7 @@ from rlpretrain.objectives.sip import SIP, Config
 from rlpretrain.training.advantages import Advantages
 from rlpretrain.training.losses import LossInputs, Surrogate
 from rlpretrain.training.run import Run
+from rlpretrain.trl.reward import ObjectiveReward
 from rlpretrain.types import Document, Scores
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 from tests.builders import judges
@@ -377,6 +378,11 @@ def test_adapters_train_against_the_model_without_them(values, documents, tmp_pa
 def test_settings_that_do_not_fit_are_refused(values, documents, settings, other, message):
     with pytest.raises(ConfigError, match=message):
         Run(build(merged(sip_of(values, documents, **settings), **other)), None)
+
+
+def test_it_is_no_reward_for_trl():
+    with pytest.raises(ConfigError, match="objective sip trains on texts of its choice"):
+        ObjectiveReward("sip", loss="rf_nll", judge_function="tests.builders.judges:longer")
 
 
 def test_the_oracle_of_the_dial_corpus():
