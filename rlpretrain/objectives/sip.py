@@ -110,9 +110,7 @@ class SIP(base.Objective):
         if config.loss == "dpo":
             self.needs = self.needs | {"reference"}
         if not config.candidates or len(set(config.candidates)) < len(config.candidates):
-            raise ConfigError(
-                "objective.candidates: name at least one of suffix, rewrite, rollouts, each once"
-            )
+            raise ConfigError("objective.candidates: name suffix, rewrite or rollouts, each once")
         for name in ("template", "no_think"):
             if getattr(config, name) != "raw":
                 raise ConfigError(f"objective.{name}: sip continues the text itself and has no thoughts")
@@ -140,9 +138,7 @@ class SIP(base.Objective):
                 "its loss at the first update only. Set it to 1"
             )
         if c.loss == "dpo" and run.loss.reduction not in ("auto", "sum"):
-            raise ConfigError(
-                f"loss.reduction {run.loss.reduction}: dpo is a sum over tokens; set sum or auto"
-            )
+            raise ConfigError(f"loss.reduction {run.loss.reduction}: dpo sums over tokens; set sum or auto")
         sampled = s.thoughts if "rollouts" in c.candidates else 0
         if sampled and s.max_thought_tokens != c.target_length:
             raise ConfigError(
