@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal
 
 from rlpretrain.config import ConfigError, plugins
@@ -37,38 +38,54 @@ Pair = tuple[str, str]
 """(predicted, reference)."""
 Ask = Callable[[Sequence[str]], Awaitable[list[str | None]]]
 """From prompts to replies; None for a prompt without a reply."""
+Parse = Callable[[str | None], float | None]
+"""From a reply to its verdict; None where it has none."""
 
 
 @dataclass
 class Judge:
-    """Collects verdicts of the model behind `ask`: in batches, each distinct pair once, failures counted."""
+    """Collects verdicts of the model behind `ask`: in batches, each question once, failures counted."""
 
     ask: Ask
     failure: Literal["zero", "leave_out"] = "zero"
     counts: dict[str, int] = field(default_factory=lambda: {"asked": 0, "cached": 0, "failed": 0})
-    known: dict[Pair, float] = field(default_factory=dict)
+    known: dict[bytes, float] = field(default_factory=dict)
+    """Verdicts by the digest of their question."""
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """Return 1 or 0 for each pair.
 
         A pair that could not be judged gets 0, or NaN (not applicable) under `leave_out`.
         """
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        self.counts["cached"] += len(pairs) - len(new)
+        return await self.answers([prompt_of(*pair) for pair in pairs])
+
+    async def answers(self, questions: Sequence[str], parse: Parse | None = None) -> list[float]:
+        """Return the verdict on each question; `parse` reads a reply, by default as `parse_verdict`.
+
+        A question without a verdict gets 0, or NaN under `leave_out`, and is asked again next time.
+        """
+        parse = parse or parse_verdict
+        keys = [
+            blake2b(question.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            for question in questions
+        ]
+        by_key = dict(zip(keys, questions, strict=True))
+        new = [key for key in by_key if key not in self.known]
+        self.counts["cached"] += len(questions) - len(new)
         self.counts["asked"] += len(new)
-        replies = await self.ask([prompt_of(*pair) for pair in new]) if new else []
+        replies = await self.ask([by_key[key] for key in new]) if new else []
         new_verdicts = {}
-        for pair, reply in zip(new, replies, strict=True):
-            verdict = parse_verdict(reply)
-            if verdict is not None:  # after a failure, the pair is asked again next time
-                new_verdicts[pair] = verdict
+        for key, reply in zip(new, replies, strict=True):
+            verdict = parse(reply)
+            if verdict is not None:
+                new_verdicts[key] = verdict
         self.counts["failed"] += len(new) - len(new_verdicts)
         self.known |= new_verdicts
+        missing = math.nan if self.failure == "leave_out" else 0.0
+        verdicts = [self.known.get(key, missing) for key in keys]
         while len(self.known) > CACHED:
             del self.known[next(iter(self.known))]
-        missing = math.nan if self.failure == "leave_out" else 0.0
-        verdicts = {**self.known, **new_verdicts}  # a large batch may have pushed out some of its own
-        return [verdicts.get(pair, missing) for pair in pairs]
+        return verdicts
 
 
 def prompt_of(predicted: str, reference: str) -> str:
@@ -148,6 +165,11 @@ def by_path(path: str) -> Ask:
     if not inspect.iscoroutinefunction(judge):
         raise ConfigError(f"objective.judge_function '{path}' must be an async function (prompts) -> replies")
     return judge
+
+
+async def no_judge(questions: Sequence[str]) -> list[str | None]:
+    """Answer no question."""
+    return [None] * len(questions)
 
 
 def engine_judge(engine: Engine, tokenizer: Any) -> Ask:

@@ -99,6 +99,7 @@ class MicroBatch:
     thought_mask: Tensor  # [B, G, L] bool, true for sampled tokens of counted thoughts
     token_weights: Tensor  # [B, G, L] float32
     behaviour_logps: Tensor  # [B, G, L] float32
+    given: Tensor  # [B, G] bool, true for counted thoughts that come from the data
     counted: Tensor  # [B, G] bool
     penalty: Tensor  # [B, G] float32, nats subtracted from an unclosed thought's reward under `cut: penalise`
     target_rows: Tensor  # [B, G, T] int64

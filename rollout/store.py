@@ -5,8 +5,8 @@ next-token loss. The groups are written last, so a step with a groups file is co
 open the files; they carry a schema version.
 
 Of documents, `meta` holds the other columns as JSON, `answer_at` the index of the answer, `scores` a number
-for each token, `stream` the name of the source in a mixture. Older files lack these columns and are still
-read.
+for each token, `stream` the name of the source in a mixture. Older files lack these columns, and `given` of
+thoughts, and are still read.
 """
 
 from __future__ import annotations

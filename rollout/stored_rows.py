@@ -51,6 +51,7 @@ def schemas() -> dict[str, Any]:
             "policy_version": pa.int64(),
             "seed": pa.int64(),
             "answer_span": pa.list_(pa.int64()),
+            "given": pa.bool_(),
         }
     )
     groups = pa.schema(
@@ -179,4 +180,5 @@ def _thought(row: dict[str, Any]) -> Thought:
         policy_version=row["policy_version"],
         seed=row["seed"],
         answer_span=None if span is None else (span[0], span[1]),
+        given=bool(row.get("given")),  # older rows lack it
     )

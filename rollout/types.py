@@ -51,7 +51,8 @@ class Position:
     """A place in a document where the model may think before it predicts.
 
     `target_ids` are the document's ids from `index` on, `context_ids` those before it. `suffix_ids` are ids
-    after the target, for a method that may read them (a masked segment).
+    after the target, for a method that may read them (a masked segment), or another text in the target's
+    place (a rewrite).
     """
 
     document_id: str
@@ -118,6 +119,10 @@ class Thought:
     `token_ids` are exactly the sampled ids, the close tag or end-of-text included. `behaviour_logps` (nats,
     one per id) are the log-probabilities of the distribution they were drawn from: without banned ids, after
     temperature, top-p and top-k.
+
+    A `given` thought was not sampled: its ids come from the data (a candidate beside the sampled ones). It is
+    never cut off, its importance weight is 1 whatever `behaviour_logps` holds, and no statistic of what was
+    sampled includes it.
     """
 
     token_ids: tuple[int, ...]
@@ -126,6 +131,7 @@ class Thought:
     policy_version: int
     seed: int
     answer_span: tuple[int, int] | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)

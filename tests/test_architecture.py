@@ -81,7 +81,19 @@ FOLDERS = [
     "tools",  # doctor, dry run, server
     "commands",  # the command line
 ]
-BESIDE = {"compat", "files", "floors", "judge", "moved", "prompts", "ranks", "tree", "types", "verdict"}
+BESIDE = {
+    "compat",
+    "files",
+    "floors",
+    "judge",
+    "moved",
+    "preferences",
+    "prompts",
+    "ranks",
+    "tree",
+    "types",
+    "verdict",
+}
 LAST = {"cli", "__main__"}  # beside the folders too, and below them all
 
 

@@ -256,22 +256,32 @@ def _joined(parts: Sequence[Evaluation], sampler: Sampler) -> Evaluation:
 
 def _sampled_numbers(groups: Sequence[Group], children: Sequence[Group]) -> dict[str, np.ndarray]:
     """Numbers that need no log-probabilities; `children` are the groups that `groups` asked for."""
-    lengths = [[len(thought.token_ids) for thought in group.thoughts] for group in groups]
-    unclosed = [[t.finish_reason is not FinishReason.CLOSE for t in group.thoughts] for group in groups]
-    values = {"unclosed": np.array(unclosed, float).mean(1), "length": np.array(lengths, float).mean(1)}
+    sampled = [[thought for thought in group.thoughts if not thought.given] for group in groups]
+    lengths = [_mean_known([float(len(t.token_ids)) for t in thoughts]) for thoughts in sampled]
+    unclosed = [
+        _mean_known([float(t.finish_reason is not FinishReason.CLOSE) for t in thoughts])
+        for thoughts in sampled
+    ]
+    values = {"unclosed": np.array(unclosed), "length": np.array(lengths)}
     if groups[0].rewards is not None:
-        values["reward"] = np.array([_mean_reward(group.rewards or ()) for group in groups])
+        values["reward"] = np.array([_mean_known(_rewards_of_sampled(group)) for group in groups])
     asked: dict[str, list[float]] = {group.id: [] for group in groups}
     for child in children:
         assert child.parent_id is not None, "a child names its parent"
         if child.parent_id in asked:  # else its parent's part was interrupted
             asked[child.parent_id] += child.rewards or ()
     if any(asked.values()):
-        values["asked"] = np.array([_mean_reward(asked[group.id] or (0.0,)) for group in groups])
+        values["asked"] = np.array([_mean_known(asked[group.id] or (0.0,)) for group in groups])
     return values
 
 
-def _mean_reward(rewards: Sequence[float]) -> float:
-    """Mean of the finite rewards; NaN, which no mean includes, if there are none."""
-    known = [reward for reward in rewards if np.isfinite(reward)]
+def _rewards_of_sampled(group: Group) -> list[float]:
+    """The rewards of the thoughts that were not given."""
+    pairs = zip(group.rewards or (), group.thoughts, strict=False)
+    return [reward for reward, thought in pairs if not thought.given]
+
+
+def _mean_known(values: Sequence[float]) -> float:
+    """Mean of the finite values; NaN, which no mean includes, if there are none."""
+    known = [value for value in values if np.isfinite(value)]
     return float(np.mean(known)) if known else float("nan")

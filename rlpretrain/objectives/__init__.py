@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-SHARED = {"base", "sampling", "settings"}
+SHARED = {"base", "candidates", "sampling", "settings"}
 """Modules of this folder that are not objectives."""
 
 
@@ -98,10 +98,12 @@ def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
             f"there are {', '.join(NEEDS)}"
         )
     s = run.sampling
-    if objective.has_positions and s.thoughts < 2:
+    if objective.has_positions and s.thoughts < objective.fewest_thoughts:
         raise ConfigError(
-            f"sampling.thoughts is {s.thoughts}: a group baseline needs at least 2 thoughts per position"
+            f"sampling.thoughts is {s.thoughts}: a group baseline needs at least {objective.fewest_thoughts} "
+            "thoughts per position"
         )
+    objective.check_run(run)
     if "ntp_data" in objective.needs and run.ntp_data is None and not run.data.sources:
         raise ConfigError(
             f"objective {type(objective).__name__} needs a second stream of documents: set ntp_data"

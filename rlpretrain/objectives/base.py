@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rewards import leave_one_out
+from rlpretrain.config import PretrainConfig
 from rlpretrain.data.positions import PositionPicker
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import sampling
@@ -72,6 +73,12 @@ class Objective:
     """Values of `sampling.cut` with which a run is refused."""
     refused_baselines: frozenset[str] = frozenset()
     """Values of `baseline.name` with which a run is refused."""
+    importance_weights = True
+    """False: the thoughts are data for the loss (pairs of a preference), so their sampler does not matter."""
+    fewest_thoughts = 2
+    """Fewest thoughts of a position; an advantage within the sampled thoughts needs two."""
+    live_rewards = False
+    """True: `reward` computes other numbers than those on the groups, so those are not logged as rewards."""
     token_reduction = "thought_mean"
     """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
     __slots__ = ("__dict__", "__weakref__", "_setting")
@@ -109,6 +116,9 @@ class Objective:
     def control_tokens(cls, config: Any) -> ControlTokens | None:
         """Tokens that an objective without thoughts adds to tokenizer and model; None: none."""
         return None
+
+    def check_run(self, run: PretrainConfig) -> None:
+        """Raise ConfigError, with the name of the field, for settings of a run that do not fit."""
 
     # what the run sets
 

@@ -15,6 +15,11 @@ def derive_seed(seed: int, k: int = 1) -> int:
     return (seed * 0x9E3779B97F4A7C15 + k) % 2**62
 
 
+def group_id(position: Position, seed: int) -> str:
+    """The id of the group that is sampled at a position with a seed."""
+    return f"{position.document_id}@{position.index}:{seed:x}"
+
+
 async def sample_thoughts(
     engine: Engine,
     setting: Setting,
@@ -27,9 +32,8 @@ async def sample_thoughts(
     sampled = await engine.sample(prompts, setting.params, setting.thoughts, seeds)
     groups = []
     for position, prompt, thoughts, seed in zip(positions, prompts, sampled, seeds, strict=True):
-        name = f"{position.document_id}@{position.index}:{seed:x}"
         version = thoughts[0].policy_version
-        groups.append(Group(name, position, prompt, tuple(thoughts), version, role=role))
+        groups.append(Group(group_id(position, seed), position, prompt, tuple(thoughts), version, role=role))
     return groups
 
 

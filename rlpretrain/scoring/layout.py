@@ -101,6 +101,7 @@ def lay_out(
         thought_mask=torch.from_numpy(arrays.thought_mask),
         token_weights=torch.from_numpy(arrays.token_weights.astype(np.float32)),
         behaviour_logps=torch.from_numpy(arrays.behaviour_logps.astype(np.float32)),
+        given=torch.from_numpy(arrays.given),
         counted=torch.from_numpy(arrays.counted),
         penalty=torch.from_numpy(arrays.penalty),
         target_rows=_flat_indices(arrays.target_at, indices),
@@ -136,6 +137,7 @@ def idle(pad_id: int) -> MicroBatch:
         thought_mask=bgl.bool(),
         token_weights=bgl.float(),
         behaviour_logps=bgl.float(),
+        given=bt.bool(),
         counted=bt.bool(),
         penalty=bt.float(),
         target_rows=bgt,
@@ -159,6 +161,7 @@ class _Arrays:
     thought_mask: np.ndarray  # [B, G, L]
     token_weights: np.ndarray  # [B, G, L]
     behaviour_logps: np.ndarray  # [B, G, L]
+    given: np.ndarray  # [B, G]
     counted: np.ndarray  # [B, G]
     penalty: np.ndarray  # [B, G]
     target_at: np.ndarray  # [B, G, T, 2]
@@ -178,6 +181,7 @@ class _Arrays:
             thought_mask=np.zeros((b, g, tokens), bool),
             token_weights=np.zeros((b, g, tokens)),
             behaviour_logps=np.zeros((b, g, tokens)),
+            given=np.zeros((b, g), bool),
             counted=np.zeros((b, g), bool),
             penalty=np.zeros((b, g), np.float32),
             target_at=np.zeros((b, g, targets, 2), np.int64),
@@ -231,7 +235,7 @@ def _lay_thought(
     length, size, row = len(thought.token_ids), len(target), len(rows)
     head = (*prompt.token_ids, *thought.token_ids, *use.close_ids, *prompt.join_ids)
     rows.append((*head, *target))
-    arrays.counted[b, g] = True
+    arrays.given[b, g], arrays.counted[b, g] = thought.given, True
     arrays.penalty[b, g] = use.penalty
     start = len(prompt.token_ids)
     arrays.thought_at[b, g, :length, 0] = row

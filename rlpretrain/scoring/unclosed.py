@@ -1,6 +1,7 @@
 """How each sampled thought is used: whether it counts, which tokens close it, and its penalty.
 
-`sampling.cut` names the rule for thoughts that did not close themselves. All others count as they are.
+`sampling.cut` names the rule for thoughts that did not close themselves. All others count as they are, and so
+do given ones.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def use_of_thought(group: Group, index: int, rule: str, penalty: float = 0.0) ->
         return NOT_USED
     if group.rewards is not None and math.isnan(group.rewards[index]):
         return NOT_USED
-    if thought.finish_reason is FinishReason.CLOSE:
+    if thought.given or thought.finish_reason is FinishReason.CLOSE:
         return ThoughtUse()
     return RULES[rule](group.prompt, penalty)
 

@@ -116,7 +116,8 @@ METRICS: dict[str, Metric] = {
     ),
     "batch/micro_batches": Metric("micro-batches in the step"),
     "objective/*": Metric(
-        "the objective's own metrics; rlpt: judge requests, cached verdicts, share not judged",
+        "the objective's own metrics; rlpt, sip: judge requests, cached verdicts, share not judged; sip: "
+        "scores and shares of the kinds of candidates, ties, correlation of length and score",
         "failed near 0",
     ),
     "verified/verified": Metric(

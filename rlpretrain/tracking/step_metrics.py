@@ -17,7 +17,8 @@ from rollout.types import Group
 
 def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
     """How many steps ago the thoughts of a batch were sampled."""
-    ages = [version - thought.policy_version for group in groups for thought in group.thoughts]
+    thoughts = [thought for group in groups for thought in group.thoughts if not thought.given]
+    ages = [version - thought.policy_version for thought in thoughts]
     if not ages:
         return {}
     return {"sample/staleness_mean": sum(ages) / len(ages), "sample/staleness_max": max(ages)}
@@ -101,16 +102,17 @@ class StepMetrics:
                 self.add(f"source/{document.stream}/loss", -logps)
 
     def _add_thoughts(self, group: Group) -> None:
-        for thought in group.thoughts:
+        sampled = [thought for thought in group.thoughts if not thought.given]
+        for thought in sampled:
             length, reason = len(thought.token_ids), thought.finish_reason
             self.longest = max(self.longest, length)
             self.add("completions/mean_length", length)
             self.add("completions/clipped_ratio", reason == "length")
             self.add("thought/closed_frac", reason == "close")
             self.add("thought/eos_frac", reason == "eos")
-        first = group.thoughts[0]  # one per group is enough for a trend
-        self.add("thought/leakage", target_leakage(first.token_ids, group.position.target_ids))
-        self.add("thought/repetition", repetition(first.token_ids))
+        for first in sampled[:1]:  # one per group is enough for a trend
+            self.add("thought/leakage", target_leakage(first.token_ids, group.position.target_ids))
+            self.add("thought/repetition", repetition(first.token_ids))
 
     def _add_gains(self, scores: Scores, self_logps: torch.Tensor) -> None:
         counted, mask = scores.counted, scores.target_mask

@@ -28,21 +28,26 @@ def clipped_surrogate(
     advantage: Float[Tensor, "B G"],
     config: LossConfig,
     old_logps: Float[Tensor, "B G L"] | None = None,
+    *,
+    weigh: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
     """Minus RLP's clipped policy-gradient objective (arXiv 2510.01265, eq. 8), and diagnostics.
 
     The clipping is PPO's (arXiv 1707.06347). Each thought token has the weight `micro.token_weights` (1/|c|
     for RLP, 1 for a policy gradient: `loss.reduction`). The ratio is taken against `old_logps`; None means
     this forward, with a ratio of exactly 1. Tokens that another engine or an older policy sampled are also
-    weighted by the truncated exp(old - behaviour). Only log-probs of sampled thought tokens carry gradient.
+    weighted by the truncated exp(old - behaviour); given thoughts never are, and none is with `weigh` False.
+    Only log-probs of thought tokens carry gradient.
     """
     new = scores.thought_logps
     old = new.detach() if old_logps is None else old_logps
     weight = micro.token_weights
     info: dict[str, float] = {}
     if not micro.on_policy:
-        sampling = importance_ratio(old, micro.behaviour_logps, micro.thought_mask, cap=config.importance_cap)
-        weight = weight * sampling.truncated
+        sampled = micro.thought_mask & ~micro.given[:, :, None]
+        sampling = importance_ratio(old, micro.behaviour_logps, sampled, cap=config.importance_cap)
+        if weigh:
+            weight = weight * torch.where(sampled, sampling.truncated, 1.0)
         info = {f"sampling/{k}": float(v) for k, v in sampling.diagnostics.items()}
     ratio = torch.exp(new - old)
     bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -113,7 +118,12 @@ class Surrogate(Loss):
         if thoughts is None:
             return None
         loss, info = clipped_surrogate(
-            inputs.scores, inputs.micro, thoughts.advantages, inputs.config, thoughts.old_logps
+            inputs.scores,
+            inputs.micro,
+            thoughts.advantages,
+            inputs.config,
+            thoughts.old_logps,
+            weigh=inputs.objective.importance_weights,
         )
         return LossOutput(inputs.config.policy_coef * loss, {"policy_loss": float(loss.detach()), **info})
 

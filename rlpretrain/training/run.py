@@ -147,7 +147,8 @@ class Run(Parts):
             if group.id not in kept_ids:
                 cut, thoughts = self.layout.cut, enumerate(group.thoughts)
                 counted = [is_counted(group, thought, k, cut) for k, thought in thoughts]
-                self.metrics.observe_dropped(group, counted, stored_rewards(group, self.layout))
+                rewards = [] if self.objective.live_rewards else stored_rewards(group, self.layout)
+                self.metrics.observe_dropped(group, counted, rewards)
         return replace(batch, groups=kept)
 
     def count(self, batch: Batch) -> Totals:

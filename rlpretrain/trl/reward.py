@@ -79,6 +79,11 @@ class ObjectiveReward(LiveScorer):
         owner, config = parse_section(self.section)
         if not owner.has_positions:
             raise ConfigError(f"objective {name} has no thoughts to reward")
+        if not owner.importance_weights:
+            raise ConfigError(
+                f"objective {name} trains on texts of its choice, not on all that TRL's trainers sample: use "
+                "rlpretrain's trainer"
+            )
         if owner.rollout is not Objective.rollout:
             raise ConfigError(
                 f"objective {name} samples in rounds of its own, which TRL's trainers do not: use "
