@@ -152,8 +152,7 @@ class RLPTrainer(GRPOTrainer):
         self.limit = limit_of(model)
         owner = type(self.reward.objective)
         names = ("ntp_weights", "trunk_loss", "soft_targets")
-        changed = any(getattr(owner, name) is not getattr(Objective, name) for name in names)
-        if args.ntp_coef and changed:
+        if args.ntp_coef and any(getattr(owner, name) is not getattr(Objective, name) for name in names):
             raise ConfigError(
                 f"objective {args.objective} changes the next-token loss, which this trainer does "
                 "not: set ntp_coef 0, or use rlpretrain's own trainer"
