@@ -96,13 +96,13 @@ def tag(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain tag MODEL --out DIR`."""
     from rlpretrain import models
     from rlpretrain.config import ModelConfig
-    from rlpretrain.objectives import delimiters
+    from rlpretrain.objectives import thought_tags
 
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already: remove it, or choose another folder")
     section = objective_section(args.objective)
-    if (tags := delimiters(section)) is None:
+    if (tags := thought_tags(section)) is None:
         raise ConfigError(f"objective {section['name']} has no thoughts, so no tags")
     config = ModelConfig(
         path=args.model, revision=args.revision, dtype=args.dtype, trust_remote_code=args.trust_remote_code

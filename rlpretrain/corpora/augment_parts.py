@@ -21,7 +21,7 @@ from rlpretrain.corpora.thought_gains import GainScorer, check_rewards
 from rlpretrain.data.data_files import find_files
 from rlpretrain.data.opening import open_rows, quiet, reads_cells
 from rlpretrain.models.lengths import Names, check_engine, check_rows, limit_of
-from rlpretrain.objectives import Objective, delimiters, load_objective
+from rlpretrain.objectives import Objective, load_objective, thought_tags
 from rlpretrain.prompts import TEMPLATES, Delimiters, ensure_delimiters
 from rlpretrain.ranks import join
 from rlpretrain.rollouts.engines import find_engine, make_engine, write_start
@@ -77,7 +77,7 @@ def make_plan(config: PretrainConfig, where: str, thoughts: int, chat: bool, fit
             "augment reads rows by their numbers: give one file, folder or hub dataset, without 'streaming', "
             "'sources' or a 'source' of your own"
         )
-    tags = delimiters(config.objective)
+    tags = thought_tags(config.objective)
     if tags is None:
         raise ConfigError(f"objective {config.objective['name']} has no thoughts to sample: use rlp")
     find_engine(config.engine)

@@ -88,6 +88,12 @@ def delimiters(section: Mapping[str, Any]) -> AddedTokens | None:
     return Delimiters(config.open, config.close) if owner.has_positions else owner.control_tokens(config)
 
 
+def thought_tags(section: Mapping[str, Any]) -> Delimiters | None:
+    """The tags of a thought of an `objective:` section; None for objectives without thoughts."""
+    tags = delimiters(section)
+    return tags if isinstance(tags, Delimiters) else None
+
+
 def load_objective(run: PretrainConfig, tokenizer: Any) -> Objective:
     """The objective of a run, ready to use."""
     owner, config = parse_section(run.objective)

@@ -11,11 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlpretrain.types import MicroBatch
+
 
 def digest(ids: Sequence[int] | np.ndarray, *, context: int = 0) -> str:
     """The key of a sequence of ids, of which the first `context` are read and not predicted."""
     written = np.asarray([context, *ids], np.int64).tobytes()
     return blake2b(written, digest_size=16).hexdigest()
+
+
+def keys_of(micro: MicroBatch) -> list[str]:
+    """Keys of the documents, then of the thoughts in the loss, which depend on their prompts too."""
+    keys = [digest(document.token_ids, context=1) for document in micro.documents]
+    for b, g in micro.thought_mask.any(-1).nonzero().tolist():
+        group = micro.groups[b]
+        prompt = group.prompt.token_ids
+        keys.append(digest((*prompt, *group.thoughts[g].token_ids), context=len(prompt)))
+    return keys
 
 
 class LogpCache:

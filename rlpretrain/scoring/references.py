@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlpretrain.config import PretrainConfig
 from rlpretrain.models.averages import move_towards
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.logp_cache import LogpCache, digest
+from rlpretrain.scoring.logp_cache import LogpCache, digest, keys_of
 from rlpretrain.scoring.scorer import NoGradScorer, score
 from rlpretrain.types import Arm, MicroBatch, Scores
 
@@ -190,7 +190,7 @@ class Reference:
         micro = replace(micro.to(device), soft_ids=None, soft_probs=None)
         keys, inside = [], micro.thought_mask
         if self.cache is not None:
-            keys = _keys_of(micro)
+            keys = keys_of(micro)
             if (known := self.known(keys)) is not None:
                 both = torch.cat([*known, torch.zeros(0)]).to(device)
                 trunk, thoughts = both.split([len(micro.trunk_rows), len(both) - len(micro.trunk_rows)])
@@ -243,16 +243,6 @@ class Reference:
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """The policy's autocast."""
         return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
-
-
-def _keys_of(micro: MicroBatch) -> list[str]:
-    """Keys of the documents, then of the thoughts in the loss, which depend on their prompts too."""
-    keys = [digest(document.token_ids, context=1) for document in micro.documents]
-    for b, g in micro.thought_mask.any(-1).nonzero().tolist():
-        group = micro.groups[b]
-        prompt = group.prompt.token_ids
-        keys.append(digest((*prompt, *group.thoughts[g].token_ids), context=len(prompt)))
-    return keys
 
 
 def make_references(

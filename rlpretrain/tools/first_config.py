@@ -218,6 +218,7 @@ def _fit(first: FirstConfig, request: Request, device: str) -> None:
     if available is None:
         first.notes.append("the memory of a GPU that is not here is not known: --gib says it")
         return
+    needed = 0.0
     share = request.processes if device == "cpu" else 1  # processes on a CPU share its memory
     for reason, changes, parts in SAVINGS:
         tried = overlay(first.values, changes | {"token_budget": first.values["token_budget"] // parts})

@@ -13,7 +13,7 @@ from rlpretrain import models
 from rlpretrain.compat import text_config_of
 from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.files import check_writable
-from rlpretrain.objectives import Config, Objective, delimiters, parse_section
+from rlpretrain.objectives import Config, Objective, parse_section, thought_tags
 from rlpretrain.prompts import Delimiters
 from rlpretrain.trl.data import to_prompt_dataset
 
@@ -57,7 +57,7 @@ def prepare(
     if existing:
         raise ConfigError(f"{existing[0]} exists already: remove it, or choose another folder")
     check_writable(out, "--out")
-    if (tags := delimiters(section)) is None:
+    if (tags := thought_tags(section)) is None:
         raise ConfigError(f"objective {section['name']} has no thoughts to prepare for")
     model, tokenizer, added = models.load_with_tokenizer(config, tags, seed)
     models.try_saving(model, tokenizer, config)
@@ -95,7 +95,7 @@ def fields_of_prompts(columns: Mapping[str, Any], name: str) -> dict[str, Any]:
 def check_tags(model: Any, tokenizer: Any, section: Mapping[str, Any]) -> None:
     """Raise ConfigError for a model that lacks the tags of a thought, when it is too late to add them."""
     vocabulary, rows = tokenizer.get_vocab(), text_config_of(model).vocab_size
-    tags = delimiters(section) or Delimiters()
+    tags = thought_tags(section) or Delimiters()
     for tag in (tags.open, tags.close):
         if vocabulary.get(tag, rows) >= rows:
             raise ConfigError(

@@ -151,8 +151,8 @@ class RLPTrainer(GRPOTrainer):
         self.rows: list[dict[str, Any]] = []  # rows of the dataset that are being sampled for
         self.limit = limit_of(model)
         owner = type(self.reward.objective)
-        names = ("ntp_weights", "trunk_loss", "soft_targets")
-        if args.ntp_coef and any(getattr(owner, name) is not getattr(Objective, name) for name in names):
+        hooks = [(o.ntp_weights, o.trunk_loss, o.soft_targets) for o in (owner, Objective)]
+        if args.ntp_coef and hooks[0] != hooks[1]:
             raise ConfigError(
                 f"objective {args.objective} changes the next-token loss, which this trainer does "
                 "not: set ntp_coef 0, or use rlpretrain's own trainer"

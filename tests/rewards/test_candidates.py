@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewards import candidate_logps, fused_tiles, token_logps, top_logps
-from tests.rewards.test_likelihood import Watch, problem
+from tests.builders.heads import Watch, problem
 
 logit_tiles = importlib.import_module("rewards.logit_tiles")
 

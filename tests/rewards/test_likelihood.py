@@ -10,23 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewards import row_entropies, token_logps, token_logps_from_logits
+from tests.builders.heads import Watch, problem
 
 logit_tiles = importlib.import_module("rewards.logit_tiles")
-
-
-def problem(
-    rows: int = 10, hidden: int = 8, vocabulary: int = 37, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made = [
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((rows, hidden), (vocabulary, hidden), (vocabulary,))
-    ]
-    labels = torch.randint(vocabulary, (rows,), generator=generator)
-    return *(values.to(dtype).requires_grad_() for values in made), labels  # type: ignore[return-value]
 
 
 def full(
@@ -43,21 +31,6 @@ def full(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return token_logps_from_logits(logits, labels, temperature)
-
-
-class Watch(TorchDispatchMode):
-    """Records the largest tensor any operation makes, and how often each operation runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.calls = 0, {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls[func.overloadpacket.__name__] = self.calls.get(func.overloadpacket.__name__, 0) + 1
-        if isinstance(result, Tensor) and not result._is_view():
-            self.largest = max(self.largest, result.numel())
-        return result
 
 
 def test_golden_values() -> None:
