@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlpretrain.judge import Judge, endpoint
 from rlpretrain.preferences import Candidates, pair_question, parse_score, point_question, score_candidates
-from tests.test_judge import ATTACKS, serving
+from tests.builders.judges import ATTACKS, serving
 
 CONTEXT = "it was"
 WORTH = {"bad": 0, "fair": 1, "good": 2, "best": 3}

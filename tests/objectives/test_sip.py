@@ -382,7 +382,7 @@ def test_settings_that_do_not_fit_are_refused(values, documents, settings, other
 
 def test_it_is_no_reward_for_trl():
     with pytest.raises(ConfigError, match="objective sip trains on texts of its choice"):
-        ObjectiveReward("sip", loss="rf_nll", judge_function="tests.builders.judges:longer")
+        ObjectiveReward(name="sip", loss="rf_nll", judge_function="tests.builders.judges:longer")
 
 
 def test_the_oracle_of_the_dial_corpus():
