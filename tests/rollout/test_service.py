@@ -159,6 +159,23 @@ def test_a_trainer_with_another_token_is_told(serving, tmp_path):
         )
 
 
+def test_a_frozen_engine_needs_no_folder_for_weights(serving, tmp_path):
+    """The service may not read `tmp_path`; an engine that is never synced does not ask it to."""
+    from rollout.vllm_routes import Refused
+
+    place = {"model": serving.model, "weights_dir": tmp_path, "token": TOKEN, "deadline": 30.0}
+    with pytest.raises(Refused, match=r"may not read engine\.weights_dir"):
+        VLLMServerEngine([serving.url], **place)
+    engine = VLLMServerEngine([serving.url], **place, frozen=True)
+    try:
+        ((thought,),) = asyncio.run(engine.sample([Prompt((5, 6), ())], SamplingParams(3), 1, [7]))
+        assert 1 <= len(thought.token_ids) <= 3
+        with pytest.raises(RuntimeError, match="frozen: its servers keep their weights"):
+            engine.sync(lambda: [], 1)
+    finally:
+        engine.close()
+
+
 def test_a_client_that_goes_away_stops_its_sampling(serving):
     body = rollout(params={"max_thought_tokens": 500}, n=64)
     with pytest.raises(httpx.ReadTimeout):

@@ -145,10 +145,8 @@ def test_banned_ids_are_never_sampled(make, model, server):
     greedy = SamplingParams(max_thought_tokens=9, temperature=0.0, banned_ids=banned)
     theirs, ours = (sample(each, prompts, greedy, n=1) for each in (engine, HFEngine(model)))
     assert tokens(theirs) == tokens(ours) != tokens(sample(engine, prompts, PARAMS, n=1))
-    drawn = SamplingParams(max_thought_tokens=9, temperature=4.0, banned_ids=banned)
+    drawn = SamplingParams(max_thought_tokens=9, temperature=2.0, banned_ids=banned)
     assert not any(set(t.token_ids) & set(banned) for g in sample(engine, prompts, drawn, n=8) for t in g)
-    with pytest.raises(ValueError, match="temperature of at most 4 with vLLM servers, got 5.0"):
-        sample(engine, prompts, SamplingParams(max_thought_tokens=9, temperature=5.0, banned_ids=banned))
 
 
 @pytest.mark.parametrize("fault", ["refuse", "reset", "hang", "slow"])
