@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from rlpretrain import Pretrainer
 from rlpretrain.cli import main
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.config.io import build, load_config
+from rlpretrain.data.opening import first_rows
 from rlpretrain.objectives import config_of
 from rlpretrain.tools.commented import as_yaml
-from rlpretrain.tools.first_config import SAVINGS, Request, choose_columns, make_first_config
+from rlpretrain.tools.first_config import SAVINGS, make_first_config
+from rlpretrain.tools.first_data import Request, choose_columns
 
 
 def rows_of(path: Path, *rows: dict[str, str]) -> str:
@@ -134,3 +137,54 @@ def test_long_documents_are_bounded_by_the_model(corpus, tmp_path):
     longest = first.values["data"]["max_length"] + first.values["sampling"]["max_thought_tokens"]
     assert longest + 64 <= config["max_position_embeddings"]
     assert "positions" in first.comments["data.max_length"]
+
+
+def test_texts_are_measured_and_not_their_json(corpus, tmp_path):
+    """Cells of local files are JSON inside: a letter outside ASCII has six characters there."""
+    letters = "é" * 100
+    data = rows_of(tmp_path / "letters.jsonl", *[{"text": letters}] * 5)
+    assert first_rows(DataConfig(path=data), 2) == [{"text": letters}] * 2
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
+    wanted = len(tokenizer(letters, add_special_tokens=False)["input_ids"]) + 2
+    length = make_first_config(request(corpus, data=data)).values["data"]["max_length"]
+    assert length == 64 or length // 2 < wanted <= length
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "chat"}, "column 'messages' of .* holds list, not text: .* write chat messages as text"),
+        ({"held_out": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"objective": "remit"}, "set reference.path"),
+        ({"objective": "bow"}, "baseline.name self does not fit"),
+        ({"model": "runs/no-model/there"}, "no-model"),
+    ],
+)
+def test_what_the_next_command_would_refuse_is_refused(corpus, tmp_path, changes, message):
+    if changes.get("data") == "chat":
+        rows = [{"messages": [{"role": "user", "content": "hello"}]}]
+        changes = {"data": rows_of(tmp_path / "chat.jsonl", *rows)}
+    with pytest.raises(ConfigError, match=message):
+        make_first_config(request(corpus, **changes))
+
+
+def test_fields_may_follow(corpus, tmp_path):
+    out = tmp_path / "bow.yaml"
+    command = [
+        "init",
+        str(corpus / "base"),
+        str(corpus / "train.jsonl"),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, "--objective", "bow", "--baseline.name", "frozen", "--optim.lr", "3e-4"]) == 0
+    config = load_config(out, find=config_of)
+    assert config.baseline.name == "frozen" and config.optim.lr == 3e-4
+
+
+def test_documents_too_long_for_their_answer_are_said_to_be_left_out(corpus, tmp_path):
+    data = rows_of(tmp_path / "qa.jsonl", *[{"question": "one plus one", "answer": "two"}] * 3)
+    first = make_first_config(request(corpus, data=data))
+    assert first.comments["data.max_length"].endswith("longer ones are left out")

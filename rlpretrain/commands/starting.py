@@ -19,7 +19,8 @@ def register(commands: Any) -> None:
         "init",
         help="write a commented configuration for a model, documents and this machine",
         description="Writes OUT, a YAML file that `rlpretrain train` runs. In a terminal it asks for MODEL "
-        "and DATA where they are missing.",
+        "and DATA where they are missing. Fields of the configuration may follow, as for `train`: "
+        "--data.name main --reference.path MODEL",
     )
     p.add_argument("model", type=path, nargs="?", help="hub id or folder of a base checkpoint")
     p.add_argument("data", type=path, nargs="?", help="documents: a file, folder, glob or hub id")
@@ -33,7 +34,7 @@ def register(commands: Any) -> None:
     p.add_argument("--gib", type=amount, help="memory of one GPU in GiB, or of the machine")
     p.add_argument("--processes", type=count, default=1, help="GPUs, or processes on a CPU (default: 1)")
     p.add_argument("--steps", type=count, help="optimizer steps")
-    p.set_defaults(command=init)
+    p.set_defaults(command=init, takes_fields=True)
 
 
 def init(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -44,8 +45,10 @@ def init(args: argparse.Namespace, rest: Sequence[str]) -> int:
     model = args.model or _ask("base checkpoint (hub id or folder)", "MODEL")
     data = args.data or _ask("documents (file, folder, glob or hub id)", "DATA")
 
+    from rlpretrain.config.io import apply_overrides
     from rlpretrain.tools.commented import as_yaml
-    from rlpretrain.tools.first_config import Request, make_first_config
+    from rlpretrain.tools.first_config import make_first_config
+    from rlpretrain.tools.first_data import Request
 
     first = make_first_config(
         Request(
@@ -60,6 +63,7 @@ def init(args: argparse.Namespace, rest: Sequence[str]) -> int:
             gib=args.gib,
             processes=args.processes,
             steps=args.steps,
+            fields=apply_overrides({}, rest),
         )
     )
     text = as_yaml(first)
@@ -69,7 +73,8 @@ def init(args: argparse.Namespace, rest: Sequence[str]) -> int:
         work.write_text(text, encoding="utf-8")
         work.replace(out)
     print(text)
-    print(*(f"note: {note}" for note in first.notes), sep="\n")
+    for note in first.notes:
+        print(f"note: {note}")
     start = "rlpretrain train"
     if args.processes > 1:
         start = f"torchrun --nproc-per-node {args.processes} -m rlpretrain.cli train"

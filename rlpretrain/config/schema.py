@@ -42,7 +42,7 @@ class LossConfig:
     """thought_mean: mean over a thought's tokens, then over thoughts (RLP).
     token_mean: mean over all thought tokens.
     sum: sum over a thought's tokens, then mean over thoughts, which is the policy gradient itself.
-    auto: the paper's: sum for `likelihood` with `direct: 1` (VeriFree, JEPO) and `sip`, else thought_mean.
+    auto: the paper's: sum for `likelihood` and `latro` with `direct: 1`, and for `sip`; else thought_mean.
     """
     importance_cap: Amount = 2.0
     """Upper limit of exp(old - behaviour) for thoughts that another engine or an older policy sampled."""

@@ -39,11 +39,11 @@ class RowFile:
         check_out(out)
         if self.record.is_file():
             self._check_same()
-        elif out.exists() or self.folder.exists():
+        elif out.exists() or (self.folder.exists() and [f.name for f in self.folder.iterdir()] != [MARK]):
             kind = out if out.exists() else self.folder
             raise ConfigError(f"--out: {kind} exists, and is not of this command: choose another name")
         else:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)  # of a call that was stopped at once
             (self.folder / MARK).touch()
             self._write_record({})
         self._claim()
@@ -74,6 +74,8 @@ class RowFile:
         """Give the rows their name, and keep `summary` beside them."""
         assert self.done == self.total, "every row of the data has a row"
         self._write_record(summary)
+        if self.out.exists():
+            raise ConfigError(f"--out {self.out} appeared meanwhile; the rows are kept in {self.part}")
         with writing(self.out):
             self.part.replace(self.out)
         for name in ("start", "weights"):  # an engine's

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +63,17 @@ def column_names(data: DataConfig) -> list[str]:
     with readable(data), quiet():
         if reads_cells(data):
             return columns_of(files, kind_of(files[0]) or "")
-        rows = _open_with_datasets(data, files)
+        rows = _open_with_datasets(replace(data, streaming=True), files)
         return list(rows.column_names or next(iter(rows), {}))
+
+
+def first_rows(data: DataConfig, number: int) -> list[dict[str, Any]]:
+    """The first rows of `data` with the columns that it names; the others are not read or downloaded."""
+    with readable(data), quiet():
+        rows = list(itertools.islice(open_rows(replace(data, streaming=True)), number))
+    if not reads_cells(data):
+        return [dict(row) for row in rows]
+    return [{name: None if cell is None else json.loads(cell) for name, cell in row.items()} for row in rows]
 
 
 def columns_wanted(data: DataConfig) -> list[str]:

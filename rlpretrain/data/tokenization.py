@@ -105,7 +105,8 @@ class DocumentSplitter:
 
     def nothing_left(self, dropped: int) -> ConfigError:
         """The error for data in which no document is long enough."""
-        reason = f"no document has {self.min_length} tokens; {dropped} are blank or shorter"
+        other = ", or longer than data.max_length with their answer" if self.data.answer_column else ""
+        reason = f"no document has {self.min_length} tokens; {dropped} are blank or shorter{other}"
         return ConfigError(f"{self.data.path}: {reason if dropped else 'fewer rows than ranks'}")
 
     def _tokenize(

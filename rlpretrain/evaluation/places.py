@@ -68,7 +68,9 @@ def held_out_data(config: PretrainConfig) -> dict[str, DataConfig]:
     sections = {}
     for name, path in files.items():
         texts = data.sources[name].texts() if name else replace(data, sources={}, mixing=None, path=path)
-        sections[name] = replace(texts, path=path, name=None, split="train", streaming=False)
+        sections[name] = replace(
+            texts, path=path, name=None, split="train", streaming=False, score_column=None
+        )
     return sections
 
 

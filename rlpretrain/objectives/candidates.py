@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.token_text import TokenReader
 from rollout.types import FinishReason, Group, Thought
 
@@ -27,7 +28,9 @@ def whole(thought: Thought) -> Thought:
 def ids_after(before: Sequence[int], text: str, tokenizer: Any, reader: TokenReader) -> list[int]:
     """The ids of a text where it follows `before`: those of both together, if they begin with `before`.
 
-    Else, or where the two texts would join to a word that the tokenizer does not know, the text's own.
+    Else, or where the two texts would join to a word that the tokenizer does not know, the text's own; or
+    those that it has after a line break, if only these are read as the text there (a tokenizer may begin
+    every text with a space).
     """
     encoded = [
         tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"]
@@ -36,8 +39,30 @@ def ids_after(before: Sequence[int], text: str, tokenizer: Any, reader: TokenRea
     own, together, known = *encoded, list(before)
     unknown = tokenizer.unk_token_id
     if len(together) <= len(known) or together[: len(known)] != known:
-        return own
+        line, both = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in ("\n", "\n" + text))
+        after = both[len(line) :] if line and both[: len(line)] == line else []
+        is_text = [reader.text([*known, *ids]) == reader.text(before) + text for ids in (own, after)]
+        return after if is_text == [False, True] else own
     return own if together.count(unknown) > (known + own).count(unknown) else together[len(known) :]
+
+
+def check_rewrites(c: Any, run: PretrainConfig) -> None:
+    """Check that rewrites can be found, and where they begin. Raises ConfigError. `c` is the Config."""
+    if "rewrite" not in c.candidates:
+        if c.rewrite_column is not None:
+            raise ConfigError("objective.rewrite_column is set, but objective.candidates has no rewrite")
+        return
+    if c.rewrite_column is None:
+        raise ConfigError("objective.candidates has rewrite: set objective.rewrite_column")
+    if c.positions != "answer":
+        raise ConfigError(
+            "objective.positions must be answer: a rewrite replaces the answer (data.answer_column)"
+        )
+    for data in run.data.sources.values() or [run.data]:
+        if getattr(data, "use", "think") == "think" and c.rewrite_column not in data.meta_columns:
+            raise ConfigError(
+                f"data.meta_columns lacks objective.rewrite_column '{c.rewrite_column}': add it there"
+            )
 
 
 def only(group: Group, places: Sequence[int]) -> Group:
@@ -66,6 +91,19 @@ def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:
     worst = min(known, key=lambda place: scores[place])
     is_tie = len(known) > 1 and scores[best] == scores[worst]
     return None if is_tie else (best, worst)
+
+
+def choose(group: Group, only_best: bool) -> tuple[int, ...] | None:
+    """The places of the candidates in the loss, best and worst or the best; None without a preference.
+
+    Where only the best is wanted, candidates that are all the same text are one, which is the best.
+    """
+    known = [place for place, score in enumerate(group.rewards or ()) if not math.isnan(score)]
+    choice = best_and_worst(group.rewards or ())
+    if only_best:
+        is_one = len({group.thoughts[place].token_ids for place in known}) == 1
+        return choice[:1] if choice else (known[0],) if is_one else None
+    return choice if choice and choice[0] != choice[1] else None
 
 
 @dataclass(slots=True)

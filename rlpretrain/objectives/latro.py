@@ -9,7 +9,8 @@ where π_0 is the frozen initial model, or that of `reference.path`. A thought c
 
     r(c) = log p(y | x, c) − β Σ_{k ≤ L} (log π(c_k) − log π_0(c_k))
 
-in nats, its advantage is leave-one-out (RLOO), and the policy gradient is the sum over the thought's tokens.
+in nats, its advantage is leave-one-out (RLOO). With `direct: 1` the policy gradient is the sum over the
+thought's tokens; with another `direct`, `loss.reduction: auto` is their mean, and `sum` has to be set.
 `direct` adds the derivative of log p(y | x, c) itself: the bound's second term, which trains the reader.
 
 On-policy and with `direct: 1` and `loss.reader_coef: 0` the gradient has the bound's as its mean: the
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 from rewards import leave_one_out, target_logp
-from rlpretrain.config import Amount
+from rlpretrain.config import Amount, ConfigError, PretrainConfig
 from rlpretrain.objectives import base
 from rlpretrain.types import Scores
 from rollout.types import FinishReason, Group
@@ -68,6 +69,14 @@ class LaTRO(base.Objective):
             self.needs = self.needs | {"reference"}
         if config.direct == 1:
             self.token_reduction = "sum"
+
+    def check_run(self, run: PretrainConfig) -> None:
+        """Raise ConfigError for a rule of unclosed thoughts that `sampling.cut` leaves without effect."""
+        if self.config.unclosed == "double_mean" and run.sampling.cut == "mask":
+            raise ConfigError(
+                "objective.unclosed double_mean has no effect with sampling.cut mask, which leaves unclosed "
+                "thoughts out: set sampling.cut to force_close"
+            )
 
     def reward(self, groups: Sequence[Group], scores: Scores) -> Tensor:
         """log p(target | context, thought) − β · log-ratio [B, G], in nats."""

@@ -40,7 +40,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rewards import log_complement
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.data.scores import SEGMENT_STARTS, PlaceMeans, bucket_of, segments_of, spread
 from rlpretrain.objectives.ntp import NTP
 from rlpretrain.prompts import ControlTokens
@@ -122,6 +122,20 @@ class Preference(NTP):
         return super().window(size, thought_tokens)
 
     # before the run
+
+    def check_run(self, run: PretrainConfig) -> None:
+        """Raise ConfigError for data without scores, and for a replay that would need all documents."""
+        c = self.config
+        if run.replay is not None:
+            if c.loss == "awr" and c.value == "position":
+                raise ConfigError(
+                    "objective.value position reads all documents, which a replay has not: set none"
+                )
+            return
+        for name, data in (run.data.sources or {"": run.data}).items():
+            if c.loss != "mle" and data.score_column is None and data.source is None:
+                where = f"data.sources.{name}" if name else "data"
+                raise ConfigError(f"{where}.score_column: objective.loss {c.loss} needs the column of scores")
 
     def inspect(self, documents: Iterable[Document]) -> None:
         """Look at scores; ConfigError if the threshold divides nothing: all documents are good, or none."""

@@ -34,6 +34,7 @@ from typing import Literal
 from torch import Tensor
 
 from rewards import leave_one_out
+from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.objectives import rlp
 from rollout.types import Group, Position, Prompt
 
@@ -60,7 +61,14 @@ class QuietSTaR(rlp.RLP):
     """Reward thoughts of one length by their gain on the next tokens, where it is above their mean."""
 
     Config = Config
-    refused_cuts = frozenset({"mask"})
+
+    def check_run(self, run: PretrainConfig) -> None:
+        """Raise ConfigError for thoughts of fixed length that `sampling.cut` would leave out."""
+        if self.config.fixed_length and run.sampling.cut == "mask":
+            raise ConfigError(
+                "sampling.cut mask does not fit objective.fixed_length: thoughts without an end count and "
+                "may not be left out. Set force_close or penalise"
+            )
 
     def prompt(self, position: Position) -> Prompt:
         """A prompt whose thought nothing ends, with the close tag between thought and target."""

@@ -12,7 +12,8 @@ surrogate, whose ratio is 1: the gradient of −log σ(z) is that of −A_w log 
 A_w = β σ(−z) = −A_l. Candidates are data for the loss, so their sampler has no importance weight. Only the
 candidates that enter the loss are scored by the trainer.
 
-A prefix whose candidates are all equally good gives no update, and the mean is over the others. Ties for the
+A prefix whose candidates are all equally good gives no update, and the mean is over the others; under rf_nll
+candidates that are all the same text are one, which is trained. Ties for the
 best or the worst go to the first candidate in the order of `candidates`. There is no schedule: rollouts are
 chosen once the judge prefers them.
 
@@ -42,7 +43,16 @@ from rlpretrain.config import Amount, ConfigError, Count, PretrainConfig
 from rlpretrain.config.optim import Share
 from rlpretrain.judge import Ask, Judge, by_path, endpoint, no_judge
 from rlpretrain.objectives import base
-from rlpretrain.objectives.candidates import Selection, best_and_worst, given_thought, ids_after, only, whole
+from rlpretrain.objectives.candidates import (
+    Selection,
+    best_and_worst,
+    check_rewrites,
+    choose,
+    given_thought,
+    ids_after,
+    only,
+    whole,
+)
 from rlpretrain.objectives.sampling import group_id
 from rlpretrain.preferences import CRITERION, Candidates, Failure, Form, score_candidates
 from rlpretrain.types import Document, Scores
@@ -127,6 +137,8 @@ class SIP(base.Objective):
     def check_run(self, run: PretrainConfig) -> None:
         """Raise ConfigError for what would make the loss another one than the paper's."""
         c, s = self.config, run.sampling
+        if self.judge.ask is no_judge and (len(c.candidates) > 1 or "rollouts" in c.candidates):
+            raise ConfigError("objective.judge_url or objective.judge_function: sip needs a judge; set one")
         if s.temperature != 1:
             raise ConfigError(
                 f"sampling.temperature is {s.temperature:g}: candidates are scored at it, but the losses of "
@@ -145,31 +157,16 @@ class SIP(base.Objective):
                 f"sampling.max_thought_tokens is {s.max_thought_tokens}, but objective.target_length is "
                 f"{c.target_length}: rollouts and suffixes have the same length. Make them equal"
             )
-        number = sampled + len(set(c.candidates) - {"rollouts"})
-        if c.loss == "dpo" and number < 2:
+        given = len(set(c.candidates) - {"rollouts"})
+        least = 2 if c.loss == "dpo" else 1
+        if sampled + given < least:
             raise ConfigError("objective.candidates has only one candidate: dpo needs a best and a worst")
-        if number > 1 and self.judge.ask is no_judge:
-            raise ConfigError("objective.judge_url or objective.judge_function: sip needs a judge; set one")
-        self._check_rewrites(run)
-
-    def _check_rewrites(self, run: PretrainConfig) -> None:
-        """Check that rewrites can be found, and where they begin."""
-        c = self.config
-        if "rewrite" not in c.candidates:
-            if c.rewrite_column is not None:
-                raise ConfigError("objective.rewrite_column is set, but objective.candidates has no rewrite")
-            return
-        if c.rewrite_column is None:
-            raise ConfigError("objective.candidates has rewrite: set objective.rewrite_column")
-        if c.positions != "answer":
+        if sampled and c.rollouts_from > 0 and given < least:
             raise ConfigError(
-                "objective.positions must be answer: a rewrite replaces the answer (data.answer_column)"
+                f"objective.rollouts_from is {c.rollouts_from:g}, and before it objective.candidates has "
+                f"{given} of the {least} that loss {c.loss} needs: add suffix or rewrite, or set it to 0"
             )
-        for data in run.data.sources.values() or [run.data]:
-            if getattr(data, "use", "think") == "think" and c.rewrite_column not in data.meta_columns:
-                raise ConfigError(
-                    f"data.meta_columns lacks objective.rewrite_column '{c.rewrite_column}': add it there"
-                )
+        check_rewrites(c, run)
 
     def window(self, size: int, thought_tokens: int | None = None) -> Any:
         """Candidates have up to `target_length` tokens, whatever `sampling.max_thought_tokens` is."""
@@ -251,11 +248,7 @@ class SIP(base.Objective):
         """The prefixes with a preference, and of each the candidates in the loss: best and worst, or best."""
         kept = []
         for group in groups:
-            choice = best_and_worst(group.rewards or ())
-            if choice is not None and self.config.loss == "rf_nll":
-                choice = choice[:1]
-            elif choice is not None and choice[0] == choice[1]:
-                choice = None  # one candidate
+            choice = choose(group, only_best=self.config.loss == "rf_nll")
             self.selection.add(group, choice)
             if choice is not None:
                 kept.append(only(group, choice))

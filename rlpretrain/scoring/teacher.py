@@ -31,7 +31,7 @@ class Teacher:
     def __call__(self, micro: MicroBatch, count: int, temperature: float = 1.0) -> Likeliest:
         """The `count` likeliest tokens of each prediction, or the whole vocabulary if it is smaller.
 
-        Their log-probs (nats) are those of logits / `temperature` over the whole vocabulary. On the teacher's
+        Their log-probs (nats) are those of logits / `temperature` over the whole vocabulary, on the teacher's
         device. Under ZeRO-3 all ranks call it together.
         """
         reference, documents = self.reference, micro.documents

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from rlpretrain.config.plain import Plain, typed
+
 
 @dataclass
 class FirstConfig:
@@ -42,7 +44,11 @@ def as_yaml(first: FirstConfig) -> str:
 
 
 def _line(first: FirstConfig, name: str, key: str, value: Any, indent: str) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1 << 16, allow_unicode=True)
+    if isinstance(value, Plain):  # of the command line: YAML reads what was typed there
+        text = str(value)
+    else:
+        options: dict[str, Any] = {"sort_keys": False, "width": 1 << 16, "allow_unicode": True}
+        text = yaml.safe_dump(typed(value), default_flow_style=True, **options)
     line = f"{indent}{key}: {text.strip().removesuffix('...').strip()}"
     comment = first.comments.get(name)
     return f"{line:<44}  # {comment}" if comment else line

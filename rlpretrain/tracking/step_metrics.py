@@ -66,7 +66,7 @@ class StepMetrics:
             self._add_gains(scores, self_logps)
         if scores.thought_reference is not None:
             log_ratio = (scores.thought_logps.detach() - scores.thought_reference).sum(-1)
-            self.add("reference/kl", log_ratio[counted])
+            self.add("reference/kl", log_ratio[counted & ~micro.given])
         self.add("reward", reward[counted])
         deviations = torch.stack([_deviation(r[c]) for r, c in zip(reward, counted, strict=True)])
         self.add("reward_std", deviations)
@@ -148,5 +148,5 @@ class StepMetrics:
 
 
 def _deviation(rewards: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of a group's counted rewards; NaN if none counts."""
-    return rewards.std(correction=0) if rewards.numel() else rewards.new_tensor(torch.nan)
+    """Standard deviation of a group's counted rewards; NaN if fewer than two count."""
+    return rewards.std(correction=0) if rewards.numel() > 1 else rewards.new_tensor(torch.nan)

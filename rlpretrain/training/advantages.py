@@ -73,6 +73,8 @@ def mark_broken(rewards: Tensor, micro: MicroBatch, scores: Scores) -> Tensor:
     targets_finite = torch.isfinite(scores.target_logps).all(-1)
     baselines_finite = torch.isfinite(scores.baseline_logps[:, None]).all(-1)
     all_finite = thoughts_finite & targets_finite & baselines_finite
+    if scores.thought_reference is not None:
+        all_finite = all_finite & torch.isfinite(scores.thought_reference).all(-1)
     if scores.target_baseline is not None:
         all_finite = all_finite & torch.isfinite(scores.target_baseline).all(-1)
     broken = rewards.isnan() & micro.counted & ~all_finite

@@ -32,8 +32,8 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         )
     if "batch" in owner.needs and ranks > 1:
         raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
-    _check_cut(config, owner)
-    _check_baseline(config, owner)
+    check_cut(config, owner)
+    check_baseline(config, owner)
     adapters.check(config)
     compilation.check(config, backend_of(config.policy))
     check_sources(config, owner)
@@ -56,7 +56,7 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         harness.check_installed()
 
 
-def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
+def check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
     """What becomes of thoughts that did not close themselves must fit the objective."""
     cut, (_, own) = config.sampling.cut, parse_section(config.objective)
     if cut in owner.refused_cuts:
@@ -71,7 +71,7 @@ def _check_cut(config: PretrainConfig, owner: type[Objective]) -> None:
         )
 
 
-def _check_baseline(config: PretrainConfig, owner: type[Objective]) -> None:
+def check_baseline(config: PretrainConfig, owner: type[Objective]) -> None:
     """The baseline's model must be one that can score what the objective asks of it."""
     name, refused = config.baseline.name, owner.refused_baselines
     if name in refused:

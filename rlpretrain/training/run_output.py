@@ -36,7 +36,10 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
         yield f"rows are padded, not packed in trees: {run.padded_because}"
     yield from overlaps(run.config)
     if run.dropped:
-        yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens left out"
+        longer = (
+            ", or longer than data.max_length with their answer," if run.config.data.answer_column else ""
+        )
+        yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens{longer} left out"
     if run.peak is None and run.ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(run.ranks.device)
         yield f"the peak of {name} is not known, so perf/mfu is not logged: set peak_flops"

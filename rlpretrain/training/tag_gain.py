@@ -22,10 +22,11 @@ def gains_of_empty_thoughts(
 ) -> Tensor:
     """log p(target | context, empty thought) − log p(target | context) [P] in nats.
 
-    The second term is the frozen model's. P are this rank's positions whose prompts have a close tag. All
+    The second term is the frozen model's. P are this rank's positions with something between thought and
+    target, a close tag at least. All
     ranks call it together.
     """
-    groups = contrast([group for group in batch.groups if group.prompt.close_ids], "empty")
+    groups = contrast([g for g in batch.groups if g.prompt.close_ids or g.prompt.join_ids], "empty")
     documents = batch.documents if groups else ()
     micros = micro_batches(Batch(groups, documents), layout, ranks)
     scored = score_batch(score, micros, ranks.device, reference=frozen).groups

@@ -199,6 +199,7 @@ def test_bad_settings_are_refused(values):
         ({"direct": -1.0}, "objective.direct"),
         ({"unclosed": "mean"}, "objective.unclosed"),
         ({"beta": 0.0, "reference": values["model"]}, "'reference.path' is set, but objective LaTRO uses no"),
+        ({"unclosed": "double_mean", "sampling__cut": "mask"}, "has no effect with sampling.cut mask"),
     ):
         with pytest.raises(ConfigError, match=said):
             Run(build(latro(values, **changes)), None)

@@ -354,8 +354,11 @@ def test_a_run_refuses_what_it_cannot_train_on(values, scored):
         Run(build(preference_of(values, scored, "conditional", threshold=2.0)), None)
     without = preference_of(values, scored, "filter")
     del without["data"]["score_column"]
-    with pytest.raises(ConfigError, match="no scores.*set data.score_column"):
+    with pytest.raises(ConfigError, match="data.score_column: objective.loss filter needs the column"):
         Run(build(without), None)
+    awr = made("awr", value="position")
+    with pytest.raises(ConfigError, match="a replay has not: set none"):
+        awr.check_run(build(preference_of(values, scored, "awr") | {"replay": "runs/other"}))
 
 
 def test_documents_have_room_for_their_control_tokens():

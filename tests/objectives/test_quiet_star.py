@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_with_the_same_weights(values, tmp_path, cut):
 
 def test_bad_settings_are_refused(values):
     for changes, said in (
-        ({"sampling__cut": "mask"}, "sampling.cut mask does not fit objective QuietSTaR"),
+        ({"sampling__cut": "mask"}, "sampling.cut mask does not fit objective.fixed_length"),
         ({"objective__advantage": "mean"}, "objective.advantage"),
         ({"objective__clamp": 2.5}, "objective.clamp"),
     ):

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from rlpretrain.config import ConfigError, LossConfig
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial, dial_judge
+from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import Setting
+from rlpretrain.objectives.candidates import choose, given_thought, ids_after
 from rlpretrain.objectives.sip import SIP, Config
 from rlpretrain.training.advantages import Advantages
 from rlpretrain.training.losses import LossInputs, Surrogate
@@ -25,7 +27,7 @@ from rlpretrain.training.run import Run
 from rlpretrain.trl.reward import ObjectiveReward
 from rlpretrain.types import Document, Scores
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
-from tests.builders import judges
+from tests.builders import judges, tokenizers_family
 from tests.builders.batches import logps_of
 from tests.builders.runs import merged, one_step, same, trained, weights
 
@@ -225,6 +227,27 @@ def test_without_a_preference_there_is_no_update(values, documents, settings):
         assert "reward" not in run.last or settings.get("loss")  # the judge's numbers are not r
 
 
+def test_candidates_of_one_text_are_one_candidate_for_the_likelihood():
+    """A rewrite that copies a good suffix is no preference, and no reason to leave the suffix out."""
+    same = Group("g", PLACE, Prompt((1,), ()), (given_thought((1, 2), 0),) * 2, 0, rewards=(0.5, 0.5))
+    assert choose(same, only_best=True) == (0,) and choose(same, only_best=False) is None
+    other = replace(same, thoughts=(given_thought((1, 2), 0), given_thought((1, 3), 0)))
+    assert choose(other, only_best=True) is None
+    assert choose(replace(other, rewards=(0.0, 1.0)), only_best=True) == (1,)
+    assert choose(replace(other, rewards=(0.0, 1.0)), only_best=False) == (1, 0)
+
+
+def test_a_rewrite_does_not_begin_with_a_space_of_the_tokenizer():
+    """A tokenizer of the Llama 2 kind begins every text with a space of its own."""
+    tokenizer = tokenizers_family.make("sentencepiece_legacy")
+    reader = TokenReader(tokenizer)
+    before = tokenizer("so ", add_special_tokens=False)["input_ids"]
+    ids = ids_after(before, "6 sheep", tokenizer, reader)
+    own = tokenizer("6 sheep", add_special_tokens=False)["input_ids"]
+    wanted = reader.text(before) + "6 sheep"
+    assert reader.text([*before, *ids]) == wanted != reader.text([*before, *own])
+
+
 # candidates and the judge
 
 
@@ -372,6 +395,7 @@ def test_adapters_train_against_the_model_without_them(values, documents, tmp_pa
             "objective.positions must be answer",
         ),
         ({"template": "rlp"}, {}, "objective.template"),
+        ({"rollouts_from": 0.5}, {}, "objective.rollouts_from is 0.5, and before it .* has 1 of the 2"),
         ({"beta": -0.1}, {}, "beta"),
     ],
 )
