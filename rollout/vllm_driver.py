@@ -83,7 +83,7 @@ class Driver:
     def _drive(self) -> None:
         torch.set_num_threads(self._threads)  # torch keeps it for each thread, like the device
         if self._device is not None:
-            torch.cuda.set_device(self._device)
+            torch.cuda.set_device(self._device)  # what ran on a card: docs/gpu.md
         end = RuntimeError("this engine is closed")
         try:
             while not self._stopped:

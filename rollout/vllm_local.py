@@ -128,7 +128,7 @@ class VLLMEngine:
         self._driver = Driver(
             self.llm.llm_engine,
             version,
-            None if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+            None if on_cpu else torch.device("cuda", torch.cuda.current_device()),  # docs/gpu.md
         )
         self._adapters = 0
         self._counts = {"prompts": 0, "thoughts": 0, "tokens": 0, "cached_tokens": 0}

@@ -67,6 +67,8 @@ class Objective:
     has_positions = True
     proxy: Any = None
     """A second model of the objective, if any. It has `model`, and `reads` with the tokens that it read."""
+    weights_used: Tensor | None = None
+    """The weights [M] of the last next-token loss, for the log."""
     answer_tokens = 0
     """Most tokens sampled after a thought, up to `config.closing`; 0: no answer is sampled."""
     refused_cuts: frozenset[str] = frozenset()
@@ -338,7 +340,8 @@ class Objective:
         logps = scores.trunk_logps
         if scores.soft_logps is not None and micro.soft_probs is not None:
             logps = (micro.soft_probs * scores.soft_logps).sum(-1)
-        return -self.ntp_weights(micro, scores) * logps
+        self.weights_used = weights = self.ntp_weights(micro, scores)
+        return -weights * logps
 
     def soft_targets(self, micro: MicroBatch, teacher: ReadLikeliest | None) -> SoftTargets | None:
         """Several tokens with probabilities for each document token, in its place in `trunk_loss`.

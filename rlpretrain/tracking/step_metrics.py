@@ -68,7 +68,8 @@ class StepMetrics:
             log_ratio = (scores.thought_logps.detach() - scores.thought_reference).sum(-1)
             self.add("reference/kl", log_ratio[counted & ~micro.given])
         self.add("reward", reward[counted])
-        deviations = torch.stack([_deviation(r[c]) for r, c in zip(reward, counted, strict=True)])
+        parts = zip(reward, counted, micro.groups, strict=True)
+        deviations = torch.stack([_deviation(r[c], len(group.thoughts)) for r, c, group in parts])
         self.add("reward_std", deviations)
         self.add("frac_reward_zero_std", (deviations[torch.isfinite(deviations)] == 0).float())
         self.add("thought/uncounted_frac", (~counted).float())
@@ -147,6 +148,7 @@ class StepMetrics:
         return means
 
 
-def _deviation(rewards: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of a group's counted rewards; NaN if fewer than two count."""
-    return rewards.std(correction=0) if rewards.numel() > 1 else rewards.new_tensor(torch.nan)
+def _deviation(rewards: torch.Tensor, thoughts: int) -> torch.Tensor:
+    """Standard deviation of a group's counted rewards; NaN if none counts, or the group has one thought."""
+    is_known = rewards.numel() and thoughts > 1
+    return rewards.std(correction=0) if is_known else rewards.new_tensor(torch.nan)

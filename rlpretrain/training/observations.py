@@ -26,9 +26,10 @@ def observe(run: Run, inputs: LossInputs, output: LossOutput, own: Tensor) -> No
         run.note(**{name: value / epochs if name.endswith("loss") else value})
     rewards = scores.counted.new_zeros(0) if inputs.thoughts is None else inputs.thoughts.rewards
     run.metrics.observe(micro, scores, rewards, own)
-    weigh = run.objective.ntp_weights
-    if micro.documents and getattr(weigh, "__func__", None) is not Objective.ntp_weights:
-        run.metrics.add_weights(weigh(micro, scores.detached()))
+    weights, run.objective.weights_used = run.objective.weights_used, None
+    is_own = getattr(run.objective.ntp_weights, "__func__", None) is not Objective.ntp_weights
+    if micro.documents and is_own and weights is not None:
+        run.metrics.add_weights(weights.detach())
     if run.frozen is None or not run.measures_frozen():
         return
     frozen = scores.baseline_logps if run.frozen is run.baseline else run.frozen.logps(micro)

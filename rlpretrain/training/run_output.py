@@ -40,7 +40,7 @@ def opening(run: Run, resume: str | bool | None) -> Iterator[str]:
             ", or longer than data.max_length with their answer," if run.config.data.answer_column else ""
         )
         yield f"{run.dropped} documents shorter than {run.objective.min_length} tokens{longer} left out"
-    if run.peak is None and run.ranks.device.type == "cuda":
+    if run.peak is None and run.ranks.device.type == "cuda":  # docs/gpu.md
         name = torch.cuda.get_device_name(run.ranks.device)
         yield f"the peak of {name} is not known, so perf/mfu is not logged: set peak_flops"
     if run.resumed_from:
