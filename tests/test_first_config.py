@@ -14,6 +14,7 @@ from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.config.io import build, load_config
 from rlpretrain.data.opening import first_rows
 from rlpretrain.objectives import config_of
+from rlpretrain.tools import first_config
 from rlpretrain.tools.commented import as_yaml
 from rlpretrain.tools.first_config import SAVINGS, make_first_config
 from rlpretrain.tools.first_data import Request, choose_columns
@@ -182,6 +183,21 @@ def test_fields_may_follow(corpus, tmp_path):
     assert main([*command, "--objective", "bow", "--baseline.name", "frozen", "--optim.lr", "3e-4"]) == 0
     config = load_config(out, find=config_of)
     assert config.baseline.name == "frozen" and config.optim.lr == 3e-4
+    assert "paper" not in out.read_text()  # the comment of the rate that was replaced
+
+
+def test_what_the_user_sets_stays_whatever_saves_memory(corpus, monkeypatch):
+    monkeypatch.setattr(first_config, "SAVINGS", SAVINGS[3:])  # adapters, with a rate of their own
+    fields = {"optim": {"lr": 0.5}, "sampling": {"max_thought_tokens": 7}, "token_budget": 512}
+    first = make_first_config(request(corpus, gib=40.0, fields=fields))
+    config = build(first.values, config_of)
+    assert config.model.gradient_checkpointing and config.policy.lora
+    assert (config.optim.lr, config.sampling.max_thought_tokens, config.token_budget) == (0.5, 7, 512)
+
+
+def test_compiled_layers_get_the_backend_that_takes_them(corpus):
+    config = build(make_first_config(request(corpus, device="cuda", gib=80.0)).values, config_of)
+    assert config.model.compile and config.policy.backend == "torch"
 
 
 def test_documents_too_long_for_their_answer_are_said_to_be_left_out(corpus, tmp_path):

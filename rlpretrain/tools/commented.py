@@ -30,6 +30,15 @@ class FirstConfig:
         if comment:
             self.comments[name] = comment
 
+    def replace(self, fields: Mapping[str, Any], before: str = "") -> None:
+        """Set nested fields in place of what is there, and drop the comments of what is replaced."""
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                self.replace(value, f"{before}{name}.")
+            else:
+                self.set(before + name, value)
+                self.comments.pop(before + name, None)
+
 
 def as_yaml(first: FirstConfig) -> str:
     """The text of the file: sections, and comments behind their fields."""

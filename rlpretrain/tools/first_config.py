@@ -18,6 +18,7 @@ import torch
 from rlpretrain.config import ConfigError, ModelConfig, PretrainConfig
 from rlpretrain.config.io import build
 from rlpretrain.experiments.experiment import overlay
+from rlpretrain.models import compilation
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import config_of, parse_section
 from rlpretrain.tools.commented import FirstConfig
@@ -26,6 +27,7 @@ from rlpretrain.tools.first_data import Request, describe_data
 from rlpretrain.tools.memory import GIB, memory, peak
 from rlpretrain.tools.readiness import memory_here, missing_libraries
 from rlpretrain.tools.sizes import make_sizes
+from rlpretrain.training.backends import backend_of
 from rlpretrain.training.planning import check_baseline, check_cut, check_reference
 
 USABLE = 0.9
@@ -56,7 +58,7 @@ def make_first_config(request: Request) -> FirstConfig:
     describe_data(first, request, most=2048 if gpu else 512)
     _describe_method(first, request, gpu)
     _describe_run(first, request, device)
-    first.values = overlay(first.values, request.fields)
+    first.replace(request.fields)
     _check(first)
     _fit(first, request, device)
     return first
@@ -68,6 +70,7 @@ def _check(first: FirstConfig) -> None:
     owner, _ = parse_section(config.objective)
     check_cut(config, owner)
     check_baseline(config, owner)
+    compilation.check(config, backend_of(config.policy))
     check_reference(config, make_objective(config, []))
     first.notes += missing_libraries(config, owner.has_positions)
 
@@ -81,6 +84,7 @@ def _describe_model(first: FirstConfig, request: Request, gpu: bool) -> None:
     )
     if gpu and request.processes == 1:
         first.set("model.compile", True, "each layer by torch.compile; the first step takes longer")
+        first.set("policy.backend", "torch", "which model.compile needs")
 
 
 def _describe_method(first: FirstConfig, request: Request, gpu: bool) -> None:
@@ -115,14 +119,11 @@ def _describe_run(first: FirstConfig, request: Request, device: str) -> None:
     first.set(
         "max_steps", request.steps or (1000 if gpu else 100), "a first look; the loss says when to stop"
     )
-    first.set(
-        "optim.lr",
-        1e-6 if gpu else 2e-5,
-        "the RLP paper's, for 1.7B parameters; small models take larger ones",
-    )
     if gpu:
+        first.set("optim.lr", 1e-6, "the RLP paper's, for 1.7B parameters; small models take larger ones")
         first.set("token_budget", 16384, "tokens of a micro-batch: lower it where memory is short")
     else:
+        first.set("optim.lr", 2e-5, "for a small model; the RLP paper has 1e-6 for 1.7B parameters")
         first.set("token_budget", 2048, "tokens of a micro-batch")
     if request.device:
         first.set("device", device)
@@ -148,14 +149,16 @@ def _fit(first: FirstConfig, request: Request, device: str) -> None:
         return
     needed = 0.0
     share = request.processes if device == "cpu" else 1  # processes on a CPU share its memory
+    budget = build(first.values, config_of).token_budget
     for reason, changes, parts in SAVINGS:
-        tried = overlay(first.values, changes | {"token_budget": first.values["token_budget"] // parts})
+        tried = overlay(first.values, changes | {"token_budget": budget // parts} if parts > 1 else changes)
+        tried = overlay(tried, request.fields)  # what the user sets stays
         needed = share * _estimate(build(tried, config_of), request, shape)
         if needed <= USABLE * available:
             first.values = tried
             if reason:
                 first.comments["model.gradient_checkpointing"] = reason
-            if "optim" in changes:
+            if "optim" in changes and "lr" not in request.fields.get("optim", {}):
                 first.comments["optim.lr"] = "adapters take larger rates than whole models"
             first.notes.append(
                 f"estimated memory: at most {needed / GIB:.1f} GiB of {available / GIB:.1f} GiB"
@@ -180,11 +183,11 @@ def _shorten(first: FirstConfig, shape: Any) -> None:
     limit, sampling = limit_of(shape), first.values.get("sampling")
     if limit is None:
         return
-    room = limit.tokens
+    config, room = build(first.values, config_of), limit.tokens
     if sampling:
-        sampling["max_thought_tokens"] = min(sampling["max_thought_tokens"], room // 4)
+        sampling["max_thought_tokens"] = min(config.sampling.max_thought_tokens, room // 4)
         room -= sampling["max_thought_tokens"] + 64  # tags, template and target
-    if first.values["data"]["max_length"] > room:
+    if config.data.max_length > room:
         first.set("data.max_length", max(room, 1), limit.reason)
 
 
