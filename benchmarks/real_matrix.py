@@ -29,11 +29,13 @@ from examples.smollm2_checkpoint import make_checkpoint
 
 WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3}
 TAGS = {"open": "<<", "close": ">>"}
+WRITTEN = {"target_length": 8, "max_prediction_tokens": 16}
+ORACLE = "rlpretrain.corpora.dial_judge:chance"
 METHODS: dict[str, dict[str, Any]] = {
     "rlp": {"name": "rlp"} | WHERE | TAGS,
     "rlpt, information gain": {"name": "rlpt", "target_length": 8, "reward": "information_gain"} | TAGS,
-    "rlpt, match": {"name": "rlpt", "target_length": 8, "reward": "match"} | TAGS,
-    "rlpt, judge": {"name": "rlpt", "target_length": 8, "reward": "judge"} | TAGS,
+    "rlpt, match": {"name": "rlpt", "reward": "match"} | WRITTEN | TAGS,
+    "rlpt, judge": {"name": "rlpt", "reward": "judge"} | WRITTEN | TAGS,
     "rpt": {"name": "rpt", "max_prediction_tokens": 6} | WHERE | TAGS,
     "rmt": {"name": "rmt"} | TAGS,
     "pretrain_zero": {"name": "pretrain_zero", "max_span_tokens": 2, "max_answer_tokens": 6} | TAGS,
@@ -41,8 +43,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "likelihood, mean_prob": {"name": "likelihood", "score": "mean_prob"} | WHERE | TAGS,
     "likelihood, jepo": {"name": "likelihood", "score": "jepo", "direct": 1.0} | WHERE | TAGS,
     "likelihood, perplexity_gain": {"name": "likelihood", "score": "perplexity_gain"} | WHERE | TAGS,
+    "quiet_star": {"name": "quiet_star", "every": 4} | TAGS,
+    "latro": {"name": "latro"} | WHERE | TAGS,
+    "nover": {"name": "nover"} | WHERE | TAGS,
+    "bow": {"name": "bow"} | WHERE | TAGS,
+    "sip, dpo": {"name": "sip", "target_length": 8, "judge_function": ORACLE},
+    "sip, rf_nll": {"name": "sip", "target_length": 8, "judge_function": ORACLE, "loss": "rf_nll"},
     "ntp": {"name": "ntp"},
+    "remit": {"name": "remit"},
+    "distill, salt": {"name": "distill"},
+    "distill, self": {"name": "distill", "kind": "self"},
+    "preference, rwr": {"name": "preference", "loss": "rwr"},
+    "preference, conditional": {"name": "preference", "loss": "conditional", "threshold": 0.5},
 }
+ONE_ENGINE = ("quiet_star", "latro", "nover", "bow", "sip", "ntp", "remit", "distill", "preference")
+"""Methods that only read, so that no engine samples, and those that use engines as `rlp` does."""
+BESIDE: dict[str, dict[str, Any]] = {
+    "nover": {"baseline": {"name": "ema"}},
+    "bow": {"baseline": {"name": "frozen"}},
+    "remit": {"reference": {"path": "{checkpoint}"}},
+    "distill, salt": {"reference": {"path": "{checkpoint}"}},
+    "preference, rwr": {"data": {"score_column": "score"}},
+    "preference, conditional": {"data": {"score_column": "score"}},
+}
+"""Settings that methods need beside the objective."""
 LORA = {"policy": {"lora": {"r": 8, "alpha": 16}}, "optim": {"lr": 2e-4}}
 ENGINES = {"hf": {}, "vllm": {"engine": {"name": "vllm_local"}}}
 WEIGHTS = {"all": {}, "lora": LORA}
@@ -86,13 +110,15 @@ def write_documents(path: Path, sentences: int = 3) -> None:
     """Documents of a few sentences: some methods predict a sentence from those before it."""
     texts = [calculation.document["text"] for calculation in read_calculations(LINES)]
     groups = [texts[first : first + sentences] for first in range(0, len(texts), sentences)]
-    write_rows(path, [{"text": "\n".join(group)} for group in groups])
+    write_rows(
+        path, [{"text": "\n".join(group), "score": number % 10 / 10} for number, group in enumerate(groups)]
+    )
 
 
 def rows() -> Iterator[str]:
     """method / trainer or engine / weights."""
     for method in METHODS:
-        for engine in ENGINES if method != "ntp" else ["hf"]:
+        for engine in ENGINES if not method.startswith(ONE_ENGINE) else ["hf"]:
             for weights in WEIGHTS:
                 yield f"{method} / {engine} / {weights}"
     for weights in WEIGHTS:
@@ -142,10 +168,16 @@ def settings(method: str, engine: str, weights: str, folder: Path, steps: int) -
         "checkpoint": {"every": 0},
         "output_dir": str(folder),
     }
-    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights]):
+    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights], beside(method, values["model"])):
         for section, fields in changes.items():
             values[section] = values.get(section, {}) | fields
     return values
+
+
+def beside(method: str, checkpoint: str) -> dict[str, Any]:
+    """The sections of `BESIDE`, with the path of the checkpoint."""
+    text = json.dumps(BESIDE.get(method, {}))
+    return json.loads(text.replace("{checkpoint}", checkpoint))
 
 
 def train_natively(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -222,6 +223,35 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[objec
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded)
+
+
+def set_root(model: nn.Module, root: nn.Module) -> None:
+    """Remember the module that FSDP 2 gathers with the parts of `model` outside its layers.
+
+    It prepares it too, so that a forward of a layer alone does not make that layer the root.
+    """
+    model._rlpretrain_root = weakref.ref(root)
+    sharded_root: Any = root
+    sharded_root._get_fsdp_state()._lazy_init()
+
+
+@contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Gather what FSDP 2 keeps outside the layers of `model`: embedding, last norm and head.
+
+    For forwards without gradient that do not go through the module that FSDP 2 gathers.
+    """
+    own_root = getattr(model, "_rlpretrain_root", None)
+    root: Any = own_root() if own_root is not None else model
+    if not hasattr(root, "unshard"):
+        yield
+        return
+    root._get_fsdp_state()._lazy_init()
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
 
 
 def shard_of(parameter: Any) -> Tensor:

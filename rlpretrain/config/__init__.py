@@ -10,7 +10,7 @@ from rlpretrain.config.engines import EngineConfig
 from rlpretrain.config.mixing import MixingConfig
 from rlpretrain.config.model import ModelConfig, ReferenceConfig
 from rlpretrain.config.optim import AverageConfig, OptimConfig, ScheduleConfig
-from rlpretrain.config.policy import LoraConfig, PolicyConfig
+from rlpretrain.config.policy import FsdpConfig, LoraConfig, PolicyConfig
 from rlpretrain.config.sampling import SamplingConfig
 from rlpretrain.config.schema import (
     PAPER_RECIPE,
@@ -35,6 +35,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvalConfig",
+    "FsdpConfig",
     "LoraConfig",
     "LossConfig",
     "MixingConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -32,18 +33,32 @@ class LoraConfig:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class FsdpConfig:
+    """How FSDP 2 shares weights among ranks."""
+
+    reshard: bool = True
+    """Free a layer's weights after its forward and gather them again for its backward (less memory), or keep
+    them in between (less communication).
+    """
+    replicas: Count = 1
+    """Groups of ranks that each hold all weights; with 2, each of 16 ranks holds an eighth (HSDP)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class PolicyConfig:
     """How the model is trained."""
 
     backend: str = "auto"
-    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, or package.module:Class.
+    """auto (DeepSpeed where it is installed, else torch), torch, deepspeed, fsdp, or package.module:Class.
     A policy of your own follows rlpretrain/training/backends/base.py.
     """
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed_config: PathText | None = None
     """A DeepSpeed JSON file. This library overrides batch sizes and accumulation, and keeps the rest."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """How backend fsdp shares weights among ranks."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; `{}` takes the defaults."""
     autocast: Literal["none", "bfloat16"] = "none"
-    """Run the forward in bfloat16 over float32 weights (torch backend)."""
+    """Run the forward in bfloat16 over float32 weights (backends torch and fsdp)."""

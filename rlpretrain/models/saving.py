@@ -85,11 +85,24 @@ def _write(model: Any, state: dict[str, Any], tokenizer: Any, path: Path) -> Non
         work = begin_folder(path)
         try:
             model.save_pretrained(work, state_dict=_tied_once(model, state))
+            _write_dtype(model, state, work)
             tokenizer.save_pretrained(work)
             finish_folder(work, path)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+def _write_dtype(model: Any, state: dict[str, Any], folder: Path) -> None:
+    """Let config.json name the precision of the saved weights; transformers writes that of `model`.
+
+    A sharded model has its weights in float32 and passes them on in half precision.
+    """
+    saved = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), model.dtype)
+    if saved != model.dtype:
+        config = copy.deepcopy(model.config)
+        config.dtype = saved
+        config.save_pretrained(folder)
 
 
 def try_saving(model: Any, tokenizer: Any, config: ModelConfig) -> None:

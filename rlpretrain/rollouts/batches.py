@@ -154,6 +154,7 @@ class BatchSource:
             "stream": cursor_of(self.stream),
             "taken": self.taken,
             "drawn": self._draws.drawn,
+            "done": sorted(self._draws.done),
             "dropped": self._draws.dropped,
             "by_stream": {name: list(counts) for name, counts in self._draws.by_stream.items()},
             "without": self._without_position,
@@ -172,6 +173,7 @@ class BatchSource:
         if self._ntp_draws is not None:
             state["ntp_stream"] = cursor_of(self._ntp_draws.source)
             state["ntp_drawn"], state["ntp_dropped"] = self._ntp_draws.drawn, self._ntp_draws.dropped
+            state["ntp_done"] = sorted(self._ntp_draws.done)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,6 +181,7 @@ class BatchSource:
         self.stream.load_state_dict(state["stream"])
         self.taken, self._without_position = state["taken"], state["without"]
         self._draws.drawn, self._draws.dropped = state["drawn"], state.get("dropped", 0)
+        self._draws.done = set(state.get("done", ()))
         self._draws.by_stream = {name: list(counts) for name, counts in state.get("by_stream", {}).items()}
         self._spare = _numbered([DrawnPosition.from_row(row) for row in state["spare"]])
         self._restored = [
@@ -194,6 +197,7 @@ class BatchSource:
             self._ntp_draws.source.load_state_dict(state["ntp_stream"])
             self._ntp_draws.drawn = state.get("ntp_drawn", 0)
             self._ntp_draws.dropped = state.get("ntp_dropped", 0)
+            self._ntp_draws.done = set(state.get("ntp_done", ()))
 
     def _waiting(self) -> list[tuple[list[Document], str | None, dict[str, float]]]:
         """What a batch that was not taken has beside its positions."""
@@ -281,9 +285,9 @@ class BatchSource:
         """
         chosen, self._spare = self._spare[:n], self._spare[n:]
         in_row = 0  # documents without a position since the last one with some
-        while len(chosen) < n:
-            wanted = n - len(chosen)
-            draws = self._draws.take(wanted, objective)
+        while self._on_some_rank(len(chosen) < n):
+            wanted = max(0, n - len(chosen))
+            draws = self._draws.take(wanted, objective) if wanted else []
             if self.mixture is not None:
                 is_read = [self.mixture.is_only_read(draw.document) for draw in draws]
                 read = [draw.document for draw, reads in zip(draws, is_read, strict=True) if reads]
@@ -314,10 +318,20 @@ class BatchSource:
 
     def _entropies(self, documents: Sequence[Document], objective: Objective) -> Sequence[Any]:
         """Of each document, the entropies of its tokens if the objective needs them, else None."""
-        if "entropy" not in objective.needs or not documents:
+        if "entropy" not in objective.needs or not (documents or self._scores_together):
             return [None] * len(documents)
-        score = partial(self.policy.score, entropies=True)
-        return token_entropies(score, documents, self.token_budget, self.policy.ranks.device)
+        score, ranks = partial(self.policy.score, entropies=True), self.policy.ranks
+        together = ranks if self._scores_together else None
+        return token_entropies(score, documents, self.token_budget, ranks.device, together)
+
+    @property
+    def _scores_together(self) -> bool:
+        """Whether all ranks must score entropies equally often, since each has a part of the weights."""
+        return "entropy" in self.objective.needs and not self.policy.shares_weights
+
+    def _on_some_rank(self, value: bool) -> bool:
+        """Whether `value` holds on some rank that scores together with this one, else on this one."""
+        return bool(self.policy.ranks.max([float(value)])[0]) if self._scores_together else value
 
     def _take_ntp_documents(self, n: int, objective: Objective) -> list[Document]:
         """The next `n` documents of `ntp_data`; their ids begin with "ntp ", as both streams count from 0."""

@@ -51,6 +51,9 @@ class DocumentDraws:
         self.source, self.seed, self.rank, self.size = source, seed, rank, size
         self.kind, self.id_prefix = kind, id_prefix
         self.drawn = 0  # documents of this rank
+        self.done: set[int] = (
+            set()
+        )  # numbers to come that another rank drew, before ranks were added or removed
         self.dropped = 0  # of those, documents that `prepare` dropped
         self.by_stream: dict[str, list[int]] = {}  # documents and tokens that were drawn from each source
 
@@ -77,10 +80,17 @@ class DocumentDraws:
             numbered = self.source.take_numbered(n, progress)
             self.drawn += len(numbered)
             return [(item.number, item.document) for item in numbered]
-        first = self.drawn
-        self.drawn += n
-        documents = take_documents(self.source, n, progress)
-        return [((first + k) * self.size + self.rank, document) for k, document in enumerate(documents)]
+        numbered: list[tuple[int, Document]] = []
+        while len(numbered) < n:
+            first, wanted = self.drawn, n - len(numbered)
+            self.drawn += wanted
+            for k, document in enumerate(take_documents(self.source, wanted, progress)):
+                number = (first + k) * self.size + self.rank
+                if number in self.done:
+                    self.done.remove(number)
+                else:
+                    numbered.append((number, document))
+        return numbered
 
     def _count(self, document: Document) -> None:
         if document.stream:

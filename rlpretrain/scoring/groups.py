@@ -102,13 +102,18 @@ def score_batch(
 
 
 def token_entropies(
-    score: ScoreFunction, documents: Sequence[Document], token_budget: int, device: torch.device
+    score: ScoreFunction,
+    documents: Sequence[Document],
+    token_budget: int,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """For each document, the entropies (nats) of a model's predictions of its tokens; 0 for the first.
 
-    `score` must give entropies; ValueError if it does not.
+    `score` must give entropies; ValueError if it does not. With `ranks` all call it together, as
+    `micro_batches`.
     """
-    micros = micro_batches(Batch((), documents), Layout(token_budget))
+    micros = micro_batches(Batch((), documents), Layout(token_budget), ranks)
     scores = score_batch(score, micros, device).documents
     out = []
     for document in documents:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rewards import candidate_logps, token_logps, top_logps
 from rewards.likelihood import row_entropies
-from rlpretrain.compat import backbone_of, gathered, head_of, sharded
+from rlpretrain.compat import backbone_of, gathered, gathered_root, head_of, sharded
 from rlpretrain.models import adapters
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.models.spending import Reads, read_by
@@ -112,8 +112,8 @@ class Scorer(nn.Module):
 class NoGradScorer(Scorer):
     """A scorer of a model that another trainer owns: without gradient, and without adapters on request.
 
-    If ZeRO-3 shards the model, hooks of the layers gather their weights, and this class gathers the head. All
-    ranks must then call it equally often (`sharded`).
+    If ZeRO-3 or FSDP 2 shards the model, hooks of the layers gather their weights, and this class gathers the
+    rest. All ranks must then call it equally often (`sharded`).
     """
 
     def __init__(self, model: nn.Module, adapters_off: bool = False):
@@ -128,7 +128,7 @@ class NoGradScorer(Scorer):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `Scorer.forward`."""
-        with adapters.off(self.model) if self.adapters_off else nullcontext():
+        with adapters.off(self.model) if self.adapters_off else nullcontext(), gathered_root(self.model):
             return super().forward(*args, **kwargs)
 
     def read(self, *args: Any) -> tuple[Tensor, Tensor | None]:

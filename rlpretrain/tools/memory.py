@@ -37,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the estimate depends on beside the settings. `backend` is torch or deepspeed, `stage` of ZeRO."""
+    """What the estimate depends on beside the settings. `stage` is that of ZeRO, and 3 under FSDP."""
 
     parameters: int
     trained: int
@@ -114,6 +114,8 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     needs = owner.needs | sizes.needs
     if thinks or {"reference", "teacher"} & needs:
         items += _reference_models(config, sizes, needs, thinks)
+    if sizes.backend == "fsdp":
+        items.append(_gathered_weights(config, shape, sizes))
     items += _training_tensors(config, shape, sizes)
     if thinks:
         items += _sampling_tensors(config, shape, sizes)
@@ -126,8 +128,11 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     name = "P" if t == p else "T"
     b = getattr(torch, config.model.dtype).itemsize
     # What ZeRO stage k shards: 1 optimizer, 2 gradients, 3 weights.
-    over = ["" if stage < k else " / W" for k in range(4)]
-    share = [sizes.ranks if text else 1 for text in over]
+    holders, letter = sizes.ranks, "W"
+    if config.policy.fsdp.replicas > 1:
+        holders, letter = sizes.ranks // config.policy.fsdp.replicas, "W per replica"
+    over = ["" if stage < k else f" / {letter}" for k in range(4)]
+    share = [holders if text else 1 for text in over]
     weights = Item("weights", b * p / share[3], f"{b} P{over[3]}")
     bits = {"4bit": 4, "8bit": 8}.get(config.model.quantization)
     if bits and sizes.linear:
@@ -140,12 +145,27 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
         Item("gradients", 4 * t / share[2], f"4 {name}{over[2]}"),  # they add up in float32
         _optimizer_state(config.optim.name, t / share[1], f"{name}{over[1]}"),
     ]
-    if b == 2 or stage:
+    if sizes.backend == "fsdp":  # trained weights are there in float32 only
+        frozen = f"4 {name}" if t == p else f"4 T + {b} (P - T)"
+        items[0] = Item("weights", (4 * t + b * (p - t)) / holders, f"({frozen}){over[3]}")
+    elif b == 2 or stage:
         items.append(Item("fp32 master weights", 4 * t / share[1], f"4 {name}{over[1]}"))
     average = config.average
     if average and average.device == "policy" and average.kind != "last_k":
         items.append(Item("average of the weights", 4 * t / sizes.ranks, f"4 {name} / W"))
     return items
+
+
+def _gathered_weights(config: PretrainConfig, shape: Any, sizes: Sizes) -> Item:
+    """The whole weights that FSDP holds at a time: what is outside the layers, and two layers or all."""
+    text = shape.get_text_config()
+    b = getattr(torch, config.model.dtype).itemsize
+    tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
+    layers = sizes.parameters - tables
+    if config.policy.fsdp.reshard:
+        layers *= min(1, 2 / text.num_hidden_layers)
+    formula = f"{b} x (embedding, head, {'two layers' if config.policy.fsdp.reshard else 'all layers'})"
+    return Item("gathered weights", b * (tables + layers), formula, "training")
 
 
 def _optimizer_state(optimizer: str, trained: float, formula: str) -> Item:

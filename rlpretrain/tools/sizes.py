@@ -63,7 +63,7 @@ def make_sizes(
     ranks, policy, backend = int(os.environ.get("WORLD_SIZE", 1)), config.policy, backend_of(config.policy)
     if backend == "deepspeed" and not compat.has_deepspeed():
         notes.append(f"DeepSpeed is not installed here: {compat.INSTALL['deepspeed']}")
-    stage = 0
+    stage = 3 if backend == "fsdp" else 0
     if backend == "deepspeed":
         settings = ds_settings(policy, config.optim, getattr(torch, config.model.dtype))
         stage = settings["zero_optimization"]["stage"]

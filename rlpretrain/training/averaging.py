@@ -1,7 +1,7 @@
 """The average of the trained weights (`average`): kept during a run, evaluated, saved, never sampled from.
 
-Each rank averages its part: under ZeRO 3 its shards, else every W-th parameter of W ranks. With adapters
-these are averaged, not the merged weights.
+Each rank averages its part: under ZeRO 3 and FSDP its shards, else every W-th parameter of W ranks. With
+adapters these are averaged, not the merged weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from rlpretrain.config import AverageConfig, ConfigError
 from rlpretrain.models.averages import move_towards
-from rlpretrain.training.backends import Policy
+from rlpretrain.training.backends import FsdpPolicy, Policy
+
+SHARDED = "average"
+"""The folder of a checkpoint that has the average of a policy under FSDP."""
 
 
 class WeightAverage:
@@ -70,14 +73,48 @@ class WeightAverage:
     def save(self, path: Path) -> None:
         """Write this rank's part to the folder `path`."""
         state = {"count": self.count, "means": self.means, "latest": list(self.latest)}
+        if isinstance(self.policy, FsdpPolicy):
+            self.policy.save_parts(self._named(state["means"], state["latest"]), path / SHARDED)
+            state |= {"means": {}, "latest": []}
         torch.save(state, path / f"average-{self.policy.ranks.rank}.pt")
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote."""
-        file = path / f"average-{self.policy.ranks.rank}.pt"
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        self.count, self.latest = state["count"], deque(state["latest"], maxlen=self.config.last)
-        self.means = {name: mean.to(self.device) for name, mean in state["means"].items()}
+        """Restore what `save` wrote, on another number of ranks too."""
+        ranks = self.policy.ranks
+        files = sorted(path.glob("average-*.pt"))
+        if len(files) == ranks.size:
+            files = [path / f"average-{ranks.rank}.pt"]
+        states = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+        self.count = states[0]["count"]
+        means = {name: mean for state in states for name, mean in state["means"].items()}
+        latest = [
+            {name: values for weights in of_step for name, values in weights.items()}
+            for of_step in zip(*(state["latest"] for state in states), strict=True)
+        ]
+        if isinstance(self.policy, FsdpPolicy):
+            means, latest = self._load_parts(self.policy, path / SHARDED)
+        self.means = {name: mean.to(self.device) for name, mean in means.items()}
+        self.latest = deque(latest, maxlen=self.config.last)
+
+    def _load_parts(
+        self, policy: FsdpPolicy, path: Path
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """(means, latest) of the parts that this rank holds."""
+        own = {name: values.to("cpu", copy=True) for name, values in policy.parts()}
+        means: dict[str, Tensor] = {}
+        latest: list[dict[str, Tensor]] = []
+        if self.config.kind == "last_k":
+            kept = min(self.count, self.config.last)
+            latest = [{name: torch.empty_like(values) for name, values in own.items()} for _ in range(kept)]
+        elif self.count:
+            means = {name: torch.empty_like(values, dtype=torch.float32) for name, values in own.items()}
+        policy.load_parts(self._named(means, latest), path)
+        return means, latest
+
+    @staticmethod
+    def _named(means: dict[str, Tensor], latest: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """All parts, by the names that they have in a checkpoint."""
+        return {"means": means} | {f"latest-{k}": weights for k, weights in enumerate(latest)}
 
     def _parts(self) -> Iterator[tuple[str, Tensor, bool]]:
         """(name, values, whether this rank averages them) of each parameter."""

@@ -49,6 +49,7 @@ MACHINE = (
     "engine.sleep",
     "engine.probe_tolerance",
     "baseline.cache_tokens",
+    "policy.fsdp",
 )
 """Settings of the machine and of the output, which change none of a run's numbers."""
 FREE_TO_CHANGE = (
@@ -212,19 +213,23 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read(
-    path: Path, ranks: Ranks, backend: str, config: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, this rank's state) of a checkpoint.
+    path: Path, ranks: Ranks, backend: str, config: dict[str, Any], any_ranks: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(state, states of ranks) of a checkpoint: this rank's, or if their number differs those of all ranks.
 
-    Raises ConfigError if it is broken, or if this run's ranks, backend or configuration differ.
+    Raises ConfigError if it is broken, or if this run's backend, configuration, or, without `any_ranks`,
+    number of ranks differ.
     """
     problem = broken(path)
     if problem:
         raise ConfigError(f"cannot resume from {path}: {problem}")
     state = json.loads((path / "state.json").read_text())
-    if state["ranks"] != ranks.size:
+    wrote = state["ranks"]
+    if wrote != ranks.size and not any_ranks:
         raise ConfigError(
-            f"cannot resume from {path}: it was written by {state['ranks']} ranks, this run has {ranks.size}"
+            f"cannot resume from {path}: it was written by {wrote} ranks, this run has {ranks.size}, and "
+            f"{backend} keeps state that cannot be dealt again: use {wrote} ranks, or policy.backend fsdp "
+            "or torch from the start"
         )
     if state["backend"] != backend:
         raise ConfigError(
@@ -232,7 +237,8 @@ def read(
             "policy.backend"
         )
     check_same(state["config"], config, path)
-    return state, torch.load(path / f"rank-{ranks.rank}.pt", weights_only=True)
+    of = [ranks.rank] if wrote == ranks.size else range(wrote)
+    return state, [torch.load(path / f"rank-{rank}.pt", weights_only=True) for rank in of]
 
 
 def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> None:

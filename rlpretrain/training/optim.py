@@ -58,11 +58,16 @@ def find_optimizer(config: OptimConfig) -> Factory:
     return find(name, "optim.name", ["muon", *TORCH, *EIGHT_BIT])
 
 
-def check_optimizer(config: OptimConfig, flat: bool = False) -> None:
+def check_optimizer(config: OptimConfig, flat: bool = False, split: bool = False) -> None:
     """Make the optimizer for a small model, so that its settings are checked early; ConfigError if it fails.
 
-    `flat`: it will get the weights as flat pieces, as under ZeRO 1 to 3.
+    `flat`: it will get the weights as flat pieces, as under ZeRO 1 to 3; `split`: as DTensors, as under FSDP.
     """
+    if split and config.name in EIGHT_BIT:
+        raise ConfigError(
+            f"optim.name {config.name}: bitsandbytes does not know the DTensors of FSDP: use adamw, or "
+            "policy.backend deepspeed"
+        )
     if find_optimizer(config) not in (_make_muon, _make_by_class):
         if config.options:
             raise ConfigError("optim.options is for optimizers of torch and bitsandbytes, not for a factory")

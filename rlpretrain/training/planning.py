@@ -18,6 +18,7 @@ from rlpretrain.rollouts.replay import ReplaySource
 from rlpretrain.training.averaging import check_average
 from rlpretrain.training.backends import backend_of, find_backend
 from rlpretrain.training.backends.deepspeed import ds_settings
+from rlpretrain.training.backends.fsdp import check_replicas
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.mixing import check_mixing
 from rlpretrain.training.optim import check_optimizer
@@ -41,11 +42,17 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     check_mixing(config, owner)
     find_engine(config.engine)
     find_backend(config.policy)
-    stage = 0
-    if backend_of(config.policy) == "deepspeed":
+    stage, backend = 0, backend_of(config.policy)
+    if backend == "deepspeed":
         settings = ds_settings(config.policy, config.optim, getattr(torch, config.model.dtype))
         stage = settings["zero_optimization"]["stage"]
-    check_optimizer(config.optim, flat=stage > 0)
+    check_optimizer(config.optim, flat=stage > 0, split=backend == "fsdp")
+    if backend == "fsdp":
+        check_replicas(config.policy.fsdp, ranks)
+        if config.model.quantization != "none":
+            raise ConfigError(
+                "model.quantization: FSDP cannot shard quantised weights; use torch or deepspeed"
+            )
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
     if config.max_steps is not None:

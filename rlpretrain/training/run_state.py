@@ -12,6 +12,7 @@ import torch
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import to_dict
 from rlpretrain.training import abandoned, checkpoint, records, run_stop
+from rlpretrain.training.redealing import redeal
 
 if TYPE_CHECKING:
     from rlpretrain.training.run import Run
@@ -54,7 +55,11 @@ def save(run: Run) -> None:
 
 def restore(run: Run, path: Path) -> None:
     """Restore the checkpoint `path`. All ranks call it."""
-    state, rank_state = checkpoint.read(path, run.ranks, type(run.policy).__name__, resolved(run))
+    backend, any_ranks = type(run.policy).__name__, getattr(run.policy, "loads_on_any_ranks", False)
+    state, rank_states = checkpoint.read(path, run.ranks, backend, resolved(run), any_ranks)
+    rank_state = rank_states[0]
+    if state["ranks"] != run.ranks.size:
+        rank_state = redeal(rank_states, run.ranks.rank, run.ranks.size)
     _check_annealing(run, path, state)
     run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
     run.stopped = run_stop.over_budget(run)

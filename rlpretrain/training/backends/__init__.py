@@ -1,4 +1,4 @@
-"""Backends: the trained model with the methods of `Policy`. PyTorch and DeepSpeed give the same results.
+"""Backends: the trained model with the methods of `Policy`. All give the same results.
 
 The loss that `backward` takes is already divided by the step's global counts, so gradients are *summed* over
 micro-batches and over ranks.
@@ -11,15 +11,17 @@ from collections.abc import Callable
 from torch import nn
 
 from rlpretrain import compat
-from rlpretrain.config import ConfigError, OptimConfig, PolicyConfig
+from rlpretrain.config import ConfigError, FsdpConfig, OptimConfig, PolicyConfig
 from rlpretrain.config.plugins import find
 from rlpretrain.ranks import Ranks
 from rlpretrain.training.backends.base import Policy, StepInfo
 from rlpretrain.training.backends.deepspeed import DeepSpeedPolicy
+from rlpretrain.training.backends.fsdp import FsdpPolicy
 from rlpretrain.training.backends.torch import TorchPolicy
 
 __all__ = [
     "DeepSpeedPolicy",
+    "FsdpPolicy",
     "Policy",
     "StepInfo",
     "TorchPolicy",
@@ -29,19 +31,25 @@ __all__ = [
 ]
 
 
-BACKENDS: dict[str, Callable[..., Policy]] = {"torch": TorchPolicy, "deepspeed": DeepSpeedPolicy}
+BACKENDS: dict[str, Callable[..., Policy]] = {
+    "torch": TorchPolicy,
+    "deepspeed": DeepSpeedPolicy,
+    "fsdp": FsdpPolicy,
+}
 
 
 def backend_of(config: PolicyConfig) -> str:
     """The name of the backend that `policy.backend` means: auto takes DeepSpeed where it is installed.
 
-    Raises ConfigError if DeepSpeed's settings are used with torch.
+    Raises ConfigError if settings of one backend are used with another.
     """
     name = config.backend
     if name == "auto":
         name = "deepspeed" if compat.has_deepspeed() else "torch"
-    if name == "torch" and (config.zero_stage or config.deepspeed_config):
+    if name in ("torch", "fsdp") and (config.zero_stage or config.deepspeed_config):
         raise ConfigError("policy.zero_stage and policy.deepspeed_config need policy.backend deepspeed")
+    if name in ("torch", "deepspeed") and config.fsdp != FsdpConfig():
+        raise ConfigError(f"policy.fsdp needs policy.backend fsdp, and this run has {name}")
     return name
 
 

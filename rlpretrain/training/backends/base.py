@@ -39,6 +39,8 @@ class Policy(Protocol):
     """Whether the embedded engine can sample from `model` as it is."""
     stage_gathers: bool
     """Whether `weights` gives tensors that are freed when the next one is asked for."""
+    loads_on_any_ranks: bool
+    """Whether `load` works on another number of ranks than wrote the checkpoint."""
 
     def score(self, micro: MicroBatch, *, entropies: bool = False) -> Scores:
         """The scores of a micro-batch in one forward, with their graph."""

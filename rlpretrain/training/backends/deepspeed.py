@@ -32,6 +32,8 @@ class DeepSpeedPolicy:
     (`managed_gradient_accumulation: false`), since the number of micro-batches varies.
     """
 
+    loads_on_any_ranks = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -27,6 +27,7 @@ class TorchPolicy:
 
     shares_weights = True
     stage_gathers = False
+    loads_on_any_ranks = True
 
     def __init__(
         self,

@@ -1,0 +1,137 @@
+"""FSDP 2 as a backend: the same update as torch on one rank, two and four; resume, adapters, averages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlpretrain.config.io import build
+from rlpretrain.training.loop import train
+from rlpretrain.training.run import Run
+from rollout.store import Store
+from tests.builders.runs import launch, merged, same, trained, weights
+
+
+def fsdp(**changes) -> dict:
+    return {"policy__backend": "fsdp", **changes}
+
+
+def norms(folder: Path) -> list[float]:
+    return [json.loads(line)["grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_trains_like_torch(values, tmp_path):
+    expected = trained(values, output_dir=str(tmp_path / "torch"))
+    ours = trained(values, output_dir=str(tmp_path / "fsdp"), **fsdp())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
+    assert norms(tmp_path / "fsdp") == pytest.approx(norms(tmp_path / "torch"), rel=1e-4)
+
+
+def test_resumes_bit_identically(values, tmp_path):
+    run = merged(values, **fsdp(max_steps=4, checkpoint__every=2, baseline__name="ema"))
+    whole = trained(run, output_dir=str(tmp_path / "whole"))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "parts" / "checkpoint-2")
+    resumed = trained(run, resume="auto", output_dir=str(tmp_path / "parts"))
+    assert same(whole, resumed)
+
+
+def test_half_precision_weights_are_trained_in_float32(values, tmp_path):
+    """As torch does with its float32 copies; the saved model is in half precision."""
+    run = merged(values, optim__lr=1e-5, max_steps=3)
+    run["model"] = {"path": run["model"], "dtype": "bfloat16"}
+    theirs = Run(build(merged(run, output_dir=str(tmp_path / "torch"))), None)
+    ours = Run(build(merged(run, output_dir=str(tmp_path / "fsdp"), **fsdp())), None)
+    start = {name: values.clone() for name, values in ours.policy.parts()}
+    for held in (theirs, ours):
+        train(held)
+        held.end()
+        held.close()
+    names = {id(p): name for name, p in theirs.policy.model.named_parameters()}
+    expected = {names[id(p)]: master.detach() for p, master in theirs.policy.masters}
+    found = dict(ours.policy.parts())
+    moved = sum(float((expected[name] - start[name]).norm()) for name in start)
+    apart = sum(float((expected[name] - found[name]).norm()) for name in start)
+    assert apart < 0.02 * moved and moved > 0
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    saved = weights(tmp_path / "fsdp" / "model")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_ranks_train_like_one(values, tmp_path):
+    """Two ranks and four against torch on one, with uneven micro-batches, and what stands on the weights."""
+    held_out = {"eval__data": str(Path(values["data"]["path"]).parent / "held_out.jsonl"), "eval__every": 2}
+    base = merged(values, token_budget=150, positions_per_step=8, eval__documents=4, **held_out)
+    lora = {"policy__lora": {"r": 2}, "baseline__name": "frozen", "optim__lr": 1e-2}
+    kinds: dict[str, dict] = {
+        "plain": {"baseline__name": "ema", "average": {"kind": "ema", "decay": 0.6}},
+        "lora": lora,
+        "kept": {"policy__fsdp": {"reshard": False}},
+        "muon": {"optim__name": "muon"},
+        "entropy": {"objective__positions": "entropy"},
+    }
+    torch_only = [{k: v for k, v in c.items() if k != "policy__fsdp"} for c in kinds.values()]
+    one = {
+        name: trained(base, output_dir=str(tmp_path / name), **changes)
+        for name, changes in zip(kinds, torch_only, strict=True)
+    }
+    kinds["replicas"] = {"policy__fsdp": {"replicas": 2}}
+    one["replicas"] = one["kept"]
+    for size in (2, 4):
+        jobs = [
+            {"config": merged(base, output_dir=str(tmp_path / f"{name}-{size}"), **fsdp(**changes))}
+            for name, changes in kinds.items()
+        ]
+        launch(jobs, tmp_path, size)
+        for name in kinds:
+            found = weights(tmp_path / f"{name}-{size}" / "model")
+            for parameter, tensor in one[name].items():
+                torch.testing.assert_close(
+                    found[parameter], tensor, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+                )
+        averaged = weights(tmp_path / f"plain-{size}" / "averaged")
+        assert same(averaged, weights(tmp_path / "plain" / "averaged"), within=2e-5)
+
+
+def drawn(folder: Path) -> list[tuple[int, str, int]]:
+    """(step, document, place) of all positions in a run's rollouts."""
+    found = []
+    for rank in range(4):
+        store = Store(folder / "rollouts", rank)
+        for step in store.steps():
+            found += [(step, g.position.document_id, g.position.index) for g in store.read(step)[0]]
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp", "torch"])
+def test_a_run_resumes_on_another_number_of_ranks(values, tmp_path, backend):
+    """Two ranks write a checkpoint; one, two and four train on from it as one rank does all along."""
+    base = merged(values, positions_per_step=8, max_steps=4, checkpoint__every=2, save_rollouts=True)
+    base = merged(base, average={"kind": "ema", "decay": 0.6}, policy__backend=backend)
+    kinds: dict[str, dict] = {"": {}, "k-": {"average": {"kind": "last_k", "last": 2}, "optim__lr": 1e-3}}
+    runs = {name: merged(base, **changes) for name, changes in kinds.items()}
+    for name, run in runs.items():
+        trained(run | {"policy": {"backend": "torch"}}, output_dir=str(tmp_path / f"{name}all"))
+    launch([{"config": merged(r, output_dir=str(tmp_path / f"{n}two"))} for n, r in runs.items()], tmp_path)
+    for size in (1, 4):
+        again = {name: tmp_path / f"{name}on-{size}" for name in runs}
+        for name, folder in again.items():
+            shutil.copytree(tmp_path / f"{name}two" / "checkpoint-2", folder / "checkpoint-2")
+            shutil.copytree(tmp_path / f"{name}two" / "rollouts", folder / "rollouts")
+        jobs = [
+            {"config": merged(run, output_dir=str(again[name])), "resume": "auto"}
+            for name, run in runs.items()
+        ]
+        launch(jobs, tmp_path, size)
+        for name, folder in again.items():
+            for kind in ("model", "averaged"):
+                expected = weights(tmp_path / f"{name}all" / kind)
+                assert same(weights(folder / kind), expected, within=2e-5), (size, name, kind)
+            assert drawn(folder) == drawn(tmp_path / f"{name}all")
