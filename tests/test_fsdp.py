@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
+from rlpretrain.objectives.rlp import RLP
+from rlpretrain.ranks import Ranks, ensure_group
+from rlpretrain.scoring.scorer import NoGradScorer
+from rlpretrain.training.backends.fsdp import find_layers
 from rlpretrain.training.loop import train
+from rlpretrain.training.planning import check_settings
+from rlpretrain.training.redealing import deal_source
 from rlpretrain.training.run import Run
 from rollout.store import Store
 from tests.builders.runs import launch, merged, same, trained, weights
+from tests.builders.tiny import tiny_model
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone, which FSDP needs."""
+    ensure_group(Ranks())
+    yield
+    dist.destroy_process_group()
 
 
 def fsdp(**changes) -> dict:
@@ -135,3 +155,70 @@ def test_a_run_resumes_on_another_number_of_ranks(values, tmp_path, backend):
                 expected = weights(tmp_path / f"{name}all" / kind)
                 assert same(weights(folder / kind), expected, within=2e-5), (size, name, kind)
             assert drawn(folder) == drawn(tmp_path / f"{name}all")
+
+
+def test_a_model_that_another_trainer_shards_is_scored(one_process):
+    """As accelerate shards it: the causal model is the root, and nothing has called it yet."""
+    model = tiny_model("llama", 40)
+    ids, rows = torch.arange(3, 15)[None], torch.arange(11)
+    inputs = (ids, torch.ones_like(ids), None, rows, ids[0, 1:])
+    expected = NoGradScorer(model)(*inputs)[0]
+    for layer in find_layers(model):
+        fully_shard(layer)
+    fully_shard(model)
+    torch.testing.assert_close(NoGradScorer(model)(*inputs)[0], expected)
+    assert all(isinstance(p, DTensor) for p in model.parameters())  # and is sharded again
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"policy__zero_stage": 2}, "need policy.backend deepspeed"),
+        ({"policy__fsdp": {"replicas": 2}}, "policy.fsdp.replicas 2 does not divide the 1 ranks"),
+        ({"model__quantization": "4bit", "policy__lora": {}}, "FSDP cannot shard quantised weights"),
+        ({"optim__name": "adamw_8bit"}, "does not know the DTensors of FSDP"),
+        ({"model__compile": True}, "model.compile needs policy.backend torch"),
+        (
+            {"policy__backend": "torch", "policy__fsdp": {"reshard": False}},
+            "policy.fsdp needs policy.backend",
+        ),
+    ],
+)
+def test_settings_that_contradict_are_refused_early(values, changes, said):
+    run = merged(values | {"model": {"path": values["model"]}}, **fsdp() | changes)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_settings(build(run), RLP, 1)
+
+
+def test_documents_that_ranks_drew_out_of_step_are_dealt_again():
+    """Ranks 0 and 1 have drawn 0, 2, 4, 6 and 1: of three ranks each begins at 3, without 4 and 6."""
+    cursor = {"identity": {"rank": 0, "world_size": 2}, "cursor": {"taken": 4}}
+    states = [
+        {
+            "stream": cursor,
+            "drawn": drawn,
+            "dropped": rank,
+            "without": 1,
+            "spare": [],
+            "waiting": [],
+            "by_stream": {},
+            "taken": 2,
+            "ntp_stream": None,
+        }
+        for rank, drawn in enumerate((4, 1))
+    ]
+    dealt = [deal_source(states, rank, 3) for rank in range(3)]
+    assert [(state["drawn"], state["done"]) for state in dealt] == [(1, [6]), (1, [4]), (1, [])]
+    assert [state["stream"]["cursor"]["taken"] for state in dealt] == [1, 1, 1]
+    assert [state["dropped"] for state in dealt] == [1, 0, 0]
+    # rank 0 goes on with 3 and leaves out 6; then all go back to two ranks
+    dealt[0]["drawn"] = 2
+    again = [deal_source(dealt, rank, 2) for rank in range(2)]
+    assert [(state["drawn"], state["done"]) for state in again] == [(3, [6]), (2, [])]
+
+
+def test_a_stream_is_not_dealt_again():
+    state = {"stream": {"identity": {}, "cursor": {"epoch": 0, "place": 3}}, "drawn": 3, "spare": []}
+    state |= {"ntp_stream": None, "waiting": [], "dropped": 0, "without": 0}
+    with pytest.raises(ConfigError, match="resume on as many as before"):
+        deal_source([state], 0, 2)
