@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     corpus = write_corpus(args.out / "dial")
     base = merged(tiny_values(corpus, args.out), token_budget=150, positions_per_step=8, checkpoint__every=1)
     configs = {
-        (backend, kind): merged(base, policy=settings, **changes)
+        (backend, kind): merged(base, policy=dict(settings), **changes)
         for backend, settings in BACKENDS.items()
         for kind, changes in WEIGHTS.items()
     }

@@ -25,6 +25,7 @@ from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document
 from rollout.engine import Engine, SleepingEngine
 from rollout.hf import HFEngine
+from rollout.idle import IdleEngine
 from rollout.probe import Probe
 from rollout.types import Group, Position
 
@@ -137,6 +138,8 @@ def make_engine(
         frozen=frozen,
     )
     make = find_engine(config.engine)
+    if not objective.has_positions and not shares:
+        return IdleEngine()  # a copy of the whole weights would serve nobody
     if not objective.has_positions:  # nothing is ever sampled
         module, shared = context.sampling_module()
         return HFEngine(

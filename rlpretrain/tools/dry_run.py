@@ -24,6 +24,7 @@ from rlpretrain.models.loading import load_tokenizer, only_config
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import Delimiters, ensure_delimiters
 from rlpretrain.tools import readiness
+from rlpretrain.tools.communication import communication
 from rlpretrain.tools.memory import GIB, Sizes, memory, peak
 from rlpretrain.tools.readiness import missing_tags
 from rlpretrain.tools.sizes import count_rows, make_sizes, measure_documents, measure_source
@@ -72,6 +73,13 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
         f"{sizes.ranks}, at most"
     )
     show_table(title, ("part", "GiB", "when", "formula"), rows)
+    received = communication(config, objective, shape, sizes)
+    if received:
+        rows = [(item.name, f"{item.bytes / GIB:.2f}", item.formula) for item in received]
+        rows.append(("all", f"{sum(item.bytes for item in received) / GIB:.2f}", ""))
+        show_table("A rank receives in a step, at most", ("part", "GiB", "formula"), rows)
+    elif received is None:
+        notes.append(f"what ranks send each other is not known for policy.backend {sizes.backend}")
     timetable = make_timetable(config, objective, sizes, documents)
     show_table("Schedule", ("", ""), list(timetable.items()))
     notes += readiness.notes(config, objective.config, sizes, highest, objective.has_positions)

@@ -156,11 +156,17 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     return items
 
 
+def count_tables(shape: Any) -> int:
+    """Parameters of the embedding and the head."""
+    text = shape.get_text_config()
+    return (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
+
+
 def _gathered_weights(config: PretrainConfig, shape: Any, sizes: Sizes) -> Item:
     """The whole weights that FSDP holds at a time: what is outside the layers, and two layers or all."""
     text = shape.get_text_config()
     b = getattr(torch, config.model.dtype).itemsize
-    tables = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
+    tables = count_tables(shape)
     layers = sizes.parameters - tables
     if config.policy.fsdp.reshard:
         layers *= min(1, 2 / text.num_hidden_layers)
