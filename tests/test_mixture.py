@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -435,6 +436,25 @@ def test_a_mixture_is_checked_before_a_run(values, corpus, tmp_path, capsys):
     config = build(merged(values, data={"sources": dial_sources(corpus), "max_length": 64}, max_steps=2))
     assert dry_run(config, tmp_path) == 0
     assert build(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("objective", ["rlp", "ntp"])
+def test_a_dry_run_says_how_often_sources_are_read(values, corpus, tmp_path, capsys, objective):
+    """What a run of so many steps then draws, with weights that change, to within a document a step."""
+    data = {"sources": dial_sources(corpus, read=[[0.0, 0.0], [1.0, 3.0]]), "max_length": 64}
+    run = merged(values, data=data, max_steps=12)
+    run["objective"] = values["objective"] if objective == "rlp" else "ntp"
+    assert dry_run(build(run), tmp_path) == 0
+    said = re.findall(
+        r"source (\w+) +│ about (\d+) documents of (\d+): ([\d.]+) passes", capsys.readouterr().out
+    )
+    held = Run(build(run), None)
+    train(held)
+    held.close()
+    assert {name for name, *_ in said} == {"think", "read"}
+    for name, documents, length, passes in said:
+        assert abs(int(documents) - held.last[f"source/{name}/documents"]) <= 12, name
+        assert float(passes) == pytest.approx(int(documents) / int(length), rel=0.01, abs=0.01)
 
 
 # Bad input

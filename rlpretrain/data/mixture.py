@@ -109,7 +109,7 @@ class Mixture:
         No rank may have reached that draw, and all ranks have to give the same two numbers.
         """
         self._progress = progress
-        self.order.set_shares(self._shares_at(progress), first)
+        self.order.set_shares(self.document_shares(progress), first)
 
     def replace_weights(self, weights: dict[str, float]) -> None:
         """Draw with these weights from the next `begin` on, whatever the progress. All ranks call it."""
@@ -127,8 +127,8 @@ class Mixture:
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
 
-    def _shares_at(self, progress: float) -> dict[str, float]:
-        """The share of each source among the drawn documents, up to a factor."""
+    def document_shares(self, progress: float) -> dict[str, float]:
+        """The share of each source among the documents that are drawn, up to a factor."""
         weights = self.weights_at(progress)
         return {name: weight / self.mean_lengths.get(name, 1.0) for name, weight in weights.items()}
 

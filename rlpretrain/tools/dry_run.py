@@ -43,12 +43,13 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     check_settings(config, type(objective), int(os.environ.get("WORLD_SIZE", 1)))
     check_reference(config, objective)
     shape, where = model_shape(config.model, beside)
+    passes: dict[str, str] = {}
     if config.data.source is None and not config.data.sources:
         documents = count_rows(config.data, notes)
         longest = measure_documents(config, objective, notes)
     else:
         measured = measure_source(config, objective, notes)
-        documents, longest = measured.documents, measured.longest
+        documents, longest, passes = measured.documents, measured.longest, measured.passes
     sizes = make_sizes(config, objective, shape, notes, longest)
     if config.ntp_data and config.ntp_data.source is not None:
         find(config.ntp_data.source, "ntp_data.source")
@@ -81,6 +82,7 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
     elif received is None:
         notes.append(f"what ranks send each other is not known for policy.backend {sizes.backend}")
     timetable = make_timetable(config, objective, sizes, documents)
+    timetable |= {f"source {name}": words for name, words in passes.items()}
     show_table("Schedule", ("", ""), list(timetable.items()))
     notes += readiness.notes(config, objective.config, sizes, highest, objective.has_positions)
     print(*(f"note: {note}" for note in notes), sep="\n")

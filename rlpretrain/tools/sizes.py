@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rlpretrain.config import ConfigError, DataConfig, PretrainConfig
 from rlpretrain.config.plugins import find
 from rlpretrain.data.data_files import find_files
 from rlpretrain.data.document_source import SourceInputs, count_documents
+from rlpretrain.data.mixture import Mixture
 from rlpretrain.data.opening import open_rows, quiet, reads_cells
 from rlpretrain.data.stream import open_source
 from rlpretrain.data.tokenization import DocumentSplitter
@@ -26,6 +27,7 @@ from rlpretrain.scoring.reference_model import (
     reference_shape,
 )
 from rlpretrain.tools.memory import Sizes, count_by_shape
+from rlpretrain.tools.passes import count_passes
 from rlpretrain.training.backends import backend_of
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.types import Window
@@ -51,6 +53,8 @@ class MeasuredSource:
     """Documents of one epoch."""
     longest: int | None
     """Tokens of the longest."""
+    passes: dict[str, str] = field(default_factory=dict)
+    """Of each of several sources, how often the run reads it."""
 
 
 def make_sizes(
@@ -196,12 +200,14 @@ def measure_source(config: PretrainConfig, objective: Objective, notes: list[str
             tokenizer=objective.tokenizer,
             seed=config.seed,
             min_length=objective.min_length,
+            thinks=objective.has_positions,
         )
     )
     documents = count_documents(source)
     if documents is None and config.max_steps is None:
         raise ConfigError("a stream has no known length: give max_steps instead of epochs")
-    return MeasuredSource(documents, source.longest)
+    passes = count_passes(source, config, objective) if isinstance(source, Mixture) else {}
+    return MeasuredSource(documents, source.longest, passes)
 
 
 def count_rows(data: DataConfig, notes: list[str]) -> int | None:
