@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from examples.smollm2_checkpoint import make_checkpoint
 WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3}
 TAGS = {"open": "<<", "close": ">>"}
 WRITTEN = {"target_length": 8, "max_prediction_tokens": 16}
+JUDGE = "benchmarks.real_matrix:judge"
 ORACLE = "rlpretrain.corpora.dial_judge:chance"
 METHODS: dict[str, dict[str, Any]] = {
     "rlp": {"name": "rlp"} | WHERE | TAGS,
     "rlpt, information gain": {"name": "rlpt", "target_length": 8, "reward": "information_gain"} | TAGS,
     "rlpt, match": {"name": "rlpt", "reward": "match"} | WRITTEN | TAGS,
-    "rlpt, judge": {"name": "rlpt", "reward": "judge"} | WRITTEN | TAGS,
+    "rlpt, judge": {"name": "rlpt", "reward": "judge", "judge_function": JUDGE} | WRITTEN | TAGS,
     "rpt": {"name": "rpt", "max_prediction_tokens": 6} | WHERE | TAGS,
     "rmt": {"name": "rmt"} | TAGS,
     "pretrain_zero": {"name": "pretrain_zero", "max_span_tokens": 2, "max_answer_tokens": 6} | TAGS,
@@ -197,6 +198,11 @@ def train_natively(method: str, engine: str, weights: str, folder: Path, steps: 
         "promised_gib": promised / GIB,
         "trained": len(lines),
     }
+
+
+async def judge(prompts: Sequence[str]) -> list[str | None]:
+    """Verdicts by the length of the prompt: a judge that costs nothing."""
+    return [f"Score: {len(prompt) % 2}" for prompt in prompts]
 
 
 def promise(config: Any) -> float:

@@ -25,7 +25,7 @@ from rlpretrain.experiments.ratio_losses import GridLosses, GroupLosses, SourceL
 from rlpretrain.experiments.ratio_plot import plot_ratios
 from rlpretrain.experiments.ratio_tables import as_markdown
 from rlpretrain.experiments.ratio_trust import judge_critical
-from rlpretrain.experiments.ratios import analyse, collect_ratios
+from rlpretrain.experiments.ratios import analyse, check_folder, collect_ratios
 from rlpretrain.files import finite
 from tests.builders.configs import tiny_values
 from tests.builders.processes import warm
@@ -453,3 +453,25 @@ def test_runs_of_a_grid_end_at_its_tokens(corpus, tmp_path):
     wanted = experiment.methods["r0.5"].set
     assert wanted["stop"] == {"collapse": False, "patience": 0, "input_tokens": 777}
     assert wanted["data"]["sources"] == {"old": {"weight": 0.5}, "new": {"weight": 0.5}}
+
+
+def test_another_grid_does_not_overwrite_the_results_of_the_first(corpus, tmp_path):
+    grid, _ = load_grid(written(tmp_path, corpus))
+    folder = tmp_path / "grid"
+    check_folder(grid, folder)  # nothing is there yet
+    folder.mkdir()
+    facts = {"groups": grid.sources, "ratios": list(grid.ratios), "seeds": list(grid.seeds)}
+    (folder / "ratios.json").write_text(json.dumps(facts | {"variants": {"fast": None}}))
+    check_folder(grid, folder)
+    check_folder(load_grid(written(tmp_path, corpus, ratios=[0, 0.25, 0.5], seeds=[0, 1, 2]))[0], folder)
+    for changes, said in (
+        ({"ratios": [0, 0.4]}, "ratios differ"),
+        ({"variants": {}}, "variants differ"),
+        ({"general": "new", "domain": "old"}, "general and domain differ"),
+    ):
+        other, _ = load_grid(written(tmp_path, corpus, **changes))
+        with pytest.raises(ConfigError, match=f"{said}.*choose another output_dir"):
+            check_folder(other, folder)
+    (folder / "ratios.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no grid wrote"):
+        check_folder(grid, folder)

@@ -7,6 +7,7 @@ grid can be read while it goes on.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlpretrain.config import ConfigError
 from rlpretrain.experiments.compare import run
 from rlpretrain.experiments.experiment import Experiment
 from rlpretrain.experiments.power_laws import PowerLaw
@@ -45,9 +47,32 @@ def run_ratios(path: str | Path, *, jobs: int | None = None, say: Say = print) -
     path = Path(path).expanduser()
     grid, experiment = load_grid(path)
     experiment = replace(experiment, jobs=jobs) if jobs else experiment
+    check_folder(grid, Path(experiment.output_dir))
     progress = _Progress(grid, experiment, path.parent, say)
     run(experiment, path.parent, say=progress)
     return write_results(grid, experiment, path.parent, say)
+
+
+def check_folder(grid: Grid, folder: Path) -> None:
+    """Raise ConfigError if the results of another grid would be overwritten; a grid may be extended."""
+    try:
+        before = json.loads((folder / "ratios.json").read_text())
+        was = {name: before[name] for name in ("groups", "ratios", "seeds", "variants")}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"output_dir {folder} has a ratios.json that no grid wrote: choose another"
+        ) from None
+    now = {"ratios": grid.ratios, "seeds": grid.seeds, "variants": grid.names}
+    lost = [name for name, values in now.items() if set(was[name]) - set(values)]
+    if was["groups"] != grid.sources:
+        lost.append("general and domain")
+    if lost:
+        raise ConfigError(
+            f"output_dir {folder} has the results of another grid ({', '.join(lost)} differ), which would be "
+            "overwritten: choose another output_dir"
+        )
 
 
 def write_results(grid: Grid, experiment: Experiment, where: Path, say: Say = print) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rlpretrain.config.io import build
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 
-counts: list[float] = []
+counts = [0.0]
 
 
 def count(name: str, whole: int, times: int) -> None:
