@@ -224,6 +224,11 @@ def read(
     if problem:
         raise ConfigError(f"cannot resume from {path}: {problem}")
     state = json.loads((path / "state.json").read_text())
+    if state["backend"] != backend:
+        raise ConfigError(
+            f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set "
+            "policy.backend"
+        )
     wrote = state["ranks"]
     if wrote != ranks.size and not any_ranks:
         raise ConfigError(
@@ -231,14 +236,12 @@ def read(
             f"{backend} keeps state that cannot be dealt again: use {wrote} ranks, or policy.backend fsdp "
             "or torch from the start"
         )
-    if state["backend"] != backend:
-        raise ConfigError(
-            f"cannot resume from {path}: it was written by {state['backend']}, this run has {backend}: set "
-            "policy.backend"
-        )
     check_same(state["config"], config, path)
-    of = [ranks.rank] if wrote == ranks.size else range(wrote)
-    return state, [torch.load(path / f"rank-{rank}.pt", weights_only=True) for rank in of]
+    files = [path / f"rank-{rank}.pt" for rank in ([ranks.rank] if wrote == ranks.size else range(wrote))]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"cannot resume from {path}: {file.name} is missing")
+    return state, [torch.load(file, weights_only=True) for file in files]
 
 
 def check_same(before: dict[str, Any], config: dict[str, Any], where: Path) -> None:
