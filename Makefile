@@ -10,6 +10,7 @@ ifeq ($(wildcard /dev/nvidia0),)
 export DS_ACCELERATOR ?= cpu
 endif
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+SITE := NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet
 ONE_THREAD := OMP_NUM_THREADS=1  # one test worker per core
 
 .DEFAULT_GOAL := help
@@ -41,11 +42,11 @@ check:  ## ruff (rules and format), pyright, the architecture test, the document
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -q tests/test_architecture.py
-	@$(MAKE) --no-print-directory docs LOCK=test-cpu
+	@SITE_SEARCH=false $(SITE) --site-dir build/site
 
 docs:  ## the documentation site, site/index.html
-	@bash scripts/setup.sh $(or $(LOCK),docs-cpu)
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet
+	@bash scripts/setup.sh docs-cpu
+	$(SITE)
 
 bench:  ## every benchmark of the list BENCHMARKS, as JSON
 	@bash scripts/setup.sh test-cpu

@@ -195,12 +195,17 @@ def settings_table() -> str:
     sections: dict[str, list[tuple[str, ...]]] = {"of a run": []}
     for name, default, text in describe(PretrainConfig):
         section = name.split(".")[0] if "." in name else "of a run"
-        sections.setdefault(section, []).append((f"`{name}`", f"`{default}`", text))
+        sections.setdefault(section, []).append((_code(name), _code(default), text))
     for method in METHODS:
         rows = describe(find(method).Config)
-        sections[f"objective: {method}"] = [(f"`objective.{n}`", f"`{d}`", text) for n, d, text in rows]
+        sections[f"objective: {method}"] = [(_code(f"objective.{n}"), _code(d), text) for n, d, text in rows]
     head = ("field", "default", "meaning")
     return "\n".join(f"## {section}\n\n{_table(head, rows)}" for section, rows in sections.items())
+
+
+def _code(text: str) -> str:
+    """A text as code, unless it is empty."""
+    return f"`{text}`" if text else ""
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

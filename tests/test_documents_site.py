@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def site():
 @pytest.fixture(scope="module")
 def settings() -> dict:
     text = (ROOT / "mkdocs.yml").read_text()
-    return yaml.safe_load(re.sub(r"!!python/\S+ ", "", text))
+    return yaml.safe_load(re.sub(r"!(?:!python/\S+|ENV) ", "", text))
 
 
 def test_every_page_is_in_the_navigation_once(site, settings):
@@ -99,6 +100,12 @@ def test_markers_have_tables_and_tables_have_their_page(site):
     assert "| `ig/frozen` |" in site.metrics_table()
     fields = site.settings_table()
     assert "## optim" in fields and "`objective.clip`" in fields and "## objective: sip" in fields
+
+
+def test_examples_in_docstrings_become_code(site):
+    from scripts import site_docstrings
+
+    assert doctest.testmod(site_docstrings) == (0, 1)
 
 
 def test_troubleshooting_quotes_what_the_program_says():
