@@ -20,14 +20,7 @@ class Examples(griffe.Extension):
 
 
 def fence_examples(docstring: str) -> str:
-    """The docstring with its examples, and what they print, as fenced code.
-
-    >>> print(fence_examples("Adds.\\n\\n>>> 1 + 1\\n2"))
-    Adds.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
-    return EXAMPLE.sub(lambda found: f"{found['indent']}```pycon\n{found[0]}\n{found['indent']}```", docstring)
+    """The docstring with its examples, and what they print, as fenced code."""
+    return EXAMPLE.sub(
+        lambda found: f"{found['indent']}```pycon\n{found[0]}\n{found['indent']}```", docstring
+    )

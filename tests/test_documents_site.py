@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from pathlib import Path
 
@@ -103,9 +102,10 @@ def test_markers_have_tables_and_tables_have_their_page(site):
 
 
 def test_examples_in_docstrings_become_code(site):
-    from scripts import site_docstrings
+    from scripts.site_docstrings import fence_examples
 
-    assert doctest.testmod(site_docstrings) == (0, 1)
+    given = "Adds.\n\n>>> 1 + 1\n2\n>>> 3\n3\n\nMore."
+    assert fence_examples(given) == "Adds.\n\n```pycon\n>>> 1 + 1\n2\n>>> 3\n3\n```\n\nMore."
 
 
 def test_troubleshooting_quotes_what_the_program_says():
