@@ -10,10 +10,11 @@ ifeq ($(wildcard /dev/nvidia0),)
 export DS_ACCELERATOR ?= cpu
 endif
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+SITE := NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet
 ONE_THREAD := OMP_NUM_THREADS=1  # one test worker per core
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo real test check bench gpu lock clean
+.PHONY: help env demo real test check docs bench gpu lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,12 +36,17 @@ test:  ## all tests (ARGS="-k name" for some, "-m learning" for a long one, WORK
 	@bash scripts/setup.sh real-cpu
 	$(OFFLINE) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check:  ## ruff (rules and format), pyright, the architecture test
+check:  ## ruff (rules and format), pyright, the architecture test, the documentation site
 	@bash scripts/setup.sh test-cpu
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -q tests/test_architecture.py
+	@SITE_SEARCH=false $(SITE) --site-dir build/site
+
+docs:  ## the documentation site, site/index.html
+	@bash scripts/setup.sh docs-cpu
+	$(SITE)
 
 bench:  ## every benchmark of the list BENCHMARKS, as JSON
 	@bash scripts/setup.sh test-cpu
@@ -53,5 +59,5 @@ lock:  ## resolve locks/*.txt again (ARGS=--upgrade for newer versions)
 	@bash scripts/setup.sh lock $(ARGS)
 
 clean:  ## remove .venv, build products and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

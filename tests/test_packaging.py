@@ -115,14 +115,14 @@ def test_every_extra_names_a_part_that_exists():
         # imported, or, as trackers are, named in a list of modules
         found = r"(import|from) (torch\.utils\.)?{}\b|in \(.*\"{}\".*\):"
         used = [m for m in modules if re.search(found.format(m, m), sources)]
-        assert used or extra == "dev", f"extra [{extra}]: nothing imports {modules}"
+        assert used or extra in ("dev", "docs"), f"extra [{extra}]: nothing imports {modules}"
     setup = (ROOT / "scripts" / "setup.sh").read_text()
     named = set(re.findall(r"--extra ([a-z-]+)", setup))
     assert named <= set(PROJECT["project"]["optional-dependencies"])
     assert ("lm-eval" in pins_of("all-cpu")) == ("eval" in PROJECT["project"]["optional-dependencies"])
 
 
-@pytest.mark.parametrize("name", ["demo-cpu", "test-cpu", "all-cpu"])
+@pytest.mark.parametrize("name", ["demo-cpu", "docs-cpu", "test-cpu", "all-cpu"])
 def test_locks_are_plain_pins_without_cuda(name):
     pins = pins_of(name)
     assert "+cpu" in pins["torch"]
@@ -131,6 +131,6 @@ def test_locks_are_plain_pins_without_cuda(name):
 
 
 def test_locks_agree_with_each_other_and_with_the_pins():
-    demo, test, everything = (pins_of(name) for name in ("demo-cpu", "test-cpu", "all-cpu"))
-    assert demo.items() <= test.items() <= everything.items(), "run `make lock`"
+    demo, docs, test, everything = (pins_of(name) for name in ("demo-cpu", "docs-cpu", "test-cpu", "all-cpu"))
+    assert demo.items() <= docs.items() <= test.items() <= everything.items(), "run `make lock`"
     assert pins_of("pins-cpu").items() <= everything.items(), "run `make lock`"

@@ -12,7 +12,6 @@ next-token prediction. Everything random about a row depends on the seed and the
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from rlpretrain.corpora.text_places import Piece, RowText
 from rlpretrain.corpora.thought_gains import with_gains
 from rlpretrain.corpora.thought_texts import Candidate, Limits, ThoughtReader, choose, closed_group
 from rlpretrain.rollouts.drawing import document_number
+from rollout.blocking import wait_for_result
 from rollout.types import Group, Position
 
 Where = Literal["after", "before", "inferable"]
@@ -190,7 +190,7 @@ class Augmenter:
         prompts = [self.objective.prompt(position) for position in positions]
         seeds = [place.seed for place in places]
         sampling = self.objective.sample_thoughts(self.samplers.engine, positions, prompts, seeds)
-        groups = asyncio.run(sampling)
+        groups = wait_for_result(sampling)
         found = [
             [self.reader(thought, place.piece, place.position, place.cut) for thought in group.thoughts]
             for place, group in zip(places, groups, strict=True)

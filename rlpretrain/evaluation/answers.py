@@ -6,7 +6,6 @@ is right if its text is the true one; the likelihood of the true answer does not
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from rlpretrain.rollouts.drawing import document_number, prepare_held_out
 from rlpretrain.scoring.unclosed import ids_before_answer
 from rlpretrain.types import Document
 from rlpretrain.verdict import Verifier
+from rollout.blocking import wait_for_result
 from rollout.hf import HFEngine
 from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams, Thought
 
@@ -230,20 +230,20 @@ class _Answerer:
     def direct(self, positions: Sequence[Position], seeds: Sequence[int]) -> list[_Sampled]:
         """n answers right after each context."""
         prompts = [self._prompt(position.context_ids) for position in positions]
-        sampled = asyncio.run(self.engine.sample(prompts, self.params, self.n, seeds))
+        sampled = wait_for_result(self.engine.sample(prompts, self.params, self.n, seeds))
         return [_Sampled(answers) for answers in sampled]
 
     def after_thoughts(self, positions: Sequence[Position], seeds: Sequence[int]) -> list[_Sampled]:
         """n thoughts at each position, and an answer after each."""
         prompts = [self.objective.prompt(position) for position in positions]
-        groups = asyncio.run(self.objective.sample_thoughts(self.engine, positions, prompts, seeds))
+        groups = wait_for_result(self.objective.sample_thoughts(self.engine, positions, prompts, seeds))
         heads = [
             self._prompt(ids_before_answer(group, index))
             for group in groups
             for index in range(len(group.thoughts))
         ]
         answer_seeds = [derive_seed(thought.seed) for group in groups for thought in group.thoughts]
-        sampled = asyncio.run(self.engine.sample(heads, self.params, 1, answer_seeds))
+        sampled = wait_for_result(self.engine.sample(heads, self.params, 1, answer_seeds))
         answers = iter([answer for (answer,) in sampled])
         return [_Sampled([next(answers) for _ in group.thoughts], group) for group in groups]
 

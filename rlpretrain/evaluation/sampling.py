@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.batches import roll_out
 from rlpretrain.rollouts.drawing import DrawnPosition
+from rollout.blocking import wait_for_result
 from rollout.hf import HFEngine
 from rollout.types import Group, Prompt, SamplingParams, Thought
 
@@ -39,7 +39,7 @@ class WithGreedy:
     ) -> list[Thought]:
         """The greedy thought after each prompt; prompts that were not sampled before are sampled now."""
         if not set(prompts) <= self.greedy.keys():
-            asyncio.run(self.sample(prompts, params, 1, seeds))
+            wait_for_result(self.sample(prompts, params, 1, seeds))
         return [self.greedy[prompt] for prompt in prompts]
 
 

@@ -6,7 +6,6 @@ These classes subclass lm-eval's, so this module is imported only when tasks are
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import zlib
 from collections import Counter, defaultdict, deque
@@ -26,6 +25,7 @@ from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.unclosed import ids_before_answer
+from rollout.blocking import wait_for_result
 from rollout.hf import HFEngine
 from rollout.types import FinishReason, Position
 
@@ -178,7 +178,7 @@ class ThinkingLM(DirectLM):
         positions = [self._position(context, after[context, k]) for context, k in keys]
         prompts = [self.objective.prompt(position) for position in positions]
         seeds = [_seed_of(self.seed, context, k) for context, k in keys]
-        groups = asyncio.run(self.objective.sample_thoughts(self.engine, positions, prompts, seeds))
+        groups = wait_for_result(self.objective.sample_thoughts(self.engine, positions, prompts, seeds))
         self.counts.thoughts += len(groups)
         self.counts.tokens += sum(len(group.thoughts[0].token_ids) for group in groups)
         self.counts.unclosed += sum(

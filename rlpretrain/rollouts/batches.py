@@ -5,7 +5,6 @@ Draws do not depend on the number of ranks, on a resume, or on how far ahead tho
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from rlpretrain.rollouts import drawing
 from rlpretrain.rollouts.drawing import DocumentDraws, Draw, DrawnPosition
 from rlpretrain.scoring.groups import token_entropies
 from rlpretrain.types import Batch, Document
+from rollout.blocking import wait_for_result
 from rollout.engine import Engine
 from rollout.queue import Rollout, RolloutQueue, Ticket
 from rollout.store import document_from_row, document_to_row
@@ -377,7 +377,7 @@ def roll_out(
 ) -> list[Group]:
     """The objective's groups; ConfigError for what the engine refuses to sample."""
     try:
-        return asyncio.run(objective.rollout(engine, positions, seeds))
+        return wait_for_result(objective.rollout(engine, positions, seeds))
     except ValueError as error:
         raise ConfigError(f"cannot sample thoughts: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from rlpretrain.objectives import Objective, delimiters
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.types import Batch, Document
+from rollout.blocking import wait_for_result
 from rollout.engine import Engine, SleepingEngine
 from rollout.hf import HFEngine
 from rollout.idle import IdleEngine
@@ -227,7 +227,7 @@ class SyncProbe:
     def __call__(self, version: int) -> None:
         """Raises StaleWeights where engine and policy differ."""
         begin = time.perf_counter()
-        thoughts = asyncio.run(self.probe.ask(self.engine))
+        thoughts = wait_for_result(self.probe.ask(self.engine))
         ids = self.probe.prompt.token_ids
         group = Group(
             "probe", Position("probe", len(ids), ids, (ids[0],)), self.probe.prompt, tuple(thoughts), version
@@ -237,7 +237,7 @@ class SyncProbe:
         (micro,) = pack(batch, layout, count(batch, layout.cut))
         scored = self.policy.score(micro).thought_logps[0].tolist()
         logps = [row[: len(t.token_ids)] for row, t in zip(scored, thoughts, strict=True)]
-        self.difference = asyncio.run(self.probe.verify(self.engine, thoughts, logps, version))
+        self.difference = wait_for_result(self.probe.verify(self.engine, thoughts, logps, version))
         self.seconds = time.perf_counter() - begin
 
 

@@ -14,9 +14,7 @@ of the document.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rlpretrain.compat import trainer_of, trl_vllm_on_cpu
@@ -32,6 +30,7 @@ from rlpretrain.trl.gains import ThoughtScores
 from rlpretrain.trl.live_scorer import LiveScorer
 from rlpretrain.trl.prepared import check_end, check_tags, end_with_thought, fields_of_prompts
 from rlpretrain.trl.prompts import check_lengths, check_prompts, longest_row
+from rollout.blocking import wait_for_result
 from rollout.types import Group
 
 
@@ -168,7 +167,7 @@ class ObjectiveReward(LiveScorer):
                 expected = [group.prompt.token_ids for group in groups for _ in group.thoughts]
                 check_prompts(trainer.processing_class, prompts, expected)
             engine: Any = None  # only a judging policy would need one, and that was refused
-            groups = _run(self.objective.add_rewards(engine, groups))
+            groups = wait_for_result(self.objective.add_rewards(engine, groups))
             scores = self.score(groups)
             rewards = scores.for_trl()
         if log_metric is not None:
@@ -269,13 +268,3 @@ class InformationGainReward(ObjectiveReward):
 def _takes_ids(trainer: Any) -> bool:
     """Whether the trainer gets prompts as ids and so does not tokenise their text."""
     return getattr(trainer, "prompts_by_ids", False) or getattr(trainer, "rollout_func", None) is not None
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, also where an event loop runs already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()

@@ -1,0 +1,172 @@
+"""Numbers of the documents are those of the files in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def rows(document: str, header: str, which: int = 0, with_head: bool = False) -> dict[str, list[str]]:
+    """The rows of a table whose header line contains `header`, by their first cell; the head as ""."""
+    lines = (ROOT / document).read_text().splitlines()
+    start = [i for i, line in enumerate(lines) if line.startswith("|") and header in line][which]
+    found = {"": cells_of(lines[start])[1:]} if with_head else {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        first, *rest = cells_of(line)
+        found[first] = rest
+    return found
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def numbers(cell: str) -> list[float]:
+    """The numbers of a cell: `−2.11 [−4.36, .13]` has three."""
+    return [float(n) for n in re.findall(r"-?\d*\.?\d+", cell.replace("−", "-").replace(",", " , "))]
+
+
+def agree(written: list[float], measured: list[float], within: float) -> bool:
+    """Whether the first numbers written are those measured."""
+    pairs = zip(written, measured, strict=False)
+    return len(written) >= len(measured) and all(abs(a - b) <= within for a, b in pairs)
+
+
+REAL_TEXT = {
+    "gain of a sampled thought": "gain_frozen",
+    "over an empty thought": "over_empty",
+    "over its own tokens shuffled": "over_shuffled",
+    "over another sentence's thought": "over_other",
+    "right after a sampled thought": "think_sampled",
+    "right after the greedy thought": "think_greedy",
+    "right without a thought": "direct",
+    "loss without a thought, per token": "no_think_loss",
+}
+
+
+def test_the_readmes_table_of_real_text():
+    measured = results("smollm2_rlp")
+    table = rows("README.md", "| before RLP | RLP |")
+    for label, name in REAL_TEXT.items():
+        for cell, arm in zip(table[label], ("base", "rlp", "ntp_tokens", "ntp_compute"), strict=True):
+            written = numbers(cell)
+            expected = [measured[arm][name], *measured[arm][f"{name}_ci"]][: len(written)]
+            assert agree(written, expected, 0.011), (label, arm, written, expected)
+
+
+LEARNT = {
+    "thinks, sampled": "think_sampled",
+    "answers directly": "direct",
+    "gain": "gain_frozen",
+    "gain, empty thought": "empty",
+    "gain, shuffled thought": "shuffled",
+    "no-think loss": "no_think_loss",
+}
+
+
+@pytest.mark.parametrize(("which", "file"), [(0, "compare"), (1, "compare-low-hits")])
+def test_what_the_objectives_learn(which, file):
+    measured = results(file)["methods"]
+    table = rows("docs/objectives.md", "| its own number, base → after |", which, with_head=True)
+    head = table.pop("")
+    assert {name.strip("`") for name in table} == set(measured)
+    assert len(set(LEARNT) & set(head)) >= 3
+    for method, cells in table.items():
+        for column, cell in zip(head, cells, strict=True):
+            if column in LEARNT:
+                expected, written = measured[method.strip("`")][LEARNT[column]], numbers(cell)
+                assert agree(written, expected[: len(written)], 0.0051), (method, column, written, expected)
+
+
+def test_choosing_has_the_numbers_of_that_table():
+    measured = results("compare")["methods"]
+    pages = {"`ntp`": "ntp_tokens", "`sft_mixed`": "sft_mixed", "`rlp`": "rlp", "`rpt`": "rpt"}
+    pages |= {"`pretrain_zero`": "pretrain_zero", "`rlpt` (`information_gain`)": "rlpt"}
+    table = rows("docs/choosing.md", "| needs beside the text |")
+    for row, method in pages.items():
+        think, gain = table[row][2], table[row][3]
+        assert agree(numbers(think), measured[method]["think_sampled"][:1], 0.0051), row
+        assert agree(numbers(gain), measured[method]["gain_frozen"][:1], 0.051), row
+
+
+def gpu_step(name: str) -> dict[str, float]:
+    cells = results("gpu")["parts"]["steps"]["cells"]
+    return next(cell["values"] for cell in cells if cell["name"] == name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cell"),
+    [
+        ("only the training part", "document 2048, 16 thoughts of 256: tree, compiled"),
+        ("the same with layers as they are", "document 2048, 16 thoughts of 256: tree"),
+        (
+            "the same, thoughts of 1,024 tokens, compiled",
+            "document 2048, 16 thoughts of 1024: tree, compiled",
+        ),
+        ("documents of 16,384 tokens", "document 16384, 16 thoughts of 256: tree, compiled"),
+    ],
+)
+def test_recipes_on_an_h100(recipe, cell):
+    (row,) = (
+        cells for first, cells in rows("docs/recipes.md", "| recipe | model |").items() if recipe in first
+    )
+    measured = gpu_step(cell)
+    assert agree(numbers(row[2]), [measured["seconds"]], 0.00051)
+    assert agree(numbers(row[3]), [measured["memory_gib"]], 0.051)
+
+
+def test_the_run_with_vllm():
+    (call, *_) = results("gpu_vllm")["calls"]
+    (cell,) = call["parts"]["run"]["cells"]
+    values = cell["values"]
+    (row,) = (
+        cells
+        for first, cells in rows("docs/recipes.md", "| recipe | model |").items()
+        if "vLLM in the pro" in first
+    )
+    names = ("step_time", "perf/rollout_s", "perf/train_s", "perf/sync_s")
+    assert agree(numbers(row[2]), [values[name] for name in names], 0.0051)
+    assert agree(numbers(row[3]), [values["memory_gib"]], 0.051)
+    share = values["perf/rollout_s"] / values["step_time"]
+    assert f"{share:.0%}" == "72%" and round(values["whole_s"]) == 177
+    hour = values["step_time"] * 1000 / 60
+    assert f"take {hour:.0f} minutes" in (ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_real_matrix_in_the_benchmarks_and_the_recipes():
+    measured = {row["name"]: row for row in results("real_matrix")["rows"]}
+    for name, cells in rows("benchmarks/README.md", "| method / engine / weights |").items():
+        row = measured.get(name) or measured[name.replace(" /", ",", 1)]
+        expected = [row["seconds"], row["peak_gib"], row["promised_gib"]]
+        assert agree([numbers(cell)[0] for cell in cells[:1]], expected[:1], 0.051), name
+        assert agree([numbers(cell)[0] for cell in cells[1:3]], expected[1:], 0.0051), name
+    table = rows("docs/recipes.md", "| recipe | model |")
+    (row,) = (cells for first, cells in table.items() if "engine `hf`, all weights" in first)
+    whole = measured["rlp / hf / all"]
+    assert agree(numbers(row[2]) + numbers(row[3]), [whole["seconds"], whole["peak_gib"]], 0.051)
+    estimates = [row["promised_gib"] / row["peak_gib"] - 1 for row in measured.values()]
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert f"−{-min(estimates):.0%} to +{max(estimates):.0%} of the peak in [{len(measured)} runs]" in text
+
+
+def test_engines():
+    measured = results("engines")
+    table = rows("benchmarks/README.md", "| engine | thinks, sampled |")
+    base = measured["base"]
+    assert agree(numbers(table["(base)"][0]), [base["think_sampled"], *base["think_sampled_ci"]], 0.00051)
+    service = results("rollout")["results"]["service"]["over_offline"]
+    assert f"{service:.3f}".lstrip("0") in (ROOT / "docs" / "engines.md").read_text()
+    injected = sum(kind["injections"] for kind in results("faults")["results"].values())
+    assert f"{injected} injected faults" in (ROOT / "docs" / "engines.md").read_text()
