@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-SHARED = {"base", "candidates", "sampling", "settings"}
+SHARED = {"base", "candidates", "learner", "sampling", "settings"}
 """Modules of this folder that are not objectives."""
 
 

@@ -58,6 +58,8 @@ class Sizes:
     """Tokens of the longest document."""
     reference: int = 0
     """Parameters of the model of `reference.path`; 0 without one."""
+    own: int = 0
+    """Parameters that the objective trains beside the model."""
     needs: frozenset[str] = frozenset()
     """What the objective needs with its settings; its class may need less."""
 
@@ -114,6 +116,8 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
     needs = owner.needs | sizes.needs
     if thinks or {"reference", "teacher"} & needs:
         items += _reference_models(config, sizes, needs, thinks)
+    if "learner" in needs:
+        items += _learner_state(sizes)
     items += _training_tensors(config, shape, sizes)
     if thinks:
         items += _sampling_tensors(config, shape, sizes)
@@ -185,6 +189,17 @@ def _reference_models(
     if baseline.name == "frozen" and sizes.device == "cpu":
         formula = "4 bytes for each of baseline.cache_tokens"
         items.append(Item("log-probs of frozen", 4 * baseline.cache_tokens, formula))
+    return items
+
+
+def _learner_state(sizes: Sizes) -> list[Item]:
+    """What an objective with need "learner" holds: a direction, a copy of the weights that it shifts."""
+    name = "P" if sizes.trained == sizes.parameters else "T"
+    formula = f"8 {name}: direction and kept weights, less with a smaller objective.subset"
+    items = [Item("shift of the weights, at most", 8 * sizes.trained, formula, "training")]
+    if sizes.own:
+        formula = f"16 bytes for each of its {sizes.own:,} parameters, whole on every rank"
+        items.append(Item("model of the objective, with AdamW", 16 * sizes.own, formula))
     return items
 
 

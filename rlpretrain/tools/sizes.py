@@ -100,6 +100,7 @@ def make_sizes(
         micro=micro,
         longest=longest,
         reference=reference,
+        own=objective.own_parameters(shape.get_text_config().vocab_size),
         needs=frozenset(objective.needs),
     )
 

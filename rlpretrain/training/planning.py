@@ -18,6 +18,7 @@ from rlpretrain.rollouts.replay import ReplaySource
 from rlpretrain.training.averaging import check_average
 from rlpretrain.training.backends import backend_of, find_backend
 from rlpretrain.training.backends.deepspeed import ds_settings
+from rlpretrain.training.learner import check_learner
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.mixing import check_mixing
 from rlpretrain.training.optim import check_optimizer
@@ -45,6 +46,8 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
     if backend_of(config.policy) == "deepspeed":
         settings = ds_settings(config.policy, config.optim, getattr(torch, config.model.dtype))
         stage = settings["zero_optimization"]["stage"]
+    if "learner" in owner.needs:
+        check_learner(config, owner, stage)
     check_optimizer(config.optim, flat=stage > 0)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)

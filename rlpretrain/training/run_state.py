@@ -45,6 +45,7 @@ def save(run: Run) -> None:
         "baseline": run.baseline.state_dict(),
         "rng": torch.get_rng_state(),
         "reference": run.reference.state_dict() if run.reference else {},
+        "objective": run.objective.state_dict(),
     }
     parts: dict[str, Any] = {"policy": run.policy} | ({"average": run.average} if run.average else {})
     checkpoint.save(run.folder, run.step, run.ranks, parts, state, rank_state)
@@ -69,6 +70,7 @@ def restore(run: Run, path: Path) -> None:
     run.baseline.load_state_dict(rank_state["baseline"])
     if run.reference:
         run.reference.load_state_dict(rank_state.get("reference", {}))  # none in older versions
+    run.objective.load_state_dict(rank_state.get("objective", {}))
     torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)
     if run.average:
