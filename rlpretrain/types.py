@@ -143,6 +143,8 @@ class Likeliest:
 
     ids: Tensor  # [M, K] int64
     logps: Tensor  # [M, K] nats, over the whole vocabulary, at the temperature that was asked for
+    own_logps: Tensor | None = None
+    """[M] nats, of the document token itself; only of the trained model (need "learner")."""
 
 
 @dataclass(frozen=True, slots=True)

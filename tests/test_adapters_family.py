@@ -42,6 +42,9 @@ def values(name: str, family: Path, out: Path) -> dict[str, Any]:
     for source in ("data", "ntp_data"):
         if source in found:
             found[source]["path"] = str(family / Path(found[source]["path"]).name)
+    if "feedback" in found["objective"]:
+        feedback = found["objective"]["feedback"]
+        feedback["path"] = str(family / Path(feedback["path"]).name)
     if "reference" in found:
         found["reference"] = str(family / "base")
     if found["objective"] != "ntp" and "min_entropy" in found["objective"]:

@@ -322,7 +322,7 @@ def test_state_json_is_json(values):
 def test_a_checkpoint_of_a_version_with_fewer_settings(values, tmp_path):
     """What it did not know counts as its default; a default that changes what is trained is still refused."""
     from rlpretrain.config.io import to_dict
-    from rlpretrain.training.checkpoint import filled
+    from rlpretrain.training.same_settings import filled
 
     run = merged(values, checkpoint={"every": 2}, max_steps=2)
     trained(run)

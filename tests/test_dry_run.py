@@ -18,7 +18,8 @@ from rlpretrain.experiments.loading import load_experiment
 from rlpretrain.experiments.ratio_grid import load_grid
 from rlpretrain.objectives import parse_section
 from rlpretrain.tools.dry_run import dry_run, make_objective, model_shape
-from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, count_by_shape, memory, peak
+from rlpretrain.tools.memory import LIBRARIES, Item, Sizes, memory, peak
+from rlpretrain.tools.parameter_counts import count_by_shape
 from rlpretrain.tools.sizes import make_sizes
 from tests.builders.configs import written
 from tests.builders.runs import merged

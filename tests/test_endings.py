@@ -22,7 +22,7 @@ from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
 from rlpretrain.files import CannotWrite, check_writable, writing
 from rlpretrain.ranks import Ranks
-from rlpretrain.training import checkpoint
+from rlpretrain.training import checkpoint, same_settings
 from rlpretrain.training.interruption import Interrupted
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
@@ -292,7 +292,7 @@ def test_machines_may_change_on_resume_and_numbers_may_not():
         "master_address": "m",
         "num_engines": 3,
     }
-    checkpoint.check_same(settings(), settings(**moved), Path("x"))
+    same_settings.check_same(settings(), settings(**moved), Path("x"))
     for field, value in {
         "name": "hf",
         "dtype": "float16",
@@ -301,7 +301,7 @@ def test_machines_may_change_on_resume_and_numbers_may_not():
         "batch_size": 3,
     }.items():
         with pytest.raises(ConfigError, match=f"engine.{field} was"):
-            checkpoint.check_same(
+            same_settings.check_same(
                 settings(**{"batch_size": 256, "max_staleness": 0}),
                 settings(**({"batch_size": 256, "max_staleness": 0} | {field: value})),
                 Path("x"),

@@ -25,8 +25,8 @@ from rlpretrain.config.engines import (
 from rlpretrain.config.io import build, describe, load_config, to_dict
 from rlpretrain.experiments.experiment import overlay
 from rlpretrain.rollouts.engines import default_tolerance, find_engine
-from rlpretrain.training.checkpoint import check_same
 from rlpretrain.training.pretrainer import Pretrainer
+from rlpretrain.training.same_settings import check_same
 from tests.builders.runs import ROOT, merged, trained
 
 BEFORE = {

@@ -47,6 +47,7 @@ def test_every_token_of_needs_is_read_somewhere_and_no_other_is_accepted(values)
         assert readers, f"nothing reads {token!r}"
     tokenizer = AutoTokenizer.from_pretrained(values["model"])
     required = {"sip": {"target_length": 6, "judge_function": "rlpretrain.corpora.dial_judge:exact"}}
+    required["v_pretrain"] = {"feedback": values["data"]}
     for name in available():
         section = {"name": name} | required.get(name, {})
         objective = load_objective(

@@ -15,9 +15,9 @@ import torch
 
 from rlpretrain.config import ConfigError, OptimConfig, ScheduleConfig
 from rlpretrain.config.io import apply_overrides, build, to_dict
-from rlpretrain.training.checkpoint import check_same
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
+from rlpretrain.training.same_settings import check_same
 from rlpretrain.training.schedules import make_schedule
 from tests.builders.runs import merged
 

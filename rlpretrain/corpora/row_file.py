@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from rlpretrain import __version__
 from rlpretrain.config import ConfigError
 from rlpretrain.files import check_file, dumps, writing
-from rlpretrain.training.checkpoint import changes
 from rlpretrain.training.records import write_json
+from rlpretrain.training.same_settings import changes
 from rollout.folders import MARK
 
 

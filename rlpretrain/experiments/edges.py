@@ -16,12 +16,12 @@ from rlpretrain.config.io import to_dict
 from rlpretrain.files import check_file
 from rlpretrain.objectives import parse_section
 from rlpretrain.ranks import join
-from rlpretrain.training.checkpoint import MACHINE, changes, without
 from rlpretrain.training.mixing import held_out_loss
 from rlpretrain.training.planning import check_settings
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
 from rlpretrain.training.run import Run
+from rlpretrain.training.same_settings import MACHINE, changes, without
 from rollout.folders import MARK
 
 Losses = Mapping[str, Mapping[str, float]]

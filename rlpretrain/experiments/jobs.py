@@ -27,9 +27,9 @@ from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
 from rlpretrain.ranks import join
 from rlpretrain.tracking.progress import bar
-from rlpretrain.training.checkpoint import MACHINE, changes, filled, without
 from rlpretrain.training.pretrainer import Pretrainer
 from rlpretrain.training.records import write_json
+from rlpretrain.training.same_settings import MACHINE, changes, filled, without
 
 Say = Callable[[str], None]
 EARLIER_EVALUATION = {

@@ -11,7 +11,7 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import parse, read_mapping, section, to_dict
 from rlpretrain.experiments.experiment import BASE, Experiment, Job, combinations, needed
 from rlpretrain.objectives import config_of
-from rlpretrain.training.checkpoint import changes
+from rlpretrain.training.same_settings import changes
 
 NOT_SEARCHED = ("objective", "model", "data", "seed", "output_dir")
 """Fields, and sections of them, that `search` does not vary."""

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-SHARED = {"base", "candidates", "sampling", "settings"}
+SHARED = {"advice", "base", "candidates", "designer", "learner", "sampling", "settings"}
 """Modules of this folder that are not objectives."""
 
 

@@ -6,7 +6,7 @@ Nothing here knows how models run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rewards import leave_one_out
-from rlpretrain.config import PretrainConfig
+from rlpretrain.config import DataConfig, PretrainConfig
 from rlpretrain.data.positions import PositionPicker
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.objectives import sampling
+from rlpretrain.objectives.learner import Learner
 from rlpretrain.objectives.settings import ADVANTAGES, DEFAULT_SETTING, NEEDS, AdvantageForm, Config, Setting
 from rlpretrain.prompts import ControlTokens, Delimiters, ThoughtPrompt
 from rlpretrain.types import Document, Likeliest, MicroBatch, Scores, SoftTargets, Window
@@ -83,6 +84,8 @@ class Objective:
     """True: `reward` computes other numbers than those on the groups, so those are not logged as rewards."""
     token_reduction = "thought_mean"
     """What `loss.reduction: auto` means: the paper's mean, or the sum over a thought's tokens."""
+    own_data: Mapping[str, DataConfig] = {}
+    """Documents that the objective reads itself, by the field that names them: a dry run looks for them."""
     __slots__ = ("__dict__", "__weakref__", "_setting")
     _setting: Setting
     """What differs between views of one objective (`with_setting`); all else is in the shared __dict__."""
@@ -121,6 +124,31 @@ class Objective:
 
     def check_run(self, run: PretrainConfig) -> None:
         """Raise ConfigError, with the name of the field, for settings of a run that do not fit."""
+
+    def own_parameters(self, vocabulary: int) -> int:
+        """Parameters that the objective trains beside the model of so many tokens; for a dry run."""
+        return 0
+
+    # the trained model and the checkpoint
+
+    def start(self, learner: Learner) -> None:
+        """Called once, on need "learner", before the first step and before a checkpoint is restored."""
+
+    def before_step(self, learner: Learner, micros: Sequence[MicroBatch]) -> Mapping[str, float]:
+        """Called in every step, on need "learner", before its micro-batches are scored; numbers for the log.
+
+        All ranks call it, with equally many micro-batches; some may be empty. `soft_targets` is asked for
+        them next, in this order. The model has the weights of the previous step, and must have them, bit by
+        bit, when this returns. The numbers are averaged over ranks.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of the objective on this rank: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. {} for a checkpoint of a version that kept nothing."""
 
     # what the run sets
 

@@ -22,6 +22,7 @@ NEEDS = {
     "batch": "`advantage` sees all groups of a step at once",
     "group": "`reward` and `target_weights` see a whole group: it may not be spread over micro-batches",
     "ntp_data": "a second stream of documents",
+    "learner": "the trained model itself, for `start` and `before_step`: likeliest tokens, gradients, shifts",
 }
 """What an objective can ask of a run. Each need is read somewhere; a test checks that."""
 

@@ -54,7 +54,8 @@ class Scorer(nn.Module):
 
         `want` is "logps", or adds "entropies", the likeliest token ("top"), or the log-probs of `candidates`
         ("candidates", at temperature 1): those of `rows` in the slice `want_rows`, of all by default. With
-        "likeliest" the result is, instead, log-probs and ids [K, count] of the `count` likeliest tokens.
+        "likeliest" the result is, instead, log-probs and ids [K, count] of the `count` likeliest tokens; with
+        "likeliest, label first" the log-probs [K, 1 + count] begin with those of `labels`.
         """
         longest = input_ids.shape[1] if tree is None else tree.deepest
         if self.limit is not None and longest > self.limit.tokens:
@@ -84,9 +85,12 @@ class Scorer(nn.Module):
         """Apply the head to the states [K, H]: log-probs of `labels` [K], and what `want` adds."""
         head = head_of(self.model)
         form = {"bias": head.bias, "softcap": head.softcap, "scale": head.scale}
-        if want == "likeliest":
+        if want.startswith("likeliest"):
             ids, tops = top_logps(hidden, head.weight, count, temperature=temperature, **form)
-            return tops, ids
+            if want == "likeliest":
+                return tops, ids
+            own = token_logps(hidden, head.weight, labels, temperature=temperature, **form)
+            return torch.cat([own[:, None], tops], 1), ids
         if want == "candidates":
             assert candidates is not None and want_rows is not None, "they go together"
             first = want_rows[0]  # the rows from there on are read once, for label and candidates

@@ -13,7 +13,8 @@ import torch
 
 from rlpretrain.config import PretrainConfig
 from rlpretrain.objectives import Objective
-from rlpretrain.tools.memory import Item, Sizes, count_tables
+from rlpretrain.tools.memory import Item, Sizes
+from rlpretrain.tools.parameter_counts import count_tables
 from rlpretrain.tools.sizes import count_step_tokens
 
 

@@ -55,6 +55,9 @@ def dry_run(config: PretrainConfig, beside: Path) -> int:
         find(config.ntp_data.source, "ntp_data.source")
     elif config.ntp_data:
         count_rows(config.ntp_data, notes)
+    for own in objective.own_data.values():
+        if own.source is None:
+            count_rows(own, notes)
     for held_out in held_out_data(config).values():
         if held_out.source is None:
             count_rows(held_out, notes)

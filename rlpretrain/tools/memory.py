@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from rlpretrain.config import ConfigError, EngineConfig, LoraConfig, PretrainConfig
-from rlpretrain.models.adapters import add_lora
+from rlpretrain.config import EngineConfig, PretrainConfig
 from rlpretrain.models.spending import widths_of
 from rlpretrain.objectives import parse_section
+from rlpretrain.tools.parameter_counts import count_tables
 
 GIB = 2**30
 LIBRARIES = 0.62 * GIB
@@ -58,43 +57,10 @@ class Sizes:
     """Tokens of the longest document."""
     reference: int = 0
     """Parameters of the model of `reference.path`; 0 without one."""
+    own: int = 0
+    """Parameters that the objective trains beside the model."""
     needs: frozenset[str] = frozenset()
     """What the objective needs with its settings; its class may need less."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterCounts:
-    """Numbers of parameters, tied ones counted once: all, the trained ones, and those of linear layers."""
-
-    all: int
-    trained: int
-    linear: int
-    """The head is not counted."""
-
-
-def count_by_shape(
-    shape: Any, trust_remote_code: bool = False, lora: LoraConfig | None = None
-) -> ParameterCounts:
-    """Count the parameters of the model that transformers builds from a configuration, allocating nothing.
-
-    The adapters of `lora` are in `all` and `trained`.
-    """
-    try:
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ConfigError(
-            f"{type(shape).__name__} is no causal language model that transformers builds: {error}"
-        ) from error
-    head = built.get_output_embeddings()
-    linear_layers = [m for m in built.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    linear = sum(layer.weight.numel() for layer in linear_layers)
-    if lora:
-        with torch.device("meta"):
-            add_lora(built, lora)
-    parameters = list(built.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    return ParameterCounts(sum(p.numel() for p in parameters), sum(p.numel() for p in trained), linear)
 
 
 def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
@@ -116,6 +82,8 @@ def memory(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[Item]:
         items += _reference_models(config, sizes, needs, thinks)
     if sizes.backend == "fsdp":
         items.append(_gathered_weights(config, shape, sizes))
+    if "learner" in needs:
+        items += _learner_state(sizes)
     items += _training_tensors(config, shape, sizes)
     if thinks:
         items += _sampling_tensors(config, shape, sizes)
@@ -154,12 +122,6 @@ def _trained_state(config: PretrainConfig, sizes: Sizes) -> list[Item]:
     if average and average.device == "policy" and average.kind != "last_k":
         items.append(Item("average of the weights", 4 * t / sizes.ranks, f"4 {name} / W"))
     return items
-
-
-def count_tables(shape: Any) -> int:
-    """Parameters of the embedding and the head."""
-    text = shape.get_text_config()
-    return (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
 
 
 def _gathered_weights(config: PretrainConfig, shape: Any, sizes: Sizes) -> Item:
@@ -211,6 +173,17 @@ def _reference_models(
     if baseline.name == "frozen" and sizes.device == "cpu":
         formula = "4 bytes for each of baseline.cache_tokens"
         items.append(Item("log-probs of frozen", 4 * baseline.cache_tokens, formula))
+    return items
+
+
+def _learner_state(sizes: Sizes) -> list[Item]:
+    """What an objective with need "learner" holds: a direction, a copy of the weights that it shifts."""
+    name = "P" if sizes.trained == sizes.parameters else "T"
+    formula = f"8 {name}: direction and kept weights, less with a smaller objective.subset"
+    items = [Item("shift of the weights, at most", 8 * sizes.trained, formula, "training")]
+    if sizes.own:
+        formula = f"16 bytes for each of its {sizes.own:,} parameters, whole on every rank"
+        items.append(Item("model of the objective, with AdamW", 16 * sizes.own, formula))
     return items
 
 

@@ -26,7 +26,8 @@ from rlpretrain.scoring.reference_model import (
     reference_model_config,
     reference_shape,
 )
-from rlpretrain.tools.memory import Sizes, count_by_shape
+from rlpretrain.tools.memory import Sizes
+from rlpretrain.tools.parameter_counts import count_by_shape
 from rlpretrain.tools.passes import count_passes
 from rlpretrain.training.backends import backend_of
 from rlpretrain.training.backends.deepspeed import ds_settings
@@ -104,6 +105,7 @@ def make_sizes(
         micro=micro,
         longest=longest,
         reference=reference,
+        own=objective.own_parameters(shape.get_text_config().vocab_size),
         needs=frozenset(objective.needs),
     )
 

@@ -1,7 +1,7 @@
 """Every metric of a run: its name, meaning and healthy range.
 
 TRL's names where TRL has one; ours are ig/*, thought/*, baseline/*, ntp/*, reference/*, reader/*,
-verified/*, preference/*, perf/*, run/*.
+verified/*, preference/*, feedback/*, targets/*, designer/*, perf/*, run/*.
 """
 
 from __future__ import annotations
@@ -59,6 +59,31 @@ METRICS: dict[str, Metric] = {
     "ntp/soft_frac": Metric(
         "share of document tokens with soft targets, for objectives that give some", "1, or 0 after `until`"
     ),
+    "feedback/loss": Metric(
+        "`v_pretrain`: loss on the labelled documents of the step's gradient, in nats per answer token",
+        "falls",
+    ),
+    "feedback/held_out_loss": Metric(
+        "the same on labelled documents that are never used", "near feedback/loss: above it, it is overfit"
+    ),
+    "feedback/gradient_norm": Metric("norm of the feedback's gradient, of `subset` alone", "finite"),
+    "feedback/value": Metric(
+        "V: product of the gradients of the feedback's loss and of the loss on the targets",
+        "above feedback/value_ntp",
+    ),
+    "feedback/value_ntp": Metric("the same for the next-token loss", ""),
+    "feedback/cosine": Metric(
+        "cosine of the two gradients in the step that was taken; with `subset: all` only", "above 0"
+    ),
+    "feedback/shift": Metric(
+        "length of the shift over that of the weights it moves, as float32 has it", "`shift`"
+    ),
+    "feedback/skipped_frac": Metric("1 where the feedback's gradient was not finite", "0"),
+    "targets/alpha": Metric("mean α of the targets", "not at its largest all the time"),
+    "targets/off_mass": Metric("mean probability of the targets off the document's own token", "below α"),
+    "targets/entropy": Metric("mean entropy of the targets, in nats", "above 0"),
+    "targets/open_frac": Metric("share of tokens with a gate above .95; 1 without a designer", "below 1"),
+    "designer/gradient_norm": Metric("gradient norm of the designer before it is clipped to 1", "no jumps"),
     "reference/cached_frac": Metric(
         "share of the reference's log-probs that came from its cache", "1 from the second epoch on"
     ),

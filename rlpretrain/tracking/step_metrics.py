@@ -136,6 +136,10 @@ class StepMetrics:
         sums = ranks.sum([part for name in names for part in self.sums[name]])
         pairs = zip(names, sums[::2], sums[1::2], strict=True)
         means = {name: total / weight for name, total, weight in pairs if weight}
+        if "feedback/slope" in means:
+            slope = means.pop("feedback/slope")
+            if means.get("grad_norm"):
+                means["feedback/cosine"] = slope / means["grad_norm"]
         summed = sorted(set().union(*ranks.gather(sorted(self.totals))))
         means |= dict(zip(summed, ranks.sum([self.totals[name] for name in summed]), strict=True))
         if "ig/square" in means:

@@ -34,6 +34,7 @@ from rlpretrain.tracking.peaks import find_peak
 from rlpretrain.training import checkpoint, outputs
 from rlpretrain.training.averaging import WeightAverage, check_average
 from rlpretrain.training.backends import Policy, make_policy
+from rlpretrain.training.learner import PolicyLearner, make_learner
 from rlpretrain.training.mixing import OnlineMixing, make_mixing
 from rlpretrain.training.planning import check_reference, check_settings, count_steps, documents_repeat
 from rlpretrain.types import Document
@@ -82,6 +83,8 @@ class Parts:
     """Sets the weights of the sources by their losses."""
     store: Store | None
     layout: Layout
+    learner: PolicyLearner | None
+    """The trained model, where the objective needs it."""
     padded_because: str | None
     """Why rows are padded where trees were asked for."""
     half: bool
@@ -227,6 +230,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         mixing=make_mixing(config, stream, total_steps),
         store=Store(folder / "rollouts", ranks.rank) if config.save_rollouts else None,
         layout=layout,
+        learner=make_learner(objective, policy, layout, config.seed),
         padded_because=padded_because,
         half=config.model.dtype != "float32" or config.policy.autocast != "none",
         parameters=models.count_parameters(policy.model),

@@ -19,6 +19,7 @@ from rlpretrain.training.averaging import check_average
 from rlpretrain.training.backends import backend_of, find_backend
 from rlpretrain.training.backends.deepspeed import ds_settings
 from rlpretrain.training.backends.fsdp import check_replicas
+from rlpretrain.training.learner import check_learner
 from rlpretrain.training.losses import make_losses
 from rlpretrain.training.mixing import check_mixing
 from rlpretrain.training.optim import check_optimizer
@@ -53,6 +54,8 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
             raise ConfigError(
                 "model.quantization: FSDP cannot shard quantised weights; use torch or deepspeed"
             )
+    if "learner" in owner.needs:
+        check_learner(config, owner, 3 if backend == "fsdp" else stage)
     make_schedule(config.optim, total_steps=1)
     make_losses(config.loss.terms)
     if config.max_steps is not None:

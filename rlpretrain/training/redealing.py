@@ -18,14 +18,21 @@ State = dict[str, Any]
 def redeal(states: Sequence[State], rank: int, size: int) -> State:
     """The state of `rank` among `size` ranks, from those of all ranks of a checkpoint (`run_state.save`).
 
-    The cache of a reference model is not kept. Raises ConfigError where documents cannot be dealt again.
+    The cache of a reference model is not kept. Raises ConfigError where documents cannot be dealt again, and
+    for an objective with state of its own.
     """
+    if any(state.get("objective") for state in states):
+        raise ConfigError(
+            "this objective keeps state on each rank, which cannot be dealt to another number of ranks: "
+            "resume on as many as before"
+        )
     own = states[rank] if rank < len(states) else states[0]
     return {
         "source": deal_source([state["source"] for state in states], rank, size),
         "baseline": states[0]["baseline"],  # the same on every rank
         "rng": own["rng"],
         "reference": {},
+        "objective": {},
     }
 
 

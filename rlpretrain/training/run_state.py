@@ -11,7 +11,7 @@ import torch
 
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import to_dict
-from rlpretrain.training import abandoned, checkpoint, records, run_stop
+from rlpretrain.training import abandoned, checkpoint, records, run_stop, same_settings
 from rlpretrain.training.redealing import redeal
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def save(run: Run) -> None:
         "baseline": run.baseline.state_dict(),
         "rng": torch.get_rng_state(),
         "reference": run.reference.state_dict() if run.reference else {},
+        "objective": run.objective.state_dict(),
     }
     parts: dict[str, Any] = {"policy": run.policy} | ({"average": run.average} if run.average else {})
     checkpoint.save(run.folder, run.step, run.ranks, parts, state, rank_state)
@@ -74,6 +75,7 @@ def restore(run: Run, path: Path) -> None:
     run.baseline.load_state_dict(rank_state["baseline"])
     if run.reference:
         run.reference.load_state_dict(rank_state.get("reference", {}))  # none in older versions
+    run.objective.load_state_dict(rank_state.get("objective", {}))
     torch.set_rng_state(rank_state["rng"])
     run.policy.load(path)
     if run.average:
@@ -99,7 +101,7 @@ def set_aside(run: Run, resume: str | bool | None) -> str | None:
     """
     message = None
     if resume and run.resumed_from is None and (run.folder / "run.json").is_file():
-        checkpoint.check_same(_config_of(run.folder), resolved(run), run.folder)
+        same_settings.check_same(_config_of(run.folder), resolved(run), run.folder)
     if resume and run.ranks.first:
         message = abandoned.set_aside(run.folder, run.step, run.resumed_from)
     run.ranks.barrier()

@@ -1,4 +1,4 @@
-"""Soft targets of a step: asked for once, before the forward that reads their log-probs."""
+"""What an objective does before a step is scored: it may use the trained model, and gives soft targets."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 def add_soft_targets(run: Run, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
     """The micro-batches with the objective's soft targets where it has some. All ranks call it.
 
-    A step with several inner epochs keeps those of its first. They wait on the CPU: [M, K] numbers, never
-    [M, vocabulary]. Raises ValueError for soft targets that do not fit the document tokens.
+    Before that, `before_step` may use the trained model. A step with several inner epochs keeps the targets
+    of its first. They wait on the CPU: [M, K] numbers, never [M, vocabulary]. Raises ValueError for soft
+    targets that do not fit the document tokens.
     """
+    if run.learner is not None:
+        for name, value in run.objective.before_step(run.learner, micros).items():
+            run.metrics.add(name, value)
     if getattr(run.objective.soft_targets, "__func__", None) is Objective.soft_targets:
         return list(micros)
     teacher = None
