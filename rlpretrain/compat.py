@@ -230,7 +230,8 @@ def set_root(model: nn.Module, root: nn.Module) -> None:
 
     It prepares it too, so that a forward of a layer alone does not make that layer the root.
     """
-    model._rlpretrain_root = weakref.ref(root)
+    sharded_model: Any = model
+    sharded_model._rlpretrain_root = weakref.ref(root)
     sharded_root: Any = root
     sharded_root._get_fsdp_state()._lazy_init()
 

@@ -40,6 +40,7 @@ LONGEST = (
     "test_readiness.py",
     "test_checkpoint.py",
     "test_gpu_benchmark.py",
+    "test_fsdp.py",
 )
 """The files that take longest. They run first, so that at the end no worker waits long for the other."""
 

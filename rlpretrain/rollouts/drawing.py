@@ -77,9 +77,9 @@ class DocumentDraws:
     def _next_documents(self, n: int, progress: float) -> list[tuple[int, Document]]:
         """Documents with the numbers of their draws in the order over all ranks."""
         if isinstance(self.source, Mixture):
-            numbered = self.source.take_numbered(n, progress)
-            self.drawn += len(numbered)
-            return [(item.number, item.document) for item in numbered]
+            mixed = self.source.take_numbered(n, progress)
+            self.drawn += len(mixed)
+            return [(item.number, item.document) for item in mixed]
         numbered: list[tuple[int, Document]] = []
         while len(numbered) < n:
             first, wanted = self.drawn, n - len(numbered)

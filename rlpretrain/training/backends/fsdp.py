@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -115,11 +115,15 @@ class FsdpPolicy:
 
     def save_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         """Write tensors like those of `parts`, by kind and name, for any number of ranks."""
-        dcp.save({kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path)
+        state_dict_saver.save(
+            {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
+        )
 
     def load_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         """Fill tensors with what `save_parts` wrote, in place."""
-        dcp.load({kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path)
+        state_dict_loader.load(
+            {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
+        )
 
     def _whole(self, named: Mapping[str, Tensor]) -> dict[str, DTensor]:
         """This rank's parts of tensors that have the shapes of the trained parameters."""
@@ -158,7 +162,7 @@ class FsdpPolicy:
         self._free()
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "steps": self.steps}
-        dcp.save(state, checkpoint_id=path / STATE)
+        state_dict_saver.save(state, checkpoint_id=path / STATE)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, on any number of ranks."""
@@ -166,7 +170,7 @@ class FsdpPolicy:
             raise ConfigError(f"{path} holds no FSDP state: it was written by another backend")
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "steps": 0}
-        dcp.load(state, checkpoint_id=path / STATE)
+        state_dict_loader.load(state, checkpoint_id=path / STATE)
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -219,7 +223,7 @@ def shard(scorer: Scorer, mesh: DeviceMesh, reshard: bool) -> list[FSDPModule]:
 def find_layers(model: Any) -> list[nn.Module]:
     """The decoder layers of a model of transformers; ConfigError if it does not name them."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [
+    layers: list[nn.Module] = [
         module
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in names
