@@ -239,6 +239,7 @@ def train_with_trl(method: str, engine: str, weights: str, folder: Path, steps: 
         save_strategy="no",
         report_to=[],
         use_cpu=True,
+        bf16=False,
         disable_tqdm=True,
     )
     data = load_dataset("json", data_files=str(folder.parent / "documents.jsonl"), split="train")
