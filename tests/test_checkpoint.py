@@ -67,7 +67,7 @@ def test_a_checkpoint_is_written_over_and_leaves_nothing_beside_it(tmp_path):
             tmp_path, 5, Ranks(), {"part": Part()}, {"config": {}, "backend": "x"}, {"value": value}
         )
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
-    state, mine = checkpoint.read(tmp_path / "checkpoint-5", Ranks(), "x", {})
+    state, (mine,) = checkpoint.read(tmp_path / "checkpoint-5", Ranks(), "x", {})
     assert state["step"] == 5 and mine == {"value": 2}
 
 

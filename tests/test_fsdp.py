@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -30,10 +29,8 @@ from tests.builders.tiny import tiny_model
 
 @pytest.fixture
 def one_process():
-    """A process group of this process alone, which FSDP needs."""
+    """A process group of this process alone, which FSDP needs. It stays: DeepSpeed remembers it."""
     ensure_group(Ranks())
-    yield
-    dist.destroy_process_group()
 
 
 def fsdp(**changes) -> dict:
@@ -112,8 +109,10 @@ def test_ranks_train_like_one(values, tmp_path):
         for name in kinds:
             found = weights(tmp_path / f"{name}-{size}" / "model")
             for parameter, tensor in one[name].items():
+                # torch's Muon orthogonalises in bfloat16, which makes the last digits larger
+                atol = 1e-3 if name == "muon" else 2e-5
                 torch.testing.assert_close(
-                    found[parameter], tensor, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    found[parameter], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
                 )
         averaged = weights(tmp_path / f"plain-{size}" / "averaged")
         assert same(averaged, weights(tmp_path / "plain" / "averaged"), within=2e-5)

@@ -38,14 +38,14 @@ def test_a_shell_can_read_it(name):
 
 def test_skypilot_keys():
     """Those that SkyPilot's specification of tasks has, and a script that a shell can read."""
-    task = yaml.safe_load((CLUSTER / "sky.yaml").read_text())
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
     assert task.keys() <= {"name", "resources", "workdir", "num_nodes", "file_mounts", "envs", "setup", "run"}
     for part in ("setup", "run"):
         done = subprocess.run(["bash", "-n"], input=task[part], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name, ranks", [("slurm.sbatch", 16), ("sky.yaml", 8), ("ray_job.sh", 8)])
+@pytest.mark.parametrize("name, ranks", [("slurm.sbatch", 16), ("skypilot.yaml", 8), ("ray_job.sh", 8)])
 def test_the_train_command_passes_a_dry_run(name, ranks, monkeypatch, capsys):
     """It prints the memory of a rank and what it receives from the others."""
     arguments = train_arguments(name)

@@ -212,9 +212,13 @@ def test_deepspeed_gives_the_gradient_and_is_shifted_too(values, stage):
 def test_settings_that_shard_or_round_are_refused(values, tmp_path):
     Reading.look = None
     for match, changes in (
-        ("policy.zero_stage: objective Reading reads", {"policy": {"backend": "deepspeed", "zero_stage": 2}}),
-        ("policy.zero_stage: .* ZeRO 3 shards", {"policy": {"backend": "deepspeed", "zero_stage": 3}}),
-        ("policy.deepspeed_config: objective", {"policy": {"deepspeed_config": "tests/zero3.json"}}),
+        (
+            "policy.zero_stage 2: objective Reading reads",
+            {"policy": {"backend": "deepspeed", "zero_stage": 2}},
+        ),
+        ("policy.zero_stage 3: .* which it shards", {"policy": {"backend": "deepspeed", "zero_stage": 3}}),
+        ("policy.deepspeed_config .ZeRO 3.: objective", {"policy": {"deepspeed_config": "tests/zero3.json"}}),
+        ("policy.backend fsdp: objective", {"policy": {"backend": "fsdp"}}),
         (
             "model.dtype bfloat16: objective Reading",
             {"model": {"path": values["model"], "dtype": "bfloat16"}},

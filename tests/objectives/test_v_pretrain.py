@@ -475,7 +475,7 @@ def test_bad_settings_are_refused(values, labelled, tmp_path):
         ("objective.feedback.sources", {"sources": {"a": "b"}}, {}),
         ("no such|cannot be|does not exist|nothing.jsonl", {"path": str(tmp_path / "nothing.jsonl")}, {}),
         (
-            "policy.zero_stage: objective VPretrain",
+            "policy.zero_stage 2: objective VPretrain",
             labelled,
             {"run_policy": {"backend": "deepspeed", "zero_stage": 2}},
         ),
