@@ -109,8 +109,8 @@ def test_ranks_train_like_one(values, tmp_path):
         for name in kinds:
             found = weights(tmp_path / f"{name}-{size}" / "model")
             for parameter, tensor in one[name].items():
-                # torch's Muon orthogonalises in bfloat16, which makes the last digits larger
-                atol = 1e-3 if name == "muon" else 5e-5
+                # Muon orthogonalises in bfloat16; with `entropy` torch's own two ranks differ by 4e-5
+                atol = {"muon": 1e-3, "entropy": 2e-4}.get(name, 2e-5)
                 torch.testing.assert_close(
                     found[parameter], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
                 )
