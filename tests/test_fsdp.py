@@ -84,7 +84,7 @@ def test_half_precision_weights_are_trained_in_float32(values, tmp_path):
 def test_ranks_train_like_one(values, tmp_path):
     """Two ranks and four against torch on one, with uneven micro-batches, and what stands on the weights."""
     held_out = {"eval__data": str(Path(values["data"]["path"]).parent / "held_out.jsonl"), "eval__every": 2}
-    base = merged(values, token_budget=150, positions_per_step=8, eval__documents=4, **held_out)
+    base = merged(values, token_budget=150, positions_per_step=8, eval__documents=8, **held_out)
     lora = {"policy__lora": {"r": 2}, "baseline__name": "frozen", "optim__lr": 1e-2}
     kinds: dict[str, dict] = {
         "plain": {"baseline__name": "ema", "average": {"kind": "ema", "decay": 0.6}},
