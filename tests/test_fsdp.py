@@ -91,7 +91,7 @@ def test_ranks_train_like_one(values, tmp_path):
         "lora": lora,
         "kept": {"policy__fsdp": {"reshard": False}},
         "muon": {"optim__name": "muon"},
-        "entropy": {"objective__positions": "entropy"},
+        "entropy": {"objective__positions": "entropy", "optim__lr": 1e-3},
     }
     torch_only = [{k: v for k, v in c.items() if k != "policy__fsdp"} for c in kinds.values()]
     one = {
@@ -109,8 +109,8 @@ def test_ranks_train_like_one(values, tmp_path):
         for name in kinds:
             found = weights(tmp_path / f"{name}-{size}" / "model")
             for parameter, tensor in one[name].items():
-                # Muon orthogonalises in bfloat16; with `entropy` torch's own two ranks differ by 4e-5
-                atol = {"muon": 1e-3, "entropy": 2e-4}.get(name, 2e-5)
+                # Muon orthogonalises in bfloat16; with `entropy` torch's own ranks differ in one entry too
+                atol = {"muon": 1e-3, "entropy": 1e-4}.get(name, 2e-5)
                 torch.testing.assert_close(
                     found[parameter], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
                 )
