@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.engine import EngineInfo
+from rollout.idle import IdleEngine
 from rollout.stored_rows import (
     StoreError,
     document_from_row,
@@ -122,29 +123,18 @@ class Store:
         return f"no rollouts of step {step} in {self.folder} ({path.name}): {held}"
 
 
-class Recorded:
+class Recorded(IdleEngine):
     """Stands for the engine that made stored rollouts while they are replayed; it samples nothing."""
 
     def __init__(self, facts: Mapping[str, Any]):
-        self.facts, self.version = dict(facts), 0
-        self.shares_weights = bool(facts.get("shares_weights"))
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the stored facts say; there are no weights to probe."""
-        return EngineInfo(shares_weights=self.shares_weights, needs_probe=False)
+        super().__init__()
+        self.facts = dict(facts)
+        self.info = EngineInfo(shares_weights=bool(facts.get("shares_weights")), needs_probe=False)
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int, seeds: Sequence[int]
     ) -> list[list[Thought]]:
         raise RuntimeError("a replay samples nothing: this objective asks for thoughts that are not stored")
 
-    def sync(self, weights: Any, version: int) -> None:
-        """Note the version; the weights are not used."""
-        self.version = version
-
     def health(self) -> dict[str, Any]:
         return {"kind": "recorded", "version": self.version, "of": self.facts}
-
-    def close(self) -> None:
-        """Nothing to release."""

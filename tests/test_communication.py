@@ -19,6 +19,7 @@ BACKENDS = {
     "fsdp": {"backend": "fsdp"},
     "kept": {"backend": "fsdp", "fsdp": {"reshard": False}},
 }
+BASELINES = {"torch": "self", "fsdp": "ema", "kept": "self"}
 
 
 def estimate(values: dict, size: int, monkeypatch) -> dict[str, float]:
@@ -38,7 +39,7 @@ def estimate(values: dict, size: int, monkeypatch) -> dict[str, float]:
 @pytest.mark.parametrize("objective", ["ntp", "rlp"])
 def test_the_estimate_is_what_ranks_receive(values, tmp_path, monkeypatch, backend, objective):
     """One micro-batch a step. Under FSDP the small weights of a unit are padded, so it is a little more."""
-    run = merged(values, policy=BACKENDS[backend], max_steps=3)
+    run = merged(values, policy=BACKENDS[backend], max_steps=3, baseline__name=BASELINES[backend])
     run["objective"] = "ntp" if objective == "ntp" else run["objective"]
     file = tmp_path / "counts.json"
     arguments = ("-m", "tests.scripts.count_traffic", json.dumps(run), str(file))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe as a job of a Ray cluster whose head node has 8 GPUs for the trainer; engines are actors on the others.
+# The recipe as a job of a Ray cluster: the trainer has 8 GPUs of one node, engines are actors on others.
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 bash examples/cluster/ray_job.sh
 # Checked by a test (bash -n, and the train command with --dry-run); never run: it needs GPUs.
 set -euo pipefail

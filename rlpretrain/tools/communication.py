@@ -49,8 +49,9 @@ def communication(
     if replicas > 1:
         between = 2 * _ring(replicas) * trained / holders
         items.append(Item("gradients between replicas", micros * between, "M 2 (R-1)/R 4 T / S"))
-    if objective.has_positions or config.baseline.name == "ema":
-        items.append(Item("weights for engine or average", ring * whole, f"{share} b P"))
+    for reader, reads in (("engine", objective.has_positions), ("baseline", config.baseline.name == "ema")):
+        if reads:
+            items.append(Item(f"weights for the {reader}", ring * whole, f"{share} b P"))
     return items
 
 

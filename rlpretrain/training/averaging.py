@@ -93,8 +93,10 @@ class WeightAverage:
         ]
         if isinstance(self.policy, FsdpPolicy):
             means, latest = self._load_parts(self.policy, path / SHARDED)
-        self.means = {name: mean.to(self.device) for name, mean in means.items()}
-        self.latest = deque(latest, maxlen=self.config.last)
+        own = {name for name, _, is_own in self._parts() if is_own}
+        self.means = {name: mean.to(self.device) for name, mean in means.items() if name in own}
+        kept = [{name: values for name, values in weights.items() if name in own} for weights in latest]
+        self.latest = deque(kept, maxlen=self.config.last)
 
     def _load_parts(
         self, policy: FsdpPolicy, path: Path

@@ -198,11 +198,10 @@ def shard(scorer: Scorer, mesh: DeviceMesh, reshard: bool) -> list[FSDPModule]:
     """
     layers = find_layers(scorer.model)
     dtypes = {p.dtype for p in scorer.parameters() if p.requires_grad and p.dtype in HALF}
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if dtypes:
-        precision = MixedPrecisionPolicy(
-            param_dtype=dtypes.pop(), reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    half = next(iter(dtypes), None)
+    precision = MixedPrecisionPolicy(
+        param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False
+    )
     for module in (*layers, scorer):
         for p in module.parameters():
             if p.requires_grad and not isinstance(p, DTensor):
