@@ -4,7 +4,7 @@
 sections; `io` reads and checks them.
 """
 
-from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
+from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, as_text, headed
 from rlpretrain.config.data import DataConfig, SourceConfig, TextConfig
 from rlpretrain.config.engines import EngineConfig
 from rlpretrain.config.mixing import MixingConfig
@@ -53,5 +53,6 @@ __all__ = [
     "TaskSettings",
     "TextConfig",
     "Whole",
+    "as_text",
     "headed",
 ]

@@ -14,13 +14,20 @@ Amount = Annotated[float, Field(ge=0)]
 Whole = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed that numpy, torch and vLLM accept."""
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def as_text(value: Any) -> Any:
+    """A path object as its text, any other value as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+PathText = Annotated[str, BeforeValidator(as_text), AfterValidator(os.path.expanduser)]
 """A path, or a hub id. A leading `~` becomes the user's home folder, since no shell expands it in YAML."""
 
 
 def headed(head: str) -> BeforeValidator:
-    """Accept a plain string for a section, as the value of its field `head`."""
-    return BeforeValidator(lambda value: {head: value} if isinstance(value, str) else value)
+    """Accept a plain string or a path object for a section, as the value of its field `head`."""
+    return BeforeValidator(lambda value: {head: value} if isinstance(as_text(value), str) else value)
 
 
 class Varied:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from rlpretrain.config.base import STRICT, Count, PathText, headed
+from rlpretrain.config.base import STRICT, Count, PathText, as_text, headed
 from rlpretrain.config.mixing import MixingConfig, check_names
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -243,7 +243,7 @@ def _with_defaults(source: Any, shared: Mapping[str, Any]) -> Any:
     """A source as given, with the fields that all sources share; a text is its path."""
     if is_dataclass(source):
         return source
-    if isinstance(source, str):
+    if isinstance(as_text(source), str):
         source = {"path": source}
     return {**shared, **source} if isinstance(source, Mapping) else source
 

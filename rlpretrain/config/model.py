@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -52,6 +53,21 @@ class ModelConfig:
                 "no_checkpointing", "'activation_offloading' needs 'gradient_checkpointing: true'"
             )
         return self
+
+    def saved_at(self, path: str) -> ModelConfig:
+        """The model that a run with these settings saved in a folder.
+
+        Its weights are there, whole and merged, and so is its tokenizer.
+        """
+        return replace(
+            self,
+            path=path,
+            tokenizer=None,
+            revision=None,
+            quantization="none",
+            from_scratch=False,
+            config_beside=None,
+        )
 
 
 @dataclass(config=STRICT, kw_only=True)

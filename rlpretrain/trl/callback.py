@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class LiveModel(TrainerCallback):
         reward.initial = {}
         if state.global_step and isinstance(reward.reference, Ema):
             given = args.resume_from_checkpoint
-            named = isinstance(given, str) and Path(given).is_dir()
+            named = isinstance(given, str | PathLike) and Path(given).is_dir()
             folder = Path(given) if named else _checkpoint(args, state)
             average = _load_average(folder, state)
             if average is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlpretrain.config import ConfigError, DataConfig
+from rlpretrain.config import ConfigError, DataConfig, as_text
 from rlpretrain.data.stream import read_all
 from rlpretrain.data.tokenization import DocumentSplitter
 from rlpretrain.objectives import parse_section
@@ -121,6 +121,7 @@ def _read_documents(
         raise ConfigError(
             f"several datasets ({', '.join(map(str, given))}) where one is expected: give one of them"
         )
+    given = as_text(given)
     if isinstance(given, str):
         if keep:
             raise ConfigError(

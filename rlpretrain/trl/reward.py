@@ -15,6 +15,7 @@ of the document.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 from rlpretrain.compat import trainer_of, trl_vllm_on_cpu
@@ -67,7 +68,7 @@ class ObjectiveReward(LiveScorer):
         token_budget: int = 16384,
         **fields: Any,
     ):
-        if isinstance(model, str) or (model is not None and tokenizer is None):
+        if isinstance(model, str | PathLike) or (model is not None and tokenizer is None):
             raise ConfigError(
                 "give the model itself and its tokenizer: both may need the thought delimiters before the "
                 "trainer has them"

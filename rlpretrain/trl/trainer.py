@@ -1,8 +1,7 @@
-"""RLP as a TRL trainer.
+"""RLP as a TRL trainer: `rlpretrain.trl.RLPTrainer`.
 
 It differs from GRPO with `InformationGainReward` (rlpretrain/trl/reward.py) in three ways: the dataset may
 hold plain text, advantages are leave-one-out (RLP eq. 7), and the next-token loss on the documents is added.
-Import it as `rlpretrain.trl.RLPTrainer`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rewards import leave_one_out
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, as_text
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.trl.data import POSITION_COLUMNS, PROMPT_COLUMNS
@@ -129,9 +128,10 @@ class RLPTrainer(GRPOTrainer):
         args = args if args is not None else RLPConfig("RLP")
         if not isinstance(args, RLPConfig):
             raise ConfigError(f"RLPTrainer takes an RLPConfig, not a {type(args).__name__}")
-        given = args.model_init_kwargs if isinstance(model, str) else None
+        path = isinstance(model := as_text(model), str)
+        given = args.model_init_kwargs if path else None
         loading: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **(given or {})}
-        if isinstance(model, str):
+        if path:
             from transformers import AutoModelForCausalLM
 
             if "quantization_config" in others:
