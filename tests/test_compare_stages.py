@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from rlpretrain.config import ConfigError
+from rlpretrain.config import ConfigError, ModelConfig
 from rlpretrain.experiments.compare import compare, searches
 from rlpretrain.experiments.curves import make_curve, read_logs
 from rlpretrain.experiments.experiment import Job
@@ -140,6 +140,38 @@ def test_a_second_stage_starts_from_the_first_ones_model_and_is_measured_against
     assert 0 < (second - first).norm() < (second - weights(Path(base))).norm()
     assert set(results["methods"]) == {"base", "then_rlp", "ntp", "rlp", "steps"}
     assert "then_rlp - ntp" in results["differences"]
+
+
+def test_models_trained_from_scratch_are_evaluated_not_new_ones(corpus, tmp_path):
+    """Also by tasks, and as the start of a second stage; only the base is random weights."""
+    values = tiny_values(corpus, tmp_path / "unused") | {
+        "objective": "ntp",
+        "optim": {"lr": 1e-2},
+        "threads": 1,
+    }
+    values |= {"model": {"path": str(corpus / "base"), "from_scratch": True}, "max_steps": 3}
+    (tmp_path / "ntp.yaml").write_text(yaml.safe_dump(values))
+    experiment = {
+        "methods": {"ntp": {"config": "ntp.yaml"}, "again": {"config": "ntp.yaml", "after": "ntp"}},
+        "evaluation": small_evaluation(corpus / "held_out.jsonl") | {"own": False},
+        "output_dir": str(tmp_path / "compared"),
+        "seeds": [0],
+    }
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    compare(file)
+    losses = {}
+    for name in ("base", "ntp", "again"):
+        folder = tmp_path / "compared" / f"{name}-0"
+        losses[name] = np.mean(
+            json.loads((folder / "evaluation.json").read_text())["common"]["no_think_loss"]
+        )
+        if name != "base":
+            wanted = json.loads((folder / "run.json").read_text())["config"]["model"]["from_scratch"]
+            assert wanted is (name == "ntp")
+    assert losses["base"] - losses["ntp"] > 0.1 and losses["ntp"] - losses["again"] > 0.1
+    saved = ModelConfig(path=str(corpus / "base"), from_scratch=True, quantization="none").saved_at("x")
+    assert saved == ModelConfig(path="x")
 
 
 def test_a_training_starts_after_those_that_it_needs(done):

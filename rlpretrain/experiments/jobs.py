@@ -174,7 +174,8 @@ def _training_config(job: Job) -> PretrainConfig:
     config = job.config(extra=chosen_values(job))
     if method.after is not None:
         model = replace(job, name=method.after, trial=None).folder / "model"
-        config = replace(config, model=replace(config.model, path=str(model)))
+        saved = replace(config.model.saved_at(str(model)), quantization=config.model.quantization)
+        config = replace(config, model=saved)
     if method.like is None:
         return config
     like = replace(job, name=method.like, trial=None)
@@ -257,9 +258,7 @@ def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = 
     """
     evaluation, device = job.experiment.evaluation, join(config.device).device
     tags = delimiters(config.objective)
-    start = replace(config.model, path=path)
-    if job.method:
-        start = replace(start, quantization="none")  # a trained model was saved merged
+    start = config.model.saved_at(path) if job.method else config.model
     model, tokenizer, _ = models.load_with_tokenizer(start, tags, job.seed)
     base = models.load_with_tokenizer(config.model, tags, job.seed)[0]
     with bar(f"evaluating positions ({job.name}, seed {job.seed})") as progress:

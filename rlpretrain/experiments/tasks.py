@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,7 @@ def answer_tasks(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
     is no mean over examples.
     """
     evaluation = job.experiment.evaluation
-    start = replace(config.model, path=path)
-    if job.method:
-        start = replace(start, quantization="none")  # a trained model was saved merged
+    start = config.model.saved_at(path) if job.method else config.model
     model, tokenizer, _ = models.load_with_tokenizer(start, delimiters(config.objective), job.seed)
     results = run_tasks(
         model.to(join(config.device).device),

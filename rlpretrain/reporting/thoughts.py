@@ -63,9 +63,8 @@ def load_models(report: Report, config: PretrainConfig, folder: Path, model: str
 
 def load_model(config: PretrainConfig, path: str) -> tuple[nn.Module, Any, list[str]]:
     """The model at `path` with the run's settings, its tokenizer, and the tags that were added to both."""
-    start = replace(config.model, path=path, from_scratch=False)
-    if path != config.model.path:
-        start = replace(start, quantization="none")  # a trained model was saved merged
+    initial = path == config.model.path
+    start = replace(config.model, from_scratch=False) if initial else config.model.saved_at(path)
     model, tokenizer, added = models.load_with_tokenizer(start, delimiters(config.objective), config.seed)
     return model.to(join(config.device).device), tokenizer, added
 
