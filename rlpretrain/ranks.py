@@ -81,6 +81,11 @@ def join(device: str = "auto") -> Ranks:
     return Ranks(rank, size, torch_device)
 
 
+def is_gpu(device: str) -> bool:
+    """Whether a setting `device` means an NVIDIA GPU on this machine."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
 def _resolve_device(device: str, local_rank: int) -> torch.device:
     """Return the torch device of a setting `device`, with its number; ConfigError if there is none."""
     if device == "auto":

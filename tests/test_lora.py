@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlpretrain.config import ConfigError, LoraConfig
 from rlpretrain.config.io import build
 from rlpretrain.corpora import dial
-from rlpretrain.models.adapters import adapter_pieces, add_lora, pieces, plain_copy
+from rlpretrain.models.adapters import adapter_pieces, add_lora, check, pieces, plain_copy
 from rlpretrain.training.pretrainer import Pretrainer
 from tests.builders.engines import SHAPE, rows_of
 from tests.builders.policies import SHARDED
@@ -85,6 +85,19 @@ def test_layers_that_are_not_there(values):
         Pretrainer(build(merged(values, policy={"lora": {"target_modules": ["nonsense"]}}))).train()
     with pytest.raises(ConfigError, match="policy.lora.sync: adapter is for engine vllm_local"):
         Pretrainer(build(merged(values, policy={"lora": {"sync": "adapter"}}))).train()
+
+
+def test_an_adapter_on_a_gpu_needs_half_precision(values):
+    """vLLM's kernels for adapters assert it in the middle of a run; on a CPU they take float32."""
+    run = merged(values, policy={"lora": {"sync": "adapter"}}, engine={"name": "vllm_local"}, device="cuda")
+    with pytest.raises(ConfigError, match="half precision on a GPU.*engine.dtype to bfloat16"):
+        check(build(run))
+    for changes in (
+        {"engine__dtype": "bfloat16"},
+        {"model": {"path": "x", "dtype": "float16"}},
+        {"device": "cpu"},
+    ):
+        check(build(merged(run, **changes)))
 
 
 def test_the_adapter_pieces_are_half_of_nothing_else():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rlpretrain.compat import require_library
 from rlpretrain.config import ConfigError, LoraConfig, PretrainConfig
 from rlpretrain.models.merging import Piece, is_adapter, pieces, plain_name
+from rlpretrain.ranks import is_gpu
 
 __all__ = [
     "Piece",
@@ -69,6 +70,12 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError(
             f"model.quantization 8bit also rounds the inputs of layers, so engine {config.engine.name} would "
             "sample from another model: use 4bit, or engine hf"
+        )
+    precision = config.engine.dtype or config.model.dtype
+    if lora and lora.sync == "adapter" and precision == "float32" and is_gpu(config.device):
+        raise ConfigError(
+            "policy.lora.sync: adapter needs half precision on a GPU, since vLLM's kernels for adapters take "
+            "no float32: set engine.dtype to bfloat16, or use merged"
         )
     if lora and lora.sync == "adapter" and lora.use_dora:
         raise ConfigError("policy.lora.sync: adapter does not work with policy.lora.use_dora: use merged")
