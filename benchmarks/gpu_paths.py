@@ -31,7 +31,17 @@ PATHS: dict[str, dict[str, Any]] = {
     "Muon": {"optim": {"name": "muon"}},
     "vLLM": {"engine": VLLM},
     "vLLM that sleeps while the model trains": {"engine": VLLM | {"sleep": True}},
-    "vLLM, an adapter": {"engine": VLLM, "policy": {"lora": {"r": 4, "sync": "adapter"}}},
+    "vLLM, an adapter": {
+        "engine": VLLM | {"dtype": "bfloat16"},
+        "model": {"dtype": "bfloat16"},
+        "policy": {"lora": {"r": 4, "sync": "adapter"}},
+    },
+    "8-bit AdamW": {"optim": {"name": "adamw_8bit"}},
+    "LoRA on a base in eight bits": {"model": {"quantization": "8bit"}, "policy": {"lora": {"r": 4}}},
+    "LoRA on a base in four bits": {"model": {"quantization": "4bit"}, "policy": {"lora": {"r": 4}}},
+    "FSDP 2": {"policy": {"backend": "fsdp"}},
+    "FSDP 2, LoRA": {"policy": {"backend": "fsdp", "lora": {"r": 4}}},
+    "FSDP 2, bfloat16": {"policy": {"backend": "fsdp"}, "model": {"dtype": "bfloat16"}},
     "DeepSpeed ZeRO 0": {"policy": {"backend": "deepspeed", "zero_stage": 0}},
     "DeepSpeed ZeRO 2": {"policy": {"backend": "deepspeed", "zero_stage": 2}},
     "DeepSpeed ZeRO 3": {"policy": {"backend": "deepspeed", "zero_stage": 3}},
@@ -42,12 +52,14 @@ EXACT = (
     "compiled layers",
     "recomputed activations",
     "offloaded activations",
+    "FSDP 2",
     *(name for name in PATHS if name.startswith("DeepSpeed")),
 )
 """Paths that compute the same numbers as the first, up to rounding."""
 ON_A_CPU = ("float32", "padded rows", "LoRA")
 """Paths of a test of the code: the tests of the library run all of them on a CPU."""
-NEEDS = {"LoRA": "peft"}
+NEEDS = {name: "peft" for name in PATHS if "LoRA" in name}
+NEEDS |= {name: "bitsandbytes" for name in PATHS if "bits" in name or "8-bit" in name}
 NEEDS |= {name: "deepspeed" for name in PATHS if name.startswith("DeepSpeed")}
 NEEDS |= {name: "vllm" for name in PATHS if name.startswith("vLLM")}
 """Packages that a path needs; without them it is left out."""
@@ -57,13 +69,10 @@ LARGEST = 1e-4
 
 def measure_paths(settings: Settings, report: Report) -> None:
     """Some steps of RLP on each path, and a resume."""
-    from rlpretrain.corpora import dial
-
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        dial.write(folder, base=64, train=64, held_out=16)
-        _write_model(folder / "base")
+        write_inputs(folder)
         reference: dict[str, torch.Tensor] | None = None
         paths = {path: PATHS[path] for path in ON_A_CPU} if settings.tiny else PATHS
         for path, changes in paths.items():
@@ -74,7 +83,7 @@ def measure_paths(settings: Settings, report: Report) -> None:
                 cell.status = "no time left"
             else:
                 with measuring(cell):
-                    weights = _run(settings, folder, path, changes, cell)
+                    weights = train_path(settings, folder, path, changes, cell)
                     reference = weights if reference is None else reference
                     if path in EXACT:
                         _compare(cell, weights, reference)
@@ -84,13 +93,13 @@ def measure_paths(settings: Settings, report: Report) -> None:
             whole, again = folder / _name_of("float32"), folder / "resumed"
             again.mkdir()
             (whole / f"checkpoint-{STEPS // 2}").rename(again / f"checkpoint-{STEPS // 2}")
-            weights = _run(settings, folder, "resumed", {}, cell, resume="auto")
+            weights = train_path(settings, folder, "resumed", {}, cell, resume="auto")
             assert reference is not None, "the first path has failed"
             _compare(cell, weights, reference)
         report(cell)
 
 
-def _run(
+def train_path(
     settings: Settings, folder: Path, path: str, changes: dict[str, Any], cell: Cell, resume: Any = None
 ) -> dict[str, torch.Tensor]:
     """Train, fill in the cell and return the weights of the trained model."""
@@ -141,11 +150,13 @@ def _name_of(path: str) -> str:
     return path.replace(" ", "-")
 
 
-def _write_model(folder: Path) -> None:
-    """A random Qwen3 of the corpus' vocabulary, whose heads are wide enough for FlexAttention."""
+def write_inputs(folder: Path) -> None:
+    """A small corpus, and a random Qwen3 of its vocabulary whose heads are wide enough for FlexAttention."""
     from rlpretrain.corpora import dial
     from tests.builders.tiny import tiny_model
 
+    dial.write(folder, base=64, train=64, held_out=16)
+    base = folder / "base"
     heads = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tiny_model("qwen3", vocab_size=len(dial.WORDS), seed=3, **heads).save_pretrained(folder)
-    dial.tokenizer().save_pretrained(folder)
+    tiny_model("qwen3", vocab_size=len(dial.WORDS), seed=3, **heads).save_pretrained(base)
+    dial.tokenizer().save_pretrained(base)

@@ -49,8 +49,16 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "apart": ("largest difference of a weight", ".1e"),
         "memory_gib": ("peak GiB", ".2f"),
     },
+    "methods": {
+        "seconds": ("s", ".1f"),
+        "loss": ("loss of the last step", ".4f"),
+        "apart": ("largest difference of a loss from a CPU's", ".1e"),
+    },
+    "services": {"seconds": ("s", ".1f"), "loss": ("loss of the last step", ".4f")},
 }
 TITLES = {
+    "methods": "Three steps of each method on a small model",
+    "services": "Four steps through servers, Ray and TRL",
     "paths": "Short runs of a small model, one for each path",
     "parity": "Trees on FlexAttention against padded rows on eager attention in float32",
     "compilation": "FlexAttention on trees of many sizes, at the model's heads, bfloat16",

@@ -127,6 +127,30 @@ def test_recipes_on_an_h100(recipe, cell):
     assert agree(numbers(row[3]), [measured["memory_gib"]], 0.051)
 
 
+def test_sampling_on_an_h200():
+    cells = results("gpu_h200")["parts"]["sampling"]["cells"]
+    rates = {cell["name"]: cell["values"]["tokens_per_s"] for cell in cells}
+    table = rows("docs/gpu.md", "| | transformers | vLLM |")
+    asked = [(64, 64, 1024), (64, 256, 1024), (16, 64, 8192), (16, 256, 8192)]
+    for (count, length, after), cells in zip(asked, table.values(), strict=True):
+        for engine, cell in zip(("hf", "vllm_local"), cells, strict=True):
+            measured = rates.get(f"{engine}: {count} thoughts of {length} after {after} tokens")
+            assert agree(numbers(cell), [] if measured is None else [measured], 0.51), (engine, count, length)
+
+
+def test_what_ran_on_an_h200():
+    parts = results("gpu_h200")["parts"]
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    methods = [cell["values"] for cell in parts["methods"]["cells"]]
+    assert len(methods) == 19 and "**Methods**: three steps of each of 19 configurations" in text
+    assert max(values["apart"] for values in methods) < 1.45e-6
+    paths = parts["paths"]["cells"]
+    ran = [cell for cell in paths if cell["status"] == "ok" and not cell["name"].startswith("resume")]
+    assert len(ran) == 20 and all(cell["status"] in ("ok", "deepspeed is not installed") for cell in paths)
+    assert max(cell["values"].get("apart", 0.0) for cell in paths) < 6.45e-6
+    assert [cell["status"] for cell in parts["services"]["cells"]] == ["ok"] * 6
+
+
 def test_the_run_with_vllm():
     (call, *_) = results("gpu_vllm")["calls"]
     (cell,) = call["parts"]["run"]["cells"]

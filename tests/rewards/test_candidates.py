@@ -178,3 +178,26 @@ def test_many_labels_are_read_by_plain_tiles(monkeypatch):
     candidate_logps(hidden, weight, labels).sum().backward()
     with pytest.raises(AssertionError, match="a fused tile"):
         candidate_logps(hidden, weight, labels[:, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("count", [5, 32, 40])
+def test_kernels_of_a_gpu_give_the_numbers_of_a_cpu(count):
+    """Up to 32 labels a row are one kernel for each tile, and more are plain tiles."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3000, 64, generator=generator), torch.randn(20000, 64, generator=generator)
+    labels = torch.randint(-1, 20000, (3000, count), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    direction = torch.randn(labels.shape, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        made = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        logps = candidate_logps(*made, labels.to(device))
+        results.append((logps, *torch.autograd.grad((logps * direction.to(device)).sum(), made)))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=5e-3)
+    tokens, values = top_logps(hidden.cuda(), weight.cuda(), 4)
+    same, expected = top_logps(hidden, weight, 4)
+    torch.testing.assert_close(values.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert (tokens.cpu() == same).float().mean() > 0.999
