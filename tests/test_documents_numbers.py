@@ -132,10 +132,10 @@ def test_sampling_on_an_h200():
     rates = {cell["name"]: cell["values"]["tokens_per_s"] for cell in cells}
     table = rows("docs/gpu.md", "| | transformers | vLLM |")
     asked = [(64, 64, 1024), (64, 256, 1024), (16, 64, 8192), (16, 256, 8192)]
-    for (count, length, after), cells in zip(asked, table.values(), strict=True):
-        for engine, cell in zip(("hf", "vllm_local"), cells, strict=True):
+    for (count, length, after), row in zip(asked, table.values(), strict=True):
+        for engine, cell in zip(("hf", "vllm_local"), row, strict=True):
             measured = rates.get(f"{engine}: {count} thoughts of {length} after {after} tokens")
-            assert agree(numbers(cell), [] if measured is None else [measured], 0.51), (engine, count, length)
+            assert cell == ("" if measured is None else f"{measured:,.0f}"), (engine, count, length)
 
 
 def test_what_ran_on_an_h200():
