@@ -76,10 +76,19 @@ LEARNT = {
 }
 
 
-@pytest.mark.parametrize(("which", "file"), [(0, "compare"), (1, "compare-low-hits")])
-def test_what_the_objectives_learn(which, file):
+@pytest.mark.parametrize(
+    ("document", "which", "file"),
+    [
+        ("objectives", 0, "compare"),
+        ("objectives", 1, "compare-low-hits"),
+        ("measured", 0, "compare-thinking"),
+        ("measured", 1, "compare-v-pretrain"),
+    ],
+)
+def test_what_the_objectives_learn(document, which, file):
     measured = results(file)["methods"]
-    table = rows("docs/objectives.md", "| its own number, base → after |", which, with_head=True)
+    start = "| its own number, base → after |" if document == "objectives" else "thinks, sampled |"
+    table = rows(f"docs/{document}.md", start, which, with_head=True)
     head = table.pop("")
     assert {name.strip("`") for name in table} == set(measured)
     assert len(set(LEARNT) & set(head)) >= 3
@@ -99,6 +108,13 @@ def test_choosing_has_the_numbers_of_that_table():
         think, gain = table[row][2], table[row][3]
         assert agree(numbers(think), measured[method]["think_sampled"][:1], 0.0051), row
         assert agree(numbers(gain), measured[method]["gain_frozen"][:1], 0.051), row
+    later = results("compare-thinking")["methods"]
+    for method in ("latro", "nover", "bow", "quiet_star", "remit"):
+        cost, think, gain = table[f"`{method}`"][1:4]
+        spent = later[method]["spent"]["flops"] / later["ntp"]["spent"]["flops"]
+        assert agree(numbers(cost), [spent], 0.051), method
+        assert agree(numbers(think), later[method]["think_sampled"][:1], 0.0051), method
+        assert agree(numbers(gain), later[method]["gain_frozen"][:1], 0.051), method
 
 
 def gpu_step(name: str) -> dict[str, float]:
