@@ -83,6 +83,11 @@ def test_a_misspelt_key_on_the_command_line(values, tmp_path, capsys):
         (["--optim.warmup_step", "3"], "unknown key 'optim.warmup_step': did you mean 'warmup_steps'?"),
         (["--objective.mark", "x"], "unknown key 'objective.mark': did you mean 'marker'?"),
         (["--max_steps"], "'--max_steps' needs a value"),
+        (
+            ["--set", "optim.lr=1"],
+            "a field is set by its own name: --optim.lr=1 in place of --set optim.lr=1",
+        ),
+        (["--zet", "1"], "unknown key 'zet': known here: "),  # not data.mixing.eta
         (["max_steps", "3"], "expected --field value, got 'max_steps'"),
         (["--max_steps", "[1"], "'--max_steps [1' is not YAML: "),
         (["--max_steps", "many"], "'max_steps'"),

@@ -174,6 +174,8 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
             if not words:
                 raise ConfigError(f"'--{key}' needs a value")
             text = words.pop(0)
+        if key == "set" and "=" in text:
+            raise ConfigError(f"a field is set by its own name: --{text} in place of --set {text}")
         yield key, text
 
 

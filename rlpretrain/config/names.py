@@ -95,7 +95,7 @@ def hint(name: str, known: Sequence[str], everywhere: Sequence[str] = ()) -> str
     if same:
         return f"did you mean {' or '.join(repr(path) for path in same)}?"
     by_last_part = {path.rpartition(".")[2]: path for path in reversed(everywhere)}
-    if near := difflib.get_close_matches(name, by_last_part, n=1):
+    if near := difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.7):  # most fields are far away
         return f"did you mean '{by_last_part[near[0]]}'?"
     return f"known here: {', '.join(known) or 'no fields'}"
 
