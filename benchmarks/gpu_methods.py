@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ntp": {},
 }
 """Files, after whose name a comma may stand, and changes of their settings."""
-ON_A_CPU = ("rlp", "bow")
+ON_A_CPU = ("bow",)
 """Methods of a test of the code: the tests of the library run all of them on a CPU."""
 LARGEST = 1e-3
 """Of a difference between losses, in nats: sums in another order, after steps of Adam."""

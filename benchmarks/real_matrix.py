@@ -30,6 +30,8 @@ from examples.smollm2_checkpoint import make_checkpoint
 WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3}
 TAGS = {"open": "<<", "close": ">>"}
 WRITTEN = {"target_length": 8, "max_prediction_tokens": 16}
+ALL = {"dynamic_sampling": False}
+"""Train on groups without a difference too: this base hits next to nothing, so all of them would be left out."""
 JUDGE = "benchmarks.real_matrix:judge"
 ORACLE = "rlpretrain.corpora.dial_judge:chance"
 METHODS: dict[str, dict[str, Any]] = {
@@ -37,9 +39,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "rlpt, information gain": {"name": "rlpt", "target_length": 8, "reward": "information_gain"} | TAGS,
     "rlpt, match": {"name": "rlpt", "reward": "match"} | WRITTEN | TAGS,
     "rlpt, judge": {"name": "rlpt", "reward": "judge", "judge_function": JUDGE} | WRITTEN | TAGS,
-    "rpt": {"name": "rpt", "max_prediction_tokens": 6} | WHERE | TAGS,
-    "rmt": {"name": "rmt"} | TAGS,
-    "pretrain_zero": {"name": "pretrain_zero", "max_span_tokens": 2, "max_answer_tokens": 6} | TAGS,
+    "rpt": {"name": "rpt", "max_prediction_tokens": 6} | ALL | WHERE | TAGS,
+    "rmt": {"name": "rmt"} | ALL | TAGS,
+    "pretrain_zero": {"name": "pretrain_zero", "max_span_tokens": 2, "max_answer_tokens": 6} | ALL | TAGS,
     "likelihood, log_prob": {"name": "likelihood", "score": "log_prob", "direct": 1.0} | WHERE | TAGS,
     "likelihood, mean_prob": {"name": "likelihood", "score": "mean_prob"} | WHERE | TAGS,
     "likelihood, jepo": {"name": "likelihood", "score": "jepo", "direct": 1.0} | WHERE | TAGS,
@@ -197,6 +199,7 @@ def train_natively(method: str, engine: str, weights: str, folder: Path, steps: 
         "peak_gib": memory_field("VmHWM") / GIB,
         "promised_gib": promised / GIB,
         "trained": len(lines),
+        "thought": sum("policy_loss" in line for line in lines),
     }
 
 
