@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,20 @@ class Policy(Protocol):
     def load(self, path: Path) -> None:
         """Restore what `save` wrote."""
         ...
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, norm: float, lr: float) -> bool:
+    """Update at a learning rate, unless the norm of the gradients is not finite, and clear them.
+
+    Return whether weights were updated.
+    """
+    applied = math.isfinite(norm)
+    if applied:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return applied
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,7 +23,7 @@ from rlpretrain.config import ConfigError, FsdpConfig, OptimConfig, PolicyConfig
 from rlpretrain.models.adapters import Piece, adapter_pieces, pieces
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.backends.base import StepInfo, trained_parameters
+from rlpretrain.training.backends.base import StepInfo, apply_gradients, trained_parameters
 from rlpretrain.training.backends.masters import HALF
 from rlpretrain.training.optim import groups_for, make_optimizer
 from rlpretrain.training.schedules import make_schedule
@@ -85,13 +85,9 @@ class FsdpPolicy:
                 p.grad = torch.zeros_like(p)
         total = nn.utils.clip_grad_norm_(trained, self.optim.clip_grad_norm or math.inf)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr, applied = self.optim.lr * self.factor(self.steps), math.isfinite(norm)
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.steps += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        lr = self.optim.lr * self.factor(self.steps)
+        applied = apply_gradients(self.optimizer, norm, lr)
+        self.steps += applied
         return StepInfo(norm, lr, applied)
 
     def discard(self) -> None:

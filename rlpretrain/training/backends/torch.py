@@ -15,7 +15,7 @@ from rlpretrain.config import OptimConfig, PolicyConfig
 from rlpretrain.models.adapters import adapter_pieces, pieces
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring.scorer import Scorer, score
-from rlpretrain.training.backends.base import StepInfo, copy_trained, trained_parameters
+from rlpretrain.training.backends.base import StepInfo, apply_gradients, copy_trained, trained_parameters
 from rlpretrain.training.backends.masters import make_masters
 from rlpretrain.training.optim import groups_for, make_optimizer
 from rlpretrain.training.schedules import make_schedule
@@ -70,16 +70,13 @@ class TorchPolicy:
                 dist.all_reduce(tensor.grad)
         limit = self.optim.clip_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.updated, limit))
-        lr, applied = self.optim.lr * self.factor(self.steps), math.isfinite(norm)
+        lr = self.optim.lr * self.factor(self.steps)
+        applied = apply_gradients(self.optimizer, norm, lr)
+        self.steps += applied
         if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.steps += 1
             with torch.no_grad():
                 for p, m in self.masters:
                     p.copy_(m)
-        self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(norm, lr, applied)
 
     def discard(self) -> None:
