@@ -77,6 +77,8 @@ class Config(base.Config):
     """Most occurrences of a valid span in its paragraph."""
     advantage: base.AdvantageForm = "leave_one_out"
     """How the thoughts of a group are compared: leave_one_out, group_normalised (GRPO) or max_rl."""
+    dynamic_sampling: bool = True
+    """Leave out groups whose thoughts all have the same reward."""
 
 
 class PretrainZero(base.Objective):
@@ -154,7 +156,9 @@ class PretrainZero(base.Objective):
         return base.ADVANTAGES[self.config.advantage](reward)
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups whose thoughts do not all have the same reward."""
+        """The groups to train on; with `dynamic_sampling` only those whose rewards differ."""
+        if not self.config.dynamic_sampling:
+            return list(groups)
         return [g for g in groups if base.rewards_differ(g)]
 
     def span(self, thought: Thought, text: str) -> str | None:

@@ -146,6 +146,7 @@ def test_what_both_roles_earn():
     ]
     assert len({g.id for g in groups}) == 4
     assert objective.select(groups) == [maker, finders[0]]  # accuracy 0 and 1 teach a predictor nothing
+    assert zero(dynamic_sampling=False).select(groups) == groups
 
 
 def test_a_generator_that_names_nothing_asks_for_nothing():
@@ -189,8 +190,7 @@ def test_both_roles_are_trained_in_real_runs(values, monkeypatch):
 
     monkeypatch.setattr(PretrainZero, "span", first)
     monkeypatch.setattr(PretrainZero, "prediction", first)
-    monkeypatch.setattr(PretrainZero, "select", lambda objective, groups: list(groups))
-    run = Run(build(merged(values, objective=REAL, **BRIEF)), None)
+    run = Run(build(merged(values, objective=REAL | {"dynamic_sampling": False}, **BRIEF)), None)
     batch = run.next_batch()
     roles = [g.role for g in batch.groups]
     assert roles.count("generator") == 4 and roles.count("predictor") >= 1
