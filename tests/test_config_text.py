@@ -351,8 +351,12 @@ def test_an_error_in_a_file_names_the_file_and_the_line(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     for text, said in (
         ("model: a\ndata: [\n", f"{path} is not YAML: line 3, column 1"),
-        ("model: a\ndata: b\nmax_steps: many\n", f"(in {path})"),
-        ("model: a\ndata: b\noptim: {lrr: 3}\n", f"'optim.lrr': did you mean 'lr'? (in {path})"),
+        ("model: a\ndata: b\nmax_steps: many\n", f"(in {path}, line 3)"),
+        ("model: a\ndata: b\noptim: {lrr: 3}\n", f"'optim.lrr': did you mean 'lr'? (in {path}, line 3)"),
+        ("data: b\n\noptim:\n  # rate\n  lr: -1\nmodel: a\n", f"(in {path}, line 5)"),
+        ("model: a\n", f"'data' is required (in {path})"),  # it has no line
+        ("data:\n  max_length: 3\n  paths: x\nmodel: a\n", f"(in {path}, line 1)"),
+        ("model: a\ndata: b\nloss: {clip: 1}\nmix:\n", f"(in {path}, line 3)"),  # the first of two
     ):
         path.write_text(text)
         assert cli.main(["train", str(path)]) == 2
@@ -360,7 +364,10 @@ def test_an_error_in_a_file_names_the_file_and_the_line(tmp_path, capsys):
         assert said in error and error.count("\n") == 1 and "unicode string" not in error
     path.write_text("methods: {a: {config: x.yaml, sett: {}}}\nevaluation: {data: x}\n")
     assert cli.main(["compare", str(path)]) == 2
-    assert f"(in {path})" in capsys.readouterr().err
+    assert f"(in {path}, line 1)" in capsys.readouterr().err
+    path.write_text("model: a\noptim: {lr: -1}\ndata: b\n")
+    assert cli.main(["train", str(path), "--optim.lr", "-2"]) == 2
+    assert f"(in {path}, or in its overrides)" in capsys.readouterr().err
     path.write_bytes(b"model: \xff\xfe")
     assert cli.main(["train", str(path)]) == 2
     assert f"{path} cannot be read" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from rlpretrain.config import STRICT, ConfigError, ModelConfig, PretrainConfig, names, plain
 from rlpretrain.config.engines import own_settings
+from rlpretrain.config.lines import place_of
 from rlpretrain.config.names import dotted, inner, owner_at
 
 HEADS = {
@@ -110,7 +111,7 @@ def _hint(owner: type, path: Sequence[Any]) -> str:
 def load_config(path: str | Path, overrides: Sequence[str] = (), find: Find | None = None) -> PretrainConfig:
     """Return the configuration in a YAML file, with command-line overrides (`--section.field value`).
 
-    `find` is explained in `build`. Errors name the file.
+    `find` is explained in `build`. Errors name the file, and the line where there are no overrides.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -121,7 +122,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), find: Find | No
     try:
         return build(values, find)
     except ConfigError as error:
-        where = f"{file}, or in its overrides" if overrides else str(file)
+        where = f"{file}, or in its overrides" if overrides else place_of(str(error), file)
         raise ConfigError(f"{error} (in {where})") from None
 
 

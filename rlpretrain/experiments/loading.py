@@ -9,6 +9,7 @@ from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import parse, read_mapping, section, to_dict
+from rlpretrain.config.lines import place_of
 from rlpretrain.experiments.experiment import BASE, Experiment, Job, combinations, needed
 from rlpretrain.objectives import config_of
 from rlpretrain.training.same_settings import changes
@@ -20,10 +21,11 @@ NOT_SEARCHED = ("objective", "model", "data", "seed", "output_dir")
 def load_experiment(path: str | Path) -> Experiment:
     """Read and check an experiment file; see `build_experiment`."""
     file = Path(path).expanduser()
+    values = read_mapping(file)
     try:
-        experiment = parse(Experiment, read_mapping(file))
+        experiment = parse(Experiment, values)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {file})") from None
+        raise ConfigError(f"{error} (in {place_of(str(error), file)})") from None
     return _checked(experiment, file.parent, f"{file}: ")
 
 

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from rlpretrain.config import STRICT, Amount, ConfigError, Count, PathText, PretrainConfig, Seed
 from rlpretrain.config.data import TextConfig
 from rlpretrain.config.io import build, parse, read_mapping, to_dict
+from rlpretrain.config.lines import place_of
 from rlpretrain.evaluation.places import held_out_data
 from rlpretrain.experiments.experiment import UNLIMITED, Experiment, Fields, overlay
 from rlpretrain.experiments.loading import build_experiment
@@ -92,11 +93,12 @@ class Grid:
 def load_grid(path: str | Path) -> tuple[Grid, Experiment]:
     """Read and check a grid file; returns it with the experiment that trains it."""
     file = Path(path).expanduser()
+    values = read_mapping(file)
     try:
-        grid = parse(Grid, read_mapping(file))
+        grid = parse(Grid, values)
         return grid, make_experiment(grid, file.parent)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {file})") from None
+        raise ConfigError(f"{error} (in {place_of(str(error), file)})") from None
 
 
 def method_of(variant: str, ratio: float) -> str:
