@@ -23,6 +23,7 @@ from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experi
 from rlpretrain.experiments.loading import build_experiment, load_experiment
 from rlpretrain.experiments.plot import plot
 from rlpretrain.experiments.results import Measurements, collect, read_measurements, write_csv
+from rlpretrain.experiments.sampled_answers import check_answers
 from rlpretrain.experiments.tables import differences, searches, table, tasks
 from rlpretrain.files import check_writable
 from rlpretrain.models import adapters
@@ -102,5 +103,6 @@ def check(experiment: Experiment, where: Path) -> None:
     tokenizer = models.load_tokenizer(common.model)
     for data in filter(None, (evaluation.data, evaluation.search_data)):
         read_held_out(data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
+    check_answers(evaluation)
     if evaluation.tasks:
         load_tasks(evaluation.tasks, evaluation.include_path)

@@ -69,6 +69,26 @@ class Method:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class PassAtSettings:
+    """Answers that are sampled to the prompts of the evaluation's documents, directly and after a thought."""
+
+    ks: tuple[Count, ...] = (1,)
+    """Every k of pass@k."""
+    answers: Count | None = None
+    """Answers per prompt; the largest k by default."""
+    tokens: Count | None = None
+    """Longest answer; twice the longest true one by default."""
+    after: str = ""
+    """Only what follows this text counts, as '####'."""
+    until: str = ""
+    """Only what precedes this text counts, as '}'."""
+    stop: str = ""
+    """Text that ends an answer, beside the end of text."""
+    verifier: str | None = None
+    """package.module:function that judges thought and answer together, as objective verified does."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class CommonEvaluation(TaskSettings):
     """How all models are compared: one objective, and the same positions, random seeds and tasks."""
 
@@ -94,6 +114,8 @@ class CommonEvaluation(TaskSettings):
     """Score a greedy thought at each position too."""
     own: bool = True
     """Evaluate each model by its own objective too."""
+    pass_at: PassAtSettings | None = None
+    """Sample answers too; the documents need `answer_column`."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -20,8 +20,10 @@ from rlpretrain.config import ConfigError, PretrainConfig, TaskSettings
 from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.evaluation.evaluate import evaluate
+from rlpretrain.experiments.evaluated_model import load_evaluated
 from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job, needed
 from rlpretrain.experiments.held_out import read_held_out
+from rlpretrain.experiments.sampled_answers import sample_answers
 from rlpretrain.experiments.search import chosen_values, describe_values, trials
 from rlpretrain.experiments.tasks import answer_tasks
 from rlpretrain.objectives import delimiters, load_objective
@@ -35,6 +37,7 @@ Say = Callable[[str], None]
 EARLIER_EVALUATION = {
     "greedy": False,
     "own": True,
+    "pass_at": None,
     "positions": 1,
     "sample_seed": None,
     "search_data": None,
@@ -235,6 +238,9 @@ def evaluate_job(job: Job, settings: dict[str, Any]) -> None:
     record = {"settings": settings, "meta": common.pop("meta"), "common": common, "own": own}
     if evaluation.tasks:
         record["tasks"] = answer_tasks(job, common_config(config, evaluation), path)
+    if evaluation.pass_at:
+        answers = sample_answers(job, common_config(config, evaluation), path)
+        record["tasks"] = record.get("tasks", {}) | answers
     write_json(job.folder / "evaluation.json", record)
 
 
@@ -258,12 +264,11 @@ def _evaluate_model(job: Job, config: PretrainConfig, path: str, common: bool = 
     """
     evaluation, device = job.experiment.evaluation, join(config.device).device
     tags = delimiters(config.objective)
-    start = config.model.saved_at(path) if job.method else config.model
-    model, tokenizer, _ = models.load_with_tokenizer(start, tags, job.seed)
+    model, tokenizer = load_evaluated(job, config, path)
     base = models.load_with_tokenizer(config.model, tags, job.seed)[0]
     with bar(f"evaluating positions ({job.name}, seed {job.seed})") as progress:
         result = evaluate(
-            model.to(device),
+            model,
             load_objective(config, tokenizer),
             read_held_out(
                 evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed

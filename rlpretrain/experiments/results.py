@@ -70,13 +70,13 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "methods": methods,
         "differences": _differences(measured),
     }
-    if experiment.evaluation.tasks:
+    if experiment.evaluation.tasks or experiment.evaluation.pass_at:
         results["tasks"] = task_numbers(_task_answers(experiment))
     return finite(results)
 
 
 def _task_answers(experiment: Experiment) -> dict[str, list[Any]]:
-    """What `answer_tasks` returned, by model, for each seed."""
+    """What `answer_tasks` and `sample_answers` returned, by model, for each seed."""
     return {
         name: [evaluation["tasks"] for evaluation in read_evaluations(experiment, name)]
         for name in (BASE, *experiment.methods)

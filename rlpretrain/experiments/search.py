@@ -26,7 +26,7 @@ def trials(job: Job) -> list[Job]:
         return []
     evaluation = job.experiment.evaluation
     if evaluation.search_data is not None:
-        evaluation = replace(evaluation, data=evaluation.search_data, own=False, tasks=())
+        evaluation = replace(evaluation, data=evaluation.search_data, own=False, tasks=(), pass_at=None)
     experiment = replace(job.experiment, evaluation=evaluation)
     seed = experiment.seeds[0]
     return [

@@ -61,12 +61,12 @@ def searches(results: dict[str, Any]) -> Any:
 
 
 def tasks(results: dict[str, Any]) -> Any:
-    """The numbers on lm-eval's tasks: a row for each model and each paired difference."""
+    """The numbers on lm-eval's tasks, and pass@k: a row for each model and each paired difference."""
     from rich.table import Table
 
     numbers = results["tasks"]
     columns = next(iter(numbers.values()))
-    shown = Table("tasks", *columns, title="lm-eval's tasks; 95% intervals over examples and seeds")
+    shown = Table("tasks", *columns, title="answers; 95% intervals over examples and seeds")
     for name, row in numbers.items():
         shown.add_row(name, *(cell(row[column]) for column in columns))
     return shown

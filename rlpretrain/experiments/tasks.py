@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from rlpretrain import models
 from rlpretrain.config import PretrainConfig
 from rlpretrain.evaluation.harness import load_tasks, run_tasks
 from rlpretrain.evaluation.intervals import interval
 from rlpretrain.evaluation.task_results import WAYS
+from rlpretrain.experiments.evaluated_model import load_evaluated
 from rlpretrain.experiments.experiment import BASE, Job
-from rlpretrain.objectives import delimiters, load_objective
-from rlpretrain.ranks import join
+from rlpretrain.objectives import load_objective
 
 Answers = Mapping[str, Mapping[str, Any]]
 """What `answer_tasks` returned for each seed."""
@@ -27,10 +26,9 @@ def answer_tasks(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
     is no mean over examples.
     """
     evaluation = job.experiment.evaluation
-    start = config.model.saved_at(path) if job.method else config.model
-    model, tokenizer, _ = models.load_with_tokenizer(start, delimiters(config.objective), job.seed)
+    model, tokenizer = load_evaluated(job, config, path)
     results = run_tasks(
-        model.to(join(config.device).device),
+        model,
         tokenizer,
         load_tasks(evaluation.tasks, evaluation.include_path),
         objective=load_objective(config, tokenizer),

@@ -1,0 +1,81 @@
+"""pass@k and verified@k of the models of an experiment, on the common evaluation's documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlpretrain.config import ConfigError, PretrainConfig
+from rlpretrain.evaluation.answers import AnswerRule, Answers, evaluate_answers, pass_at_k
+from rlpretrain.evaluation.task_results import WAYS
+from rlpretrain.experiments.evaluated_model import load_evaluated
+from rlpretrain.experiments.experiment import CommonEvaluation, Job
+from rlpretrain.experiments.held_out import read_held_out
+from rlpretrain.objectives import load_objective
+from rlpretrain.tracking.progress import bar
+from rlpretrain.verdict import Verifier, find_verifier
+
+
+def check_answers(evaluation: CommonEvaluation) -> None:
+    """Raise ConfigError for settings of `evaluation.pass_at` that cannot be used."""
+    settings = evaluation.pass_at
+    if settings is None:
+        return
+    if not evaluation.data.answer_column:
+        raise ConfigError("evaluation.pass_at needs documents with answers: set data.answer_column there")
+    if settings.answers is not None and settings.answers < max(settings.ks):
+        raise ConfigError(
+            f"evaluation.pass_at.answers is {settings.answers}: pass@{max(settings.ks)} needs that many"
+        )
+    _verifier(evaluation)
+
+
+def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
+    """The numbers of the model at `path`, as `tasks.answer_tasks` returns them.
+
+    `config` has the common objective. Each number is the mean over documents of what `examples` has.
+    """
+    evaluation = job.experiment.evaluation
+    settings = evaluation.pass_at
+    assert settings is not None, "the experiment asks for it"
+    model, tokenizer = load_evaluated(job, config, path)
+    objective = load_objective(config, tokenizer)
+    documents = read_held_out(
+        evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed
+    )
+    found: dict[str, Any] = {}
+    for way in WAYS if objective.has_positions else WAYS[:1]:
+        with bar(f"sampling answers, {way} ({job.name}, seed {job.seed})") as progress:
+            answers = evaluate_answers(
+                model,
+                objective,
+                documents,
+                thinking=way == "thinking",
+                n=settings.answers or max(settings.ks),
+                ks=settings.ks,
+                seed=job.seed,
+                max_answer_tokens=settings.tokens,
+                rule=AnswerRule(settings.after, settings.until, settings.stop),
+                verifier=_verifier(evaluation),
+                progress=progress,
+            )
+        for name, values in _by_document(answers).items():
+            found[f"{name}, {way}"] = {"value": float(values.mean()), "examples": values.tolist()}
+    return found
+
+
+def _by_document(answers: Answers) -> dict[str, np.ndarray]:
+    """[P] each number at each document."""
+    numbers = {f"pass@{k}": pass_at_k(answers.correct, k) for k in answers.ks}
+    if answers.verdicts is not None:
+        numbers |= {f"verified@{k}": pass_at_k(answers.verdicts.verified, k) for k in answers.ks}
+        numbers["process"] = answers.verdicts.process.mean(1)
+    return numbers
+
+
+def _verifier(evaluation: CommonEvaluation) -> Verifier | None:
+    """The verifier; ConfigError if there is none of that name."""
+    assert evaluation.pass_at is not None, "the experiment asks for it"
+    name = evaluation.pass_at.verifier
+    return find_verifier(name, "evaluation.pass_at.verifier") if name else None
