@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.builders.tiny import tiny_model
 
 def test_sections_and_fields_take_path_objects(tmp_path):
     folder = Path("base")
-    given = {
+    given: dict[str, Any] = {
         "model": folder,
         "data": tmp_path / "docs.jsonl",
         "reference": folder,
@@ -21,12 +22,12 @@ def test_sections_and_fields_take_path_objects(tmp_path):
         "baseline": "frozen",
         "objective": "remit",
     }
-    texts = {name: str(value) for name, value in given.items()}
+    texts: dict[str, Any] = {name: str(value) for name, value in given.items()}
     assert build(given) == build(texts)
     assert PretrainConfig(**given) == PretrainConfig(**texts)
-    sources = {"a": Path("a.jsonl"), "b": {"path": Path("b.jsonl"), "weight": 2.0}}
-    texts = {"a": "a.jsonl", "b": {"path": "b.jsonl", "weight": 2.0}}
-    assert DataConfig(sources=sources) == DataConfig(sources=texts)
+    sources: Any = {"a": Path("a.jsonl"), "b": {"path": Path("b.jsonl"), "weight": 2.0}}
+    plain: Any = {"a": "a.jsonl", "b": {"path": "b.jsonl", "weight": 2.0}}
+    assert DataConfig(sources=sources) == DataConfig(sources=plain)
 
 
 def test_trl_takes_path_objects(corpus, tmp_path):
