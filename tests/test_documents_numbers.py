@@ -191,16 +191,23 @@ def test_real_matrix_in_the_benchmarks_and_the_recipes():
     measured = {row["name"]: row for row in results("real_matrix")["rows"]}
     for name, cells in rows("benchmarks/README.md", "| method / engine / weights |").items():
         row = measured.get(name) or measured[name.replace(" /", ",", 1)]
-        expected = [row["seconds"], row["peak_gib"], row["promised_gib"]]
-        assert agree([numbers(cell)[0] for cell in cells[:1]], expected[:1], 0.051), name
-        assert agree([numbers(cell)[0] for cell in cells[1:3]], expected[1:], 0.0051), name
+        assert agree(numbers(cells[0]), [row["seconds"]], 0.051), name
+        memory = [value for value in (row["peak_gib"], row["promised_gib"]) if value is not None]
+        assert agree(numbers(cells[1]) + numbers(cells[2]), memory, 0.0051), name
     table = rows("docs/recipes.md", "| recipe | model |")
     (row,) = (cells for first, cells in table.items() if "engine `hf`, all weights" in first)
     whole = measured["rlp / hf / all"]
     assert agree(numbers(row[2]) + numbers(row[3]), [whole["seconds"], whole["peak_gib"]], 0.051)
-    estimates = [row["promised_gib"] / row["peak_gib"] - 1 for row in measured.values()]
+    promised = [row for row in measured.values() if row["promised_gib"] is not None]
+    estimates = [row["promised_gib"] / row["peak_gib"] - 1 for row in promised]
     text = (ROOT / "docs" / "recipes.md").read_text()
-    assert f"−{-min(estimates):.0%} to +{max(estimates):.0%} of the peak in [{len(measured)} runs]" in text
+    assert f"−{-min(estimates):.0%} to +{max(estimates):.0%} of the peak in [{len(promised)} runs]" in text
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    near = sum(abs(estimate) <= 0.15 for estimate in estimates)
+    assert (
+        f"within 15% in {near} of {len(promised)} rows" in page
+        and f"{len(measured)} of 70 rows are done" in page
+    )
 
 
 def test_engines():
