@@ -85,6 +85,7 @@ LEARNT = {
         ("measured", 1, "compare-v-pretrain"),
         ("measured", 2, "compare-sip"),
         ("measured", 3, "compare-preference"),
+        ("measured", 4, "compare-distill"),
     ],
 )
 def test_what_the_objectives_learn(document, which, file):
