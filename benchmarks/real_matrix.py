@@ -31,7 +31,7 @@ WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3
 TAGS = {"open": "<<", "close": ">>"}
 WRITTEN = {"target_length": 8, "max_prediction_tokens": 16}
 ALL = {"dynamic_sampling": False}
-"""Train on groups without a difference too: this base hits next to nothing, so all of them would be left out."""
+"""Train on groups without a difference too: this base hits next to nothing, so all would be left out."""
 JUDGE = "benchmarks.real_matrix:judge"
 ORACLE = "rlpretrain.corpora.dial_judge:chance"
 METHODS: dict[str, dict[str, Any]] = {

@@ -58,10 +58,7 @@ def measure(folder: Path, questions: Sequence[str], samples: int, seed: int) -> 
         for question, group in zip(questions, groups, strict=True)
         for thought in group
     ]
-    return {
-        "right": sum(score == 1 for score in scores) / len(scores),
-        "quality": sum(scores) / len(scores),
-    }
+    return {"right": sum(score == 1 for score in scores) / len(scores), "quality": sum(scores) / len(scores)}
 
 
 if __name__ == "__main__":
