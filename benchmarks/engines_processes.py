@@ -29,6 +29,20 @@ def child(command: list[str], log: Path, **environment: str) -> Iterator[subproc
         process.wait()
 
 
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
+    """Return when the server answers; RuntimeError with the end of its log if it ends, or is too slow."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > end:
+                words = log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the server does not answer; the end of {log}:\n{words}") from None
+        time.sleep(0.5)
+
+
 @contextmanager
 def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
     """A vLLM server on loopback, as a child process; its address once it answers."""
@@ -48,16 +62,6 @@ def server(model: Path, log: Path, timeout: float = 900.0) -> Iterator[str]:
     ]
     log.unlink(missing_ok=True)
     with child(command, log, VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="WARNING") as process:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > end:
-                    words = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(
-                        f"the vLLM server does not answer; the end of {log}:\n{words}"
-                    ) from None
-            time.sleep(0.5)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process, log, timeout)
         yield url

@@ -28,7 +28,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "nover": {},
     "bow": {},
     "rpt": {},
-    "rpt, positions by a proxy": {"objective": {"proxy": "{base}", "min_entropy": 0.1}},
+    "rpt, positions by a proxy": {
+        "objective": {"proxy": "{base}", "min_entropy": 0.1, "dynamic_sampling": False}
+    },
     "rmt": {"objective": {"bands": [0.5, 10.0]}},
     "rlpt": {},
     "rlpt_judge": {},
@@ -66,23 +68,25 @@ def measure_methods(settings: Settings, report: Report) -> None:
 def _compare(settings: Settings, folder: Path, method: str, cell: Cell) -> None:
     """Fill in the cell; ValueError if the losses are not those of a CPU."""
     name = re.sub(r"\W+", "-", method)
-    expected = train(folder, method, "cpu", folder / f"{name}-expected")
+    expected = [row["loss"] for row in train(folder, method, "cpu", folder / f"{name}-expected")]
     begin = time.perf_counter()
-    found = train(folder, method, settings.device, folder / f"{name}-found")
+    rows = train(folder, method, settings.device, folder / f"{name}-found")
+    found = [row["loss"] for row in rows]
     apart = [abs(loss - other) for loss, other in zip(found, expected, strict=True)]
     cell.values = {"seconds": time.perf_counter() - begin, "loss": found[-1], "apart": max(apart)}
+    cell.values["thought"] = sum("policy_loss" in row for row in rows)
     if len(found) != STEPS or not max(apart) <= LARGEST:
         raise ValueError(f"losses {found} on {settings.device}, {expected} on a CPU")
 
 
-def train(folder: Path, method: str, device: str, out: Path) -> list[float]:
-    """The losses of the first steps."""
+def train(folder: Path, method: str, device: str, out: Path) -> list[dict[str, Any]]:
+    """The metrics of the first steps."""
     from rlpretrain import Pretrainer
     from rlpretrain.config.io import build
 
     Pretrainer(build(values_of(folder, method, out, device))).train()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row for row in rows if "loss" in row]
 
 
 def values_of(folder: Path, method: str, out: Path, device: str) -> dict[str, Any]:

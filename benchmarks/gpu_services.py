@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines_processes import child, wait_until_ready
+from benchmarks.gpu import OLDEST
 from benchmarks.gpu_paths import train_path, write_inputs
 from benchmarks.gpu_shapes import Cell, Report, Settings, measuring
 from tests.builders.processes import free_port
@@ -81,31 +80,13 @@ def _train_on_server(
 @contextmanager
 def _server(folder: Path, engine: str, options: list[str], seconds: float) -> Iterator[str]:
     """The address of a server that is ready; it ends with its children."""
-    import json
-
-    from benchmarks.gpu import OLDEST
-
     port = free_port()
     command = [sys.executable, "-c", SERVE, json.dumps(OLDEST), "serve", str(folder / "base"), *options]
     command += ["--engine", engine, "--port", str(port), "--dtype", "float32"]
-    log = folder / f"server-{engine}.log"
-    with log.open("w") as lines:
-        child = subprocess.Popen(command, stdout=lines, stderr=lines, start_new_session=True)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + seconds
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                if child.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"no server: {log.read_text()[-1500:]}") from None
-                time.sleep(0.5)
+    url, log = f"http://127.0.0.1:{port}", folder / f"server-{engine}.log"
+    with child(command, log) as process:
+        wait_until_ready(url, process, log, seconds)
         yield url
-    finally:
-        with suppress(ProcessLookupError):  # it ended by itself
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
 
 
 def _train_on_ray(settings: Settings, folder: Path, cell: Cell) -> dict[str, Any]:

@@ -53,6 +53,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "seconds": ("s", ".1f"),
         "loss": ("loss of the last step", ".4f"),
         "apart": ("largest difference of a loss from a CPU's", ".1e"),
+        "thought": ("steps that trained thoughts", ".0f"),
     },
     "services": {"seconds": ("s", ".1f"), "loss": ("loss of the last step", ".4f")},
 }

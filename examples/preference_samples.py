@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.trained_models import measure_models
 from rlpretrain.corpora.dial_problems import EOS, Problem, problems
 from rlpretrain.corpora.dial_scored import wrong_steps
-from rlpretrain.training.records import write_json
 from rollout import HFEngine, Prompt, SamplingParams
 
 GOOD, BAD = "<|good|>", "<|bad|>"
@@ -37,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     asked = list(problems(args.problems, args.seed, (1, 2, 3, 4), "samples"))
-    results = {}
-    for file in sorted(args.folder.rglob("model/config.json")):
-        name = str(file.parent.parent.relative_to(args.folder))
-        results[name] = rates_of(file.parent, asked, args.thoughts, args.seed)
-        print(name, json.dumps(results[name]), flush=True)
-    write_json(args.folder / "samples.json", results)
+    measure_models(args.folder, lambda model: rates_of(model, asked, args.thoughts, args.seed))
     return 0
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.trained_models import measure_models
 from rlpretrain.corpora.dial_judge import quality
-from rlpretrain.training.records import write_json
 from rollout import HFEngine, Prompt, SamplingParams
 
 LONGEST = 16
@@ -36,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     questions = [json.loads(line)["question"] for line in args.data.read_text().splitlines()]
-    results = {}
-    for file in sorted(args.folder.rglob("model/config.json")):
-        name = str(file.parent.parent.relative_to(args.folder))
-        results[name] = measure(file.parent, questions, args.samples, args.seed)
-        print(name, json.dumps(results[name]), flush=True)
-    write_json(args.folder / "samples.json", results)
+    measure_models(args.folder, lambda model: measure(model, questions, args.samples, args.seed))
     return 0
 
 

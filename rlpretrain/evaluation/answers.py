@@ -16,7 +16,7 @@ from torch import nn
 from rewards.matching import final_answer
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval, row_of
-from rlpretrain.evaluation.verdicts import Verdicts, add_verdicts, judge_traces
+from rlpretrain.evaluation.verdicts import Verdicts, judge_traces
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.objectives.base import derive_seed
@@ -92,20 +92,25 @@ class Answers:
         """The source row of each position."""
         return [row_of(document.id) for document in self.documents]
 
+    def by_position(self) -> dict[str, np.ndarray]:
+        """[P] every pass@k, and with a verifier every verified@k and the share of right steps (process)."""
+        numbers = {f"pass@{k}": pass_at_k(self.correct, k) for k in self.ks}
+        if self.verdicts is not None:
+            numbers |= {f"verified@{k}": pass_at_k(self.verdicts.verified, k) for k in self.ks}
+            numbers["process"] = self.verdicts.process.mean(1)
+        return numbers
+
     def summary(self) -> dict[str, Any]:
-        """Every pass@k with its 95% interval over source rows, and the shares of cut answers and thoughts."""
+        """Each number with its 95% interval over source rows, and the shares of cut answers and thoughts."""
         numbers: dict[str, Any] = {}
-        for k in self.ks:
-            values = pass_at_k(self.correct, k)
-            numbers[f"pass@{k}"], numbers[f"pass@{k}_ci"] = interval(values, rows=self.rows)
+        for name, values in self.by_position().items():
+            numbers[name], numbers[f"{name}_ci"] = interval(values, rows=self.rows)
         numbers["unfinished"] = float(self.unfinished.mean())
         if self.groups:
             thoughts = [thought for group in self.groups for thought in group.thoughts]
             numbers["length"] = float(np.mean([len(thought.token_ids) for thought in thoughts]))
             closed = [thought.finish_reason is FinishReason.CLOSE for thought in thoughts]
             numbers["unclosed"] = 1.0 - float(np.mean(closed))
-        if self.verdicts is not None:
-            add_verdicts(numbers, self.verdicts, self.ks, self.rows)
         return numbers
 
     def where(self, keep: Sequence[bool]) -> Answers:

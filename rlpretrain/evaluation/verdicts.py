@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -55,14 +54,3 @@ def judge_traces(
     verified = [[verdict.verified for verdict in row] for row in verdicts]
     process = [[verdict.process for verdict in row] for row in verdicts]
     return Verdicts(np.array(verified, bool), np.array(process, float))
-
-
-def add_verdicts(numbers: dict[str, Any], found: Verdicts, ks: Sequence[int], rows: Sequence[str]) -> None:
-    """Add verified@k and process to the numbers of a summary, with 95% intervals over source rows."""
-    from rlpretrain.evaluation.answers import pass_at_k
-    from rlpretrain.evaluation.intervals import interval
-
-    for k in ks:
-        name = f"verified@{k}"
-        numbers[name], numbers[f"{name}_ci"] = interval(pass_at_k(found.verified, k), rows=rows)
-    numbers["process"], numbers["process_ci"] = interval(found.process.mean(1), rows=rows)

@@ -229,7 +229,8 @@ def evaluate_job(job: Job, settings: dict[str, Any]) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     path = str(job.folder / "model") if job.method else config.model.path
-    common = _evaluate_model(job, common_config(config, evaluation), path, common=True)
+    shared = common_config(config, evaluation)
+    common = _evaluate_model(job, shared, path, common=True)
     own = {}
     for name in settings["objectives"]:
         own_config = replace(job.config(name), data=evaluation.data, ntp_data=evaluation.data)
@@ -237,10 +238,9 @@ def evaluate_job(job: Job, settings: dict[str, Any]) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "meta": common.pop("meta"), "common": common, "own": own}
     if evaluation.tasks:
-        record["tasks"] = answer_tasks(job, common_config(config, evaluation), path)
+        record["tasks"] = answer_tasks(job, shared, path)
     if evaluation.pass_at:
-        answers = sample_answers(job, common_config(config, evaluation), path)
-        record["tasks"] = record.get("tasks", {}) | answers
+        record["tasks"] = record.get("tasks", {}) | sample_answers(job, shared, path)
     write_json(job.folder / "evaluation.json", record)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.evaluation.answers import AnswerRule, Answers, evaluate_answers, pass_at_k
+from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers
 from rlpretrain.evaluation.task_results import WAYS
 from rlpretrain.experiments.evaluated_model import load_evaluated
 from rlpretrain.experiments.experiment import CommonEvaluation, Job
@@ -28,7 +26,7 @@ def check_answers(evaluation: CommonEvaluation) -> None:
         raise ConfigError(
             f"evaluation.pass_at.answers is {settings.answers}: pass@{max(settings.ks)} needs that many"
         )
-    _verifier(evaluation)
+    _verifier(settings.verifier)
 
 
 def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
@@ -44,6 +42,7 @@ def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any
     documents = read_held_out(
         evaluation.data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed
     )
+    verifier = _verifier(settings.verifier)
     found: dict[str, Any] = {}
     for way in WAYS if objective.has_positions else WAYS[:1]:
         with bar(f"sampling answers, {way} ({job.name}, seed {job.seed})") as progress:
@@ -57,25 +56,14 @@ def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any
                 seed=job.seed,
                 max_answer_tokens=settings.tokens,
                 rule=AnswerRule(settings.after, settings.until, settings.stop),
-                verifier=_verifier(evaluation),
+                verifier=verifier,
                 progress=progress,
             )
-        for name, values in _by_document(answers).items():
+        for name, values in answers.by_position().items():
             found[f"{name}, {way}"] = {"value": float(values.mean()), "examples": values.tolist()}
     return found
 
 
-def _by_document(answers: Answers) -> dict[str, np.ndarray]:
-    """[P] each number at each document."""
-    numbers = {f"pass@{k}": pass_at_k(answers.correct, k) for k in answers.ks}
-    if answers.verdicts is not None:
-        numbers |= {f"verified@{k}": pass_at_k(answers.verdicts.verified, k) for k in answers.ks}
-        numbers["process"] = answers.verdicts.process.mean(1)
-    return numbers
-
-
-def _verifier(evaluation: CommonEvaluation) -> Verifier | None:
+def _verifier(name: str | None) -> Verifier | None:
     """The verifier; ConfigError if there is none of that name."""
-    assert evaluation.pass_at is not None, "the experiment asks for it"
-    name = evaluation.pass_at.verifier
     return find_verifier(name, "evaluation.pass_at.verifier") if name else None

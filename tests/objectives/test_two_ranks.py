@@ -57,6 +57,8 @@ def test_two_ranks_train_as_one_does(values, corpus, tmp_path):
         alone = trained(one)
         assert same(alone, weights(tmp_path / f"{kind}-2" / "model"), within=1e-5), kind
         logs = [rows(tmp_path / f"{kind}-{number}") for number in (1, 2)]
+        if one["objective"]["name"] != "preference":
+            assert any(row.get("policy_loss") is not None for row in logs[0]), f"{kind} trained no thought"
         for ours, theirs in zip(*logs, strict=True):
             for name in LOGGED:
                 expected = theirs.get(name)
