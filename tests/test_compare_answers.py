@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlpretrain.config import ConfigError, DataConfig
 from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
-from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers, pass_at_k
+from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers
+from rlpretrain.evaluation.pass_at_k import pass_at_k
 from rlpretrain.experiments.compare import compare, tasks
 from rlpretrain.objectives import load_objective
 from rlpretrain.verdict import Verdict

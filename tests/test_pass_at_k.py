@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from rewards.matching import final_answer
 from rlpretrain.cli import main
 from rlpretrain.config import ConfigError
-from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers, pass_at_k
+from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers
+from rlpretrain.evaluation.pass_at_k import pass_at_k
 from rlpretrain.prompts import ensure_delimiters
 from rlpretrain.types import Document
 from rlpretrain.verdict import Verdict

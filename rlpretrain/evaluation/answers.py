@@ -16,6 +16,7 @@ from torch import nn
 from rewards.matching import final_answer
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval, row_of
+from rlpretrain.evaluation.pass_at_k import pass_at_k
 from rlpretrain.evaluation.verdicts import Verdicts, judge_traces
 from rlpretrain.models.lengths import limit_of
 from rlpretrain.objectives import Objective
@@ -31,26 +32,6 @@ from rollout.types import FinishReason, Group, Position, Prompt, SamplingParams,
 ROWS = {"cpu": 64}
 """Answers that are sampled at once, by the kind of device."""
 MANY_ROWS = 256  # on any other device
-
-
-def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """[P] the probability that one of k answers is right, estimated from n >= k answers `correct` [P, n].
-
-    With c right answers it is 1 - C(n-c, k) / C(n, k): the share of all sets of k answers that hold a right
-    one, which has no bias (Chen et al. 2021, arXiv 2107.03374, eq. 1). The ratio is a product of k factors
-    between 0 and 1, so that nothing overflows. Raises ValueError unless 1 <= k <= n.
-
-    >>> pass_at_k(np.array([[True, False, False], [False, False, False]]), 2).round(3).tolist()
-    [0.667, 0.0]
-    """
-    correct = np.asarray(correct, bool)
-    n = correct.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {max(k, 1)} answers for each position, there are {n}")
-    wrong = n - correct.sum(1)
-    drawn = np.arange(k)
-    still_wrong = np.maximum(wrong[:, None] - drawn, 0) / (n - drawn)
-    return 1.0 - still_wrong.prod(1)
 
 
 @dataclass(frozen=True, slots=True)
