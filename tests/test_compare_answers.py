@@ -17,7 +17,7 @@ from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers
 from rlpretrain.evaluation.pass_at_k import pass_at_k
-from rlpretrain.experiments.compare import compare, tasks
+from rlpretrain.experiments.compare import compare, part_tables, tasks
 from rlpretrain.objectives import load_objective
 from rlpretrain.verdict import Verdict
 from tests.builders.configs import tiny_values
@@ -55,9 +55,10 @@ def test_every_model_samples_answers(corpus, tmp_path):
     file, said = written(tmp_path, corpus), []
     results = compare(file, say=said.append)
     folder = tmp_path / "compared"
+    assert "parts" not in results
     assert set(results["tasks"]) >= {"base", "ntp", "still", "ntp - base", "still - base", "still - ntp"}
     assert {*NUMBERS, "pass@1, direct", "pass@2, direct", "process, thinking"} == set(results["tasks"]["ntp"])
-    stored = json.loads((folder / "ntp-1" / "evaluation.json").read_text())["tasks"]
+    stored = json.loads((folder / "ntp-1" / "evaluation.json").read_text())["answers"]
     model = AutoModelForCausalLM.from_pretrained(folder / "ntp-1" / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "ntp-1" / "model")
     config = build(
@@ -95,7 +96,42 @@ def test_every_model_samples_answers(corpus, tmp_path):
 
 
 def of_seed(folder: Path, name: str, seed: int) -> dict[str, Any]:
-    return json.loads((folder / f"{name}-{seed}" / "evaluation.json").read_text())["tasks"]
+    return json.loads((folder / f"{name}-{seed}" / "evaluation.json").read_text())["answers"]
+
+
+def test_answers_are_counted_for_each_value_of_a_column(corpus, tmp_path):
+    file = written(tmp_path, corpus, by="kind")
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    kinds = ["k10", "k9", "k9"]
+    lines = [json.dumps(row | {"kind": kinds[i % 3]}) + "\n" for i, row in enumerate(rows)]
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    values = yaml.safe_load(file.read_text())
+    values["evaluation"]["data"]["meta_columns"] = ["kind"]
+    file.write_text(yaml.safe_dump(values))
+    results = compare(file, say=lambda line: None)
+    parts, folder = results["parts"], tmp_path / "compared"
+    assert list(parts) == ["k9", "k10"]  # as numbers, not as texts
+    record = json.loads((folder / "ntp-0" / "evaluation.json").read_text())
+    sizes = {part: record["parts"].count(part) for part in parts}
+    assert sum(sizes.values()) == len(record["parts"]) and min(sizes.values()) > 0
+    for name in ("base", "ntp", "still", "still - ntp"):
+        weighted = sum(parts[part][name]["pass@1, direct"][0] * sizes[part] for part in parts)
+        assert weighted / len(record["parts"]) == pytest.approx(results["tasks"][name]["pass@1, direct"][0])
+    for seed in (0, 1):
+        of_seed = json.loads((folder / f"ntp-{seed}" / "evaluation.json").read_text())
+        assert of_seed["parts"] == record["parts"]
+    examples = of_seed["answers"]["verified@1, thinking"]["examples"]
+    own = [value for value, part in zip(examples, of_seed["parts"], strict=True) if part == "k10"]
+    first = record["answers"]["verified@1, thinking"]["examples"]
+    own += [value for value, part in zip(first, record["parts"], strict=True) if part == "k10"]
+    assert parts["k10"]["ntp"]["verified@1, thinking"][0] == pytest.approx(np.mean(own))
+    console = Console(width=400)
+    with console.capture() as shown:
+        for table in part_tables(parts, ["base", "ntp"]):
+            console.print(table)
+    assert "verified@2, thinking" in shown.get() and "k10" in shown.get()
+    assert "k10: verified@2, thinking" in (folder / "results.csv").read_text()
+    assert "verified@2, thinking" in (folder / "answers.svg").read_text()
 
 
 def _data(config: Any) -> dict[str, Any]:
@@ -109,6 +145,7 @@ def _data(config: Any) -> dict[str, Any]:
         ({"answers": 1}, "pass_at.answers is 1: pass@2 needs that many"),
         ({"verifier": "tests.nowhere:f"}, "evaluation.pass_at.verifier"),
         ({"ks": [0]}, "pass_at.ks"),
+        ({"by": "kind"}, r"name it in evaluation\.data\.meta_columns"),
     ],
 )
 def test_settings_that_cannot_be_used_show_before_any_training(corpus, tmp_path, changes, said):

@@ -86,6 +86,14 @@ def test_values_that_are_not_finite_or_not_there_are_no_evidence():
     assert Health().replay(rows) == []
 
 
+def test_the_loss_of_what_is_not_trained_may_rise():
+    """The prompts of sft_mixed are forgotten while its answers are learnt."""
+    rows = [{"step": k, **WELL, "ntp/loss": 2.0 + 0.02 * k} for k in range(1, 40)]
+    assert Health().replay([row | {"ntp/trained_loss": 1.0} for row in rows]) == []
+    rising = [row | {"ntp/loss": 2.0, "ntp/trained_loss": row["ntp/loss"]} for row in rows]
+    assert [finding.rule for finding in Health().replay(rising)] == ["the no-think loss rises"]
+
+
 def test_a_replayed_log_says_what_the_live_run_said():
     rows = [{"step": k, **WELL, "ntp/loss": 2.0 + 0.02 * k} for k in range(1, 40)]
     live = Health()

@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
 def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain compare EXPERIMENT.yaml`."""
     from rlpretrain.experiments.compare import compare as run
-    from rlpretrain.experiments.compare import differences, searches, table, tasks
+    from rlpretrain.experiments.compare import differences, part_tables, searches, table, tasks
     from rlpretrain.tracking.tables import show
 
     try:
@@ -41,5 +41,7 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
         show(searched)
     if "tasks" in results:
         show(tasks(results))
+    for part_table in part_tables(results["parts"], list(results["methods"])) if "parts" in results else ():
+        show(part_table)
     print(f"numbers: {results['folder']}/results.json, .csv" + (", .svg" if results["plotted"] else ""))
     return 0

@@ -119,6 +119,7 @@ def _trained(result: dict[str, Any]) -> str:
         "eval/gain_frozen": "held-out gain",
         "ig/frozen": "gain",
         "ig/self": "gain",
+        "ntp/trained_loss": "next-token loss of the trained tokens",
         "ntp/loss": "next-token loss",
     }
     name = next((name for name in gains if name in result), None)

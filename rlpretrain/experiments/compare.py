@@ -21,10 +21,10 @@ from rlpretrain.experiments.experiment import BASE, Experiment, Job
 from rlpretrain.experiments.held_out import read_held_out
 from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experiment
 from rlpretrain.experiments.loading import build_experiment, load_experiment
-from rlpretrain.experiments.plot import plot
+from rlpretrain.experiments.plot import plot, plot_parts
 from rlpretrain.experiments.results import Measurements, collect, read_measurements, write_csv
 from rlpretrain.experiments.sampled_answers import check_answers
-from rlpretrain.experiments.tables import differences, searches, table, tasks
+from rlpretrain.experiments.tables import differences, part_tables, searches, table, tasks
 from rlpretrain.files import check_writable
 from rlpretrain.models import adapters
 from rlpretrain.objectives import delimiters, load_objective
@@ -41,6 +41,7 @@ __all__ = [
     "compare",
     "differences",
     "load_experiment",
+    "part_tables",
     "read_measurements",
     "run",
     "searches",
@@ -62,6 +63,8 @@ def compare(path: str | Path, *, jobs: int | None = None, say: Say = print) -> d
     try:
         plot(results, folder / "results.svg")
         plot_curves(experiment, folder / "curves.svg")
+        if parts := results.get("parts"):
+            plot_parts(parts, list(results["methods"]), folder / "answers.svg")
     except ImportError:
         say('no plot: pip install "rlpretrain[plot]"')
         return results | {"plotted": False}

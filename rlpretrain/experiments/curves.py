@@ -14,6 +14,7 @@ from rlpretrain.experiments.experiment import Experiment
 
 PANELS = {
     "ntp/loss": "next-token loss (nats)",
+    "ntp/trained_loss": "next-token loss of the trained tokens (nats)",
     "reward": "reward",
     "ig/frozen": "gain against the initial model (nats)",
     "eval/no_think_loss": "held-out loss without a thought (nats)",

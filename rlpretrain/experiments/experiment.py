@@ -86,6 +86,10 @@ class PassAtSettings:
     """Text that ends an answer, beside the end of text."""
     verifier: str | None = None
     """package.module:function that judges thought and answer together, as objective verified does."""
+    by: str = ""
+    """One of `evaluation.data.meta_columns`, such as the difficulty: the answers to the documents with each
+    of its values are counted by themselves too.
+    """
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -139,7 +143,7 @@ class Experiment:
     resources: dict[str, float] = field(default_factory=lambda: {"num_cpus": 1.0})
     """Ray resources of one training: num_cpus, num_gpus."""
     output_dir: PathText = "runs/compare"
-    """Run folders, results.json, results.csv, results.svg, curves.svg."""
+    """Run folders, results.json, results.csv, results.svg, curves.svg; with `pass_at.by` answers.svg."""
 
 
 @plain_dataclass(frozen=True, slots=True, kw_only=True)

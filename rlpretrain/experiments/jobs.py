@@ -240,7 +240,7 @@ def evaluate_job(job: Job, settings: dict[str, Any]) -> None:
     if evaluation.tasks:
         record["tasks"] = answer_tasks(job, shared, path)
     if evaluation.pass_at:
-        record["tasks"] = record.get("tasks", {}) | sample_answers(job, shared, path)
+        record |= sample_answers(job, shared, path)
     write_json(job.folder / "evaluation.json", record)
 
 

@@ -1,13 +1,15 @@
-"""The plot of `rlpretrain compare`."""
+"""The plots of `rlpretrain compare`, but for the curves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlpretrain.experiments.answer_parts import Parts, shown
 from rlpretrain.experiments.experiment import BASE
 from rlpretrain.experiments.results import HEADINGS
 
@@ -51,6 +53,34 @@ def plot(results: dict[str, Any], path: Path) -> None:
     paired.axvline(0, color="black", linewidth=0.6)
     paired.grid(axis="x", alpha=0.3)
     paired.set(xlabel=f"the same minus that of {first}, paired")
+    with matplotlib.rc_context({"svg.hashsalt": "rlpretrain"}):  # the same numbers give the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def plot_parts(parts: Parts, models: Sequence[str], path: Path) -> None:
+    """A panel for each number that `shown` names: every model's means and intervals by part, as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    numbers = shown(parts)
+    width = max(4.0, 0.1 * len(models) * len(parts))
+    figure = Figure(figsize=(width, 2.8 * len(numbers) + 0.6), layout="constrained")
+    panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, number in zip(panels, numbers, strict=True):
+        for place, name in enumerate(models):
+            shift = 0.7 * ((place + 0.5) / len(models) - 0.5)
+            rows = [numbers_of[name][number] for numbers_of in parts.values()]
+            mean, low, high = np.array(rows, float).T
+            lengths = np.nan_to_num([mean - low, high - mean])
+            panel.errorbar(
+                np.arange(len(parts)) + shift, mean, yerr=lengths, fmt=".", capsize=1.5, label=name
+            )
+        panel.set(ylabel=number, ylim=(-0.02, 1.02))
+        panel.grid(axis="y", alpha=0.3)
+    panels[-1].set(xticks=range(len(parts)), xticklabels=list(parts))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
+    )
     with matplotlib.rc_context({"svg.hashsalt": "rlpretrain"}):  # the same numbers give the same file
         figure.savefig(path, format="svg", metadata={"Date": None})
 

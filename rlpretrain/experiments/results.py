@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlpretrain.config import ConfigError
+from rlpretrain.experiments.answer_parts import part_numbers
 from rlpretrain.experiments.experiment import BASE, Experiment, Job
 from rlpretrain.experiments.jobs import last_row
 from rlpretrain.experiments.measurements import Measurements
@@ -72,15 +73,27 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     }
     if experiment.evaluation.tasks or experiment.evaluation.pass_at:
         results["tasks"] = task_numbers(_task_answers(experiment))
+    if experiment.evaluation.pass_at and experiment.evaluation.pass_at.by:
+        results["parts"] = _parts(experiment)
     return finite(results)
 
 
 def _task_answers(experiment: Experiment) -> dict[str, list[Any]]:
     """What `answer_tasks` and `sample_answers` returned, by model, for each seed."""
     return {
-        name: [evaluation["tasks"] for evaluation in read_evaluations(experiment, name)]
+        name: [
+            evaluation.get("tasks", {}) | evaluation.get("answers", {})
+            for evaluation in read_evaluations(experiment, name)
+        ]
         for name in (BASE, *experiment.methods)
     }
+
+
+def _parts(experiment: Experiment) -> dict[str, Any]:
+    """The numbers of sampled answers by the value of `pass_at.by`: {value: as `task_numbers`}."""
+    evaluations = {name: read_evaluations(experiment, name) for name in (BASE, *experiment.methods)}
+    answers = {name: [each["answers"] for each in of_seeds] for name, of_seeds in evaluations.items()}
+    return part_numbers(answers, evaluations[BASE][0]["parts"])
 
 
 def _own_number(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -165,4 +178,7 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
             out.writerows((pair, number, *values) for number, values in row.items())
         for name, row in results.get("tasks", {}).items():
             out.writerows((name, number, *values) for number, values in row.items())
+        for part, numbers in results.get("parts", {}).items():
+            for name, row in numbers.items():
+                out.writerows((name, f"{part}: {number}", *values) for number, values in row.items())
     work.replace(path)

@@ -26,13 +26,20 @@ def check_answers(evaluation: CommonEvaluation) -> None:
         raise ConfigError(
             f"evaluation.pass_at.answers is {settings.answers}: pass@{max(settings.ks)} needs that many"
         )
+    if settings.by and settings.by not in evaluation.data.meta_columns:
+        raise ConfigError(
+            f"evaluation.pass_at.by is '{settings.by}', which is not kept beside the documents: name it in "
+            "evaluation.data.meta_columns"
+        )
     _verifier(settings.verifier)
 
 
 def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
-    """The numbers of the model at `path`, as `tasks.answer_tasks` returns them.
+    """The record of the answers of the model at `path`: {"answers": numbers, "parts": values}.
 
-    `config` has the common objective. Each number is the mean over documents of what `examples` has.
+    `config` has the common objective. The numbers are as `tasks.answer_tasks` returns them: each is the mean
+    over documents of what `examples` has. `parts` has the documents' values of `pass_at.by`, in the order of
+    the examples; it is missing without `by`.
     """
     evaluation = job.experiment.evaluation
     settings = evaluation.pass_at
@@ -44,6 +51,7 @@ def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any
     )
     verifier = _verifier(settings.verifier)
     found: dict[str, Any] = {}
+    parts: list[str] = []
     for way in WAYS if objective.has_positions else WAYS[:1]:
         with bar(f"sampling answers, {way} ({job.name}, seed {job.seed})") as progress:
             answers = evaluate_answers(
@@ -61,7 +69,9 @@ def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any
             )
         for name, values in answers.by_position().items():
             found[f"{name}, {way}"] = {"value": float(values.mean()), "examples": values.tolist()}
-    return found
+        if settings.by:
+            parts = [str((document.meta or {})[settings.by]) for document in answers.documents]
+    return {"answers": found} | ({"parts": parts} if settings.by else {})
 
 
 def _verifier(name: str | None) -> Verifier | None:

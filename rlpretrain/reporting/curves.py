@@ -24,6 +24,7 @@ CURVES: Mapping[str, Sequence[str]] = {
     "how thoughts end (share)": ("thought/closed_frac", "completions/clipped_ratio", "thought/eos_frac"),
     "loss without a thought (nats per token)": (
         "ntp/loss",
+        "ntp/trained_loss",
         "eval/no_think_loss",
         "eval_averaged/no_think_loss",
     ),

@@ -21,6 +21,7 @@ SHORT_NAMES = {
     "ig/mean": "gain",
     "ig/frozen": "frozen",
     "ntp/loss": "ntp",
+    "ntp/trained_loss": "trained",
     "thought/closed_frac": "closed",
     "completions/mean_length": "length",
     "grad_norm": "norm",

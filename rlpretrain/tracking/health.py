@@ -231,6 +231,9 @@ class Health:
         if any(name.startswith("source/") for name in row):
             # The loss over all sources follows their weights; the collapse monitor watches each source.
             row = {name: value for name, value in row.items() if name != "ntp/loss"}
+        elif "ntp/trained_loss" in row:
+            # What is not trained, such as the prompts of sft_mixed, may be forgotten.
+            row = {**row, "ntp/loss": row["ntp/trained_loss"]}
         judged = [self._judge(rule, step, row) for rule in RULES]
         new = [finding for finding in judged if finding is not None]
         self.findings += new

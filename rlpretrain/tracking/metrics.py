@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "baseline/logp": Metric("mean log p(target) of the baseline", "steady"),
     "baseline/self": Metric("mean log p(target) of the current model without a thought", "not falling"),
     "ntp/loss": Metric("next-token loss of the trunk, in nats per token", "not above its start"),
+    "ntp/trained_loss": Metric(
+        "the same where the objective's weight is above 0 (sft_mixed: without prompts)", "falls"
+    ),
     "ntp/weight_mean": Metric(
         "mean weight of the next-token loss, where the objective weighs tokens", "near 1: it scales the step"
     ),

@@ -78,8 +78,9 @@ class StepMetrics:
                 self.rewards[group.id, first + k] = rewards[k]
             self._add_thoughts(group)
 
-    def add_weights(self, weights: torch.Tensor) -> None:
-        """Add the weights [M] of the next-token loss in a micro-batch."""
+    def add_weights(self, weights: torch.Tensor, logps: torch.Tensor) -> None:
+        """Add the weights [M] of the next-token loss in a micro-batch, and log p [M] where they are not 0."""
+        self.add("ntp/trained_loss", -logps[weights > 0])
         self.add("ntp/weight_mean", weights)
         self.add("ntp/weight_square", weights.double() ** 2)
 

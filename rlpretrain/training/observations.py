@@ -29,7 +29,7 @@ def observe(run: Run, inputs: LossInputs, output: LossOutput, own: Tensor) -> No
     weights, run.objective.weights_used = run.objective.weights_used, None
     is_own = getattr(run.objective.ntp_weights, "__func__", None) is not Objective.ntp_weights
     if micro.documents and is_own and weights is not None:
-        run.metrics.add_weights(weights.detach())
+        run.metrics.add_weights(weights.detach(), scores.trunk_logps.detach())
     if run.frozen is None or not run.measures_frozen():
         return
     frozen = scores.baseline_logps if run.frozen is run.baseline else run.frozen.logps(micro)

@@ -94,9 +94,13 @@ def test_documents_and_traces_are_mixed(values, tmp_path):
     assert all(
         tuple(labels[d.id].tolist()) == d.token_ids[1:] for d in micro.documents
     )  # the order that the weights assume
-    train(run)
+    answers = scores.trunk_logps.detach()[torch.cat(weights) > 0]
     run.close()
-    assert run.step == 3 and torch.isfinite(torch.tensor(run.last["loss"]))
+    run = Run(build(merged(values, **changes, max_steps=1, output_dir=str(tmp_path / "one"))), None)
+    train(run)  # the same first batch
+    run.close()
+    assert run.last["ntp/trained_loss"] == pytest.approx(-float(answers.mean()), rel=1e-6)
+    assert run.last["ntp/trained_loss"] != pytest.approx(run.last["ntp/loss"], rel=1e-4)
 
 
 def test_traces_are_needed(values):
