@@ -15,10 +15,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rlpretrain.config import ConfigError, ModelConfig
-from rlpretrain.experiments.compare import compare, searches
+from rlpretrain.experiments.budgets import last_row
+from rlpretrain.experiments.compare import compare, logged, searches
 from rlpretrain.experiments.curves import make_curve, read_logs
 from rlpretrain.experiments.experiment import Job
-from rlpretrain.experiments.jobs import all_jobs, last_row, stage_of, training_to_do
+from rlpretrain.experiments.jobs import all_jobs, stage_of, training_to_do
 from rlpretrain.experiments.loading import load_experiment
 from rlpretrain.experiments.search import chosen_values, read_trials
 from tests.builders.configs import tiny_values
@@ -54,6 +55,21 @@ def written(folder: Path, corpus: Path, **changes: Any) -> Path:
                 "set": {"objective": "ntp", "max_steps": 9, "optim": WSD},
                 "match": "steps",
                 "like": "rlp",
+            },
+            "all_at_once": {
+                "config": "rlp.yaml",
+                "set": {"objective": "ntp"},
+                "match": "tokens",
+                "like": "then_rlp",
+                "with_stages": True,
+            },
+            "rest": {
+                "config": "rlp.yaml",
+                "set": {"objective": "ntp"},
+                "after": "ntp",
+                "match": "flops",
+                "like": "then_rlp",
+                "with_stages": True,
             },
         },
         "evaluation": small_evaluation(folder / "held_out.jsonl")
@@ -138,8 +154,48 @@ def test_a_second_stage_starts_from_the_first_ones_model_and_is_measured_against
     base = json.loads((file.parent / "compared" / "rlp-1" / "wanted.json").read_text())["model"]["path"]
     first, second = (weights(file.parent / "compared" / name / "model") for name in ("ntp-1", "then_rlp-1"))
     assert 0 < (second - first).norm() < (second - weights(Path(base))).norm()
-    assert set(results["methods"]) == {"base", "then_rlp", "ntp", "rlp", "steps"}
+    assert set(results["methods"]) == {*("base", "then_rlp", "ntp", "rlp", "steps", "all_at_once", "rest")}
     assert "then_rlp - ntp" in results["differences"]
+
+
+def test_a_budget_can_count_earlier_stages(done):
+    file, results = done
+    folder = file.parent / "compared"
+    for seed in (0, 1):
+        ntp, then, whole, rest = (
+            json.loads((folder / f"{name}-{seed}" / "metrics.jsonl").read_text().splitlines()[-1])
+            for name in ("ntp", "then_rlp", "all_at_once", "rest")
+        )
+        wanted = json.loads((folder / f"all_at_once-{seed}" / "wanted.json").read_text())
+        assert wanted["stop"]["input_tokens"] == ntp["num_input_tokens"] + then["num_input_tokens"]
+        assert whole["num_input_tokens"] >= wanted["stop"]["input_tokens"] > ntp["num_input_tokens"]
+        wanted = json.loads((folder / f"rest-{seed}" / "wanted.json").read_text())
+        assert wanted["stop"]["flops"] == pytest.approx(then["num_flops"])
+        assert rest["num_flops"] >= wanted["stop"]["flops"] > 0
+    spent = results["methods"]["then_rlp"]["spent"]
+    own = results["methods"]["ntp"]["spent"]["flops"] + spent["flops"]
+    assert spent["flops_with_stages"] == pytest.approx(own)
+    assert "flops_with_stages" not in results["methods"]["rlp"]["spent"]
+
+
+def test_a_budget_that_the_stages_have_spent_is_refused(done):
+    file, _ = done
+    experiment = load_experiment(file)
+    rest = replace(experiment.methods["rest"], after="then_rlp", like="ntp")
+    experiment = replace(experiment, methods=experiment.methods | {"rest": rest})
+    with pytest.raises(
+        ConfigError, match=r"have spent .* flops, and the budget, that of ntp with its stages"
+    ):
+        training_to_do(Job(experiment=experiment, name="rest", seed=0, where=file.parent))
+
+
+def test_counting_stages_needs_a_budget(corpus, tmp_path):
+    file = written(tmp_path, corpus)
+    values = yaml.safe_load(file.read_text())
+    values["methods"]["rlp"]["with_stages"] = True
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="with_stages needs match: flops or match: tokens"):
+        load_experiment(file)
 
 
 def test_models_trained_from_scratch_are_evaluated_not_new_ones(corpus, tmp_path):
@@ -172,6 +228,41 @@ def test_models_trained_from_scratch_are_evaluated_not_new_ones(corpus, tmp_path
     assert losses["base"] - losses["ntp"] > 0.1 and losses["ntp"] - losses["again"] > 0.1
     saved = ModelConfig(path=str(corpus / "base"), from_scratch=True, quantization="none").saved_at("x")
     assert saved == ModelConfig(path="x")
+
+
+def test_what_the_runs_measured_themselves_is_in_the_results(corpus, tmp_path):
+    values = tiny_values(corpus, tmp_path / "unused") | {"objective": "ntp", "optim": {"lr": 1e-2}}
+    held_out = str(corpus / "held_out.jsonl")
+    values |= {"eval": {"data": {"held": held_out, "same": held_out}, "every": 2, "documents": 6}}
+    values |= {"data": {"sources": {"held": values["data"], "same": values["data"]}}, "max_steps": 3}
+    (tmp_path / "ntp.yaml").write_text(yaml.safe_dump(values))
+    experiment = {
+        "methods": {
+            "plain": {"config": "ntp.yaml"},
+            "averaged": {"config": "ntp.yaml", "set": {"average": "sma"}},
+        },
+        "evaluation": small_evaluation(corpus / "held_out.jsonl") | {"own": False, "objective": "ntp"},
+        "output_dir": str(tmp_path / "compared"),
+        "seeds": [0, 1],
+    }
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    results = compare(file)
+    numbers = {name: row.get("logged") for name, row in results["methods"].items()}
+    last = [last_row(tmp_path / "compared" / f"averaged-{seed}") for seed in (0, 1)]
+    assert numbers["base"] is None
+    assert {"eval/no_think_loss", "eval/held/no_think_loss"} <= set(numbers["plain"])
+    assert set(numbers["averaged"]) - set(numbers["plain"]) >= {"eval_averaged/same/no_think_loss"}
+    for name, (mean, low, high, *by_seed) in numbers["averaged"].items():
+        assert by_seed == [row[name] for row in last]
+        assert mean == pytest.approx(np.mean(by_seed))
+        half = 12.706 * np.std(by_seed, ddof=1) / np.sqrt(2)
+        assert [low, high] == pytest.approx([mean - half, mean + half], rel=1e-3)
+    console = Console(width=400)
+    with console.capture() as shown:
+        console.print(logged(results))
+    assert "eval_averaged/no_think_loss" in shown.get()
+    assert "averaged,eval_averaged/no_think_loss," in (tmp_path / "compared" / "results.csv").read_text()
 
 
 def test_a_training_starts_after_those_that_it_needs(done):

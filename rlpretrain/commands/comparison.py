@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
 def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """`rlpretrain compare EXPERIMENT.yaml`."""
     from rlpretrain.experiments.compare import compare as run
-    from rlpretrain.experiments.compare import differences, part_tables, searches, table, tasks
+    from rlpretrain.experiments.compare import differences, logged, part_tables, searches, table, tasks
     from rlpretrain.tracking.tables import show
 
     try:
@@ -39,6 +39,8 @@ def compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     show(differences(results))
     if (searched := searches(results)) is not None:
         show(searched)
+    if (logged_table := logged(results)) is not None:
+        show(logged_table)
     if "tasks" in results:
         show(tasks(results))
     for part_table in part_tables(results["parts"], list(results["methods"])) if "parts" in results else ():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import ArgsKwargs, PydanticCustomError
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
@@ -23,6 +24,18 @@ def as_text(value: Any) -> Any:
 
 PathText = Annotated[str, BeforeValidator(as_text), AfterValidator(os.path.expanduser)]
 """A path, or a hub id. A leading `~` becomes the user's home folder, since no shell expands it in YAML."""
+
+
+def as_fields(given: Any) -> dict[str, Any]:
+    """The fields that the validator of a section was given, by a mapping or by the constructor.
+
+    Refuses anything else: an empty section of a YAML file is None.
+    """
+    if isinstance(given, ArgsKwargs):
+        return dict(given.kwargs or {})
+    if isinstance(given, Mapping):
+        return dict(given)
+    raise PydanticCustomError("no_section", "expected a section with fields")
 
 
 def headed(head: str) -> BeforeValidator:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from rlpretrain.config.base import STRICT, Count, PathText, as_text, headed
+from rlpretrain.config.base import STRICT, Count, PathText, as_fields, as_text, headed
 from rlpretrain.config.mixing import MixingConfig, check_names
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -93,7 +93,7 @@ class TextConfig:
     @classmethod
     def _check_place(cls, given: Any) -> Any:
         """`path` may be missing, and `options` given, only with a `source`."""
-        values = given if isinstance(given, Mapping) else given.kwargs or {}
+        values = as_fields(given)
         if values.get("sources"):
             return given
         if values.get("source") is None and "path" not in values:
@@ -195,7 +195,7 @@ class DataConfig(TextConfig):
     @classmethod
     def _fill_sources(cls, given: Any) -> Any:
         """Give each source the fields beside `sources` that it does not set."""
-        values = given if isinstance(given, Mapping) else given.kwargs or {}
+        values = as_fields(given)
         sources = values.get("sources")
         if not sources or not isinstance(sources, Mapping):
             return given

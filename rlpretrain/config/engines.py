@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from rlpretrain.config.base import STRICT, Amount, Count, PathText, Varied, headed
+from rlpretrain.config.base import STRICT, Amount, Count, PathText, Varied, as_fields, headed
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -81,7 +81,7 @@ class EngineConfig(Varied):
         """Drop settings of other engines that are at their defaults; refuse the others."""
         if isinstance(given, EngineConfig):
             return given
-        values = dict((given.kwargs or {}) if isinstance(given, ArgsKwargs) else given)
+        values = as_fields(given)
         values.setdefault("name", next((name for name, kind in BUILT_IN.items() if kind is cls), "hf"))
         if cls is EngineConfig or cls.variant(values) is not cls:
             raise _refusal({"name": _unknown(str(values["name"]), cls)}, values)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from rlpretrain.config.base import STRICT, Count, PathText
+
+
+def _layers(value: Any) -> Any:
+    """Refuse what is neither a name nor a list of names, in these words."""
+    names = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(name, str) for name in names):
+        return value
+    raise PydanticCustomError("no_layers", "expected all-linear, or a list of ends of names")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -22,7 +31,7 @@ class LoraConfig:
     """Rank."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter is scaled by alpha / r."""
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_layers)] = "all-linear"
     """Layers with an adapter: all-linear (all but the output head), or ends of names (q_proj, v_proj)."""
     use_dora: bool = False
     """Train the length of each weight column beside its direction (DoRA, arXiv 2402.09353)."""

@@ -14,8 +14,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-from rlpretrain.config.base import STRICT, Amount, ConfigError, Count, PathText, Seed, Whole, headed
+from rlpretrain.config.base import (
+    STRICT,
+    Amount,
+    ConfigError,
+    Count,
+    PathText,
+    Seed,
+    Whole,
+    as_fields,
+    as_text,
+    headed,
+)
 from rlpretrain.config.data import DataConfig
 from rlpretrain.config.engines import EngineConfig, EngineSection
 from rlpretrain.config.model import ModelConfig, ReferenceConfig
@@ -89,11 +101,19 @@ class TaskSettings:
     """Rows of tasks that are scored at once. Four times as many thoughts are sampled at once."""
 
 
+def _places(value: Any) -> Any:
+    """Refuse what is neither a file nor files by name, in these words."""
+    files = list(value.values()) if isinstance(value, Mapping) else [value]
+    if value is None or all(isinstance(as_text(file), str) for file in files):
+        return value
+    raise PydanticCustomError("no_file", "expected a file, or {name of a source: file}")
+
+
 @dataclass(config=STRICT, kw_only=True)
 class EvalConfig(TaskSettings):
     """Evaluation during training."""
 
-    data: PathText | dict[str, PathText] | None = None
+    data: Annotated[PathText | dict[str, PathText] | None, BeforeValidator(_places)] = None
     """Held-out documents; without them there is no evaluation but that of `tasks`. With `data.sources` also
     {name: file}: each file is read as its source is, and its numbers are logged as `eval/<name>/*` too.
     """
@@ -221,13 +241,13 @@ class PretrainConfig:
     @classmethod
     def _expand(cls, given: Any) -> Any:
         """Apply `recipe: paper` where the user set nothing; one epoch if neither steps nor epochs are set."""
-        values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
+        values = as_fields(given)
         if values.get("recipe") == "paper" and not _is_copy(values):
             values = _under(values, PAPER_RECIPE)
             objective = values.get("objective", "rlp")
-            objective = {"name": objective} if isinstance(objective, str) else dict(objective)
-            if objective.get("name", "rlp") == "rlp":
-                values["objective"] = {"template": "rlp"} | objective
+            objective = {"name": objective} if isinstance(objective, str) else objective
+            if isinstance(objective, Mapping) and objective.get("name", "rlp") == "rlp":
+                values["objective"] = {"template": "rlp", **objective}
         if values.get("max_steps") is None and values.get("epochs") is None:
             values["epochs"] = 1.0
         return values

@@ -24,7 +24,7 @@ from rlpretrain.experiments.loading import build_experiment, load_experiment
 from rlpretrain.experiments.plot import plot, plot_parts
 from rlpretrain.experiments.results import Measurements, collect, read_measurements, write_csv
 from rlpretrain.experiments.sampled_answers import check_answers
-from rlpretrain.experiments.tables import differences, part_tables, searches, table, tasks
+from rlpretrain.experiments.tables import differences, logged, part_tables, searches, table, tasks
 from rlpretrain.files import check_writable
 from rlpretrain.models import adapters
 from rlpretrain.objectives import delimiters, load_objective
@@ -41,6 +41,7 @@ __all__ = [
     "compare",
     "differences",
     "load_experiment",
+    "logged",
     "part_tables",
     "read_measurements",
     "run",

@@ -59,6 +59,8 @@ class Method:
     """The method's own number on held-out documents (`rlpretrain eval` lists them); its reward by default."""
     after: str | None = None
     """Start from the model that this other method trained with the same seed, as a second stage."""
+    with_stages: bool = False
+    """Let `match` count earlier stages (`after`) too, the method's own and those of `like`."""
     search: dict[str, list[Any]] = field(default_factory=dict)
     """Values to try: dotted field to list, such as `optim.lr: [1.0e-5, 3.0e-5]`; of several fields all
     combinations. Each is trained with the first seed and evaluated on `evaluation.search_data`; the best is

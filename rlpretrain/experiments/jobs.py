@@ -20,6 +20,7 @@ from rlpretrain.config import ConfigError, PretrainConfig, TaskSettings
 from rlpretrain.config.engines import own_settings
 from rlpretrain.config.io import build, to_dict
 from rlpretrain.evaluation.evaluate import evaluate
+from rlpretrain.experiments.budgets import budget_left, last_row, planned_steps
 from rlpretrain.experiments.evaluated_model import load_evaluated
 from rlpretrain.experiments.experiment import BASE, CommonEvaluation, Experiment, Job, needed
 from rlpretrain.experiments.held_out import read_held_out
@@ -184,25 +185,15 @@ def _training_config(job: Job) -> PretrainConfig:
     like = replace(job, name=method.like, trial=None)
     if method.match == "steps":
         return replace(config, max_steps=planned_steps(like.folder))
-    budget = last_row(like.folder)
+    budget = budget_left(job, like)
     if method.match == "tokens":
-        return replace(config, stop=replace(config.stop, input_tokens=int(budget["num_input_tokens"])))
+        return replace(config, stop=replace(config.stop, input_tokens=int(budget)))
     if method.cost_from is None:
-        return replace(config, stop=replace(config.stop, flops=budget["num_flops"]))
+        return replace(config, stop=replace(config.stop, flops=budget))
     spent = last_row(replace(job, name=method.cost_from, trial=None).folder)
     cost_of_position = spent["num_flops"] / (spent["step"] * job.config(method.cost_from).positions_per_step)
     cost_of_step = cost_of_position * config.positions_per_step
-    return replace(config, max_steps=max(1, round(budget["num_flops"] / cost_of_step)))
-
-
-def planned_steps(folder: Path) -> int:
-    """The steps over which a run's schedule went; it may have ended before."""
-    return json.loads((folder / "run.json").read_text())["total_steps"]
-
-
-def last_row(folder: Path) -> dict[str, float]:
-    """The last line of a run's log."""
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return replace(config, max_steps=max(1, round(budget / cost_of_step)))
 
 
 def evaluation_to_do(job: Job) -> dict[str, Any] | None:

@@ -72,6 +72,8 @@ def _check_method(experiment: Experiment, name: str) -> None:
         )
     if bool(method.match) != bool(method.like):
         raise ConfigError(f"method {name}: match and like need each other (match: flops, like: rlp)")
+    if method.with_stages and method.match not in ("tokens", "flops"):
+        raise ConfigError(f"method {name}: with_stages needs match: flops or match: tokens")
     if method.like and (method.like not in experiment.methods or experiment.methods[method.like].match):
         raise ConfigError(f"method {name}: like '{method.like}' must be a method without `match`")
     if method.after is not None and method.after not in experiment.methods:

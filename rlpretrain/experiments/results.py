@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlpretrain.config import ConfigError
+from rlpretrain.evaluation.intervals import student
 from rlpretrain.experiments.answer_parts import part_numbers
+from rlpretrain.experiments.budgets import last_row, stages_of
 from rlpretrain.experiments.experiment import BASE, Experiment, Job
-from rlpretrain.experiments.jobs import last_row
 from rlpretrain.experiments.measurements import Measurements
 from rlpretrain.experiments.search import chosen_values, read_trials, trials
 from rlpretrain.experiments.tasks import task_numbers
@@ -27,6 +29,8 @@ HEADINGS = {
     "no_think_loss": "no-think loss",
 }
 """The numbers of the table, each with the heading of its column."""
+LOGGED = re.compile(r"eval(_averaged)?/(?!tasks/).*(loss|gain_frozen|direct|think_sampled)$")
+"""What a run itself measured at its end (`eval.data`), of which the results have the mean over seeds."""
 OWN_NUMBERS = ("asked", "reward", "gain_frozen", "no_think_loss")
 """A method's own number is the first of these that it has, unless its `own` names one."""
 
@@ -128,11 +132,29 @@ def _cost(experiment: Experiment, name: str) -> dict[str, Any]:
         unit: float(np.mean([row[f"num_{unit}"] for row in last_rows]))
         for unit in ("input_tokens", "tokens", "flops")
     }
-    return {
+    if experiment.methods[name].after:
+        jobs = [Job(experiment=experiment, name=name, seed=seed, where=Path()) for seed in experiment.seeds]
+        rows = [[last_row(folder) for folder in stages_of(job)] for job in jobs]
+        spent["flops_with_stages"] = float(np.mean([sum(row["num_flops"] for row in each) for each in rows]))
+    found = {
         "spent": spent,
         "steps": [row["step"] for row in last_rows],
         "stopped": [record["stopped"] for record in records],
     }
+    logged = {
+        number: _over_seeds([row[number] for row in last_rows])
+        for number in last_rows[0]
+        if LOGGED.match(number) and all(row.get(number) is not None for row in last_rows)
+    }
+    return found | ({"logged": logged} if logged else {})
+
+
+def _over_seeds(values: list[float]) -> list[float]:
+    """[mean, low, high], then the value of each seed; Student's t over the seeds."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    half = student(len(values) - 1) * deviation / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    mean = float(np.mean(values))
+    return [mean, mean - half, mean + half, *values]
 
 
 def _searched(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -172,6 +194,8 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
             if "own" in row:
                 for when in ("before", "after"):
                     out.writerow((name, f"own {row['own']['number']}, {when}", *row["own"][when]))
+            for number, values in row.get("logged", {}).items():
+                out.writerow((name, number, *values))
             for unit, mean in row.get("spent", {}).items():
                 out.writerow((name, unit, mean, "", ""))
         for pair, row in results["differences"].items():

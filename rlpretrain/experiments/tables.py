@@ -12,7 +12,7 @@ from rlpretrain.experiments.search import describe_values
 
 
 def table(results: dict[str, Any]) -> Any:
-    """Every method with its own number, the common numbers and what it cost."""
+    """Every method with its own number, the common numbers and what it cost (with its earlier stages)."""
     from rich.table import Table
 
     title = (
@@ -27,7 +27,9 @@ def table(results: dict[str, Any]) -> Any:
             own_cells = (own["number"], cell(own["before"]), cell(own["after"]))
         cost_cells = ("", "")
         if spent := row.get("spent"):
-            cost_cells = (f"{spent['input_tokens'] / 1e6:.3f} M", f"{spent['flops'] / 1e12:.2f}")
+            total = spent.get("flops_with_stages")
+            flops = f"{spent['flops'] / 1e12:.2f}" + (f" ({total / 1e12:.2f})" if total else "")
+            cost_cells = (f"{spent['input_tokens'] / 1e6:.3f} M", flops)
         numbers = [cell(row.get(number)) for number in HEADINGS]
         methods.add_row(name, *own_cells, *numbers, *cost_cells)
     return methods
@@ -58,6 +60,20 @@ def searches(results: dict[str, Any]) -> Any:
         for trial in search["tried"]:
             mark = "chosen" if trial["values"] == search["chosen"] else ""
             shown.add_row(name, search["by"], describe_values(trial["values"]), f"{trial['score']:.3f}", mark)
+    return shown
+
+
+def logged(results: dict[str, Any]) -> Any:
+    """What the runs measured themselves at their last evaluation; None if they did not."""
+    from rich.table import Table
+
+    rows = {name: row["logged"] for name, row in results["methods"].items() if "logged" in row}
+    if not rows:
+        return None
+    numbers = list(dict.fromkeys(number for row in rows.values() for number in row))
+    shown = Table("eval.data", *numbers, title="logged at the end of the runs; 95% intervals over seeds")
+    for name, row in rows.items():
+        shown.add_row(name, *(cell(row[number][:3] if number in row else None) for number in numbers))
     return shown
 
 
