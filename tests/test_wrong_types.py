@@ -15,6 +15,7 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.config.io import build, describe
 from rlpretrain.experiments.experiment import Experiment
 from rlpretrain.experiments.loading import load_experiment
+from rlpretrain.experiments.ratio_grid import Grid, load_grid
 from rlpretrain.objectives import available, config_of, find, parse_section
 
 WRONG = (3, True, None, [None], {"zz": {"y": [1]}}, {1: 2}, "zz", math.nan)
@@ -106,4 +107,28 @@ def test_in_an_experiment(tmp_path: Path):
     said = []
     for name in (*without_data(names_of(Experiment)), *more):
         said += refusals(lambda value, name=name: attempt(changed(plain, name, value)))
+    check_words(said)
+
+
+def test_in_a_grid_of_ratios(tmp_path: Path):
+    sources = {"a": {"path": "p"}, "b": {"path": "q"}}
+    run = {
+        "model": "x",
+        "objective": "ntp",
+        "data": {"sources": sources},
+        "eval": {"data": {"a": "h", "b": "i"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    file = tmp_path / "grid.yaml"
+
+    def attempt(values: dict[str, Any]) -> None:
+        file.write_text(yaml.safe_dump(values))
+        load_grid(file)
+
+    plain = {"config": "run.yaml", "general": "a", "domain": "b"}
+    attempt(plain)
+    said = []
+    for name in (*names_of(Grid), "variants.v", "variants.v.optim", "general.a"):
+        said += refusals(lambda value, name=name: attempt(changed(plain, name, value)))
+        said += refusals(lambda value, name=name: attempt(changed(plain, name, [[value]])))
     check_words(said)

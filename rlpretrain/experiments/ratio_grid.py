@@ -26,7 +26,9 @@ def _read_group(value: Any) -> Any:
     """A group as {source: share}; the sources of a list have equal shares."""
     if isinstance(value, str):
         value = [value]
-    return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return dict.fromkeys(value, 1.0)
+    return value
 
 
 Shares = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_read_group)]
