@@ -213,6 +213,8 @@ def test_fields_are_whole_when_piped_and_can_be_asked_for_by_section(capsys, tmp
     everything = capsys.readouterr().out
     assert "…" not in everything and "objective.max_prediction_tokens (rlpt)" in everything
     assert "engine.gpu_memory_utilization" in everything and "tuple" not in everything
+    assert "data.answer_join" in everything and repr("\n") in everything
+    assert everything.index(" optim ") < everything.index(" optim.lr ")  # a table for each section
     assert "(0.9, 0.95)" in everything and "Or a text with {context}." in everything
     for asked, has, lacks in (
         ("optim", "optim.lr", "loss.clip_low"),
@@ -220,6 +222,8 @@ def test_fields_are_whole_when_piped_and_can_be_asked_for_by_section(capsys, tmp
         ("optim.lr", "Peak learning rate", "optim.betas"),
         ("objective", "objective.marker (rlp)", "optim.lr"),
         ("seed", "Seed of all random numbers", "optim"),
+        ("warm-up linear", "optim.warmup_steps", "optim.lr"),
+        ("Adapter", "policy.lora.target_modules", "optim.lr"),
     ):
         assert cli.main(["train", "--fields", asked]) == 0
         out = capsys.readouterr().out

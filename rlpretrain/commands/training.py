@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
         nargs="?",
         const="",
         metavar="SECTION",
-        help="list every field, or a section's, with default and meaning, also of CONFIG's objective",
+        help="list every field, a section's or those with a word, and what they mean; CONFIG's objective too",
     )
     p.set_defaults(command=train, takes_fields=True)
 
@@ -57,7 +57,9 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.fields is not None:
         if Path(args.fields).suffix in (".yaml", ".yml"):  # --fields CONFIG.yaml
             args.config, args.fields = args.fields, ""
-        _print_fields(
+        from rlpretrain.commands.fields import print_fields
+
+        print_fields(
             args.fields,
             c.load(args.config, rest, config_of).objective.get("name", "rlp") if args.config else None,
         )
@@ -126,29 +128,3 @@ def _trained(result: dict[str, Any]) -> str:
     skipped = result.get("run/skipped_steps")
     summary += f" ({skipped:.0f} skipped: NaN or inf)" if skipped else ""
     return summary + (f", {gains[name]} {result[name]:.3f} nats" if name else "")
-
-
-def _print_fields(only: str, used: str | None) -> None:
-    """Every field, or those under the dotted name `only`."""
-    from rich.table import Table
-
-    from rlpretrain.config import PretrainConfig, names
-    from rlpretrain.config.io import describe
-    from rlpretrain.objectives import available, find
-    from rlpretrain.tracking.tables import show
-
-    rows = describe(PretrainConfig)
-    for name in dict.fromkeys([*available(), *filter(None, [used])]):
-        rows += [
-            (f"objective.{field} ({name})", default, text)
-            for field, default, text in describe(find(name).Config)
-        ]
-    wanted = [row for row in rows if not only or f"{row[0]}.".startswith((f"{only}.", f"{only} "))]
-    if not wanted:
-        known = [row[0].split(" ")[0] for row in rows]
-        near = names.hint(only, sorted({name.split(".")[0] for name in known}), known)
-        raise ConfigError(f"--fields {only}: no such section or field: {near}")
-    table = Table("field", "default", "meaning")
-    for row in wanted:
-        table.add_row(*row)
-    show(table)

@@ -222,9 +222,15 @@ def _rows(owner: type, prefix: str) -> list[FieldRow]:
         else:
             info = documented.get(field.name)
             default = info.get_default(call_default_factory=True) if info is not None else field.default
-            default_text = "required" if "Undefined" in repr(default) else str(default)
+            default_text = "required" if "Undefined" in repr(default) else _written(default)
             rows.append(FieldRow(name, default_text, meaning))
     return rows
+
+
+def _written(default: Any) -> str:
+    """A default in one line; a text that ends in white space in quotes."""
+    is_plain = not isinstance(default, str) or default == default.strip()
+    return str(default) if is_plain else repr(default)
 
 
 def _meanings(owner: type) -> dict[str, str]:
