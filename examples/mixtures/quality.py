@@ -1,6 +1,6 @@
 """Documents of unequal quality: traces of the dial corpus in which a share of the steps is wrong.
 
-A row is a document and its quality, from 0 to 1: {"text": "ann has 6 bob up3 9 .", "quality": 0.41}. A step
+A row is a document and its quality, 0, .1, ... or 1: {"text": "ann has 6 bob up3 9 .", "quality": 0.4}. A step
 is wrong with probability (1 - quality) / 2, and the next step builds on it. The held-out documents have no
 wrong step.
 
@@ -21,8 +21,8 @@ from rlpretrain.corpora.writing import save_rows
 
 TRACES = {"prose": 0.0, "chain": 0.3, "worked": 0.7, "think": 0.0, "plain": 0.0}
 """Shares of the dial corpus's formats: those with a trace alone."""
-BEST = 0.8
-"""Documents of this quality and more are a file of their own: a fifth of all."""
+BEST = 0.9
+"""Documents of this quality and more are a file of their own: two elevenths of all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=51_200, help="documents to train on")
+    parser.add_argument("--train", type=int, default=25_600, help="documents to train on")
     parser.add_argument("--held-out", type=int, default=400, help="held-out documents")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -51,7 +51,7 @@ def documents(seed: int) -> Iterator[dict[str, Any]]:
     """Rows without end, of all qualities alike."""
     rng = random.Random(f"quality {seed}")
     while True:
-        quality = round(rng.random(), 4)
+        quality = rng.randrange(11) / 10
         mix = Mix(**TRACES, slip=(1 - quality) / 2)
         (text,) = base_documents(1, rng.getrandbits(32), mix)
         yield {"text": text, "quality": quality}
