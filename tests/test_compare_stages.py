@@ -262,6 +262,8 @@ def test_what_the_runs_measured_themselves_is_in_the_results(corpus, tmp_path):
     with console.capture() as shown:
         console.print(logged(results))
     assert "eval_averaged/no_think_loss" in shown.get()
+    drawn = (tmp_path / "compared" / "curves.svg").read_text()
+    assert "held-out loss of held (nats)" in drawn and "held-out loss of same (nats)" in drawn
     assert "averaged,eval_averaged/no_think_loss," in (tmp_path / "compared" / "results.csv").read_text()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ PANELS = {
 """A metric of the log and the label of its axis."""
 AXES = {"step": "steps", "num_input_tokens": "tokens of documents"}
 """A metric of the log that is a horizontal axis, and its label."""
+SOURCE_LOSS = re.compile(r"eval/(.+)/no_think_loss")
+"""The held-out loss of a named source, in the log."""
 MOST_POINTS = 200
 """Points of a line; neighbours are averaged."""
 
@@ -64,6 +67,13 @@ def make_curve(logs: Sequence[Log], metric: str) -> Curve | None:
     return Curve({axis: table(axis).mean(0) for axis in AXES}, table(metric))
 
 
+def source_panels(logs: Mapping[str, Sequence[Log]]) -> dict[str, str]:
+    """A panel for the held-out loss of each source of `eval.data`: metric to label."""
+    metrics = {metric for of_method in logs.values() for log in of_method for row in log for metric in row}
+    found = {metric: SOURCE_LOSS.fullmatch(metric) for metric in sorted(metrics)}
+    return {metric: f"held-out loss of {match[1]} (nats)" for metric, match in found.items() if match}
+
+
 def plot_curves(experiment: Experiment, path: Path) -> None:
     """A row of panels for each metric that some method logged, as an SVG file.
 
@@ -75,7 +85,8 @@ def plot_curves(experiment: Experiment, path: Path) -> None:
     folder = Path(experiment.output_dir)
     runs = {name: [folder / f"{name}-{seed}" for seed in experiment.seeds] for name in experiment.methods}
     logs = {name: read_logs(folders) for name, folders in runs.items()}
-    curves = {metric: {name: make_curve(logs[name], metric) for name in logs} for metric in PANELS}
+    panels = PANELS | source_panels(logs)
+    curves = {metric: {name: make_curve(logs[name], metric) for name in logs} for metric in panels}
     logged = {metric: lines for metric, lines in curves.items() if any(lines.values())}
     if not logged:
         return
@@ -88,7 +99,7 @@ def plot_curves(experiment: Experiment, path: Path) -> None:
                     _draw(panel, curve, axis, name, f"C{place % 10}")
             panel.grid(alpha=0.3)
             panel.set_xlabel(label)
-        row[0].set_ylabel(PANELS[metric])
+        row[0].set_ylabel(panels[metric])
         row[0].legend(frameon=False, fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "rlpretrain"}):  # the same numbers give the same file
         figure.savefig(path, format="svg", metadata={"Date": None})
