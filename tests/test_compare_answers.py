@@ -134,6 +134,21 @@ def test_answers_are_counted_for_each_value_of_a_column(corpus, tmp_path):
     assert "verified@2, thinking" in (folder / "answers.svg").read_text()
 
 
+def test_a_column_with_too_many_values_is_refused_before_any_training(corpus, tmp_path):
+    file = written(tmp_path, corpus, by="question")
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    many = [row | {"question": f"{row['question']}", "id": k} for k, row in enumerate(rows)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    values = yaml.safe_load(file.read_text())
+    values["evaluation"]["data"]["meta_columns"] = ["id"]
+    values["evaluation"]["pass_at"]["by"] = "id"
+    values["evaluation"]["documents"] = len(many)
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=rf"column id has {len(many)} different values"):
+        compare(file)
+    assert not list((tmp_path / "compared").glob("ntp-*"))
+
+
 def _data(config: Any) -> dict[str, Any]:
     fields = ("path", "column", "max_length", "answer_column", "answer_join")
     return {name: getattr(config.data, name) for name in fields}

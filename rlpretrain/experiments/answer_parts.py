@@ -26,7 +26,7 @@ def part_numbers(measured: Mapping[str, Sequence[Answers]], values: Sequence[str
     return parts
 
 
-def shown(parts: Parts) -> list[str]:
+def numbers_shown(parts: Parts) -> list[str]:
     """The numbers of the tables and the plot: after a thought those that a verifier judged, else pass@k."""
     numbers = list(next(iter(next(iter(parts.values())).values())))
     for kind, way in (("verified@", "thinking"), ("pass@", "thinking"), ("pass@", "direct")):

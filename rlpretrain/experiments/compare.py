@@ -23,7 +23,7 @@ from rlpretrain.experiments.jobs import Say, all_jobs, common_config, run_experi
 from rlpretrain.experiments.loading import build_experiment, load_experiment
 from rlpretrain.experiments.plot import plot, plot_parts
 from rlpretrain.experiments.results import Measurements, collect, read_measurements, write_csv
-from rlpretrain.experiments.sampled_answers import check_answers
+from rlpretrain.experiments.sampled_answers import check_answers, check_parts
 from rlpretrain.experiments.tables import differences, logged, part_tables, searches, table, tasks
 from rlpretrain.files import check_writable
 from rlpretrain.models import adapters
@@ -105,8 +105,9 @@ def check(experiment: Experiment, where: Path) -> None:
         except ConfigError as error:
             raise ConfigError(f"{part}: {error}") from None
     tokenizer = models.load_tokenizer(common.model)
-    for data in filter(None, (evaluation.data, evaluation.search_data)):
-        read_held_out(data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
     check_answers(evaluation)
+    for data in filter(None, (evaluation.data, evaluation.search_data)):
+        documents = read_held_out(data, tokenizer, limit=evaluation.documents, seed=evaluation.sample_seed)
+        check_parts(evaluation, documents)
     if evaluation.tasks:
         load_tasks(evaluation.tasks, evaluation.include_path)

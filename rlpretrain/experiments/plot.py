@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlpretrain.experiments.answer_parts import Parts, shown
+from rlpretrain.experiments.answer_parts import Parts, numbers_shown
 from rlpretrain.experiments.experiment import BASE
 from rlpretrain.experiments.results import HEADINGS
 
@@ -58,11 +58,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_parts(parts: Parts, models: Sequence[str], path: Path) -> None:
-    """A panel for each number that `shown` names: every model's means and intervals by part, as SVG."""
+    """A panel for each number that `numbers_shown` names: means and intervals by part, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    numbers = shown(parts)
+    numbers = numbers_shown(parts)
     width = max(4.0, 0.1 * len(models) * len(parts))
     figure = Figure(figsize=(width, 2.8 * len(numbers) + 0.6), layout="constrained")
     panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig
@@ -12,7 +13,10 @@ from rlpretrain.experiments.experiment import CommonEvaluation, Job
 from rlpretrain.experiments.held_out import read_held_out
 from rlpretrain.objectives import load_objective
 from rlpretrain.tracking.progress import bar
+from rlpretrain.types import Document
 from rlpretrain.verdict import Verifier, find_verifier
+
+MOST_PARTS = 40
 
 
 def check_answers(evaluation: CommonEvaluation) -> None:
@@ -26,12 +30,25 @@ def check_answers(evaluation: CommonEvaluation) -> None:
         raise ConfigError(
             f"evaluation.pass_at.answers is {settings.answers}: pass@{max(settings.ks)} needs that many"
         )
-    if settings.by and settings.by not in evaluation.data.meta_columns:
-        raise ConfigError(
-            f"evaluation.pass_at.by is '{settings.by}', which is not kept beside the documents: name it in "
-            "evaluation.data.meta_columns"
-        )
+    for name in ("data", "search_data"):
+        data = getattr(evaluation, name)
+        if settings.by and data is not None and settings.by not in data.meta_columns:
+            raise ConfigError(
+                f"evaluation.pass_at.by is '{settings.by}', which is not kept beside the documents: name it "
+                f"in evaluation.{name}.meta_columns"
+            )
     _verifier(settings.verifier)
+
+
+def check_parts(evaluation: CommonEvaluation, documents: Sequence[Document]) -> None:
+    """Raise ConfigError if `pass_at.by` splits the documents into more parts than a table has columns for."""
+    by = evaluation.pass_at.by if evaluation.pass_at else ""
+    values = {str((document.meta or {})[by]) for document in documents} if by else set()
+    if len(values) > MOST_PARTS:
+        raise ConfigError(
+            f"evaluation.pass_at.by: column {by} has {len(values)} different values in the held-out "
+            f"documents; at most {MOST_PARTS} can be told apart"
+        )
 
 
 def sample_answers(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:

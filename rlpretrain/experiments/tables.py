@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlpretrain.experiments.answer_parts import Parts, shown
+from rlpretrain.experiments.answer_parts import Parts, numbers_shown
 from rlpretrain.experiments.experiment import BASE
 from rlpretrain.experiments.results import HEADINGS
 from rlpretrain.experiments.search import describe_values
@@ -90,11 +90,11 @@ def tasks(results: dict[str, Any]) -> Any:
 
 
 def part_tables(parts: Parts, models: Sequence[str]) -> list[Any]:
-    """A rich table for each number that `shown` names: a row for each model, a column for each part."""
+    """A rich table for each number that `numbers_shown` names: a row a model, a column a part."""
     from rich.table import Table
 
     tables = []
-    for number in shown(parts):
+    for number in numbers_shown(parts):
         table = Table(number, *parts, title="95% intervals over documents and seeds")
         for name in models:
             table.add_row(name, *(cell(numbers[name][number]) for numbers in parts.values()))
