@@ -176,6 +176,17 @@ def test_thoughts_that_cannot_stand_in_a_text(data, tmp_path):
     assert dropped == {"empty": 11, "spare": 11} and rows[0]["thoughts"][0]["text"] == " so"
 
 
+def test_rows_without_a_place_are_counted(data, tmp_path, capsys):
+    texts = source(data)
+    texts[3] = texts[7] = "ann has 5 bob up1 ."  # without the marker
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = tmp_path / "out.jsonl"
+    assert run(data, out, "before", "--objective", SHOWS, *scripted(say=["so"])) == 0
+    summary = Summary.of(rows_of(out))
+    assert (summary.rows, summary.rows_without_places, summary.places) == (11, 2, 9)
+    assert "2 rows have none" in capsys.readouterr().out
+
+
 def test_long_documents_are_thought_about_piece_by_piece(data, tmp_path):
     split, cut = tmp_path / "split.jsonl", tmp_path / "cut.jsonl"
     assert run(data, split, "after", "--max-length", "5", *scripted(say=["so"])) == 0

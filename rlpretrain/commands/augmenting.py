@@ -209,7 +209,8 @@ def table(summary: Summary) -> Any:
 
     shown = Table("", "number", "", show_header=False)
     shown.add_row("rows", f"{summary.rows:,}", f"{summary.rows_with_thoughts:,} with a thought")
-    shown.add_row("places", f"{summary.places:,}", "")
+    without = f"{summary.rows_without_places:,} rows have none" if summary.rows_without_places else ""
+    shown.add_row("places", f"{summary.places:,}", without)
     shown.add_row("thoughts sampled", f"{summary.sampled:,}", "")
     kept = f"{summary.unfinished_kept:,} of them closed for it" if summary.unfinished_kept else ""
     shown.add_row("thoughts kept", f"{summary.kept:,}", kept)

@@ -13,6 +13,8 @@ class Summary:
 
     rows: int = 0
     rows_with_thoughts: int = 0
+    rows_without_places: int = 0
+    """Rows in which there was no place to think: too long, or without the marker or a place by entropy."""
     places: int = 0
     sampled: int = 0
     """Thoughts that were sampled: those that are kept and those of `dropped`."""
@@ -43,6 +45,7 @@ class Summary:
         thoughts = row["thoughts"]
         self.rows += 1
         self.rows_with_thoughts += bool(thoughts)
+        self.rows_without_places += not row["places"]
         self.places += row["places"]
         self.sampled += row["sampled"]
         self.kept += len(thoughts)
