@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from rlpretrain.evaluation.intervals import student
 
 ROOT = Path(__file__).parents[1]
 
@@ -220,3 +223,40 @@ def test_engines():
     assert f"{service:.3f}".lstrip("0") in (ROOT / "docs" / "engines.md").read_text()
     injected = sum(kind["injections"] for kind in results("faults")["results"].values())
     assert f"{injected} injected faults" in (ROOT / "docs" / "engines.md").read_text()
+
+
+ORDERS = {"uniform": "uniform", "ascending": "ascending", "the best two elevenths alone, five times": "best"}
+SCHEDULES = (
+    ("constant", "eval"),
+    ("constant", "eval_averaged"),
+    ("decay", "eval"),
+    ("decay", "eval_averaged"),
+)
+
+
+def test_order_decay_and_average():
+    methods = results("compare-order")["methods"]
+
+    def of_seeds(order: str, schedule: str, kind: str) -> np.ndarray:
+        return np.array(methods[f"{order}_{schedule}"]["logged"][f"{kind}/no_think_loss"][3:])
+
+    table = rows("docs/mixtures.md", "| constant, averaged |")
+    assert set(table) == set(ORDERS)
+    for label, order in ORDERS.items():
+        for cell, (schedule, kind) in zip(table[label], SCHEDULES, strict=True):
+            mean, low, _ = _interval(of_seeds(order, schedule, kind))
+            assert agree(numbers(cell), [mean, mean - low], 0.00051), (label, schedule, kind)
+    decay, average = (
+        of_seeds("uniform", *setting) - of_seeds("ascending", *setting)
+        for setting in (("decay", "eval"), ("constant", "eval_averaged"))
+    )
+    text = " ".join((ROOT / "docs" / "mixtures.md").read_text().split())
+    (found,) = re.findall(r"order is worth (.*?) with a decay and (.*?) with .*? the two is (.*?\])", text)
+    for written, effect in zip(found, (decay, average, decay - average), strict=True):
+        assert agree(numbers(written), _interval(effect), 0.00051), written
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    """Mean over seeds with its 95% interval."""
+    half = student(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return [float(value) for value in (values.mean(), values.mean() - half, values.mean() + half)]
