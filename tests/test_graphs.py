@@ -296,6 +296,37 @@ def test_no_held_out_problem_is_in_another_set(made):
     assert facts["settings"]["contexts"] == {"A": 1, "B": 0}
 
 
+@pytest.mark.parametrize("surface", sorted(graphs.SURFACES))
+def test_a_share_of_the_steps_of_the_base_is_wrong_and_the_answer_is_true(tmp_path, surface):
+    sizes = {"ops": (1, 3), "weights": (1, 1), "base": 600, "mid": 20, "train": 20, "held_out": 16}
+    files = {}
+    for name, slip in (("right", 0.0), ("wrong", 0.3)):
+        made = graphs.Settings(surface=surface, mix="traces", slip=slip, **sizes)
+        paths = graphs.write(tmp_path / name, made)
+        files[name] = {kind: rows_of(paths[kind]) for kind in ("base", "mid", "sft")}
+    right = {op: [] for op in (1, 3)}
+    for row in files["wrong"]["base"]:
+        if row["kind"] == "traced":
+            trace, _, answer = row["worked_answer"].removeprefix("<think> ").partition(" </think> ")
+            verdict = graphs.verify(row["question"], trace, answer)
+            assert verdict.answer_right and (verdict.process == 1) == verdict.verified
+            right[row["op"]].append(verdict.verified)
+    for op, verified in right.items():
+        wanted = 0.7**op
+        deviation = (wanted * (1 - wanted) / len(verified)) ** 0.5
+        assert abs(sum(verified) / len(verified) - wanted) < 4 * deviation, op
+    for kind in ("mid", "sft"):  # the controls have no wrong steps
+        assert files["wrong"][kind] == files["right"][kind]
+    traced = [row for row in files["right"]["base"] if row["kind"] == "traced"]
+    for row in traced[:50]:
+        trace, _, answer = row["worked_answer"].removeprefix("<think> ").partition(" </think> ")
+        assert graphs.verify(row["question"], trace, answer) == TRUE
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_the_tokenizer_knows_every_word(made):
     surface, paths, rows = made
     if surface == "sentences":
@@ -378,6 +409,8 @@ def test_the_command(tmp_path, capsys):
         ("--distractors", "few"): "distractors are written 0-2 or 1",
         ("--weights", "x"): "weights: 'x' is not a number",
         ("--ops", "3-1"): "ops are written 1-4 or 1,2,5",
+        ("--slip", "1"): "slip 1.0: expected a probability",
+        ("--layers", "3"): "layers are those of the model of the surface words",
     }.items():
         assert cli.main([*words, *extra]) == 2
         assert error in capsys.readouterr().err
@@ -390,4 +423,4 @@ def test_every_example_is_a_valid_configuration():
         if "methods:" in file.read_text():
             assert load_experiment(file).methods
         else:
-            assert Path(load_config(file).output_dir).name == file.stem
+            assert file.stem.endswith(Path(load_config(file).output_dir).name)

@@ -16,6 +16,8 @@ NAMES = (
     "train_contexts",
     "distractors",
     "order",
+    "slip",
+    "layers",
     "mid",
     "mid_ops",
     "train_ops",
@@ -34,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train-contexts", help="the same in the mid-training and RL sets (--contexts)")
     group.add_argument("--distractors", help="quantities that the query does not need, a range (0-2)")
     group.add_argument("--order", help="order of the sentences: topological or shuffled (topological)")
+    group.add_argument("--slip", type=float, help="share of wrong steps in the base's traces (0)")
+    group.add_argument("--layers", type=int, help="layers of the model's configuration (2)")
     group.add_argument("--mid", type=int, help="documents for mid-training (5000)")
     group.add_argument("--mid-ops", help="their numbers of operations (5,6)")
     group.add_argument("--train-ops", help="numbers of operations of the RL prompts (5,6)")

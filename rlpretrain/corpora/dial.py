@@ -110,14 +110,14 @@ def tokenizer(words: Sequence[str] = WORDS):
     )
 
 
-def model_config(words: Sequence[str] = WORDS):
+def model_config(words: Sequence[str] = WORDS, layers: int = 2):
     """The small Qwen3 that learns a dial corpus on one CPU thread (340 thousand parameters)."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
         vocab_size=len(words),
         hidden_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=32,

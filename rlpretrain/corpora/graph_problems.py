@@ -109,6 +109,18 @@ class Graph:
             values[definition.name] = definition.value(values)
         return values
 
+    def slipped_values(self, rng: random.Random, slip: float) -> dict[str, int]:
+        """The values of a trace in which each operation has a wrong result with probability `slip`.
+
+        What follows builds on a wrong result.
+        """
+        values: dict[str, int] = {}
+        for definition in self.in_order:
+            value = definition.value(values)
+            slips = definition.operation is not None and rng.random() < slip
+            values[definition.name] = (value + rng.randint(1, 9)) % 10 if slips else value
+        return values
+
     @cached_property
     def needed(self) -> frozenset[str]:
         """The query and the quantities from which it is computed."""

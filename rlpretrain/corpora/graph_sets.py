@@ -56,6 +56,12 @@ class Settings:
     order: Literal["topological", "shuffled"] = "topological"
     """Sentences after those that they refer to, or anywhere."""
     mix: str = "few_thoughts"
+    slip: float = 0.0
+    """Probability that a step of a trace in the base is wrong, while the answer is true; mid-training and the
+    control have no wrong steps. A model that has read no wrong step trusts every trace.
+    """
+    layers: int = 2
+    """Layers of the model's configuration, with surface words."""
     base: int = 40_000
     mid: int = 5_000
     train: int = 10_000
@@ -73,6 +79,12 @@ class Settings:
             raise ConfigError(f"unknown mix '{self.mix}': one of {', '.join(MIXES)}")
         if self.order not in ("topological", "shuffled"):
             raise ConfigError(f"no order '{self.order}': topological or shuffled")
+        if not 0 <= self.slip < 1:
+            raise ConfigError(f"slip {self.slip}: expected a probability from 0 to below 1")
+        if self.layers < 1:
+            raise ConfigError(f"layers {self.layers}: expected at least 1")
+        if self.layers != 2 and self.surface != "words":
+            raise ConfigError(f"layers are those of the model of the surface words, not of {self.surface}")
         for name in ("ops", "mid_ops", "train_ops", "held_out_ops"):
             _check_ops(name, getattr(self, name))
         if self.weights is not None and len(self.weights) != len(self.ops):

@@ -83,9 +83,11 @@ class Surface:
             clauses.append(self._say(self.statements, definition, {}, rng) + self.statement_end)
         return " ".join([*clauses, self.ask.replace("{name}", graph.query)])
 
-    def trace(self, graph: Graph, rng: random.Random | None = None) -> str:
-        """The gold trace: every needed quantity with its operands, their values and its own."""
-        values = graph.values
+    def trace(
+        self, graph: Graph, rng: random.Random | None = None, values: Mapping[str, int] | None = None
+    ) -> str:
+        """Every needed quantity with its operands, their values and its own; by default the gold trace."""
+        values = graph.values if values is None else values
         steps = [self._say(self.steps, d, values, rng) + self.step_end for d in graph.solution]
         return " ".join(steps)
 

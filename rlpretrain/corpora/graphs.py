@@ -77,21 +77,25 @@ class Writer:
         """The question's text."""
         return self.surface.question(problem.graph, None if self.says_plainly else rng)
 
-    def worked_answer(self, problem: Problem, kind: str, rng: random.Random) -> str:
-        """What a document of a kind says after the question; kinds are the fields of `Mix`."""
+    def worked_answer(self, problem: Problem, kind: str, rng: random.Random, slip: float = 0.0) -> str:
+        """What a document of a kind says after the question; kinds are the fields of `Mix`.
+
+        A step of its trace is wrong with probability `slip`; the answer is true.
+        """
         answer = self.surface.answer_text(problem.graph)
         if kind == "direct":
             return answer
         if kind == "idle":
             return f"{OPEN} {' '.join(rng.choices(HMM, k=rng.randint(1, 5)))} {CLOSE} {answer}"
-        trace = self.surface.trace(problem.graph, None if self.says_plainly else rng)
+        values = problem.graph.slipped_values(rng, slip) if slip else None
+        trace = self.surface.trace(problem.graph, None if self.says_plainly else rng, values)
         if kind == "worked":
             return self.surface.worked.format(trace=trace, answer=answer)
         return f"{OPEN} {trace} {CLOSE} {answer}"
 
-    def document(self, problem: Problem, kind: str, rng: random.Random) -> dict[str, Any]:
+    def document(self, problem: Problem, kind: str, rng: random.Random, slip: float = 0.0) -> dict[str, Any]:
         """A document of base.jsonl, mid.jsonl or sft.jsonl."""
-        question, after = self.question(problem, rng), self.worked_answer(problem, kind, rng)
+        question, after = self.question(problem, rng), self.worked_answer(problem, kind, rng, slip)
         return self.row(question, after, kind, problem.op, problem.context)
 
     def copied(self, rng: random.Random) -> dict[str, Any]:
@@ -208,7 +212,8 @@ def write(
         temporary.write_text(dumps({"settings": asdict(settings), "files": facts}, indent=2) + "\n")
         temporary.replace(paths["corpus"])
     if settings.surface == "words":
-        paths["model"] = _save_model(folder / "model", max(count.longest for count in counts.values()))
+        longest = max(count.longest for count in counts.values())
+        paths["model"] = _save_model(folder / "model", longest, settings.layers)
     return paths
 
 
@@ -218,7 +223,8 @@ def _base(writer: Writer, sets: Sets, settings: Settings) -> Iterator[dict[str, 
     shares = asdict(MIXES[settings.mix])
     for _ in range(settings.base):
         (kind,) = rng.choices(list(shares), list(shares.values()))
-        yield writer.copied(rng) if kind == "copied" else writer.document(sets.base(rng), kind, rng)
+        is_copied = kind == "copied"
+        yield writer.copied(rng) if is_copied else writer.document(sets.base(rng), kind, rng, settings.slip)
 
 
 def _traced(
@@ -236,9 +242,9 @@ def _prompts(
         yield writer.prompt(problem, random.Random(f"graphs {name} text {settings.seed} {i}"))
 
 
-def _save_model(folder: Path, longest: int) -> Path:
+def _save_model(folder: Path, longest: int, layers: int) -> Path:
     """The tokenizer, and the configuration of a model that can read the longest document."""
-    config = dial.model_config(WORDS)
+    config = dial.model_config(WORDS, layers)
     config.max_position_embeddings = max(config.max_position_embeddings, longest + SPARE_TOKENS)
     tokenizer().save_pretrained(folder)
     config.save_pretrained(folder)
