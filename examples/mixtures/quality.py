@@ -1,8 +1,9 @@
 """Documents of unequal quality: traces of the dial corpus in which a share of the steps is wrong.
 
 A row is a document and its quality, 0, .1, ... or 1: {"text": "ann has 6 bob up3 9 .", "quality": 0.4}. A
-step is wrong with probability (1 - quality) / 2, and the next step builds on it. The held-out documents have
-no wrong step.
+step is wrong with probability (1 - quality) / 2: half of the wrong ones take another operation, the others
+have a wrong result, and the next step builds on it. In a chain, which has no question, another operation is
+as good. The held-out documents have no wrong step.
 
     python -m examples.mixtures.quality --out runs/quality
 """
