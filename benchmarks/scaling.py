@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from rlpretrain.files import writing
 from rlpretrain.tracking.progress import bar
+from rlpretrain.training.records import write_json
 
 GPUS_PER_NODE = 8
 TOKEN_BUDGET = 16_384  # trained tokens of a micro-batch
@@ -195,10 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with bar("simulating") as progress:
         rows = table(work, speeds, args.nodes, args.staleness, progress)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "scaling.json"
-    with writing(file):
-        settings = {"work": asdict(work), "speeds": asdict(speeds), "staleness": args.staleness}
-        file.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
+    settings = {"work": asdict(work), "speeds": asdict(speeds), "staleness": args.staleness}
+    write_json(args.out / "scaling.json", settings | {"rows": rows})
     for row in rows:
         print("  ".join(f"{name} {value:.3g}" for name, value in row.items()))
     return 0

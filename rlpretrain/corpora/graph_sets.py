@@ -58,7 +58,7 @@ class Settings:
     mix: str = "few_thoughts"
     slip: float = 0.0
     """Probability that a step of a trace in the base is wrong, while the answer is true; mid-training and the
-    control have no wrong steps. A model that has read no wrong step trusts every trace.
+    control have no wrong steps.
     """
     layers: int = 2
     """Layers of the model's configuration, with surface words."""

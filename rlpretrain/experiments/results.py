@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlpretrain.config import ConfigError
-from rlpretrain.evaluation.intervals import student
+from rlpretrain.evaluation.intervals import interval
 from rlpretrain.experiments.answer_parts import part_numbers
 from rlpretrain.experiments.budgets import last_row, stages_of
 from rlpretrain.experiments.experiment import BASE, Experiment, Job
@@ -150,11 +150,9 @@ def _cost(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def _over_seeds(values: list[float]) -> list[float]:
-    """[mean, low, high], then the value of each seed; Student's t over the seeds."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    half = student(len(values) - 1) * deviation / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    mean = float(np.mean(values))
-    return [mean, mean - half, mean + half, *values]
+    """[mean, low, high] over the seeds, then the value of each."""
+    mean, ends = interval(np.array(values))
+    return [mean, *ends, *values]
 
 
 def _searched(experiment: Experiment, name: str) -> dict[str, Any]:
