@@ -46,7 +46,7 @@ class Reader:
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if "logits_to_keep" in accepts:
             self.options["logits_to_keep"] = 1
-        self.path = self._try_cache(probe[:2])
+        self.path = self._try_cache(probe[:8])
         if self.path == Path.PADDED and not {"attention_mask", "position_ids"} <= accepts.keys():
             self.path = Path.EQUAL_LENGTH
         self.options["use_cache"] = self.path != Path.RECOMPUTE
@@ -57,7 +57,10 @@ class Reader:
         try:
             _, cache = self.read(ids)
             cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=ids.device))
-            self.read(ids[:, -1:].expand(2, 1), cache)
+            forked, _ = self.read(ids[:, -1:].expand(2, 1), cache)
+            difference = self._difference(forked, torch.cat([ids, ids[:, -1:]], 1))
+            if difference > (1e-3 if forked.dtype == torch.float32 else 0.1):
+                raise RuntimeError(f"with it, log-probs differ by {difference:.2g} nats on average")
         except _REFUSALS as error:
             logger.warning(
                 "%s has no cache that can be forked (%s): every step will read the whole sequence again, "
@@ -70,6 +73,11 @@ class Reader:
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
         )
         return Path.PADDED if plain else Path.EQUAL_LENGTH
+
+    def _difference(self, forked: Tensor, ids: Tensor) -> float:
+        """Mean difference (nats) of the next log-probs from those of a model that reads `ids` at once."""
+        whole, _ = self.read(ids)
+        return float((forked.float().log_softmax(-1) - whole.float().log_softmax(-1)).abs().mean())
 
     def read(self, ids: Tensor, cache: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """Run the model on `ids` [R, T] after `cache`: logits of the next token [R, V], and the new cache."""

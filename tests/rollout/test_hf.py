@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams
@@ -115,6 +115,31 @@ def test_each_context_is_read_once_and_ended_rows_leave() -> None:
     sample(engine, prompts, n=8)
     rows = [shape[0] for shape in shapes[1:]]
     assert shapes[0] == (3, 8) and rows[0] <= 24 and rows == sorted(rows, reverse=True) and rows[-1] <= 6
+
+
+class Forgetful(Qwen3ForCausalLM):
+    """Its cache can be forked, but the model reads nothing of it."""
+
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is None:
+            return super().forward(*args, **kwargs)
+        out = super().forward(*args, **kwargs | {"use_cache": False, "attention_mask": None})
+        out.past_key_values = past_key_values
+        return out
+
+
+def test_a_cache_that_changes_the_model_is_not_used() -> None:
+    torch.manual_seed(0)
+    model = Forgetful(model_of("qwen3").config).eval()
+    engine = HFEngine(model)
+    (group,) = sample(engine, prompts_of([7]), SamplingParams(max_thought_tokens=4), n=2)
+    assert engine.health()["path"] == "recompute"
+    for thought in group:
+        ids = torch.tensor([[*prompts_of([7])[0].token_ids, *thought.token_ids]])
+        new = len(thought.token_ids)
+        logps = model(input_ids=ids).logits[0, -new - 1 : -1].log_softmax(-1)
+        own = logps.gather(-1, ids[0, -new:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(thought.behaviour_logps), own.detach(), rtol=0, atol=1e-5)
 
 
 def test_frequencies_of_thoughts_follow_the_model() -> None:
