@@ -142,6 +142,8 @@ def backbone_of(model: nn.Module) -> nn.Module:
     """Return the part of a causal LM that computes the final hidden states."""
     causal: Any = model
     backbone = causal.base_model
+    if backbone is model:  # Llama 4's text model has another prefix than its class says
+        backbone = getattr(causal, "model", model)
     if backbone is model:
         raise ValueError(
             f"{type(model).__name__} has no separate backbone (base_model_prefix): cannot score it"

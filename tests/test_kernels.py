@@ -149,14 +149,14 @@ def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):
     assert "packing: padded" not in str(caught.value) and attention_of(model) == "tree_sdpa"
 
     class Neighbours(torch.nn.Module):
-        """Tokens that meet outside attention: each gets a part of the one before it."""
+        """Tokens that meet outside attention: each gets a part of one far before it, where no probe looks."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+            return x + torch.cat([torch.zeros_like(x[:, :14]), x[:, :-14]], 1)
 
     mixing = tiny_model("llama", VOCABULARY, seed=1)
     mixing.model.layers[0].mlp = torch.nn.Sequential(Neighbours(), mixing.model.layers[0].mlp)
-    attention.install(mixing)
+    assert attention.install(mixing) is None
     with pytest.raises(ValueError, match="tree packing does not support.*packing: padded"):
         check_tree(policy_of(mixing), micro, layout, totals, ranks)
     fine = tiny_model("llama", VOCABULARY, seed=1)

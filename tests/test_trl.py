@@ -174,6 +174,32 @@ def test_baselines_are_those_they_say(base, corpus, tmp_path, baseline):
     assert np.array(rewards, float).reshape(2, 4) == pytest.approx(ours + own - base_, abs=1e-4)
 
 
+class Far(torch.nn.Module):
+    """Tokens that meet outside attention: each gets a part of one far before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.cat([torch.zeros_like(x[:, :14]), x[:, :-14]], 1)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_model_that_trees_do_not_fit_is_scored_in_rows(base, corpus, mixes):
+    model, tokenizer = base
+    if mixes:
+        model.model.layers[0].mlp = torch.nn.Sequential(Far(), model.model.layers[0].mlp)
+    row = to_prompt_dataset(str(corpus / "train.jsonl"), tokenizer, **AFTER)[0]
+    columns = {name: [row[name]] * 6 for name in COLUMNS[1:]}
+    found = {}
+    for tree in (True, False):
+        reward = InformationGainReward(model, tokenizer, cut="force_close", **AFTER)
+        reward.watch(model)
+        assert reward.layout.tree
+        if not tree:
+            reward.layout.tree = False
+        found[tree] = reward([row["prompt"]] * 6, [[7, 8, 9 + k] for k in range(6)], **columns)
+        assert reward.layout.tree == (tree and not mixes)
+    assert found[True] == pytest.approx(found[False], abs=1e-5)
+
+
 def test_unclosed_thoughts_count_nowhere(base, corpus, tmp_path):
     model, tokenizer = base
     reward = InformationGainReward(model, tokenizer, cut="mask", **AFTER)

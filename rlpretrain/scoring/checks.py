@@ -13,7 +13,7 @@ from rlpretrain.compat import attention_of, forward_of
 from rlpretrain.models.kernels import PREFIX, attending_by, check_kernel
 from rlpretrain.models.randomness import check_deterministic, in_mode
 from rlpretrain.ranks import Ranks
-from rlpretrain.scoring.groups import BatchScores, micro_batches, score_batch
+from rlpretrain.scoring.groups import BatchScores, ScoreFunction, micro_batches, score_batch
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer
 from rlpretrain.types import Batch, MicroBatch, Totals
@@ -30,11 +30,8 @@ def check_tree(
     wrong, because their kernel leaves out a part of the attention: scoring them again with `eager` tells
     which.
     """
-    padded = micro_batches(Batch(micro.groups, micro.documents), replace(layout, tree=False), ranks, totals)
-    limit = 0.3 if half else 1e-3
-    tree_scores = score_batch(policy.score, [micro], ranks.device)
-    padded_scores = score_batch(policy.score, padded, ranks.device)
-    difference = ranks.max([_max_difference(tree_scores, padded_scores)])[0]
+    limit = limit_of_difference(half)
+    difference, padded, padded_scores = _against_padded(policy.score, micro, layout, totals, ranks)
     if difference <= limit:
         return difference
     kernel = attention_of(policy.model).removeprefix(PREFIX)
@@ -52,6 +49,28 @@ def check_tree(
         f"{message}: the model mixes tokens in a way that tree packing does not support. Its padded rows are "
         "right (they agree with eager attention): train it with packing: padded"
     )
+
+
+def fits_trees(
+    score: ScoreFunction, micro: MicroBatch, layout: Layout, ranks: Ranks, half: bool = False
+) -> bool:
+    """Whether a tree's log-probs are those of padded rows, on all ranks, which all call it."""
+    return _against_padded(score, micro, layout, None, ranks)[0] <= limit_of_difference(half)
+
+
+def limit_of_difference(half: bool) -> float:
+    """How far (nats) trees and padded rows may be apart by rounding."""
+    return 0.3 if half else 1e-3
+
+
+def _against_padded(
+    score: ScoreFunction, micro: MicroBatch, layout: Layout, totals: Totals | None, ranks: Ranks
+) -> tuple[float, list[MicroBatch], BatchScores]:
+    """The largest difference over ranks, and the padded rows with their scores."""
+    padded = micro_batches(Batch(micro.groups, micro.documents), replace(layout, tree=False), ranks, totals)
+    tree_scores = score_batch(score, [micro], ranks.device)
+    padded_scores = score_batch(score, padded, ranks.device)
+    return ranks.max([_max_difference(tree_scores, padded_scores)])[0], padded, padded_scores
 
 
 def _max_difference(ours: BatchScores, theirs: BatchScores) -> float:

@@ -113,6 +113,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         check_vocabulary(config, tags)
     model, tokenizer, added = models.load_with_tokenizer(config.model, tags, config.seed)
     check_model(model.to(ranks.device))
+    padded_because = attention.install(model) if config.packing == "tree" else None  # while weights are whole
     if ranks.first:
         models.try_saving(model, tokenizer, config.model)
     objective = load_objective(config, tokenizer)
@@ -185,7 +186,6 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
             steps=total_steps,
         )
     probed = engine.info.needs_probe
-    padded_because = attention.install(model) if config.packing == "tree" else None
     if reference is not None and config.packing == "tree" and padded_because is None:
         padded_because = attention.install(reference.frozen.model)
         if reference.initial is not None:

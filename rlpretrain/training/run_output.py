@@ -59,6 +59,7 @@ def facts(run: Run) -> dict[str, Any]:
     """The entries of run.json about this run, beside its configuration."""
     return {
         "added_tokens": run.added,
+        "padded_because": run.padded_because,
         "documents_too_short": run.dropped,
         "peak_flops": run.peak,
         "resumed_from": str(run.resumed_from) if run.resumed_from else None,

@@ -15,7 +15,7 @@ from rlpretrain.models.kernels import attending_by, choose_kernel
 from rlpretrain.objectives import Objective
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
-from rlpretrain.scoring.checks import check_model
+from rlpretrain.scoring.checks import check_model, fits_trees
 from rlpretrain.scoring.groups import micro_batches, no_think_contexts, score_batch
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.references import Baseline
@@ -44,6 +44,7 @@ class LiveScorer:
         self.reference: Baseline | None = None  # made when a model is watched
         # The kernel to score with, where one rank scores in a trainer whose own kernel cannot be used.
         self.attention: str | None = None
+        self.is_tried = False  # whether a batch was scored both in trees and in padded rows
 
     def watch(self, model: nn.Module) -> None:
         """Score with this model from now on. The callback calls it when training begins."""
@@ -69,7 +70,7 @@ class LiveScorer:
             if not is_sharded:
                 choose_kernel(inner)
                 check_model(inner)
-            self.layout.tree = attention.install(inner) is None
+            self.layout.tree, self.is_tried = attention.install(inner) is None, False
             self.attention = attention_of(inner) if self.attention else None
             if self.reference is None or peft_model is not None:
                 self.reference = make_baseline(
@@ -94,14 +95,16 @@ class LiveScorer:
         batch = Batch((*groups, *empty), ())
         layout = replace(self.layout, no_think_ids=no_think_contexts(self.objective, batch.groups))
         ranks = Ranks(device=device) if self.attention else ranks_of(device)
+        score = score_function(NoGradScorer(inner))
         micros = micro_batches(batch, layout, ranks)
         with evaluating(self.model), attending_by(inner, self.attention):
+            if layout.tree and not self.is_tried:
+                half = next(inner.parameters()).dtype != torch.float32
+                self.layout.tree = layout.tree = fits_trees(score, micros[0], layout, ranks, half)
+                self.is_tried = True
+                micros = micro_batches(batch, layout, ranks)
             by_id = score_batch(
-                score_function(NoGradScorer(inner)),
-                micros,
-                device,
-                reference=self.reference,
-                objective=self.objective,
+                score, micros, device, reference=self.reference, objective=self.objective
             ).groups
         return ThoughtScores.of([by_id[g.id] for g in groups], [by_id[g.id] for g in empty])
 

@@ -15,6 +15,7 @@ from rlpretrain.compat import attention_of
 from rlpretrain.models.kernels import PREFIX
 from rlpretrain.scoring.attention.cpu import TreeAttention
 from rlpretrain.scoring.attention.flex import flex, padded_size
+from rlpretrain.scoring.attention.probe import why_wrong
 from rlpretrain.tree import Tree
 
 _KINDS = {"full_attention", "sliding_attention"}
@@ -39,12 +40,15 @@ def install(model: Any) -> str | None:
     """Add tree attention to a Hugging Face model, for forwards that are given `tree=...`.
 
     Other forwards are unchanged. Returns None, or why the model is not supported, and then changes nothing.
+    A short tree is tried (`probe`), if the weights are whole on this rank.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     before = attention_of(model)
     if (reason := why_not(model)) is not None or before.startswith(PREFIX):
+        return reason
+    if (reason := why_wrong(model, partial(_attend, before))) is not None:
         return reason
     # compiled layers call it as it is: it takes a tree, and compiles its own kernels
     AttentionInterface.register(PREFIX + before, torch.compiler.disable(partial(_attend, before)))
@@ -112,10 +116,13 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    wide, widest = value.shape[-1], max(key.shape[-1], value.shape[-1])
+    if key.shape[-1] != value.shape[-1]:  # DeepSeek's values are narrower than its keys
+        query, key, value = (nn.functional.pad(x, (0, widest - x.shape[-1])) for x in (query, key, value))
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     window = window if window and window < tree.deepest else None
     if uses_flex(query):
         out = flex(query, key, value, tree, scale, window, softcap)
     else:
         out = TreeAttention.apply(query, key, value, tree, scale, window, softcap)
-    return out.transpose(1, 2).contiguous(), None
+    return out[..., :wide].transpose(1, 2).contiguous(), None
