@@ -108,6 +108,7 @@ def add_lora(model: nn.Module, config: LoraConfig, new_tokens: Sequence[int] = (
         # declared int, but PEFT computes with floats
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=0.0,
+        exclude_modules=_unadaptable(model) if config.target_modules == "all-linear" else None,
         target_modules=(
             config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
         ),
@@ -134,6 +135,29 @@ def add_lora(model: nn.Module, config: LoraConfig, new_tokens: Sequence[int] = (
             "ignore that adapter; leave it out"
         )
     return causal
+
+
+def _unadaptable(model: nn.Module) -> list[str] | None:
+    """Names of linear layers that an adapter would break, or that would ignore it; None if there are none.
+
+    A linear layer of a model's own kind may return something else than a product (PhiMoE's router does). The
+    output of a Mamba mixer may be computed by a kernel that reads the layer's weight and never calls it.
+    """
+    names = [name for name, module in model.named_modules() if not _gives_product(module)]
+    for name, module in model.named_modules():
+        if all(hasattr(module, part) for part in ("A_log", "D", "out_proj")):
+            names.append(f"{name}.out_proj")
+    return names or None
+
+
+@torch.no_grad()
+def _gives_product(module: nn.Module) -> bool:
+    """Whether a linear layer of a model's own kind returns a tensor; True for all other modules."""
+    own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not isinstance(module, nn.Linear) or not own:
+        return True
+    weight = module.weight
+    return isinstance(module(weight.new_zeros(1, module.in_features)), Tensor)
 
 
 def _rows_by_table(
