@@ -17,7 +17,7 @@ from rlpretrain.config.io import build
 from rlpretrain.data.stream import read_all
 from rlpretrain.evaluation.answers import AnswerRule, evaluate_answers
 from rlpretrain.evaluation.pass_at_k import pass_at_k
-from rlpretrain.experiments.compare import compare, part_tables, tasks
+from rlpretrain.experiments.compare import compare, differences, part_tables, tasks
 from rlpretrain.objectives import load_objective
 from rlpretrain.verdict import Verdict
 from tests.builders.configs import tiny_values
@@ -107,8 +107,16 @@ def test_answers_are_counted_for_each_value_of_a_column(corpus, tmp_path):
     (tmp_path / "questions.jsonl").write_text("".join(lines))
     values = yaml.safe_load(file.read_text())
     values["evaluation"]["data"]["meta_columns"] = ["kind"]
+    values["methods"]["ntp"]["against"] = ["still"]  # which comes after it
     file.write_text(yaml.safe_dump(values))
     results = compare(file, say=lambda line: None)
+    for numbers in (results["tasks"], *results["parts"].values()):
+        assert list(numbers)[3:] == ["ntp - base", "ntp - still", "still - base", "still - ntp"]
+        there, back = (numbers[pair]["pass@1, direct"] for pair in ("ntp - still", "still - ntp"))
+        assert there == pytest.approx([-back[0], -back[2], -back[1]])
+    with (console := Console(width=200)).capture() as shown:
+        console.print(differences(results))
+    assert "ntp - still" in shown.get()
     parts, folder = results["parts"], tmp_path / "compared"
     assert list(parts) == ["k9", "k10"]  # as numbers, not as texts
     record = json.loads((folder / "ntp-0" / "evaluation.json").read_text())
@@ -132,6 +140,16 @@ def test_answers_are_counted_for_each_value_of_a_column(corpus, tmp_path):
     assert "verified@2, thinking" in shown.get() and "k10" in shown.get()
     assert "k10: verified@2, thinking" in (folder / "results.csv").read_text()
     assert "verified@2, thinking" in (folder / "answers.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["ntp", "base", "stil"])
+def test_a_method_is_against_another_one(corpus, tmp_path, name):
+    file = written(tmp_path, corpus)
+    values = yaml.safe_load(file.read_text())
+    values["methods"]["ntp"]["against"] = [name]
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=f"method ntp: against '{name}' is not another method"):
+        compare(file, say=lambda line: None)
 
 
 def test_a_column_with_too_many_values_is_refused_before_any_training(corpus, tmp_path):

@@ -12,7 +12,9 @@ Parts = Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
 """{value of the column: {model or difference: {number: [mean, low, high]}}}."""
 
 
-def part_numbers(measured: Mapping[str, Sequence[Answers]], values: Sequence[str]) -> dict[str, Any]:
+def part_numbers(
+    measured: Mapping[str, Sequence[Answers]], values: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
     """`task_numbers` of the examples with each of the `values`, which stand in the order of the examples.
 
     Parts come in natural order: A2 before A10.
@@ -21,7 +23,8 @@ def part_numbers(measured: Mapping[str, Sequence[Answers]], values: Sequence[str
     for part in sorted(set(values), key=_natural):
         kept = [value == part for value in values]
         parts[part] = task_numbers(
-            {name: [_where(answers, kept) for answers in of_seeds] for name, of_seeds in measured.items()}
+            {name: [_where(answers, kept) for answers in of_seeds] for name, of_seeds in measured.items()},
+            pairs,
         )
     return parts
 

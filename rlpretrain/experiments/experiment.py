@@ -61,6 +61,10 @@ class Method:
     """Start from the model that this other method trained with the same seed, as a second stage."""
     with_stages: bool = False
     """Let `match` count earlier stages (`after`) too, the method's own and those of `like`."""
+    against: tuple[str, ...] = ()
+    """Other methods, such as its controls, from which its paired differences are shown. Those from the base
+    and from the first method always are.
+    """
     search: dict[str, list[Any]] = field(default_factory=dict)
     """Values to try: dotted field to list, such as `optim.lr: [1.0e-5, 3.0e-5]`; of several fields all
     combinations. Each is trained with the first seed and evaluated on `evaluation.search_data`; the best is

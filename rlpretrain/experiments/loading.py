@@ -78,6 +78,8 @@ def _check_method(experiment: Experiment, name: str) -> None:
         raise ConfigError(f"method {name}: like '{method.like}' must be a method without `match`")
     if method.after is not None and method.after not in experiment.methods:
         raise ConfigError(f"method {name}: after '{method.after}' is not a method of this experiment")
+    if unknown := sorted({*method.against} - {*experiment.methods} | {name} & {*method.against}):
+        raise ConfigError(f"method {name}: against '{unknown[0]}' is not another method of this experiment")
     _check_search(experiment, name)
     _check_order(experiment, (name,))
     if method.cost_from is None:

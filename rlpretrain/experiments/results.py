@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,11 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "documents": len(rows),
         "source_rows": len(set(rows)),
         "methods": methods,
-        "differences": _differences(measured),
+        "differences": _differences(measured, shown_pairs(experiment)),
+        "shown_differences": [f"{one} - {other}" for one, other in shown_pairs(experiment)],
     }
     if experiment.evaluation.tasks or experiment.evaluation.pass_at:
-        results["tasks"] = task_numbers(_task_answers(experiment))
+        results["tasks"] = task_numbers(_task_answers(experiment), shown_pairs(experiment))
     if experiment.evaluation.pass_at and experiment.evaluation.pass_at.by:
         results["parts"] = _parts(experiment)
     return finite(results)
@@ -97,7 +100,7 @@ def _parts(experiment: Experiment) -> dict[str, Any]:
     """The numbers of sampled answers by the value of `pass_at.by`: {value: as `task_numbers`}."""
     evaluations = {name: read_evaluations(experiment, name) for name in (BASE, *experiment.methods)}
     answers = {name: [each["answers"] for each in of_seeds] for name, of_seeds in evaluations.items()}
-    return part_numbers(answers, evaluations[BASE][0]["parts"])
+    return part_numbers(answers, evaluations[BASE][0]["parts"], shown_pairs(experiment))
 
 
 def _own_number(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -166,15 +169,26 @@ def _searched(experiment: Experiment, name: str) -> dict[str, Any]:
     return {"search": found}
 
 
-def _differences(measured: dict[str, Measurements]) -> dict[str, dict[str, list[float]]]:
+def shown_pairs(experiment: Experiment) -> list[tuple[str, str]]:
+    """Whose paired differences are shown: each method and the base, the first, and those it is against."""
+    first = next(iter(experiment.methods))
+    pairs = []
+    for name, method in experiment.methods.items():
+        others = dict.fromkeys((BASE, first, *method.against))
+        pairs += [(name, other) for other in others if other != name]
+    return pairs
+
+
+def _differences(
+    measured: dict[str, Measurements], shown: Sequence[tuple[str, str]]
+) -> dict[str, dict[str, list[float]]]:
     """{"a - b": {number: [mean, low, high]}} for every two models, at the same rows with the same seeds."""
-    names = list(measured)
+    every = ((later, earlier) for earlier, later in itertools.combinations(measured, 2))
     differences = {}
-    for place, second in enumerate(names):
-        for first in names[place + 1 :]:
-            one, other = measured[first], measured[second]
-            shared = [number for number in HEADINGS if one.has(number) and other.has(number)]
-            differences[f"{first} - {second}"] = {number: one.interval(number, other) for number in shared}
+    for first, second in dict.fromkeys((*every, *shown)):
+        one, other = measured[first], measured[second]
+        shared = [number for number in HEADINGS if one.has(number) and other.has(number)]
+        differences[f"{first} - {second}"] = {number: one.interval(number, other) for number in shared}
     return differences
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlpretrain.experiments.answer_parts import Parts, numbers_shown
-from rlpretrain.experiments.experiment import BASE
 from rlpretrain.experiments.results import HEADINGS
 from rlpretrain.experiments.search import describe_values
 
@@ -36,15 +35,14 @@ def table(results: dict[str, Any]) -> Any:
 
 
 def differences(results: dict[str, Any]) -> Any:
-    """Paired differences of each method from the base model and from the first method."""
+    """Paired differences of each method from the base model, the first method and those it is against."""
     from rich.table import Table
 
-    first = next(name for name in results["methods"] if name != BASE)
     title = "at the same rows, with the same seeds; 95% intervals"
     pairs = Table("paired differences", *HEADINGS.values(), title=title)
-    for pair, row in results["differences"].items():
-        if pair.endswith((f" - {BASE}", f" - {first}")):
-            pairs.add_row(pair, *(cell(row.get(number)) for number in HEADINGS))
+    for pair in results["shown_differences"]:
+        row = results["differences"][pair]
+        pairs.add_row(pair, *(cell(row.get(number)) for number in HEADINGS))
     return pairs
 
 

@@ -47,24 +47,23 @@ def answer_tasks(job: Job, config: PretrainConfig, path: str) -> dict[str, Any]:
     }
 
 
-def task_numbers(measured: Mapping[str, Sequence[Answers]]) -> dict[str, Any]:
-    """[mean, low, high] of each model and number, and paired differences from the base and the first method.
+def task_numbers(
+    measured: Mapping[str, Sequence[Answers]], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """[mean, low, high] of each model and number, and of the paired difference of each two models of `pairs`.
 
     `measured` has the answers of each seed by model. Intervals are over examples and seeds.
     """
     names = list(measured)
-    first = next(name for name in names if name != BASE)
     numbers = list(measured[BASE][0])
     out: dict[str, Any] = {
         name: {number: _interval(_values(measured[name], number)) for number in numbers} for name in names
     }
-    for name in names:
-        for other in dict.fromkeys((BASE, first)):
-            if names.index(name) > names.index(other):
-                out[f"{name} - {other}"] = {
-                    number: _interval(_values(measured[name], number) - _values(measured[other], number))
-                    for number in numbers
-                }
+    for name, other in pairs:
+        out[f"{name} - {other}"] = {
+            number: _interval(_values(measured[name], number) - _values(measured[other], number))
+            for number in numbers
+        }
     return out
 
 
