@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import architectures
 from rlpretrain.evaluation.intervals import student
 
 ROOT = Path(__file__).parents[1]
@@ -254,6 +255,57 @@ def test_order_decay_and_average():
     (found,) = re.findall(r"order is worth (.*?) with a decay and (.*?) with .*? the two is (.*?\])", text)
     for written, effect in zip(found, (decay, average, decay - average), strict=True):
         assert agree(numbers(written), _interval(effect), 0.00051), written
+
+
+def test_architectures():
+    """The table is the command's, and some of its rows are found again."""
+    committed = results("architectures")["rows"]
+    lines = list(architectures.table(committed))
+    assert "\n".join(lines) in (ROOT / "docs" / "architectures.md").read_text()
+    assert f"[{len(committed)} architectures]" in (ROOT / "docs" / "scoring.md").read_text()
+    known = {row["model"]: row for row in committed}
+    again = architectures.measure(["nemotron", "bamba", "deepseek_v3"])
+    for row in again:
+        for field in ("class", "packing", "why", "lora", "decoding"):
+            assert row[field] == known[row["model"]][field], (row["model"], field)
+        assert max(row["nats"] or 0.0, row["sampled_nats"]) < 1e-4, row["model"]
+
+
+FIRST_STAGES = {
+    "none": (None, "rl"),
+    "none, RL for 165 to 170 steps": (None, "rl_long"),
+    "RLP on op 2": ("rlp_op2", "rlp_op2_rl"),
+    "RLP on op 2 to 4": ("rlp", "rlp_rl"),
+    "the same, rewarded by the probability": ("prob", "prob_rl"),
+    "answers alone": ("answers", "answers_rl"),
+    "gold traces": ("traces", "traces_rl"),
+}
+
+
+def test_rlp_before_rlvr():
+    measured = results("compare-rlp-first")
+    answers, methods = measured["tasks"], measured["methods"]
+    shown = ("verified@1, thinking", "verified@4, thinking")
+    table = rows("docs/graphs.md", "| first stage | verified@1 |")
+    assert set(table) == set(FIRST_STAGES)
+    for label, (first, second) in FIRST_STAGES.items():
+        *cells, tera = table[label]
+        wanted = [value for stage in (first, second) if stage for n in shown for value in answers[stage][n]]
+        assert agree([value for cell in cells for value in numbers(cell)], wanted, 0.00051), label
+        spent = methods[second]["spent"]
+        assert agree(numbers(tera), [spent.get("flops_with_stages", spent["flops"]) / 1e12], 0.0051), label
+    text = " ".join((ROOT / "docs" / "graphs.md").read_text().split())
+    (base,) = re.findall(r"the base has (\S+ \[.*?\]) and (\S+ \[.*?\])\.", text)
+    (apart,) = re.findall(r"after RLP on op 2 is (.*?\]) apart in verified@1 and (.*?\]) above", text)
+    (short,) = re.findall(r"paired with the short RL, (.*?\]) in verified@4", text)
+    for written, pair, number in (
+        (base[0], "base", shown[0]),
+        (base[1], "base", shown[1]),
+        (apart[0], "rlp_op2_rl - rl_long", shown[0]),
+        (apart[1], "rlp_op2_rl - rl_long", shown[1]),
+        (short, "rlp_op2_rl - rl", shown[1]),
+    ):
+        assert agree(numbers(written), answers[pair][number], 0.00051), (written, pair)
 
 
 def _interval(values: np.ndarray) -> list[float]:
