@@ -77,7 +77,8 @@ def test_what_is_shown_is_what_the_models_say(kept, corpus, tmp_path):
             seen.append(
                 float((after - logps(base, group.position.context_ids, group.position.target_ids)).sum())
             )
-    gains = [float(x) for part in found for x in re.findall(r'<tr data-gain="([^"]+)"', part)]
+    shown = [re.findall(r'<tr data-gain="([^"]+)"[^>]*data-count="(\d+)"', part) for part in found]
+    gains = [float(x) for of_position in shown for x, times in of_position for _ in range(int(times))]
     assert sorted(gains) == pytest.approx(sorted(seen), abs=1e-4)
     for part in found:  # the most advantageous first
         rows = [

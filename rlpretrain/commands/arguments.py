@@ -33,6 +33,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A port; 0 for any that is free."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"a port is a whole number from 0 to {2**16 - 1}, got '{text}'")
+    return int(text)
+
+
 def amount(text: str) -> float:
     """A finite number above 0."""
     try:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rlpretrain.commands.arguments import count, objective_section, path, seed
+from rlpretrain.commands.arguments import count, objective_section, path, port, seed
+from rlpretrain.config import ConfigError
 
 
 def register(commands: Any) -> None:
@@ -25,6 +26,16 @@ def register(commands: Any) -> None:
     p.add_argument(
         "--model", type=path, help="model that gains are computed with; the trained one by default"
     )
+    p.add_argument(
+        "--against", type=path, help="folder of another run, whose curves and first lines are shown too"
+    )
+    p.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve the page on this machine while the run trains, without thoughts; Ctrl-C ends it",
+    )
+    p.add_argument("--port", type=port, default=8080, help="for --watch; 0 takes a free one")
+    p.add_argument("--every", type=count, default=10, help="for --watch: seconds between two looks")
     p.set_defaults(command=report)
 
     p = commands.add_parser(
@@ -51,11 +62,34 @@ def report(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from rlpretrain.reporting.report import report as run
     from rlpretrain.tracking.progress import bar
 
+    if args.watch:
+        return watch(args)
     with bar("sampling and scoring thoughts") as progress:
         page = run(
-            args.run, args.out, step=args.step, documents=args.documents, model=args.model, progress=progress
+            args.run,
+            args.out,
+            step=args.step,
+            documents=args.documents,
+            model=args.model,
+            against=args.against,
+            progress=progress,
         )
     print(page)
+    return 0
+
+
+def watch(args: argparse.Namespace) -> int:
+    """`rlpretrain report RUN_DIR --watch`."""
+    from rlpretrain.reporting.watch import HOST, make_server
+
+    if args.out or args.step or args.model:
+        raise ConfigError("--watch shows no thoughts and writes no file: leave out --out, --step and --model")
+    with make_server(args.run, args.port, args.every, args.against) as server:
+        print(f"http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
     return 0
 
 

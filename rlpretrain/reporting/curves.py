@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,12 @@ COLOURS = (
     "#556b2f",
 )
 MOST_POINTS = 400
+LINES = ("-", "--", "-.", ":")
+"""The lines of a panel's curves: where two meet, both can be seen."""
 
 Points = list[tuple[float, float]]
 """(step, value) of each step."""
+Rows = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +71,28 @@ class Panel:
     """First and last value of each curve, in words."""
 
 
-def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
-    """A panel for each entry of `CURVES` that has data."""
+def draw_curves(rows: Rows, others: Mapping[str, Rows] | None = None) -> list[Panel]:
+    """A panel for each entry of `CURVES` that has data; `others` are the rows of runs to compare with."""
     panels: list[Panel] = []
     for title, names in (*CURVES.items(), *_source_curves(rows).items(), *_task_curves(rows).items()):
-        curves = {name: _points(rows, name) for name in names}
-        curves = {name: points for name, points in curves.items() if points}
+        curves = _curves(rows, names)
         if not curves:
             continue
-        ends = [f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in curves.items()]
-        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>c{len(panels)}-", _draw(curves))  # unique in the page
-        panels.append(Panel(title, svg[svg.index("<svg") :], "; ".join(ends)))
+        more = {run: _curves(of_run, names) for run, of_run in (others or {}).items()}
+        words = [_in_words(name, points) for name, points in curves.items()]
+        words += [f"{run}: {_in_words(n, points)}" for run in more for n, points in more[run].items()]
+        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>c{len(panels)}-", _draw(curves, more))  # unique
+        panels.append(Panel(title, svg[svg.index("<svg") :], "; ".join(words)))
     return panels
+
+
+def _curves(rows: Rows, names: Sequence[str]) -> dict[str, Points]:
+    curves = {name: _points(rows, name) for name in names}
+    return {name: points for name, points in curves.items() if points}
+
+
+def _in_words(name: str, points: Points) -> str:
+    return f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}"
 
 
 def _source_curves(rows: Sequence[Mapping[str, float]]) -> dict[str, list[str]]:
@@ -109,7 +123,41 @@ def _points(rows: Sequence[Mapping[str, float]], name: str) -> Points:
     return [(row["step"], row[name]) for row in known if np.isfinite(row[name])]
 
 
-def _draw(curves: Mapping[str, Points]) -> str:
+def _merge_equal(runs: Sequence[Mapping[str, Points]]) -> dict[str, str]:
+    """The label of each curve to draw; one that another would hide in all runs is named by it: "a = b"."""
+    labels: dict[str, str] = {}
+    for name in runs[0]:
+        same = (other for other in labels if all(_equal(run.get(name), run.get(other)) for run in runs))
+        if (other := next(same, None)) is None:
+            labels[name] = name
+        else:
+            labels[other] += f" = {name}"
+    return labels
+
+
+def _equal(one: Points | None, other: Points | None) -> bool:
+    """Whether two curves have the same steps, and values a thousandth of their range apart at most."""
+    if one is None or other is None:
+        return one is other
+    a, b = np.array(one), np.array(other)
+    if a.shape != b.shape or not np.array_equal(a[:, 0], b[:, 0]):
+        return False
+    return bool(np.abs(a[:, 1] - b[:, 1]).max() <= 1e-3 * max(np.ptp(a[:, 1]), 1e-12))
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Means over a twentieth of the steps around each; short curves as they are."""
+    half = len(values) // 40
+    if half == 0:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    start, stop = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _draw(curves: Mapping[str, Points], more: Mapping[str, Mapping[str, Points]]) -> str:
+    """Curves of a run as SVG; those of other runs have the same colours and other lines."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -119,12 +167,25 @@ def _draw(curves: Mapping[str, Points]) -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.2, 2.3), layout="constrained")
         axis = figure.subplots()
-        for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
-            points = points[:: max(1, len(points) // MOST_POINTS)]
-            marker = "." if len(points) < 3 else ""
-            axis.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.2, marker=marker)
+        labels = _merge_equal([curves, *more.values()])
+        for (name, label), colour, line in zip(labels.items(), COLOURS, itertools.cycle(LINES), strict=False):
+            _draw_curve(axis, label, curves[name], colour, "-" if more else line)
+            for (run, of_run), other in zip(more.items(), itertools.cycle(LINES[1:]), strict=False):
+                if name in of_run:
+                    _draw_curve(axis, f"{label} ({run})", of_run[name], colour, other)
         axis.legend(frameon=False, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()
+
+
+def _draw_curve(axis: Any, name: str, points: Points, colour: str, line: str) -> None:
+    """A smoothed curve over its values."""
+    steps, values = np.array(points).T
+    smooth, every = _smooth(values), slice(None, None, max(1, len(points) // MOST_POINTS))
+    if smooth is not values:
+        axis.plot(steps[every], values[every], color=colour, linewidth=0.8, alpha=0.3)
+    marker = "." if len(points) < 3 else ""
+    look = {"color": colour, "linestyle": line, "linewidth": 1.4, "marker": marker}
+    axis.plot(steps[every], smooth[every], label=name, **look)

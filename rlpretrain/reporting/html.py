@@ -18,6 +18,7 @@ import yaml
 from rlpretrain import __version__
 from rlpretrain.data.token_text import TokenReader
 from rlpretrain.reporting.curves import draw_curves
+from rlpretrain.reporting.headline import make_headline
 from rlpretrain.reporting.token_gains import CONTROLS, ScoredPosition, ScoredThought
 from rlpretrain.tracking.console import printable
 from rlpretrain.tracking.health import Health
@@ -39,6 +40,10 @@ class Report:
     rows: list[dict[str, float]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     about: str = ""
+    others: dict[str, Report] = field(default_factory=dict)
+    """Runs to compare with, by name; their documents are not shown."""
+    refresh: int | None = None
+    """Seconds after which the page loads itself again."""
 
 
 def gain_colour(gain: float, scale: float) -> str:
@@ -81,7 +86,7 @@ def render(report: Report) -> str:
     positions = [position for _, of_document in report.documents for position in of_document]
     scale = _colour_scale(positions)
     try:
-        panels = draw_curves(report.rows)
+        panels = draw_curves(report.rows, {name: other.rows for name, other in report.others.items()})
     except ImportError:
         panels = []
         report.missing.append('curves: pip install "rlpretrain[plot]"')
@@ -97,6 +102,10 @@ def render(report: Report) -> str:
         ]
     return environment.get_template("report.html.jinja").render(
         report=report,
+        headlines={
+            name: make_headline(run.record, run.rows)
+            for name, run in {report.title: report, **report.others}.items()
+        },
         documents=documents,
         panels=panels,
         warnings=list_warnings(report.rows, positions),
@@ -182,5 +191,18 @@ def _position_values(scored: ScoredPosition, reader: TokenReader, scale: float) 
         "gain": float(np.mean(gains)) if gains else None,
         "target": printable("".join(target), 400),
         "controls": scored.controls,
-        "thoughts": [thought_values(thought) for thought in scored.thoughts],
+        "count": len(scored.thoughts),
+        "thoughts": _counted([thought_values(thought) for thought in scored.thoughts]),
     }
+
+
+def _counted(thoughts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Equal thoughts in one row, with their `count`, in the order of the first of each."""
+    rows: list[dict[str, Any]] = []
+    for thought in thoughts:
+        same = next((row for row in rows if row | {"count": 0} == thought | {"count": 0}), None)
+        if same:
+            same["count"] += 1
+        else:
+            rows.append(thought | {"count": 1})
+    return rows

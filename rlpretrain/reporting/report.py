@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpretrain.config import ConfigError
-from rlpretrain.config.io import build
+from rlpretrain.config.io import build, to_dict
 from rlpretrain.files import check_file, writing
 from rlpretrain.objectives import parse_section
 from rlpretrain.reporting.html import Report, render
@@ -24,6 +24,7 @@ from rlpretrain.reporting.thoughts import (
     load_model,
     load_models,
 )
+from rlpretrain.tracking.console import printable
 from rlpretrain.tracking.progress import Tick, Ticks, no_tick
 from rollout.store import Store, StoreError
 
@@ -38,17 +39,19 @@ def report(
     step: int | None = None,
     documents: int = 12,
     model: str | None = None,
+    against: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the report of a run folder, by default to `folder`/report.html, and return its path.
 
     If the run stored its rollouts, the thoughts are those of `step`, by default the last one stored; else
     they are sampled from the trained model. Gains are the trained model's, or `model`'s, against the run's
-    base model. `progress` is called with the finished parts of the work and their number. Raises ConfigError
-    if the folder holds no run.
+    base model. Curves and headline of the run `against` stand beside its own. `progress` is called with the
+    finished parts of the work and their number. Raises ConfigError if a folder holds no run.
     """
     folder = Path(folder)
     contents = read_run(folder)
+    add_other(contents, against)
     check_file(out or folder / "report.html", "--out")
     try:
         add_thoughts(contents, folder, step, documents, model, Ticks(progress, PARTS))
@@ -87,6 +90,8 @@ def inspect(
         f"{Path(model).name}: where thinking helps",
         about=f"{thoughts} thoughts at each position, sampled now",
     )
+    named = ("model", "data", "objective", "sampling", "seed")
+    contents.record = {"config": {name: value for name, value in to_dict(config).items() if name in named}}
     live, tokenizer, added = load_model(config, model)
     if added:
         contents.missing.append(
@@ -120,6 +125,16 @@ def read_run(folder: Path) -> Report:
     if not contents.rows:
         contents.missing.append("metrics.jsonl (curves)")
     return contents
+
+
+def add_other(contents: Report, folder: str | Path | None) -> None:
+    """Add curves and headline of another run; ConfigError if the folder holds none."""
+    if folder is None:
+        return
+    other = read_run(Path(folder))
+    name = other.title if other.title != contents.title else str(folder)
+    contents.others[printable(name, 80)] = other
+    contents.missing += [f"{name}: {text}" for text in other.missing]
 
 
 def _finite_numbers(row: dict[str, Any]) -> dict[str, float]:
