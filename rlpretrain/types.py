@@ -176,6 +176,8 @@ class Scores:
     """[M] `trunk_logps` under the frozen initial model; only with need "initial"."""
     soft_logps: Tensor | None = None
     """[M, K] log-probs of the micro-batch's `soft_ids`, with gradient; only where it has soft targets."""
+    balance: Tensor | None = None
+    """How unevenly the experts of a mixture were used, with gradient; only with `loss.router_coef`."""
 
     def detached(self) -> Scores:
         """The same numbers without their graph: what rewards may see."""

@@ -50,6 +50,10 @@ class LossConfig:
     """Weight of the interleaved next-token loss on the documents. 0 in the paper."""
     reader_coef: float = 0.1
     """Weight of -log p(target | context, thought), which keeps the reader calibrated. 0 in the paper."""
+    router_coef: Amount = 0.0
+    """Weight of the loss that keeps the experts of a mixture evenly used (Switch, arXiv 2101.03961), over the
+    tokens of documents and thoughts. A checkpoint's own is `router_aux_loss_coef` in its config.json.
+    """
     reduction: Literal["auto", "thought_mean", "token_mean", "sum"] = "auto"
     """thought_mean: mean over a thought's tokens, then over thoughts (RLP).
     token_mean: mean over all thought tokens.
@@ -61,6 +65,7 @@ class LossConfig:
     terms: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
     """The terms of the loss: next_token, surrogate, direct, or package.module:Class.
     A class is a subclass of training.losses.Loss. By default the objective's terms, which are all three.
+    `router_coef` adds another.
     """
     inner_epochs: Count = 1
     """Optimizer steps on one batch, with the advantages and old log-probs of the first."""

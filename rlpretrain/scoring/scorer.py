@@ -20,6 +20,7 @@ from rewards.likelihood import row_entropies
 from rlpretrain.compat import backbone_of, gathered, gathered_root, head_of, sharded
 from rlpretrain.models import adapters
 from rlpretrain.models.lengths import limit_of
+from rlpretrain.models.routers import ASK, balance_loss
 from rlpretrain.models.spending import Reads, read_by
 from rlpretrain.scoring.attention.interface import pad_to_blocks, placeholder
 from rlpretrain.tree import Tree
@@ -35,6 +36,10 @@ class Scorer(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.limit, self.reads = model, limit_of(model), Reads()
+        self.experts: int | None = None
+        """How many experts take a token, where the balance of the experts is trained."""
+        self.balance: Tensor | None = None
+        """`balance_loss` of the latest forward with a gradient."""
 
     def forward(
         self,
@@ -69,6 +74,8 @@ class Scorer(nn.Module):
         if tree is not None:
             input_ids, extra = pad_to_blocks(input_ids), {k: pad_to_blocks(x) for k, x in extra.items()}
             attention_mask, extra["tree"] = placeholder(input_ids.device), tree
+        if self.experts and torch.is_grad_enabled():
+            extra |= ASK
         hidden = self.hidden(input_ids, attention_mask, **extra).flatten(0, 1)[rows]
         return self.read(hidden, labels, temperature, want, want_rows, candidates, count)
 
@@ -110,7 +117,17 @@ class Scorer(nn.Module):
         out = backbone_of(self.model)(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
         )
+        if self.experts and "output_router_logits" in extra:
+            tree: Tree | None = extra.get("tree")  # whose tokens may be padded at the end
+            flat = torch.arange(input_ids.shape[1], device=input_ids.device)
+            real = attention_mask if tree is None else flat < tree.size
+            self.balance = balance_loss(out.router_logits, self.experts, real)
         return out.last_hidden_state
+
+    def take_balance(self) -> Tensor | None:
+        """`balance` of the latest forward, once."""
+        balance, self.balance = self.balance, None
+        return balance
 
 
 class NoGradScorer(Scorer):
@@ -189,6 +206,9 @@ def score(
         micro.target_mask,
         micro.counted,
     )
+    whole: Any = scorer  # DeepSpeed's engine passes the attributes of its module on
+    if (balance := whole.take_balance()) is not None:
+        scores = replace(scores, balance=balance)
     if soft:
         return replace(scores, soft_logps=more)
     if entropies:

@@ -94,6 +94,10 @@ METRICS: dict[str, Metric] = {
         "mean log-ratio of a thought under policy and reference, in nats: an estimate of the KL divergence",
         "0 at the start of a run from the reference, then bounded",
     ),
+    "router/balance": Metric(
+        "how unevenly a mixture uses its experts, with `loss.router_coef`: at least the experts of a token",
+        "near that number, and does not rise",
+    ),
     "reader/loss": Metric("mean -log p(target | context, thought)", "falls"),
     "sampling/*": Metric(
         "importance ratios and log-prob differences of sampler and trainer, raw and truncated", "ratio near 1"

@@ -17,6 +17,7 @@ from rlpretrain.evaluation.evaluate import held_out
 from rlpretrain.evaluation.harness import Tasks, load_tasks
 from rlpretrain.models import adapters, lengths
 from rlpretrain.models.compilation import compile_layers
+from rlpretrain.models.routers import experts_per_token
 from rlpretrain.objectives import Objective, delimiters, load_objective, parse_section
 from rlpretrain.prompts import AddedTokens, table_size
 from rlpretrain.ranks import Ranks, join
@@ -114,6 +115,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
     model, tokenizer, added = models.load_with_tokenizer(config.model, tags, config.seed)
     check_model(model.to(ranks.device))
     padded_because = attention.install(model) if config.packing == "tree" else None  # while weights are whole
+    experts = experts_per_token(model) if config.loss.router_coef else None
     if ranks.first:
         models.try_saving(model, tokenizer, config.model)
     objective = load_objective(config, tokenizer)
@@ -164,6 +166,7 @@ def build_parts(config: PretrainConfig, resume: str | bool | None) -> Parts:
         config.sampling.temperature,
         config.loss.inner_epochs,
     )
+    policy.scorer.experts = experts
     scores_again = repeats or config.loss.inner_epochs > 1 or "batch" in objective.needs
     reference = make_reference(config, objective.needs, frozen, second, policy, scores_again)
     if replayed is not None:

@@ -154,7 +154,27 @@ class NextToken(Loss):
         return LossOutput(coefficient * loss)
 
 
-TERMS: dict[str, type[Loss]] = {"next_token": NextToken, "surrogate": Surrogate, "direct": Direct}
+class Router(Loss):
+    """How unevenly the experts of a mixture are used in each micro-batch, times `loss.router_coef`."""
+
+    def count(self, micro: MicroBatch) -> float:
+        """The micro-batch's tokens, by which its part of the step is weighted."""
+        return float(micro.attention_mask.sum())
+
+    def __call__(self, inputs: LossInputs) -> LossOutput | None:
+        balance = inputs.scores.balance
+        if balance is None:
+            return None
+        loss = inputs.config.router_coef * balance * self.count(inputs.micro)
+        return LossOutput(loss, {"router/balance": float(balance.detach())})
+
+
+TERMS: dict[str, type[Loss]] = {
+    "next_token": NextToken,
+    "surrogate": Surrogate,
+    "direct": Direct,
+    "router": Router,
+}
 
 
 def add_up(terms: Sequence[Loss], counts: Sequence[float], inputs: LossInputs) -> LossOutput:

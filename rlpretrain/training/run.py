@@ -97,7 +97,8 @@ class Run(Parts):
         self.stopped, self.last = None, {}
         self.has_split_groups, self.sizes = False, {}
         self.early, self.work = Reads(), StepWork()
-        self.losses = make_losses(config.loss.terms or self.objective.losses())
+        router = ("router",) if config.loss.router_coef else ()
+        self.losses = make_losses((*(config.loss.terms or self.objective.losses()), *router))
         self._begin_step()
         self.evaluation = RunEvaluation(self)
         self.signals = Signals(quiet=not self.ranks.first)
