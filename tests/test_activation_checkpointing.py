@@ -65,14 +65,15 @@ def test_trees_give_the_same_gradients(name, settings, lora, tmp_path, monkeypat
     """The tree passes through the recomputed layers, each of which attends once more."""
     micros = laid(random_batch(random.Random(2), 2, 2, 3, 2), tree=True)
     attend, calls = TreeAttention.forward, []
+    usual, saving = loaded(tmp_path / "m", name, lora), loaded(tmp_path / "m", name, lora, **settings)
     monkeypatch.setattr(
         TreeAttention, "forward", staticmethod(lambda *args: calls.append(len(calls)) or attend(*args))
     )
-    plain, grads = numbers(loaded(tmp_path / "m", name, lora), micros)
+    plain, grads = numbers(usual, micros)
     once = len(calls)
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Recorded)
     monkeypatch.setattr(Recorded, "shapes", [])
-    again, same = numbers(loaded(tmp_path / "m", name, lora, **settings), micros)
+    again, same = numbers(saving, micros)
     assert len(calls) == 3 * once == 3 * LAYERS * len(micros)
     assert plain.keys() == again.keys() and all(torch.equal(plain[n], again[n]) for n in plain)
     assert grads.keys() == same.keys()

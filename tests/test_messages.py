@@ -251,7 +251,7 @@ def test_a_plot_that_was_not_written_is_not_named(monkeypatch, tmp_path, capsys)
     from rlpretrain.experiments import compare
 
     results = {"folder": str(tmp_path), "seeds": [0], "documents": 1, "source_rows": 1, "differences": {}}
-    results["methods"] = {"rlp": {"by_seed": {}}}
+    results |= {"methods": {"rlp": {"by_seed": {}}}, "shown_differences": []}
     experiment = compare.Experiment(evaluation={"data": "x"}, output_dir=str(tmp_path))
     monkeypatch.setattr(compare, "load_experiment", lambda path: experiment)
     monkeypatch.setattr(compare, "collect", lambda experiment: results)
