@@ -24,8 +24,8 @@ _NAME = "tree_probe"
 def why_wrong(model: nn.Module, attend: Callable[..., Any]) -> str | None:
     """Why trees would score a model wrongly, or None; `attend` is the attention function that takes trees.
 
-    On a GPU, where trees are compiled, only the arguments of the attention are looked at (docs/gpu.md). A model
-    whose weights are not whole on this rank is not tried.
+    On a GPU, where trees are compiled, only the arguments of the attention are looked at (docs/gpu.md). It is
+    not tried on a model whose weights are not whole on this rank.
     """
     weight, limit = embedding_weight_of(model), limit_of(model)
     short = limit is not None and limit.tokens < _ROWS.shape[1]
