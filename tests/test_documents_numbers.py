@@ -263,6 +263,8 @@ def test_architectures():
     lines = list(architectures.table(committed))
     assert "\n".join(lines) in (ROOT / "docs" / "architectures.md").read_text()
     assert f"[{len(committed)} architectures]" in (ROOT / "docs" / "scoring.md").read_text()
+    in_trees = sum(row["packing"] == "tree" for row in committed)
+    assert f"[{in_trees} of {len(committed)} architectures]" in (ROOT / "README.md").read_text()
     known = {row["model"]: row for row in committed}
     again = architectures.measure(["nemotron", "bamba", "deepseek_v3"])
     for row in again:
