@@ -15,6 +15,7 @@ from rlpretrain.config import ConfigError, PretrainConfig
 from rlpretrain.corpora.thought_texts import Candidate
 from rlpretrain.objectives import Objective, load_objective
 from rlpretrain.scoring import attention
+from rlpretrain.scoring.checks import limit_of_difference
 from rlpretrain.scoring.groups import (
     GroupScores,
     micro_batches,
@@ -26,9 +27,6 @@ from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer, score_function
 from rlpretrain.types import Batch, Document
 from rollout.types import Group
-
-TOLERANCE = 1e-3
-"""Largest difference in nats between tree and padded rows; in half precision 300 times as much."""
 
 
 class GainScorer:
@@ -67,7 +65,7 @@ class GainScorer:
             padded = self._score([first], of_first[:1], replace(self.layout, tree=False))
             half = next(self.scorer.parameters()).dtype != torch.float32
             difference = (padded[first.id].rewards - scored[first.id].rewards).abs().max()
-            if not difference <= (300 * TOLERANCE if half else TOLERANCE):
+            if not difference <= limit_of_difference(half):
                 print(
                     f"scored without trees: they differ from padded rows by {float(difference):.2g} nats",
                     file=sys.stderr,

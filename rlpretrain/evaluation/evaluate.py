@@ -35,6 +35,7 @@ from rlpretrain.models.lengths import check_rows, limit_of
 from rlpretrain.objectives import Objective
 from rlpretrain.rollouts.drawing import DrawnPosition, prepare_held_out
 from rlpretrain.scoring import attention
+from rlpretrain.scoring.checks import limit_of_difference
 from rlpretrain.scoring.groups import no_think_contexts, token_entropies
 from rlpretrain.scoring.packing import Layout
 from rlpretrain.scoring.scorer import Scorer, score_function
@@ -208,7 +209,7 @@ class _Scoring:
         is_half = next(self.scorer.parameters()).dtype != torch.float32
         ours = np.append(packed.logps[0, : len(two.thoughts)], packed.own_logps[0])
         theirs = np.append(padded.logps[0], padded.own_logps[0])
-        return bool(np.allclose(ours, theirs, rtol=0, atol=0.3 if is_half else 1e-3))
+        return bool(np.allclose(ours, theirs, rtol=0, atol=limit_of_difference(is_half)))
 
 
 def _evaluate_part(

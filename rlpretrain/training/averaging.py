@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rlpretrain.config import AverageConfig, ConfigError
 from rlpretrain.models.averages import move_towards
-from rlpretrain.training.backends import FsdpPolicy, Policy
+from rlpretrain.training.backends import Policy
+from rlpretrain.training.backends.base import WritesParts
 
 SHARDED = "average"
-"""The folder of a checkpoint that has the average of a policy under FSDP."""
+"""The folder of a checkpoint that has the average of a policy that writes its parts."""
 
 
 class WeightAverage:
@@ -73,7 +74,7 @@ class WeightAverage:
     def save(self, path: Path) -> None:
         """Write this rank's part to the folder `path`."""
         state = {"count": self.count, "means": self.means, "latest": list(self.latest)}
-        if isinstance(self.policy, FsdpPolicy):
+        if isinstance(self.policy, WritesParts):
             self.policy.save_parts(self._named(state["means"], state["latest"]), path / SHARDED)
             state |= {"means": {}, "latest": []}
         torch.save(state, path / f"average-{self.policy.ranks.rank}.pt")
@@ -91,7 +92,7 @@ class WeightAverage:
             {name: values for weights in of_step for name, values in weights.items()}
             for of_step in zip(*(state["latest"] for state in states), strict=True)
         ]
-        if isinstance(self.policy, FsdpPolicy):
+        if isinstance(self.policy, WritesParts):
             means, latest = self._load_parts(self.policy, path / SHARDED)
         own = {name for name, _, is_own in self._parts() if is_own}
         self.means = {name: mean.to(self.device) for name, mean in means.items() if name in own}
@@ -99,10 +100,10 @@ class WeightAverage:
         self.latest = deque(kept, maxlen=self.config.last)
 
     def _load_parts(
-        self, policy: FsdpPolicy, path: Path
+        self, policy: WritesParts, path: Path
     ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """(means, latest) of the parts that this rank holds."""
-        own = {name: values.to("cpu", copy=True) for name, values in policy.parts()}
+        own = {name: values.to("cpu", copy=True) for name, values in self.policy.parts()}
         means: dict[str, Tensor] = {}
         latest: list[dict[str, Tensor]] = []
         if self.config.kind == "last_k":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,22 @@ class Policy(Protocol):
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote."""
+        ...
+
+
+@runtime_checkable
+class WritesParts(Protocol):
+    """A policy whose ranks write tensors like `parts` together, for any number of ranks to read.
+
+    The average of the weights is then kept that way in a checkpoint; else each rank writes its own.
+    """
+
+    def save_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+        """Write tensors of the shapes of `parts`, by kind and name, to the folder `path`."""
+        ...
+
+    def load_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+        """Fill such tensors with what `save_parts` wrote, in place."""
         ...
 
 

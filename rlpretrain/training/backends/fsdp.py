@@ -110,13 +110,13 @@ class FsdpPolicy:
             yield name, _dtensor(p).to_local().detach()
 
     def save_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-        """Write tensors like those of `parts`, by kind and name, for any number of ranks."""
+        """As WritesParts.save_parts."""
         state_dict_saver.save(
             {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
         )
 
     def load_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-        """Fill tensors with what `save_parts` wrote, in place."""
+        """As WritesParts.load_parts."""
         state_dict_loader.load(
             {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
         )
