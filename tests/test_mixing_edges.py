@@ -20,7 +20,7 @@ from examples.mixtures import depths
 from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build, load_config
-from rlpretrain.experiments.edges import compute_edges, plan, short_config
+from rlpretrain.experiments.edges import compute_falls, mean_edges, plan, short_config
 from rlpretrain.objectives import config_of
 from rlpretrain.training import step_end
 from rlpretrain.training.run import Run
@@ -40,13 +40,29 @@ def test_edges_are_relative_falls_of_losses():
         "b": {"a": 3.5, "b": 2.0},
         "a+b": {"a": 1.5, "b": 1.5},
     }
-    assert compute_edges(losses, ["a", "b"], pairs=False) == {"a": {"a": 1, "b": 0.25}, "b": {"a": 0, "b": 1}}
-    assert compute_edges(losses, ["a", "b"], pairs=True) == {"a": {"a": 1, "b": 0.25}, "b": {"a": 0, "b": 1}}
+    falls = {"a": {"a": 1, "b": 0.25}, "b": {"a": -0.25, "b": 1}}
+    assert compute_falls(losses, ["a", "b"], pairs=False) == falls
+    assert compute_falls(losses, ["a", "b"], pairs=True) == falls
+    assert mean_edges([falls]) == {"edges": {"a": {"a": 1, "b": 0.25}, "b": {"a": 0, "b": 1}}}
     losses["a"]["a"] = 3.2
     with pytest.raises(ConfigError, match=r"the short run b, the held-out loss of 'a' is not a finite"):
-        compute_edges(losses | {"b": {"a": math.nan, "b": 2.0}}, ["a", "b"], pairs=False)
+        compute_falls(losses | {"b": {"a": math.nan, "b": 2.0}}, ["a", "b"], pairs=False)
     with pytest.raises(ConfigError, match=r"'a' did not lower its own held-out loss \(3.0000 before, 3.2000"):
-        compute_edges(losses, ["a", "b"], pairs=False)
+        compute_falls(losses, ["a", "b"], pairs=False)
+
+
+def test_several_seeds_give_means_and_intervals():
+    """Student's t with two degrees of freedom is 4.303 at 95%."""
+    falls = [
+        {"a": {"a": 1.0, "b": x}, "b": {"a": y, "b": 1.0}} for x, y in ((0.2, -0.5), (0.3, 0.1), (0.4, 0.1))
+    ]
+    result = mean_edges(falls)
+    assert result["edges"]["a"]["b"] == pytest.approx(0.3) and result["edges"]["b"]["a"] == 0.0
+    half = 4.303 * 0.1 / 3**0.5
+    assert result["intervals"]["a"]["b"] == pytest.approx([0.3 - half, 0.3 + half], abs=1e-3)
+    low, high = result["intervals"]["b"]["a"]
+    assert low + high == pytest.approx(-0.2) and low < -0.1 < high  # the mean before it is cut at 0
+    assert result["intervals"]["a"]["a"] == [1.0, 1.0]
 
 
 def test_the_command_learns_edges_and_goes_on(values, corpus, tmp_path, capsys, monkeypatch):
@@ -83,13 +99,24 @@ def test_the_command_learns_edges_and_goes_on(values, corpus, tmp_path, capsys, 
     by_hand = merged(by_hand, max_steps=6, eval=run["eval"] | {"every": 0}, output_dir=str(tmp_path / "hand"))
     trained(by_hand)
     row = rows_of(tmp_path / "hand")[-1]
-    assert result["losses"]["think"] == {n: row[f"eval/{n}/no_think_loss"] for n in ("think", "read")}
-    assert result["trained_tokens"]["think"] == row["source/think/tokens"]
-    loss = result["losses"]
+    (of_seed,) = result["seeds"]
+    assert of_seed["losses"]["think"] == {n: row[f"eval/{n}/no_think_loss"] for n in ("think", "read")}
+    assert of_seed["trained_tokens"]["think"] == row["source/think/tokens"]
+    loss = of_seed["losses"]
     own_fall = loss["(base)"]["read"] - loss["read"]["read"]
     fall = loss["read"]["read"] - loss["read+think"]["read"]
     assert result["edges"]["think"]["read"] == pytest.approx(max(0.0, fall) / own_fall)
     assert not list(runs.glob("*.run"))  # models and logs of the short runs
+
+    assert cli.main([*command, "--seeds", "2"]) == 0  # the first seed's runs are there
+    said = capsys.readouterr().out
+    assert done == {name: (runs / name).stat().st_mtime_ns for name in done}
+    assert "8 of 8: seed 1, read+think: held-out loss of read" in said and "mean of 2 seeds" in said
+    two = json.loads(out.read_text())
+    assert [of["seed"] for of in two["seeds"]] == [0, 1] and two["seeds"][0] == of_seed
+    assert two["seeds"][1]["losses"]["think"] != of_seed["losses"]["think"]
+    low, high = two["intervals"]["think"]["read"]
+    assert low < high and not list(runs.glob("**/*.run"))
 
     kept = (runs / "read.json").read_text()
     (runs / "read.json").write_text("{}")

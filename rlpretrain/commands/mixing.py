@@ -29,6 +29,12 @@ def register(commands: Any) -> None:
     p.add_argument(
         "--pairs", action="store_true", help="train on each pair of sources too, against each alone"
     )
+    p.add_argument(
+        "--seeds",
+        type=count,
+        default=1,
+        help="times that each short run is done, from the file's seed on; several give intervals",
+    )
     p.add_argument("--dry-run", action="store_true", help="list the short runs, and train nothing")
     p.set_defaults(command=mix, takes_fields=True)
 
@@ -45,23 +51,33 @@ def mix(args: argparse.Namespace, rest: Sequence[str]) -> int:
     config = load_config(args.config, rest, config_of)
     runs = plan(config, args.steps, args.pairs)
     check_out(Path(args.out))
-    trained = len(runs) - 1
+    trained = (len(runs) - 1) * args.seeds
     if args.dry_run:
         table = Table("short run", "steps", "documents")
         for run in runs:
             steps = args.steps if run.sources else 0
             table.add_row(run.name, str(steps), f"{steps * config.positions_per_step:,}")
         show(table)
-        print(f"{trained} short runs of {args.steps} steps, {len(runs)} evaluations; nothing was trained")
+        evaluations = len(runs) * args.seeds
+        print(f"{trained} short runs of {args.steps} steps, {evaluations} evaluations; nothing was trained")
         return 0
     try:
-        result = learn_edges(config, args.steps, Path(args.out), args.pairs)
+        result = learn_edges(config, args.steps, Path(args.out), args.pairs, args.seeds)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; what is done is kept, the same command goes on there") from None
-    edges = result["edges"]
-    table = Table("trained", *edges, title=f"edges: {result['rule']}", title_justify="left")
+    edges, intervals = result["edges"], result.get("intervals")
+    title = f"edges: {result['rule']}"
+    if intervals:
+        title += f"; mean of {args.seeds} seeds with 95% intervals"
+    table = Table("trained", *edges, title=title, title_justify="left")
     for source, row in edges.items():
-        table.add_row(source, *(f"{edge:.3f}" for edge in row.values()))
+        cells = [f"{edge:.3f}" for edge in row.values()]
+        if intervals:
+            spans = intervals[source].values()
+            cells = [
+                f"{cell} [{low:.3f}, {high:.3f}]" for cell, (low, high) in zip(cells, spans, strict=True)
+            ]
+        table.add_row(source, *cells)
     show(table)
     print(f"{trained} short runs; data.mixing.edges: {args.out}")
     return 0

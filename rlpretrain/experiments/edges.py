@@ -6,13 +6,15 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from rlpretrain.config import ConfigError, PretrainConfig, StopConfig
 from rlpretrain.config.io import to_dict
+from rlpretrain.evaluation.intervals import student
 from rlpretrain.files import check_file
 from rlpretrain.objectives import parse_section
 from rlpretrain.ranks import join
@@ -26,6 +28,10 @@ from rollout.folders import MARK
 
 Losses = Mapping[str, Mapping[str, float]]
 """Short run → source → held-out loss after the run, in nats per token."""
+Falls = dict[str, dict[str, float]]
+"""Trained source → source whose loss falls → fall; 1 is what a source's own documents do for it, and a loss
+that rose counts below 0.
+"""
 BASE = "(base)"
 """The run without a step; no source can have this name."""
 RULES = {
@@ -102,36 +108,53 @@ def short_config(config: PretrainConfig, run: ShortRun, steps: int, folder: Path
 
 
 def learn_edges(
-    config: PretrainConfig, steps: int, out: Path, pairs: bool = False, say: Callable[[str], None] = print
+    config: PretrainConfig,
+    steps: int,
+    out: Path,
+    pairs: bool = False,
+    seeds: int = 1,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Do the short runs, write their edges to `out`, and return what was written.
 
-    The losses of each run are kept beside `out`, so that the same call goes on after an interruption. `say`
-    gets a line for each run. Raises ConfigError if a source does not learn from itself, or if the runs that
-    are kept had other settings, or if a file or folder in the way is not of this command.
+    With several `seeds` (`config.seed` and those after it), an edge is the mean over them, with a 95%
+    interval (Student's t). The losses of each run are kept beside `out`, so that the same call goes on after
+    an interruption. `say` gets a line for each run. Raises ConfigError if a source does not learn from
+    itself, or if the runs that are kept had other settings, or if a file or folder in the way is not of this
+    command.
     """
     runs, folder, ranks = plan(config, steps, pairs), check_out(out), join(config.device)
-    first = ranks.first
+    first, names = ranks.first, list(config.data.sources)
     ranks.barrier()  # all have looked
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).touch()
-    records = {}
-    for number, run in enumerate(runs, 1):
-        record = _do(short_config(config, run, steps, folder / f"{run.name}.run"), run, folder, first)
-        records[run.name] = record
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["losses"].items())
+    by_seed: list[dict[str, Any]] = []
+    for seed in range(config.seed, config.seed + seeds):
+        place = folder if seed == config.seed else folder / f"seed-{seed}"
         if first:
-            say(f"{number} of {len(runs)}: {run.name}: held-out loss of {losses}")
-    losses = {name: record["losses"] for name, record in records.items()}
+            place.mkdir(parents=True, exist_ok=True)
+            (folder / MARK).touch()
+        records = {}
+        for run in runs:
+            short = short_config(replace(config, seed=seed), run, steps, place / f"{run.name}.run")
+            records[run.name] = _do(short, run, place, first)
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in records[run.name]["losses"].items())
+            number = len(by_seed) * len(runs) + len(records)
+            of_seed = f"seed {seed}, " if seeds > 1 else ""
+            if first:
+                say(f"{number} of {seeds * len(runs)}: {of_seed}{run.name}: held-out loss of {losses}")
+        by_seed.append(
+            {
+                "seed": seed,
+                "losses": {name: record["losses"] for name, record in records.items()},
+                "trained_tokens": {name: record["tokens"] for name, record in records.items()},
+            }
+        )
+    falls = [compute_falls(of_seed["losses"], names, pairs) for of_seed in by_seed]
     result = {
-        "edges": compute_edges(losses, list(config.data.sources), pairs),
+        **mean_edges(falls),
         "rule": RULES[pairs],
         "steps": steps,
         "model": config.model.path,
-        "seed": config.seed,
-        "losses": losses,
-        "trained_tokens": {name: record["tokens"] for name, record in records.items()},
+        "seeds": by_seed,
     }
     if first:
         write_json(out, result)
@@ -154,9 +177,27 @@ def check_out(out: Path) -> Path:
     return folder
 
 
-def compute_edges(losses: Losses, names: list[str], pairs: bool) -> dict[str, dict[str, float]]:
-    """{trained source: {source whose loss falls: edge}}; 1 is what a source's own documents do for it."""
-    edges: dict[str, dict[str, float]] = {name: {} for name in names}
+def mean_edges(falls: Sequence[Falls]) -> dict[str, Any]:
+    """`edges`: the mean over seeds of each relative fall, or 0 where the loss rose.
+
+    With several seeds also `intervals`: [low, high] of the mean before it is cut at 0.
+    """
+    edges: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, list[float]]] = {}
+    for source, targets in falls[0].items():
+        edges[source], intervals[source] = {}, {}
+        for target in targets:
+            values = [of_seed[source][target] for of_seed in falls]
+            edges[source][target] = max(0.0, fmean(values))
+            if len(values) > 1:
+                half = student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+                intervals[source][target] = [fmean(values) - half, fmean(values) + half]
+    return {"edges": edges} | ({"intervals": intervals} if len(falls) > 1 else {})
+
+
+def compute_falls(losses: Losses, names: Sequence[str], pairs: bool) -> Falls:
+    """The falls of one seed's held-out losses. ConfigError if a source does not learn from itself."""
+    falls: Falls = {name: {} for name in names}
     for run, measured in losses.items():
         if unknown := [name for name in names if not math.isfinite(_number(measured[name]))]:
             raise ConfigError(
@@ -179,8 +220,8 @@ def compute_edges(losses: Losses, names: list[str], pairs: bool) -> dict[str, di
                 fall = after - losses[pair.name][target]
             else:
                 fall = before - losses[source][target]
-            edges[source][target] = max(0.0, fall) / (before - after)
-    return edges
+            falls[source][target] = fall / (before - after)
+    return falls
 
 
 def _do(config: PretrainConfig, run: ShortRun, folder: Path, first: bool) -> dict[str, Any]:
