@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.faults_kinds import KINDS
+from benchmarks.faults_kinds import KINDS, Kind
 from benchmarks.faults_site import DEADLINE, Site, site
 from tests.builders.trainers import Trainer, account, apart, rows
 
@@ -41,12 +41,14 @@ COUNTED = (
 )
 
 
-def run_without_faults(shared: Site, engine: str, per_run: int) -> Path:
-    """The folder of a run without faults, as long as the longest run with this engine."""
-    folder = shared.folder / f"calm-{engine}"
-    steps = max(k.steps for k in KINDS.values() if k.engine in (engine, "proxies"))
+def run_without_faults(shared: Site, kind: Kind, per_run: int) -> Path:
+    """The folder of a run without faults, as long as the longest run like those of this kind."""
+    folder = shared.folder / kind.calm
+    steps = max(k.steps for k in KINDS.values() if k.calm == kind.calm)
     shared.pace(0.0)
-    if not folder.exists() and not Trainer(shared.values(folder, engine, steps * per_run)).wait():
+    engine = "servers" if kind.engine == "proxies" else kind.engine
+    values = shared.values(folder, engine, steps * per_run, policy=kind.policy)
+    if not folder.exists() and not Trainer(values, ranks=kind.ranks).wait():
         raise SystemExit("the run without faults failed")
     return folder
 
@@ -56,29 +58,31 @@ def measure(name: str, shared: Site, injections: int) -> dict[str, Any]:
     kind, per_run, begin = KINDS[name], min(PER_RUN, injections), time.monotonic()
     for server in shared.servers:
         server.ready()
-    reference = run_without_faults(shared, "servers" if kind.engine == "proxies" else kind.engine, per_run)
+    reference = run_without_faults(shared, kind, per_run)
+    place = shared.disk.make() if kind.on_disk else shared.folder
     counts, engine_counts = Counter(), Counter()
     longest, weights, ratios = 0.0, [0.0], [0.0]
     for i in range(2 * math.ceil(injections / PER_RUN)):
         rng, ahead = random.Random(f"{name} {i}"), i % 2
-        folder = shared.folder / f"{name}-{i}".replace(" ", "-").replace(",", "")
+        folder = place / f"{name}-{i}".replace(" ", "-").replace(",", "")
         if counts["injections"] >= injections:  # later runs only for injections that are still missing
             break
         shared.pace(kind.pace)
-        run = Trainer(shared.values(folder, kind.engine, kind.steps * per_run, ahead))
+        values = shared.values(folder, kind.engine, kind.steps * per_run, ahead, kind.policy)
+        run = Trainer(values, ranks=kind.ranks, log=shared.folder / f"{folder.name}.log")
         for _ in range(min(PER_RUN, injections - counts["injections"])):
             kind.wait(run, rng)
             counts["injections"] += run.alive() and kind.inject(shared, run, rng)
         finished = run.wait()
-        counts.update(account(folder, reference, kind.steps * per_run, ahead))
+        counts.update(account(folder, reference, kind.steps * per_run, ahead, kind.ranks))
         counts.update(runs=1, finished=int(finished), steps=kind.steps * per_run)
         longest = max(longest, run.longest)
-        engine_counts["steps_done_again"] += run.done_again
+        engine_counts.update(steps_done_again=run.done_again, others_killed=run.hung, named=run.named)
         if finished:
             counters = json.loads((folder / "run.json").read_text())["engine"]
             engine_counts.update({k: counters[k] for k in COUNTED if k in counters})
         if finished and not ahead:
-            weights.append(apart(folder, reference, kind.steps * per_run))
+            weights.append(apart(folder, reference))
             ratios += [row.get("sampling/abs_log_ratio_max", 0.0) for row in rows(folder)]
         print(
             f"{folder.name}: {dict(counts)} {dict(engine_counts)} {run.longest:.1f} s",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from benchmarks.faults_site import DEADLINE, REQUEST, Site
+from benchmarks.faults_site import DEADLINE, POLICIES, REQUEST, Site
 from tests.builders.servers import VLLMServer
 from tests.builders.trainers import Trainer
 
@@ -81,7 +81,7 @@ def kill_actor(shared: Site, run: Trainer, rng: random.Random) -> bool:
     """SIGKILL a Ray actor, which may still be restarting after the last kill; Ray restarts it."""
     while run.alive():
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # no actor exists, or it has just ended
-            tree = psutil.Process(run.process.pid).children(recursive=True)
+            tree = psutil.Process(run.pid).children(recursive=True)
             rng.choice([p for p in tree if p.name().startswith("ray::Worker")]).kill()
             return True
     return False
@@ -95,6 +95,43 @@ def kill_trainer(shared: Site, run: Trainer, rng: random.Random) -> bool:
     return True
 
 
+def kill_rank(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL one of the ranks at any point, and resume them when the others have ended by themselves."""
+    run.kill(rng.randrange(run.ranks))
+    run.start("--resume", "auto")
+    return True
+
+
+def fill_disk(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """Fill the disk up to less than a checkpoint, wait until the run has ended, make room, and resume it."""
+    shared.disk.fill(rng.randrange(CHECKPOINT))
+    return _ends_and_resumes(run, shared.disk.empty)
+
+
+def lock_disk(shared: Site, run: Trainer, rng: random.Random) -> bool:
+    """Make the disk read-only, wait until the run has ended, make it writable, and resume it."""
+    while not shared.disk.lock():
+        if not run.alive():
+            return False
+    return _ends_and_resumes(run, shared.disk.unlock)
+
+
+def _ends_and_resumes(run: Trainer, restore: Callable[[], None]) -> bool:
+    """Whether the run ended because of the fault; `named` counts those that said which file and why."""
+    said = len(run.log.read_bytes())
+    run.end()
+    restore()
+    if all(process.exitcode == 0 for process in run.processes):  # it had nothing more to write
+        return False
+    run.named += b"rlpretrain: cannot write" in run.log.read_bytes()[said:]
+    run.start("--resume", "auto")
+    return True
+
+
+CHECKPOINT = 300_000
+"""Bytes, less than those of a checkpoint of the tiny model."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault: how it is injected, the engine and length of its runs, and its timing."""
@@ -104,11 +141,24 @@ class Kind:
     pace: float
     steps: int  # of a run, for each injection
     between: tuple[int, int]  # steps between two injections
+    policy: str = "torch"
+    ranks: int = 1
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether its runs are on the small disk."""
+        return self.inject in (fill_disk, lock_disk)
+
+    @property
+    def calm(self) -> str:
+        """The name of the run without faults that its runs are compared with."""
+        engine = "servers" if self.engine == "proxies" else self.engine
+        return f"calm-{engine}-{self.policy}-{self.ranks}".replace(" ", "-")
 
     def wait(self, run: Trainer, rng: random.Random) -> None:
         """Wait some steps and a part of one; in a quarter of the cases a trainer is killed at its start."""
         before, more = run.step(), rng.randint(*self.between)
-        if self.inject is kill_trainer and rng.random() < 0.25:
+        if self.inject in (kill_trainer, kill_rank) and rng.random() < 0.25:
             more = 0
         while run.step() < before + more and run.alive():
             time.sleep(0.01)
@@ -123,4 +173,15 @@ KINDS = {
     "actor killed": Kind(kill_actor, "ray", 0.3, 10, (1, 6)),
     "trainer killed, embedded engine": Kind(kill_trainer, "hf", 0.05, 10, (1, 6)),
     "trainer killed, servers": Kind(kill_trainer, "servers", 0.05, 10, (1, 6)),
+    **{
+        f"one of two ranks killed, {name}": Kind(kill_rank, "hf", 0.05, 10, (1, 6), name, ranks=2)
+        for name in POLICIES
+    },
+    **{
+        f"{fault}, {name}, {ranks} rank{'s' if ranks > 1 else ''}": Kind(
+            inject, "hf", 0.05, 10, (1, 6), name, ranks
+        )
+        for fault, inject in (("disk full", fill_disk), ("disk read-only", lock_disk))
+        for name, ranks in (("torch", 1), ("FSDP 2", 2), ("ZeRO 3", 2))
+    },
 }

@@ -22,6 +22,9 @@ LOCKED = {errno.EACCES, errno.EPERM, errno.EROFS}
 TORCH = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos")
 """Parts of torch.save's RuntimeErrors when a file cannot be written completely."""
 
+NOTHING = 1 << 20
+"""Bytes; with less free space, a write that failed without a reason failed because the disk is full."""
+
 
 class CannotWrite(RuntimeError):
     """A file or folder cannot be written; the message says which, why, and what to do."""
@@ -68,8 +71,10 @@ def writing(path: str | Path) -> Iterator[None]:
         from_torch = isinstance(error, RuntimeError) and any(part in message for part in TORCH)
         if not from_safetensors and not from_torch:
             raise
-        first_line = message.strip().splitlines()[0]
-        raise CannotWrite(f"cannot write {path}: {first_line}{_free_space(Path(path))}") from None
+        reason = message.strip().splitlines()[0]
+        if (free := free_bytes(Path(path))) is not None and free < NOTHING:
+            reason = f"{FULL[errno.ENOSPC]} ({reason})"
+        raise CannotWrite(f"cannot write {path}: {reason}{_free_space(Path(path))}") from None
 
 
 def explain(error: OSError, path: Path) -> str:
@@ -84,8 +89,14 @@ def explain(error: OSError, path: Path) -> str:
 
 def _free_space(path: Path) -> str:
     """Return the free space of the disk that holds `path`, as the end of a message."""
+    free = free_bytes(path)
+    return "" if free is None else f"; {free / 2**30:.2f} GiB are free there"
+
+
+def free_bytes(path: Path) -> int | None:
+    """Return the free space of the disk that holds `path`; None if there is no such disk."""
     folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), None)
-    return f"; {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there" if folder else ""
+    return shutil.disk_usage(folder).free if folder else None
 
 
 def finite(record: Any) -> Any:

@@ -419,8 +419,10 @@ def test_a_signal_to_one_rank_ends_both_behind_the_same_step(values, tmp_path):
 # 15.25: full disks, folders that cannot be written
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stands(values, tmp_path):
-    done = command(tmp_path, merged(values, max_steps=3, checkpoint__every=2), "small files")
+@pytest.mark.parametrize("backend", ["torch", "fsdp", "deepspeed"])
+def test_a_full_disk_is_named_and_the_last_checkpoint_stands(values, tmp_path, backend):
+    run = merged(values, max_steps=3, checkpoint__every=2, policy={"backend": backend})
+    done = command(tmp_path, run, "small files")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlpretrain:")]
     assert (

@@ -8,29 +8,36 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch.distributed.checkpoint import state_dict_loader
 
 from rlpretrain.training import checkpoint
+from rlpretrain.training.backends import fsdp
 from rollout.store import Store
 from rollout.types import FinishReason, Group
-from tests.builders.processes import PROCESSES, warm
+from tests.builders.processes import PROCESSES, free_port, warm
+from tests.builders.runs import weights
 
 
 class Trainer:
-    """`rlpretrain train` in a process, with a thread that watches its log.
+    """`rlpretrain train` in a process, or in several ranks, with a thread that watches its log.
 
-    `longest` is the longest time in seconds between two steps, restarts included. A process that makes no
-    progress for `patience` seconds is killed.
+    `longest` is the longest time in seconds between two steps, restarts included. Processes that make no
+    progress for `patience` seconds are killed. `log` is their output, by default a file in the run's folder.
+    `hung` counts ranks that were killed after another, `named` faults that an error of the command named.
     """
 
-    def __init__(self, values: dict[str, Any], patience: float = 480.0):
+    def __init__(
+        self, values: dict[str, Any], patience: float = 480.0, ranks: int = 1, log: Path | None = None
+    ):
         self.folder, self.steps, self.patience = Path(values["output_dir"]), values["max_steps"], patience
-        self.longest, self.done_again = 0.0, 0
+        self.ranks, self.log = ranks, log or self.folder / "log.txt"
+        self.longest, self.done_again, self.hung, self.named = 0.0, 0, 0, 0
         self.folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(values))
         self.start()
@@ -42,10 +49,14 @@ class Trainer:
         """Start the trainer for the first time or again."""
         words = ("train", str(self.folder / "config.yaml"), *words)
         warm()
-        self.process = PROCESSES.Process(
-            target=command_line, args=(words, self.folder / "log.txt"), daemon=True
-        )
-        self.process.start()
+        group = {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks)}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = []
+        for rank in range(self.ranks):
+            own = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.ranks > 1 else {}
+            process = PROCESSES.Process(target=command_line, args=(words, self.log, own), daemon=True)
+            process.start()
+            self.processes.append(process)
 
     def step(self) -> int:
         """The last step that was logged."""
@@ -55,32 +66,49 @@ class Trainer:
         lines = rows(self.folder, newest=1)
         return (lines[0]["step"], lines[0]["time"]) if lines else (0, 0.0)
 
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self.process.is_alive()
+    @property
+    def pid(self) -> int:
+        """The process of the first rank."""
+        return self.processes[0].pid
 
-    def kill(self) -> None:
-        """Send SIGKILL; `done_again` counts the steps that a resumed run will repeat."""
-        self.process.kill()
-        self.process.join()
+    def alive(self) -> bool:
+        """Whether all processes run."""
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self, rank: int = 0) -> None:
+        """Send SIGKILL to a rank, and wait until the others have ended too."""
+        self.processes[rank].kill()
+        self.end()
+
+    def end(self, patience: float = 30.0) -> None:
+        """Wait for all processes; those that still run then are killed, as launchers do, and counted.
+
+        `done_again` counts the steps that a resumed run will repeat.
+        """
+        end = time.monotonic() + patience
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+            if process.is_alive():
+                self.hung += 1
+                process.kill()
+                process.join()
         self.done_again += self.step() - max(checkpoint.steps(self.folder), default=0)
 
     def wait(self) -> bool:
         """Wait for the end; returns whether the run is complete, and prints the end of its log if not."""
-        self.process.join()
+        for process in self.processes:
+            process.join()
         self.ended.set()
         self.watcher.join()
         file = self.folder / "run.json"
         record = json.loads(file.read_text()) if file.exists() else {"status": "no run.json"}
         good = (
-            self.process.exitcode == 0
+            all(process.exitcode == 0 for process in self.processes)
             and record["status"] == "done"
             and record["step"] == record["total_steps"]
         )
         if not good:
-            print(
-                f"{self.folder.name} failed: {(self.folder / 'log.txt').read_text()[-3000:]}", file=sys.stderr
-            )
+            print(f"{self.folder.name} failed: {self.log.read_text()[-3000:]}", file=sys.stderr)
         return good
 
     def _watch(self) -> None:
@@ -92,11 +120,12 @@ class Trainer:
             if at > newest:  # a resumed run cuts its file back to older rows
                 newest, since = at, now
             elif now - since > self.patience:
-                return self.process.kill()
+                return [process.kill() for process in self.processes] and None
 
 
-def command_line(words: Sequence[str], log: Path) -> None:
+def command_line(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
     """Run the command `rlpretrain` in this process and exit."""
+    os.environ |= environment
     with log.open("ab") as out:
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
@@ -112,24 +141,24 @@ def rows(folder: Path, newest: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[-newest:]]
 
 
-def trained(folder: Path) -> Iterator[tuple[int, Group]]:
+def trained(folder: Path, ranks: int = 1) -> Iterator[tuple[int, Group]]:
     """(step, group) of every step that a run logged, in the order of its log."""
-    store = Store(folder / "rollouts")
-    held = set(store.steps())
-    for step in (row["step"] for row in rows(folder)):
-        yield from ((step, group) for group in (store.read(step)[0] if step in held else ()))
+    for store in (Store(folder / "rollouts", rank) for rank in range(ranks)):
+        held = set(store.steps())
+        for step in (row["step"] for row in rows(folder)):
+            yield from ((step, group) for group in (store.read(step)[0] if step in held else ()))
 
 
-def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counter[str]:
+def account(folder: Path, reference: Path, steps: int, ahead: int = 0, ranks: int = 1) -> Counter[str]:
     """Count what became of the groups of the first `steps` steps of `reference`, an undisturbed run.
 
     `same` groups have the reference's thoughts, token for token: without sampling ahead, seeds and weights
     decide them. `updates` is the number of optimizer steps. `left_over` is the number of stored steps that
     were never logged.
     """
-    wanted = {group.id: (step, group) for step, group in trained(reference) if step <= steps}
+    wanted = {group.id: (step, group) for step, group in trained(reference, ranks) if step <= steps}
     found, times, aborted = Counter(expected=len(wanted)), Counter(), set()
-    for step, group in trained(folder):
+    for step, group in trained(folder, ranks):
         place, original = wanted.get(group.id, (None, None))
         if any(t.finish_reason is FinishReason.ABORT for t in group.thoughts):
             aborted.add(group.id)
@@ -145,16 +174,27 @@ def account(folder: Path, reference: Path, steps: int, ahead: int = 0) -> Counte
         twice=sum(n > 1 for n in times.values()),
         aborted=len(aborted),
         lost=sum(not times[i] and i not in aborted for i in wanted),
-        left_over=len(Store(folder / "rollouts").steps()) - len(rows(folder)),
-        updates=torch.load(newest / "policy.pt", weights_only=True)["steps"] if newest else 0,
+        left_over=sum(len(Store(folder / "rollouts", rank).steps()) for rank in range(ranks))
+        - ranks * len(rows(folder)),
+        updates=updates_of(newest) if newest else 0,
     )
     return found
 
 
-def apart(folder: Path, reference: Path, step: int) -> float:
-    """The largest difference between the weights of two runs' checkpoints at a step."""
-    a, b = (
-        torch.load(f / f"checkpoint-{step}" / "policy.pt", weights_only=True)["model"]
-        for f in (folder, reference)
-    )
+def updates_of(saved: Path) -> int:
+    """The optimizer steps in a checkpoint of any backend."""
+    if (saved / fsdp.STATE).is_dir():
+        state = {"steps": 0}
+        state_dict_loader.load(state, checkpoint_id=saved / fsdp.STATE, no_dist=True)
+        return state["steps"]
+    sharded = saved / "deepspeed" / "mp_rank_00_model_states.pt"
+    if not sharded.exists():
+        sharded = saved / "deepspeed" / "zero_pp_rank_0_mp_rank_00_model_states.pt"  # of ZeRO 3
+    file = saved / "policy.pt"
+    return torch.load(file if file.exists() else sharded, weights_only=file.exists())["steps"]
+
+
+def apart(folder: Path, reference: Path) -> float:
+    """The largest difference between the weights that two runs saved at their ends."""
+    a, b = weights(folder / "model"), weights(reference / "model")
     return max(float((a[name] - b[name]).abs().max()) for name in a)

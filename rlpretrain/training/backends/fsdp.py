@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import CheckpointException, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -111,15 +111,17 @@ class FsdpPolicy:
 
     def save_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         """As WritesParts.save_parts."""
-        state_dict_saver.save(
-            {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
-        )
+        with _reason():
+            state_dict_saver.save(
+                {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
+            )
 
     def load_parts(self, tensors: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         """As WritesParts.load_parts."""
-        state_dict_loader.load(
-            {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
-        )
+        with _reason():
+            state_dict_loader.load(
+                {kind: self._whole(named) for kind, named in tensors.items()}, checkpoint_id=path
+            )
 
     def _whole(self, named: Mapping[str, Tensor]) -> dict[str, DTensor]:
         """This rank's parts of tensors that have the shapes of the trained parameters."""
@@ -158,7 +160,8 @@ class FsdpPolicy:
         self._free()
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "steps": self.steps}
-        state_dict_saver.save(state, checkpoint_id=path / STATE)
+        with _reason():
+            state_dict_saver.save(state, checkpoint_id=path / STATE)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, on any number of ranks."""
@@ -166,11 +169,22 @@ class FsdpPolicy:
             raise ConfigError(f"{path} holds no FSDP state: it was written by another backend")
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "steps": 0}
-        state_dict_loader.load(state, checkpoint_id=path / STATE)
+        with _reason():
+            state_dict_loader.load(state, checkpoint_id=path / STATE)
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
         self.steps = state["steps"]
+
+
+@contextmanager
+def _reason() -> Iterator[None]:
+    """Raise a rank's own error for the CheckpointException of all ranks, which is not an Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from error
 
 
 def check_replicas(config: FsdpConfig, ranks: int) -> None:
