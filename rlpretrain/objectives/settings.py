@@ -19,7 +19,7 @@ NEEDS = {
     "target_baseline": "log-probs of the targets after the thoughts under the model of `baseline`",
     "teacher": "likeliest tokens under `reference.path`, by default the initial model: for `soft_targets`",
     "entropy": "the entropy of each token of a document, for `positions`",
-    "batch": "`advantage` sees all groups of a step at once",
+    "batch": "`advantage` sees all groups of a step at once, those of all ranks, ordered by their ids",
     "group": "`reward` and `target_weights` see a whole group: it may not be spread over micro-batches",
     "ntp_data": "a second stream of documents",
     "learner": "the trained model itself, for `start` and `before_step`: likeliest tokens, gradients, shifts",

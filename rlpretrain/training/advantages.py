@@ -6,7 +6,7 @@ Legend: B positions, G thoughts, L thought tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlpretrain.objectives.base import Objective
 from rlpretrain.scoring.groups import compute_rewards, rows_by_group, whole_groups
 from rlpretrain.types import MicroBatch, Scores
+from rollout.types import Group
 
 if TYPE_CHECKING:
     from rlpretrain.training.run import Run
@@ -52,6 +53,8 @@ def compute_step_advantages(run: Run, micros: Sequence[MicroBatch]) -> list[Adva
         reward = compute_rewards(run.objective, on_device, scores)
         rewards.append(mark_broken(reward, on_device, scores))
     groups, rows = whole_groups(micros), rows_by_group(micros, rewards)
+    if "batch" in run.objective.needs:
+        groups, rows = _of_all_ranks(run, groups, rows)
     advantages = [torch.zeros_like(r, dtype=torch.float32) for r in rewards]
     if groups:
         matrix = pad_sequence([rows[id_] for id_ in groups], batch_first=True, padding_value=math.nan)
@@ -62,6 +65,15 @@ def compute_step_advantages(run: Run, micros: Sequence[MicroBatch]) -> list[Adva
                 size = len(group.thoughts)
                 advantage[b, :size] = advantage_of[group.id][first : first + size]
     return [Advantages(r, a, s.thought_logps) for r, a, s in zip(rewards, advantages, scored, strict=True)]
+
+
+def _of_all_ranks(
+    run: Run, groups: Mapping[str, Group], rows: Mapping[str, Tensor]
+) -> tuple[dict[str, Group], dict[str, Tensor]]:
+    """{group id: group} and {group id: rewards [G]} of the whole step, the same on every rank."""
+    parts = run.ranks.gather([(group, rows[id_].cpu()) for id_, group in groups.items()])
+    step = {group.id: (group, rewards.to(run.ranks.device)) for part in parts for group, rewards in part}
+    return {id_: step[id_][0] for id_ in sorted(step)}, {id_: step[id_][1] for id_ in sorted(step)}
 
 
 def mark_broken(rewards: Tensor, micro: MicroBatch, scores: Scores) -> Tensor:

@@ -32,8 +32,6 @@ def check_settings(config: PretrainConfig, owner: type[Objective], ranks: int) -
         raise ConfigError(
             f"positions_per_step {config.positions_per_step} does not divide over {ranks} ranks"
         )
-    if "batch" in owner.needs and ranks > 1:
-        raise ConfigError("an objective that compares groups across the batch runs on one rank only, for now")
     check_cut(config, owner)
     check_baseline(config, owner)
     adapters.check(config)

@@ -7,11 +7,15 @@ ranks may train on others than one does.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlpretrain.objectives import rlp
+from rollout.types import Group
 from tests.builders.runs import launch, merged, same, trained, weights
 
 AFTER = {"positions": "after", "marker": "shows"}
@@ -37,8 +41,20 @@ KINDS: dict[str, dict[str, Any]] = {
             "judge_function": "rlpretrain.corpora.dial_judge:flips_30",
         }
     },
+    "over the batch": {"objective": {"name": "tests.objectives.test_two_ranks:OverTheBatch"} | AFTER},
 }
 LOGGED = ("loss", "ntp/loss", "reward", "thought/closed_frac", "policy_loss", "ntp/weight_mean")
+
+
+class OverTheBatch(rlp.RLP):
+    """RLP whose advantages have mean 0 and deviation 1 over all thoughts of a step, not within a group."""
+
+    needs = rlp.RLP.needs | {"batch"}
+
+    def advantage(self, rewards: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        assert [group.id for group in groups] == sorted(group.id for group in groups) and len(groups) == 4
+        counted = rewards[rewards.isfinite()]
+        return ((rewards - counted.mean()) / counted.std()).nan_to_num(nan=0.0)
 
 
 @pytest.mark.slow
