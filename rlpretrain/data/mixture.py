@@ -86,18 +86,19 @@ class Mixture:
                 if limit is not None and self.config.sources[name].exhausted == "renormalise"
             },
         )
-        self._read_only: set[str] = set()  # sources in whose documents an objective that thinks does not
+        self.read_only: set[str] = set()  # sources in whose documents an objective that thinks does not
         if inputs.thinks:
-            self._read_only = {name for name, source in self.config.sources.items() if source.use == "read"}
-            self.order.required -= self._read_only
+            self.read_only = {name for name, source in self.config.sources.items() if source.use == "read"}
+            self.order.required -= self.read_only
         self._counted = 0  # draws of all ranks before the order's position, by which draws are shared out
         self._taken_of = dict.fromkeys(self.sources, 0)  # documents of each source before its cursor
-        self._progress: float | None = None
+        self.progress: float | None = None  # at which the present weights were asked for
         self._online: dict[str, float] | None = None  # weights that replaced those of the configuration
+        self._reached = 0  # draws that other ranks had passed before their number changed (redealing.py)
 
     def is_only_read(self, document: Document) -> bool:
         """Whether no position is chosen in a document of this mixture."""
-        return document.stream in self._read_only
+        return document.stream in self.read_only
 
     def has_next_token_loss(self, document: Document) -> bool:
         """Whether the next-token loss of a document of this mixture is taken."""
@@ -108,8 +109,8 @@ class Mixture:
 
         No rank may have reached that draw, and all ranks have to give the same two numbers.
         """
-        self._progress = progress
-        self.order.set_shares(self.document_shares(progress), first)
+        self.progress = progress
+        self.order.set_shares(self.document_shares(progress), max(first, self._reached))
 
     def replace_weights(self, weights: dict[str, float]) -> None:
         """Draw with these weights from the next `begin` on, whatever the progress. All ranks call it."""
@@ -141,7 +142,7 @@ class Mixture:
 
         With an objective that thinks, `n` to think in, and the documents to read that are drawn before them.
         """
-        if progress != self._progress:
+        if progress != self.progress:
             self.begin(progress, -(-self.position // self.world_size) * self.world_size)
         own: list[tuple[int, str, int]] = []
         for _ in range(n):
@@ -164,9 +165,7 @@ class Mixture:
                 return f"exhausted: source '{name}' has no documents left ({self._passes_of(name)})"
         if not self.order.is_over:
             return None
-        return (
-            f"exhausted: no source{' to think in' * bool(self._read_only)} with a weight has documents left"
-        )
+        return f"exhausted: no source{' to think in' * bool(self.read_only)} with a weight has documents left"
 
     @property
     def epoch(self) -> float:
@@ -181,12 +180,12 @@ class Mixture:
     @property
     def longest(self) -> int:
         """Tokens of the longest document of the sources that are not only read."""
-        return max(source.longest for name, source in self.sources.items() if name not in self._read_only)
+        return max(source.longest for name, source in self.sources.items() if name not in self.read_only)
 
     @property
     def longest_only_read(self) -> dict[str, int]:
         """Tokens of the longest document of each source that is only read."""
-        return {name: self.sources[name].longest for name in sorted(self._read_only)}
+        return {name: self.sources[name].longest for name in sorted(self.read_only)}
 
     @property
     def dropped(self) -> int:
@@ -202,8 +201,9 @@ class Mixture:
         return {
             "counted": self._counted,
             "taken_of": dict(self._taken_of),
-            "progress": self._progress,
+            "progress": self.progress,
             "online": self._online,
+            "reached": self._reached,
             "order": self.order.state_dict(),
             "sources": {name: cursor_of(source) for name, source in self.sources.items()},
         }
@@ -216,28 +216,31 @@ class Mixture:
                 f"{', '.join(sorted(self.sources))}"
             )
         self._counted, self._taken_of = state["counted"], dict(state["taken_of"])
-        self._progress, self._online = state["progress"], state.get("online")
+        self.progress, self._online = state["progress"], state.get("online")
+        self._reached = state.get("reached", 0)
         self.order.load_state_dict(state["order"])
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
 
-    def _next_own_draws(self) -> list[tuple[int, str, int]]:
-        """This rank's next draw, after those before it that are only read.
+    def next_turn(self) -> tuple[int, list[int]]:
+        """(turn, numbers of its draws): a draw that counts, after those before it that are only read."""
+        turn, draws = self._next_turn()
+        return turn, [place for place, _, _ in draws]
 
-        (number of the draw, source, number of the document in its source) of each.
-        """
+    def _next_turn(self) -> tuple[int, list[tuple[int, str, int]]]:
+        """As `next_turn`, with (number of the draw, source, number of the document in its source) of each."""
         draws: list[tuple[int, str, int]] = []
+        while not draws or draws[-1][1] in self.read_only:
+            draws.append((self.order.position, *self.order.next_draw()))
+        self._counted += 1
+        return self._counted - 1, draws
+
+    def _next_own_draws(self) -> list[tuple[int, str, int]]:
+        """The draws of this rank's next turn."""
         while True:
-            place = self.order.position
-            name, number = self.order.next_draw()
-            draws.append((place, name, number))
-            if name in self._read_only:
-                continue
-            mine = self._counted % self.world_size == self.rank
-            self._counted += 1
-            if mine:
+            turn, draws = self._next_turn()
+            if turn % self.world_size == self.rank:
                 return draws
-            draws = []  # of another rank
 
     def _take_of(self, name: str, numbers: list[int]) -> list[Document]:
         """The documents of a source that have these numbers in its order."""
@@ -245,7 +248,7 @@ class Mixture:
         for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0]):  # consecutive numbers
             wanted = [number for _, number in run]
             skip(source, wanted[0] - self._taken_of[name])
-            documents += take_documents(source, len(wanted), self._progress or 0.0)
+            documents += take_documents(source, len(wanted), self.progress or 0.0)
             self._taken_of[name] = wanted[-1] + 1
         return documents
 

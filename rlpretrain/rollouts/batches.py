@@ -229,9 +229,11 @@ class BatchSource:
     def _submit(self, n: int, ahead: int) -> None:
         """Choose the positions of the next batch and let the engine begin with its thoughts."""
         objective = self.objective.at((self.taken + len(self._submitted)) / self.steps)
-        if self._restored:  # its draws were made before the checkpoint
+        if self._restored:  # its draws were made before the checkpoint, perhaps on fewer ranks
             read_documents, exhausted, shares = self._restored.pop(0)
-            positions, self._spare = self._spare[:n], self._spare[n:]
+            drawn_at = None if self.mixture is None else self.mixture.progress
+            again = objective if drawn_at is None else self.objective.at(drawn_at)
+            positions = self._choose_positions(n, again, read_documents)
         else:
             self._begin_draws(objective)
             read_documents = []

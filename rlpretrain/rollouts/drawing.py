@@ -77,9 +77,7 @@ class DocumentDraws:
     def _next_documents(self, n: int, progress: float) -> list[tuple[int, Document]]:
         """Documents with the numbers of their draws in the order over all ranks."""
         if isinstance(self.source, Mixture):
-            mixed = self.source.take_numbered(n, progress)
-            self.drawn += len(mixed)
-            return [(item.number, item.document) for item in mixed]
+            return self._next_of_mixture(self.source, n, progress)
         numbered: list[tuple[int, Document]] = []
         while len(numbered) < n:
             first, wanted = self.drawn, n - len(numbered)
@@ -90,6 +88,20 @@ class DocumentDraws:
                     self.done.remove(number)
                 else:
                     numbered.append((number, document))
+        return numbered
+
+    def _next_of_mixture(self, mixture: Mixture, n: int, progress: float) -> list[tuple[int, Document]]:
+        """As `_next_documents`; documents that are only read do not count."""
+        numbered: list[tuple[int, Document]] = []
+        while n:
+            mixed, n = mixture.take_numbered(n, progress), 0
+            self.drawn += len(mixed)
+            for item in mixed:
+                if item.number in self.done:
+                    self.done.remove(item.number)
+                    n += not mixture.is_only_read(item.document)
+                else:
+                    numbered.append((item.number, item.document))
         return numbered
 
     def _count(self, document: Document) -> None:

@@ -60,7 +60,7 @@ def restore(run: Run, path: Path) -> None:
     state, rank_states = checkpoint.read(path, run.ranks, backend, resolved(run), any_ranks)
     rank_state = rank_states[0]
     if state["ranks"] != run.ranks.size:
-        rank_state = redeal(rank_states, run.ranks.rank, run.ranks.size)
+        rank_state = redeal(rank_states, run.ranks.rank, run.ranks.size, run.source)
     _check_annealing(run, path, state)
     run.step, run.best, run.spent = state["step"], state["best"], records.Spent(**state["spent"])
     run.stopped = run_stop.over_budget(run)
