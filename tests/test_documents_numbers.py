@@ -310,6 +310,58 @@ def test_rlp_before_rlvr():
         assert agree(numbers(written), answers[pair][number], 0.00051), (written, pair)
 
 
+AFTER_THE_BASE = {
+    "none: the base": "base",
+    "RL on op 2 and 3": "easy",
+    "RL on op 6 and 7, the edge": "edge",
+    "RL on op 9 and 10": "hard",
+    "RL at the edge, rewarded by the answer": "outcome",
+    "RL at the edge, random rewards": "random_reward",
+    "gold traces of the problems of the edge": "sft",
+    "mid-training: 200 steps on gold traces of the edge": "mid",
+    "mid-training, then RL at the edge": "mid_edge",
+}
+
+
+def test_rl_at_the_edge():
+    measured = results("compare-interplay")
+    parts, methods = measured["parts"], measured["methods"]
+    one, four = "verified@1, thinking", "verified@4, thinking"
+    table = rows("docs/graphs.md", "| training after the base |")
+    assert set(table) == set(AFTER_THE_BASE)
+    for label, method in AFTER_THE_BASE.items():
+        *cells, tera = table[label]
+        wanted = [
+            parts[op][method][number] for op, number in (("6", one), ("7", one), ("8", one), ("7", four))
+        ]
+        assert agree([v for cell in cells for v in numbers(cell)], [v for w in wanted for v in w], 0.00051), (
+            label
+        )
+        if method != "base":
+            spent = methods[method]["spent"]
+            expected = spent.get("flops_with_stages", spent["flops"]) / 1e12
+            assert agree(numbers(tera), [expected], 0.0051), label
+    text = " ".join((ROOT / "docs" / "graphs.md").read_text().split("## RL at the edge")[1].split())
+    for sentence, pair, number in (
+        (r"verified@1 (\S+ \[.*?\]), verified@4 .127", "edge - hard", one),
+        (r"\], verified@4 (.127 \[.*?\])", "edge - hard", four),
+        (r"op 7 \(verified@4 (.*?\])", "easy - base", four),
+        (r"stage lie (.*?\]) above RL alone", "mid_edge - edge", one),
+        (r"mid-training \((.*?\])", "mid_edge - mid", one),
+    ):
+        (written,) = re.findall(sentence, text)
+        assert agree(numbers(written), parts["7"][pair][number], 0.00051), (written, pair)
+    for sentence, pair in (
+        (r"edge lies (.*?\]) below them", "edge - sft"),
+        (r"together lie (.*?\]) below gold", "mid_edge - sft"),
+    ):
+        (written,) = re.findall(sentence, text)
+        mean, low, high = parts["7"][pair][one]
+        assert agree(numbers(written), [-mean, -high, -low], 0.00051), (written, pair)
+    of_seed = [methods[method]["by_seed"]["think_sampled"] for method in ("hard", "base")]
+    assert of_seed[0] == of_seed[1]
+
+
 def _interval(values: np.ndarray) -> list[float]:
     """Mean over seeds with its 95% interval."""
     half = student(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
