@@ -18,12 +18,12 @@ import torch
 
 
 class Source:
-    """The present weights as vLLM's trainer side reads them: `metadata`, then one tensor at a time."""
+    """The present weights as vLLM's trainer side reads them: descriptions, then one tensor at a time."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], device: torch.device):
         self.state, self.device = state, device
 
-    def metadata(self) -> list[Any]:
+    def describe(self) -> list[Any]:
         """Name, type and shape of every tensor."""
         from vllm.distributed.weight_transfer.base import ParamMeta
 
@@ -32,6 +32,36 @@ class Source:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.state.items():
             yield name, tensor.to(self.device, non_blocking=True)
+
+
+class IteratedSource(Source):
+    """For vLLM below 0.33, which iterates a source."""
+
+    metadata = Source.describe
+
+
+class FullSource(Source):
+    """For vLLM from 0.33 on, which asks for whole tensors, or for a rank's parts of them."""
+
+    metadata = property(Source.describe)
+    iter_full = Source.__iter__
+
+    def implements_iter_full(self) -> bool:
+        return True
+
+    def implements_iter_local(self) -> bool:
+        return False
+
+    def owned_names(self, rank: int) -> list[str]:
+        """The names of the tensors that a rank has: all."""
+        return list(self.state)
+
+
+def make_source(state: Mapping[str, torch.Tensor], device: torch.device) -> Source:
+    """The source that the installed vLLM reads."""
+    from vllm.distributed.weight_transfer.base import WeightSource
+
+    return (FullSource if hasattr(WeightSource, "iter_full") else IteratedSource)(state, device)
 
 
 class NCCLTransfer:
@@ -55,7 +85,7 @@ class NCCLTransfer:
                 f"engine.transfer: nccl needs vLLM >= 0.30 beside the trainer too: {error}"
             ) from error
         self.client = HTTPVLLMWeightSyncClient(url, timeout)
-        self.source = Source({}, torch.device("cuda", torch.cuda.current_device()))
+        self.source = make_source({}, torch.device("cuda", torch.cuda.current_device()))
         self.info = NCCLTrainerInitInfo(host or socket.gethostname(), _free_port(), world_size + 1, rank=0)
         self._engine: Any = None
 

@@ -15,7 +15,7 @@ from rollout.types import FinishReason, Prompt, SamplingParams, Thought
 
 BAN = -100
 """The bias of a banned token: vLLM's servers raise any lower bias to it."""
-SUPPORTED = ((0, 30), (0, 33))
+SUPPORTED = ((0, 30), (0, 34))
 """vLLM versions whose routes this file knows: the first, and the first that is too new."""
 
 

@@ -4,6 +4,8 @@ words without CUDA.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from tests.builders.runs import merged
 from tests.builders.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
-from rollout.vllm_nccl import NCCLTransfer, Source  # noqa: E402
+from rollout.vllm_nccl import NCCLTransfer, make_source  # noqa: E402
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 
@@ -23,11 +25,16 @@ def test_vllms_trainer_side_reads_our_source():
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine as Trainer
 
     state = {n: p.detach() for n, p in tiny_model("qwen3").named_parameters(remove_duplicate=False)}
-    source = Source(state, torch.device("cpu"))
+    source = make_source(state, torch.device("cpu"))
+
+    def described() -> Any:
+        metadata = source.metadata  # a method below 0.33
+        return metadata() if callable(metadata) else metadata
+
     for _ in range(2):  # it is read anew for every sync
-        read = dict(Trainer._checked_iter(source, source.metadata()))
+        read = dict(Trainer._checked_iter(source, described()))
         assert read.keys() == state.keys() and all(torch.equal(read[n], state[n]) for n in state)
-    meta = source.metadata()
+    meta = described()
     source.state = dict(list(state.items())[1:])
     with pytest.raises(ValueError, match="disagrees with iteration"):
         list(Trainer._checked_iter(source, meta))

@@ -311,7 +311,7 @@ def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, mon
         VLLMServerEngine([f"http://127.0.0.1:{free_port()}"], **settings)
     monkeypatch.setattr("rollout.vllm_routes.SUPPORTED", ((0, 1), (0, 2)))
     with pytest.raises(
-        EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+; its routes are known from 0.1 to below 0.2"
+        EngineUnavailable, match=r"runs vLLM 0\.\d+\.\d+\S*; its routes are known from 0.1 to below 0.2"
     ):
         VLLMServerEngine([server.url], **settings)
     with pytest.raises(ValueError, match="needs the URL of at least one server"):
