@@ -24,6 +24,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "README.md": "readme.md",
+    "CHANGELOG.md": "changelog.md",
     "NOTES.md": "notes.md",
     "AGENTS.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",

@@ -72,8 +72,7 @@ def commands(file: str) -> dict[str, list[str]]:
 
 def test_the_commands_work_as_printed(untagged, values, tmp_path, capsys):
     """Only the base, the folders, the port and the configuration are replaced."""
-    said = commands("README.md")
-    assert commands("docs/rollout.md") == said
+    said = commands("docs/rollout.md")
     assert {"tag", "serve", "train", "mkdir", "VLLM_SERVER_DEV_MODE"} <= set(said), said
     port = free_port()
     (tmp_path / "rlp.yaml").write_text(yaml.safe_dump(values | {"max_steps": 2, "objective": "rlp"}))

@@ -60,9 +60,9 @@ REAL_TEXT = {
 }
 
 
-def test_the_readmes_table_of_real_text():
+def test_the_table_of_real_text():
     measured = results("smollm2_rlp")
-    table = rows("README.md", "| before RLP | RLP |")
+    table = rows("docs/evidence.md", "| before RLP | RLP |")
     for label, name in REAL_TEXT.items():
         for cell, arm in zip(table[label], ("base", "rlp", "ntp_tokens", "ntp_compute"), strict=True):
             written = numbers(cell)
@@ -264,7 +264,7 @@ def test_architectures():
     assert "\n".join(lines) in (ROOT / "docs" / "architectures.md").read_text()
     assert f"[{len(committed)} architectures]" in (ROOT / "docs" / "scoring.md").read_text()
     in_trees = sum(row["packing"] == "tree" for row in committed)
-    assert f"[{in_trees} of {len(committed)} architectures]" in (ROOT / "README.md").read_text()
+    assert f"[{in_trees} of {len(committed)} architectures]" in (ROOT / "docs" / "status.md").read_text()
     known = {row["model"]: row for row in committed}
     again = architectures.measure(["nemotron", "bamba", "deepseek_v3"])
     for row in again:

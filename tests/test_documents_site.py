@@ -59,7 +59,7 @@ def test_documents_and_modules_of_the_site_exist(site):
     ("page", "markdown", "expected"),
     [
         ("gpu.md", "[a](../benchmarks/results/gpu.json)", "[a](files/benchmarks/results/gpu.json)"),
-        ("gpu.md", "[a](../README.md#real-text)", "[a](readme.md#real-text)"),
+        ("gpu.md", "[a](../README.md#with-trl)", "[a](readme.md#with-trl)"),
         ("readme.md", "[a](docs/gpu.md#kernels) [b](#here)", "[a](gpu.md#kernels) [b](#here)"),
         ("benchmarks.md", "![a](results/step.svg)", "![a](files/benchmarks/results/step.svg)"),
         ("cluster.md", "[a](../../docs/rollout.md)", "[a](rollout.md)"),

@@ -20,6 +20,13 @@ def blocks(file: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), re.S)
 
 
+def test_the_readme_stays_short():
+    """One and a half screens of text, and what must run as printed."""
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    assert len(prose.splitlines()) <= 75 and len(text.splitlines()) <= 120
+
+
 def test_the_readme_configuration_is_valid():
     (text,) = blocks("README.md", "yaml")
     config = build(yaml.safe_load(text))
