@@ -53,7 +53,7 @@ class ServerEngine:
 
     kind: ClassVar[str]
     """What `engine.name` calls it."""
-    routes: ClassVar[type[Server]]
+    routes: type[Server]
     """What is known of one server."""
 
     shares_weights = False

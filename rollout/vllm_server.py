@@ -31,7 +31,7 @@ class VLLMServerEngine(ServerEngine):
     """
 
     kind: ClassVar[str] = "vllm_server"
-    routes: ClassVar[type[Server]] = VLLMRoutes
+    routes: type[Server] = VLLMRoutes
 
     def __init__(
         self, urls: Sequence[str], *, block_size: int | None = None, transfer: str = "file", **settings: Any

@@ -58,7 +58,7 @@ API = {
     "rollout": (
         "Engines",
         "rollout",
-        ["types", "engine", "hf", "vllm_local", "server_engine", "vllm_server", "store"],
+        ["types", "engine", "hf", "vllm_local", "server_engine", "vllm_server", "sglang_server", "store"],
     ),
     "evaluation": (
         "Evaluation",
