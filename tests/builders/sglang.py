@@ -1,6 +1,6 @@
 """An in-process server that answers as SGLang's recorded contract says, and samples with transformers.
 
-It stands for a server of SGLang, which does not run on this project's machines. It checks every request and
+It stands for a server of SGLang, of which none has run in this project. It checks every request and
 every answer of its own against tests/data/sglang_contract.json: fields that SGLang does not have, and other
 types, are errors. So a client that passes knows no field that the contract lacks.
 """
