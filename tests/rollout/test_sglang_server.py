@@ -1,14 +1,13 @@
 """The client of SGLang servers against SGLang's recorded contract (tests/builders/sglang.py).
 
-No server of SGLang has run here (docs/engines.md). What is checked is that the client sends what the source of
-sglang 0.5.23 takes, and reads what it gives. The last test takes a real server.
+No server of SGLang has run here (docs/engines.md). What is checked is that the client sends what the source
+of sglang 0.5.23 takes, and reads what it gives. test_sglang_real.py takes a real server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +18,7 @@ from rlpretrain import cli
 from rlpretrain.config import ConfigError
 from rlpretrain.config.io import build
 from rlpretrain.rollouts.engines import find_engine
-from rollout import FinishReason, HFEngine, Prompt, SamplingParams
+from rollout import FinishReason, Prompt, SamplingParams
 from rollout.probe import Probe, StaleWeights
 from rollout.servers import EngineUnavailable, Refused
 from tests.builders.runs import merged
@@ -265,58 +264,3 @@ def test_a_run_trains_on_what_a_server_samples(values, tmp_path, capsys):
     lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
     probed = [json.loads(line).get("sampling/probe_difference") for line in lines]
     assert max(value for value in probed if value is not None) <= 1e-3
-
-
-@pytest.mark.skipif(
-    "SGLANG_URL" not in os.environ, reason="needs a server of SGLang: SGLANG_URL, SGLANG_MODEL"
-)
-def test_a_real_server_gives_the_trainers_log_probs_and_keeps_the_contract(tmp_path):
-    """SGLANG_URL is its address, SGLANG_MODEL the folder of its model (float32). Its weights are changed."""
-    import httpx
-    from transformers import AutoModelForCausalLM
-
-    url, folder = os.environ["SGLANG_URL"], os.environ["SGLANG_MODEL"]
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    size, tolerance = model.config.vocab_size, float(os.environ.get("SGLANG_TOLERANCE", "1e-3"))
-    seeded = httpx.get(f"{url}/server_info").json()["enable_deterministic_inference"]
-    engine = SGLangServerEngine(
-        [url],
-        model=folder,
-        weights_dir=tmp_path,
-        deterministic=seeded,
-        vocabulary=size,
-        request_timeout=300.0,
-    )
-    prompts, hot = prompts_of([12, 3, 33]), SamplingParams(9, temperature=2.0, banned_ids=(5, 6, 7))
-    try:
-        for version in range(3):
-            move(model)
-            engine.sync(weights_of(model), version)
-            groups = sample(engine, prompts)
-            assert worst(model, prompts, groups) <= tolerance
-            ask(
-                Probe(size, engine.block_size, engine.max_model_len, tolerance=tolerance),
-                model,
-                engine,
-                version,
-            )
-            print("worst", worst(model, prompts, groups))
-        if seeded:
-            assert tokens(sample(engine, prompts)) == tokens(groups)
-        assert all(len(set(each)) > 1 for each in tokens(groups))
-        assert not {5, 6, 7} & {
-            i for each in tokens(sample(engine, prompts, hot, n=8)) for t in each for i in t
-        }
-        greedy = SamplingParams(9, temperature=0.0)
-        assert tokens(sample(engine, prompts, greedy, n=1)) == tokens(
-            sample(HFEngine(model), prompts, greedy, n=1)
-        )
-        body = engine.servers[0].request(prompts[0], PARAMS, 2, 0)
-        answers = httpx.post(f"{url}/generate", json=body, timeout=300.0).json()
-        (tmp_path / "answer.json").write_text(json.dumps(answers))
-        print(json.dumps(answers[0]))
-        response = Contract(CONTRACT)["GenerateResponse"]
-        for answer in answers:
-            assert {"output_ids", "meta_info"} <= set(answer) & set(response.model_fields)
-    finally:
-        engine.close()
