@@ -1,6 +1,6 @@
 """The client of SGLang servers against one that you started: log-probs, syncs, bans, greedy thoughts.
 
-    SGLANG_URL=http://127.0.0.1:30000 SGLANG_MODEL=runs/base python -m pytest tests/rollout/test_sglang_real.py
+    SGLANG_URL=http://127.0.0.1:30000 SGLANG_MODEL=runs/base pytest tests/rollout/test_sglang_real.py
 
 It has never run: no server of SGLang was at hand (docs/engines.md).
 """
