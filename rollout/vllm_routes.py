@@ -6,11 +6,12 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rollout.engine import ending
+from rollout.servers import EngineUnavailable, Refused, Server, message_of
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought
 
 BAN = -100
@@ -19,54 +20,22 @@ SUPPORTED = ((0, 30), (0, 34))
 """vLLM versions whose routes this file knows: the first, and the first that is too new."""
 
 
-class EngineUnavailable(RuntimeError):
-    """No server answered within the deadline; the message has the last error of each."""
-
-    says_all = True  # a command line prints the message without a traceback
-
-
-class Refused(EngineUnavailable):
-    """A server refuses, and would refuse again. The message says what to do."""
-
-
-TRANSIENT = (408, 425, 429)
-"""4xx answers after which the same request may succeed later."""
-
-
 @dataclass
-class Server:
-    """What the client knows of one server; `client` is its httpx client."""
+class VLLMRoutes(Server):
+    """One vLLM server, or `rlpretrain serve`."""
 
-    url: str
-    load: int = 0  # prompts assigned to it, those that wait for a slot included
-    in_flight: int = 0
-    alive: bool = True
-    last_error: str = ""
-    failures: int = 0
-    card: dict[str, Any] = field(default_factory=dict)  # its model's entry in /v1/models: id, max_model_len
-    client: Any = field(default=None, repr=False)
-    group: Any = field(default=None, repr=False)  # its NCCL group
-    ours: bool = False  # `rlpretrain serve`, not vLLM's server
-    stuck: int = 0  # how often it gave the same error to the weights; above 1 it is no longer waited for
+    product: ClassVar[str] = "vLLM"
+    sampling_route: ClassVar[str] = "/v1/completions"
 
-    def facts(self) -> dict[str, Any]:
-        """What `/health` and run.json say of it."""
-        return {name: value for name, value in vars(self).items() if name not in ("client", "group")}
+    def request(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:
+        """`completion` of its own model."""
+        return completion(self.card["id"], prompt, params, n, seed)
 
-    def note_refusal(self, error: Exception) -> None:
-        """Note an error that came in place of taking weights, and count how often it was the same."""
-        if isinstance(error, Refused):
-            self.stuck = 2
-        elif isinstance(error, EngineUnavailable):
-            self.stuck = self.stuck + 1 if str(error) in self.last_error else 1
-        else:
-            self.stuck = 0
-        self.last_error = str(error) if isinstance(error, EngineUnavailable) else repr(error)
-
-    async def healthy(self, timeout: float | None = None) -> bool:
-        """Whether it reports health; connection errors are raised."""
-        answer = await self.client.get("/health", **({"timeout": timeout} if timeout else {}))
-        return answer.status_code == 200
+    def thoughts(
+        self, body: Any, prompt: Prompt, params: SamplingParams, seed: int, version: int
+    ) -> list[Thought] | None:
+        """See `thoughts`."""
+        return thoughts(body, prompt, params, seed, version)
 
     async def check(self, vocabulary: int | None = None, folder: Path | None = None) -> None:
         """Find at the start what would fail at the first sync, and note its model's card.
@@ -103,12 +72,7 @@ class Server:
             "/v1/completions", json=completion(self.card["id"], Prompt((size,), ()), params, 1, 0)
         )
         if last.status_code == 400 or more.status_code == 200:
-            raise Refused(
-                f"{self.url} serves a model of {'more' if more.status_code == 200 else 'fewer'} than {size} "
-                f"tokens, and this run trains one of {size}: both must begin with the same checkpoint. Where "
-                "the run adds the tags of a thought, write a base that has them (rlpretrain tag MODEL --out "
-                "DIR), serve DIR and train from it"
-            )
+            raise self.other_vocabulary(size, "more" if more.status_code == 200 else "fewer")
 
     async def check_folder(self, folder: Path) -> None:
         """Raise Refused if `rlpretrain serve` may not read the folder; vLLM's server reads any path."""
@@ -121,8 +85,8 @@ class Server:
             probe.rmdir()
         if answer.status_code == 403:
             raise Refused(
-                f"{self.url} may not read engine.weights_dir, {folder.resolve()}: {_message(answer)}. Start "
-                "it with --weights-dir, a folder that engine.weights_dir is or lies in"
+                f"{self.url} may not read engine.weights_dir, {folder.resolve()}: {message_of(answer)}. "
+                "Start it with --weights-dir, a folder that engine.weights_dir is or lies in"
             )
 
     @asynccontextmanager
@@ -177,25 +141,9 @@ class Server:
         answer = await self.client.get("/weight_info", timeout=timeout)
         return answer.status_code == 200 and answer.json().get("weight_version") == mark
 
-    async def ask(self, route: str, **request: Any) -> Any:
-        """POST; EngineUnavailable for every answer but 200, Refused where asking again cannot help."""
-        answer = await self.client.post(route, **request)
-        if answer.status_code != 200:
-            is_final = 400 <= answer.status_code < 500 and answer.status_code not in TRANSIENT
-            kind = Refused if is_final else EngineUnavailable
-            raise kind(f"{self.url}{route} answered {answer.status_code}: {_message(answer)}")
-        return answer
-
-
-def body_of(answer: Any) -> Any:
-    """The JSON of an answer; KeyError, as for JSON of another form, if it is not JSON.
-
-    The server is at fault then, and not the request.
-    """
-    try:
-        return answer.json()
-    except ValueError as error:
-        raise KeyError(f"the answer is not JSON: {error}") from None
+    async def empty_cache(self) -> None:
+        """Empty the prefix cache."""
+        await self.ask("/reset_prefix_cache")
 
 
 def _is_supported(version: str) -> bool:
@@ -203,15 +151,6 @@ def _is_supported(version: str) -> bool:
     low, high = SUPPORTED
     numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
     return low <= numbers < high
-
-
-def _message(answer: Any) -> str:
-    """The message of an error answer, on one line."""
-    try:
-        message = answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = answer.text
-    return " ".join(str(message).split())[:300]
 
 
 def completion(model: str, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:

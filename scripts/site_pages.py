@@ -56,7 +56,11 @@ API = {
             "matching",
         ],
     ),
-    "rollout": ("Engines", "rollout", ["types", "engine", "hf", "vllm_local", "vllm_server", "store"]),
+    "rollout": (
+        "Engines",
+        "rollout",
+        ["types", "engine", "hf", "vllm_local", "server_engine", "vllm_server", "sglang_server", "store"],
+    ),
     "evaluation": (
         "Evaluation",
         "rlpretrain",

@@ -30,7 +30,7 @@ SPECIAL = {
     "rollout/vllm_local.py": {"vllm"},
     "rollout/vllm_requests.py": {"vllm"},
     "rollout/vllm_nccl.py": {"vllm"},
-    "rollout/vllm_pool.py": {"httpx"},
+    "rollout/server_pool.py": {"httpx"},
     "rollout/weights.py": {"safetensors"},
     "rollout/service.py": {"fastapi", "starlette"},
     "rollout/service_routes.py": {"fastapi", "prometheus_client", "pydantic_core"},

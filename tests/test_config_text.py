@@ -65,7 +65,7 @@ def beside(name: str) -> list[str]:
     """The words that a field needs: those that choose an engine that has it, or a second model."""
     if name.startswith("reference.") and name != "reference.path":
         return ["--reference.path=x"]
-    engines = ("hf", "vllm_server", "ray") if name.startswith("engine.") else ()
+    engines = ("hf", "vllm_server", "sglang_server", "ray") if name.startswith("engine.") else ()
     kinds = (kind for kind in engines if name.removeprefix("engine.") in EngineConfig(name=kind).__dict__)
     return [f"--engine.name={kind}" for kind in kinds][:1]
 

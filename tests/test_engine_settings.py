@@ -85,7 +85,7 @@ def test_a_name_gives_the_class_of_its_engine():
         ),
         (
             {"name": "vllm_local", "urls": ["http://x"]},
-            "'engine.urls': a setting of engine vllm_server, and engine.name is vllm_local",
+            "'engine.urls': a setting of engine vllm_server or sglang_server, and engine.name is vllm_local",
         ),
         ({"name": "a:B", "of": "hf"}, "'engine.of': a setting of engine ray, and engine.name is a:B"),
         (
@@ -93,7 +93,8 @@ def test_a_name_gives_the_class_of_its_engine():
             "unknown key 'engine.kv_cach_gib': did you mean 'kv_cache_gib'",
         ),
         ("vlm_local", "'engine.name': no such engine; did you mean 'vllm_local'?"),
-        ("sglang", "no such engine; there are hf, vllm_local, vllm_server, ray, or package.module:Class"),
+        ("sglang", "no such engine; did you mean 'sglang_server'?"),
+        ("x", "there are hf, vllm_local, vllm_server, sglang_server, ray, or package.module:Class"),
         ({"name": "ray", "deadline": 0}, "'engine.deadline': Input should be greater than 0"),
     ],
 )
@@ -126,7 +127,9 @@ def test_another_engine_on_the_command_line_leaves_the_settings_of_the_former(va
     assert engine == EngineConfig(
         name="vllm_server", urls=["http://a:1"], block_size=16, request_timeout=1200, deadline=1800
     )
-    with pytest.raises(ConfigError, match="a setting of engine vllm_server, and engine.name is ray"):
+    with pytest.raises(
+        ConfigError, match="a setting of engine vllm_server or sglang_server, and engine.name is ray"
+    ):
         load_config(file, ["--engine.urls", "[http://a:1]"])
     with pytest.raises(ConfigError, match="a setting of engine ray, and engine.name is hf"):
         load_config(file, ["--engine.name", "hf", "--engine.num_engines", "2"])
@@ -138,8 +141,8 @@ def test_another_engine_on_the_command_line_leaves_the_settings_of_the_former(va
 
 def test_every_setting_is_listed_once():
     listed = [name for name, *_ in describe(PretrainConfig) if name.startswith("engine.")]
-    assert len(listed) == len(set(listed)) == len(BEFORE)
-    assert {name.removeprefix("engine.") for name in listed} == BEFORE.keys()
+    assert len(listed) == len(set(listed))
+    assert {name.removeprefix("engine.") for name in listed} == BEFORE.keys() | {"deterministic"}
     assert all(text for name, _, text in describe(PretrainConfig) if name.startswith("engine."))
 
 

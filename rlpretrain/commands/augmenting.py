@@ -46,7 +46,10 @@ def register(commands: Any) -> None:
         help="after: behind each document. before: before the answer, or where --objective says. inferable: "
         "at places that are hard to predict, where a thought helps",
     )
-    p.add_argument("--engine", help="what samples: hf (default), vllm_local, vllm_server, ray, MODULE:CLASS")
+    p.add_argument(
+        "--engine",
+        help="what samples: hf (default), vllm_local, vllm_server, sglang_server, ray, MODULE:CLASS",
+    )
     p.add_argument(
         "--objective",
         help="where to think and with what prompt: the objective section, or a YAML file that has it",

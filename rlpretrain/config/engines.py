@@ -38,10 +38,10 @@ class EngineConfig(Varied):
     takes_adapters: ClassVar[bool] = False
     """`policy.lora.sync: adapter` works with it."""
 
-    name: Literal["hf", "vllm_local", "vllm_server", "ray"] | str = "hf"
-    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server:
-    servers at `urls`. ray: `num_engines` of kind `of` as Ray actors. package.module:Class: an engine of your
-    own.
+    name: Literal["hf", "vllm_local", "vllm_server", "sglang_server", "ray"] | str = "hf"
+    """hf: transformers in the training process, sharing its weights. vllm_local: vLLM there. vllm_server,
+    sglang_server: servers at `urls`. ray: `num_engines` of kind `of` as Ray actors. package.module:Class: an
+    engine of your own.
     """
     batch_size: Count = 256
     """Most thoughts decoded at once."""
@@ -238,23 +238,13 @@ class RayConfig(VLLMConfig):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class VLLMServerConfig(EngineConfig):
-    """vLLM servers, or `rlpretrain serve`, over HTTP."""
+class ServerConfig(EngineConfig):
+    """What engines share that sample on servers over HTTP."""
 
-    factory: ClassVar[str] = "rlpretrain.rollouts.factories:make_vllm_server"
-
-    block_size: Count | None = None
-    """Tokens per block of the servers' prefix cache; 128, the largest they choose themselves, by default."""
     urls: tuple[str, ...] = ()
-    """The servers of vllm_server, as http://host:port."""
+    """The servers, as http://host:port."""
     weights_dir: PathText | None = None
     """Folder, shared with the servers, that weights pass through; output_dir/weights by default."""
-    transfer: Literal["file", "nccl"] = "file"
-    """How weights reach the servers: through weights_dir, or from GPU to GPU (started with
-    --weight-transfer-config).
-    """
-    master_address: str | None = None
-    """With nccl, the address at which the servers reach the trainer; this machine's name by default."""
     token_file: PathText | None = None
     """File with the servers' API key."""
     concurrency: Count = 64
@@ -266,8 +256,8 @@ class VLLMServerConfig(EngineConfig):
 
     @property
     def writes_weights(self) -> bool:
-        """With `transfer: file`."""
-        return self.transfer == "file"
+        """Into weights_dir."""
+        return True
 
     def libraries(self) -> tuple[str, ...]:
         """HTTP clients."""
@@ -283,6 +273,39 @@ class VLLMServerConfig(EngineConfig):
 
 
 @dataclass(config=STRICT, kw_only=True)
+class VLLMServerConfig(ServerConfig):
+    """vLLM servers, or `rlpretrain serve`."""
+
+    factory: ClassVar[str] = "rlpretrain.rollouts.factories:make_vllm_server"
+
+    block_size: Count | None = None
+    """Tokens per block of the servers' prefix cache; 128, the largest they choose themselves, by default."""
+    transfer: Literal["file", "nccl"] = "file"
+    """How weights reach the servers: through weights_dir, or from GPU to GPU (started with
+    --weight-transfer-config).
+    """
+    master_address: str | None = None
+    """With nccl, the address at which the servers reach the trainer; this machine's name by default."""
+
+    @property
+    def writes_weights(self) -> bool:
+        """With `transfer: file`."""
+        return self.transfer == "file"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SGLangServerConfig(ServerConfig):
+    """SGLang servers."""
+
+    factory: ClassVar[str] = "rlpretrain.rollouts.factories:make_sglang_server"
+
+    deterministic: bool = True
+    """Refuse servers that were started without --enable-deterministic-inference: they ignore seeds, so the
+    same run draws other thoughts each time.
+    """
+
+
+@dataclass(config=STRICT, kw_only=True)
 class CustomConfig(EngineConfig):
     """An engine outside this package; `name` is package.module:Class."""
 
@@ -295,6 +318,7 @@ BUILT_IN: dict[str, type[EngineConfig]] = {
     "hf": HFConfig,
     "vllm_local": VLLMLocalConfig,
     "vllm_server": VLLMServerConfig,
+    "sglang_server": SGLangServerConfig,
     "ray": RayConfig,
 }
 EngineSection = Annotated[

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpretrain import models
 from rlpretrain.config import ConfigError, PretrainConfig
-from rlpretrain.config.engines import BUILT_IN
+from rlpretrain.config.engines import BUILT_IN, ServerConfig
 from rlpretrain.corpora.text_places import RowReader
 from rlpretrain.corpora.thought_gains import GainScorer, check_rewards
 from rlpretrain.data.data_files import find_files
@@ -68,7 +68,8 @@ def make_plan(config: PretrainConfig, where: str, thoughts: int, chat: bool, fit
     """Check everything that needs no weights; ConfigError that says what to change."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(
-            "augment is one process: for more devices use engine ray or vllm_server, or start it for parts "
+            "augment is one process: for more devices use engine ray, vllm_server or sglang_server, "
+            "or start it for parts "
             "of the data (--data.split 'train[:50%]') with an --out each"
         )
     data = config.data
@@ -86,7 +87,7 @@ def make_plan(config: PretrainConfig, where: str, thoughts: int, chat: bool, fit
     assert isinstance(rows, Dataset), "only a stream is another kind"
     tokenizer = models.load_tokenizer(config.model)
     added = ensure_delimiters(tokenizer, None, tags)
-    if added and config.engine.name == "vllm_server":
+    if added and isinstance(config.engine, ServerConfig):
         raise ConfigError(
             f"the tokenizer of {config.model.path} lacks {' and '.join(added)}, and so do its servers: start "
             "them on a checkpoint that `rlpretrain tag` wrote, and name it as --model too"

@@ -13,7 +13,14 @@ import torch
 
 from rlpretrain.compat import attention_of, text_config_of
 from rlpretrain.config import ConfigError
-from rlpretrain.config.engines import RayConfig, VLLMConfig, VLLMLocalConfig, VLLMServerConfig
+from rlpretrain.config.engines import (
+    RayConfig,
+    ServerConfig,
+    SGLangServerConfig,
+    VLLMConfig,
+    VLLMLocalConfig,
+    VLLMServerConfig,
+)
 from rlpretrain.models.adapters import adapter_config, has_lora
 from rlpretrain.models.kernels import PREFIX
 from rlpretrain.rollouts.engines import EngineContext
@@ -84,33 +91,54 @@ def make_vllm_server(context: EngineContext) -> Engine:
 
     settings = context.settings
     assert isinstance(settings, VLLMServerConfig)
+    if settings.transfer == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
+    return VLLMServerEngine(
+        **_servers(context, settings),
+        block_size=settings.block_size,
+        transfer=settings.transfer,
+        master_address=settings.master_address,
+    )
+
+
+def make_sglang_server(context: EngineContext) -> Engine:
+    """The client of SGLang servers; rank 0 hands them the weights."""
+    from rollout.sglang_server import SGLangServerEngine
+
+    settings, sampling = context.settings, context.config.sampling
+    assert isinstance(settings, SGLangServerConfig)
+    for name, value, exact in (("top_p", sampling.top_p, 1), ("top_k", sampling.top_k, 0)):
+        if value != exact:
+            raise ConfigError(
+                f"sampling.{name} is {value}, and SGLang gives log-probabilities before it truncates: set it "
+                f"to {exact}, or use engine vllm_server"
+            )
+    return SGLangServerEngine(**_servers(context, settings), deterministic=settings.deterministic)
+
+
+def _servers(context: EngineContext, settings: ServerConfig) -> dict[str, Any]:
+    """The arguments of a ServerEngine."""
     if not settings.urls:
-        raise ConfigError("engine vllm_server needs engine.urls, the addresses of the servers")
+        raise ConfigError(f"engine {settings.name} needs engine.urls, the addresses of the servers")
     try:
         token = Path(settings.token_file).read_text().strip() if settings.token_file else None
     except OSError as error:
         raise ConfigError(f"engine.token_file {settings.token_file}: {error}") from None
-    if settings.transfer == "nccl" and not torch.cuda.is_available():
-        raise ConfigError("engine.transfer: nccl needs CUDA in the trainer; engine.transfer: file needs none")
     checkpoint = context.checkpoint()
     del checkpoint["tokenizer"]  # the servers have their own
-    return VLLMServerEngine(
-        settings.urls,
-        **checkpoint,
-        weights_dir=settings.weights_dir or Path(context.config.output_dir) / "weights",
-        token=token,
-        concurrency=settings.concurrency,
-        transfer=settings.transfer,
-        master_address=settings.master_address,
-        request_timeout=settings.request_timeout,
-        deadline=settings.deadline,
-        block_size=settings.block_size,
-        lead=context.lead,
-        share=context.share,
-        vocabulary=text_config_of(context.model).vocab_size,
-        frozen=context.frozen,
-        say=context.say,
-    )
+    return checkpoint | {
+        "urls": settings.urls,
+        "weights_dir": settings.weights_dir or Path(context.config.output_dir) / "weights",
+        "token": token,
+        "concurrency": settings.concurrency,
+        "request_timeout": settings.request_timeout,
+        "deadline": settings.deadline,
+        "lead": context.lead,
+        "share": context.share,
+        "vocabulary": text_config_of(context.model).vocab_size,
+        "frozen": context.frozen,
+        "say": context.say,
+    }
 
 
 def _vllm(context: EngineContext, settings: VLLMConfig) -> dict[str, Any]:

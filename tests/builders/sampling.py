@@ -1,4 +1,4 @@
-"""Prompts, and what an engine samples for them."""
+"""Prompts, what an engine samples for them, and the weights it gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout import HFEngine, Prompt, SamplingParams, Thought
+from rollout import Engine, HFEngine, Prompt, SamplingParams, Thought
+from rollout.probe import Probe
 
 VOCABULARY = 40
 PARAMS = SamplingParams(max_thought_tokens=9)
@@ -45,3 +46,31 @@ def logps_of(model: Any, context: tuple[int, ...], thought: tuple[int, ...]) -> 
         0, len(context) - 1 : -1
     ]
     return logits.log_softmax(-1).gather(1, torch.tensor(thought)[:, None])[:, 0]
+
+
+def weights_of(model, drop: tuple[str, ...] = ()):
+    return lambda: [
+        (n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False) if n not in drop
+    ]
+
+
+def move(model, size: float = 0.05) -> None:
+    """Change every weight at random, so that every log-prob changes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += size * torch.randn_like(parameter)
+
+
+def worst(model, prompts: list[Prompt], groups: list[list[Thought]]) -> float:
+    """The largest difference between an engine's log-probs and the model's."""
+    return max(
+        float((logps_of(model, prompt.token_ids, t.token_ids) - torch.tensor(t.behaviour_logps)).abs().max())
+        for prompt, group in zip(prompts, groups, strict=True)
+        for t in group
+    )
+
+
+def ask(probe: Probe, model, engine: Engine, version: int) -> float:
+    thoughts = asyncio.run(probe.ask(engine))
+    logps = [logps_of(model, probe.prompt.token_ids, t.token_ids).tolist() for t in thoughts]
+    return asyncio.run(probe.verify(engine, thoughts, logps, version))

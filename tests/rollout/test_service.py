@@ -114,14 +114,14 @@ def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from rollout.probe import Probe, StaleWeights
-    from rollout.vllm_routes import Server
+    from rollout.vllm_routes import VLLMRoutes
     from tests.builders.vllm import ask, move, weights_of
 
     for name in "ab":
         (tmp_path / name).mkdir()
     first = Serving(tmp_path / "a", "hf")
     second = Serving(tmp_path / "b", "hf", "--weights-dir", str(first.weights))
-    model, load = AutoModelForCausalLM.from_pretrained(first.model).eval(), Server.load_weights
+    model, load = AutoModelForCausalLM.from_pretrained(first.model).eval(), VLLMRoutes.load_weights
 
     async def forgetful(server, folder, mark):
         if server.url == second.url:
@@ -136,7 +136,7 @@ def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
         engine.sync(weights_of(model), 0)
         assert ask(probe, model, engine, 0) <= 1e-4
         move(model)
-        monkeypatch.setattr(Server, "load_weights", forgetful)
+        monkeypatch.setattr(VLLMRoutes, "load_weights", forgetful)
         engine.sync(weights_of(model), 1)
         with pytest.raises(StaleWeights, match="1 of 2 engines"):
             ask(probe, model, engine, 1)
@@ -147,7 +147,7 @@ def test_the_probe_finds_one_stale_server_of_several(tmp_path, monkeypatch):
 
 
 def test_a_trainer_with_another_token_is_told(serving, tmp_path):
-    from rollout.vllm_routes import EngineUnavailable
+    from rollout.servers import EngineUnavailable
 
     with pytest.raises(EngineUnavailable, match="refuses the token"):
         VLLMServerEngine(
@@ -161,7 +161,7 @@ def test_a_trainer_with_another_token_is_told(serving, tmp_path):
 
 def test_a_frozen_engine_needs_no_folder_for_weights(serving, tmp_path):
     """The service may not read `tmp_path`; an engine that is never synced does not ask it to."""
-    from rollout.vllm_routes import Refused
+    from rollout.servers import Refused
 
     place = {"model": serving.model, "weights_dir": tmp_path, "token": TOKEN, "deadline": 30.0}
     with pytest.raises(Refused, match=r"may not read engine\.weights_dir"):

@@ -1,4 +1,4 @@
-"""`Server` against a real socket: which error is raised, and that the server is resumed."""
+"""`VLLMRoutes` against a real socket: which error is raised, and that the server is resumed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rollout.vllm_routes import EngineUnavailable, Server
+from rollout.servers import EngineUnavailable
+from rollout.vllm_routes import VLLMRoutes
 
 Answer = Callable[[str, int], tuple[int, bool] | None]
 """Of a route and how often it was asked: the status and whether the connection is closed afterwards; None
@@ -35,7 +36,7 @@ def load(answer: Answer, asked: list[str]) -> None:
     async def both() -> None:
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
             url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-            server = Server(url)
+            server = VLLMRoutes(url)
             async with httpx.AsyncClient(base_url=url, timeout=10.0) as server.client:
                 await server.load_weights(Path("folder"), "mark")
 

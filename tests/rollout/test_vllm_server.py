@@ -18,10 +18,8 @@ from tests.builders.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytest.importorskip("httpx")
-from rollout.vllm_routes import (
-    Refused,  # noqa: E402
-    Server,  # noqa: E402
-)
+from rollout.servers import Refused  # noqa: E402
+from rollout.vllm_routes import VLLMRoutes  # noqa: E402
 from rollout.vllm_server import EngineUnavailable, VLLMServerEngine  # noqa: E402
 from tests.builders.vllm import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
 
@@ -87,7 +85,7 @@ def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch)
     probe = Probe(VOCABULARY, engine.block_size, engine.max_model_len)
     ask(probe, model, engine, 0)
     move(model)
-    ask_route = Server.ask
+    ask_route = VLLMRoutes.ask
 
     async def forgetful(server, route, **what):
         return (
@@ -95,14 +93,15 @@ def test_the_probe_finds_what_the_server_keeps(make, model, server, monkeypatch)
         )  # both empty it
 
     with monkeypatch.context() as broken:
-        broken.setattr(Server, "ask", forgetful)
+        broken.setattr(VLLMRoutes, "ask", forgetful)
         engine.sync(weights_of(model), 1)
     with pytest.raises(StaleWeights, match="its prefix cache kept contexts"):
         ask(probe, model, engine, 1)
     move(model)
     with monkeypatch.context() as broken:
         broken.setattr(
-            "rollout.vllm_server.complete", lambda state, names: {n: state[n] for n in state if n[:2] != "lm"}
+            "rollout.server_engine.complete",
+            lambda state, names: {n: state[n] for n in state if n[:2] != "lm"},
         )
         engine.sync(weights_of(model), 2)
     with pytest.raises(StaleWeights, match="a tensor did not arrive"):
@@ -230,7 +229,7 @@ def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
     """Closing cancels a health request that swallows the cancellation; it neither hangs nor raises."""
     bad = Proxy(server.port)
     engine, asked = make(bad.url, server.url), threading.Event()
-    healthy = Server.healthy
+    healthy = VLLMRoutes.healthy
 
     async def swallows(server, timeout=None):
         asked.set()
@@ -239,7 +238,7 @@ def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
         except asyncio.CancelledError:
             return await healthy(server, timeout)
 
-    monkeypatch.setattr(Server, "healthy", swallows)
+    monkeypatch.setattr(VLLMRoutes, "healthy", swallows)
     bad.close()
     sample(engine, prompts_of([12, 3, 20]))
     assert asked.wait(5.0)
@@ -251,7 +250,7 @@ def test_a_client_that_asks_for_health_can_be_closed(make, server, monkeypatch):
 def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, monkeypatch):
     """A resumed run's first sync of version 1 fails: the server's older version 1 must not be used."""
     make(server.url).sync(weights_of(model), 1)
-    resumed, load, failed = make(server.url), Server.load_weights, []
+    resumed, load, failed = make(server.url), VLLMRoutes.load_weights, []
 
     async def breaks_once(server, folder, mark):
         if not failed:
@@ -259,7 +258,7 @@ def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, 
             raise EngineUnavailable("not now")
         await load(server, folder, mark)
 
-    monkeypatch.setattr(Server, "load_weights", breaks_once)
+    monkeypatch.setattr(VLLMRoutes, "load_weights", breaks_once)
     move(model)
     resumed.sync(weights_of(model), 1)
     prompts = prompts_of([12, 3, 20])
@@ -268,7 +267,7 @@ def test_weights_of_another_run_are_not_taken_for_ones_own(make, model, server, 
 
 def test_a_run_begins_with_the_servers_there_are(make, model, server, monkeypatch):
     """A run starts without a server that is down and uses it once it answers."""
-    monkeypatch.setattr("rollout.vllm_pool.GRACE", 0.5)
+    monkeypatch.setattr("rollout.server_pool.GRACE", 0.5)
     late = free_port()
     engine = make(f"http://127.0.0.1:{late}", server.url)
     assert [s["alive"] for s in engine.health()["servers"]] == [False, True]
@@ -334,7 +333,7 @@ def test_weights_that_a_healthy_server_cannot_load_are_not_tried_until_the_deadl
     This test stands last because the server's weights are undefined afterwards.
     """
     engine = make(server.url, deadline=120.0)
-    monkeypatch.setattr("rollout.vllm_server.write_weights", lambda folder, state: None)
+    monkeypatch.setattr("rollout.server_engine.write_weights", lambda folder, state: None)
     begin = time.monotonic()
     with pytest.raises(
         EngineUnavailable, match="no vLLM server took the weights of version 1 .*collective_rpc answered"

@@ -1,4 +1,4 @@
-"""The vLLM servers of one client: which of them work, and their weights.
+"""The servers of one client: which of them work, and their weights.
 
 Everything here runs on the client's event loop.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rollout.vllm_routes import EngineUnavailable, Refused, Server
+from rollout.servers import EngineUnavailable, Refused, Server
 from rollout.waiting import EVERY
 
 INSTALL = 'pip install "rlpretrain[server]"'
@@ -28,17 +28,17 @@ SHORT = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSettings:
-    """The arguments of `VLLMServerEngine` that the pool needs."""
+    """The arguments of `ServerEngine` that the pool needs."""
 
     concurrency: int
     request_timeout: float
     deadline: float
     patience: float
     lead: bool
-    transfer: str
-    master_address: str | None
     vocabulary: int | None
     weights_dir: Path
+    transfer: str = "file"
+    master_address: str | None = None
     frozen: bool = False
 
 
@@ -50,18 +50,18 @@ class ServerPool:
     """
 
     def __init__(
-        self, urls: Sequence[str], settings: PoolSettings, version: int, say: Callable[[str], None]
+        self, servers: Sequence[Server], settings: PoolSettings, version: int, say: Callable[[str], None]
     ) -> None:
+        self.product = servers[0].product
         try:
             import httpx
         except ImportError as error:
-            raise ImportError(f"engine vllm_server needs httpx: {INSTALL}") from error
+            raise ImportError(f"an engine of {self.product} servers needs httpx: {INSTALL}") from error
         self.transport_error: type[Exception] = httpx.TransportError
         self._httpx = httpx
         self.settings, self.version, self.say = settings, version, say
-        self.servers = [Server(url.rstrip("/")) for url in urls]
+        self.servers = servers
         self.counts: Counter[str] = Counter()
-        self.model = ""  # what the servers call it
         self.max_model_len: int | None = None
         self.mark = ""
         self.folder: Path | None = None
@@ -93,7 +93,6 @@ class ServerPool:
         folder = settings.weights_dir if writes else None
         for server in answering:
             await server.check(settings.vocabulary, folder)
-        self.model = answering[0].card["id"]
         self.max_model_len = min(server.card["max_model_len"] for server in answering)
         for server in self.servers:
             server.alive = server in answering
@@ -122,7 +121,8 @@ class ServerPool:
             task.result() if task.done() else task.cancel()
         if not answering:
             raise EngineUnavailable(
-                f"no vLLM server answered within {self.settings.deadline:.0f} s ({self.last_errors()})"
+                f"no {self.product} server answered within {self.settings.deadline:.0f} s "
+                f"({self.last_errors()})"
             )
         return answering
 
@@ -143,7 +143,7 @@ class ServerPool:
         if now - self._said > EVERY and end - now < self.settings.deadline - 1:
             self._said = now
             self.say(
-                f"waiting for vLLM servers, {max(0.0, end - now):.0f} s more (engine.deadline): "
+                f"waiting for {self.product} servers, {max(0.0, end - now):.0f} s more (engine.deadline): "
                 f"{self.last_errors()}"
             )
         await asyncio.sleep(seconds)
@@ -168,11 +168,12 @@ class ServerPool:
         """The working server with the least load; wait for one if there is none."""
         while not (working := [server for server in self.servers if server.alive]):
             if self._hopeless():
-                raise Refused(f"no vLLM server takes the present weights ({self.last_errors()})")
+                raise Refused(f"no {self.product} server takes the present weights ({self.last_errors()})")
             last = max(end, self.answered + self.settings.deadline)
             if time.monotonic() > last:
                 raise EngineUnavailable(
-                    f"no vLLM server works, for {self.settings.deadline:.0f} s ({self.last_errors()})"
+                    f"no {self.product} server works, for {self.settings.deadline:.0f} s "
+                    f"({self.last_errors()})"
                 )
             await self._pause(self.settings.patience / 4, last)
         return min(working, key=lambda server: server.load)
@@ -270,7 +271,7 @@ class ServerPool:
         while not any(server.alive for server in self.servers):
             if time.monotonic() > end or self._hopeless():
                 raise EngineUnavailable(
-                    f"no vLLM server took the weights of version {version} ({self.last_errors()})"
+                    f"no {self.product} server took the weights of version {version} ({self.last_errors()})"
                 )
             await self._pause(self.settings.patience / 4, end)
 

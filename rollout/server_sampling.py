@@ -1,4 +1,4 @@
-"""Thoughts from a pool of vLLM servers: each prompt is one request, sent again until a server answers it."""
+"""Thoughts from a pool of servers: each prompt is one request, sent again until a server answers it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from rollout.server_pool import ServerPool
+from rollout.servers import EngineUnavailable, Server, body_of
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought
-from rollout.vllm_pool import ServerPool
-from rollout.vllm_routes import EngineUnavailable, Server, body_of, completion, thoughts
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ async def _sample_prompt(
     pool: ServerPool, prompt: Prompt, params: SamplingParams, n: int, seed: int, end: float
 ) -> Answer:
     """The thoughts of one prompt, from the first server that manages."""
-    request = completion(pool.model, prompt, params, n, seed)
     failures = 0
     while True:
         await pool.open.wait()
@@ -67,10 +66,12 @@ async def _sample_prompt(
             server.in_flight += 1
             version = pool.version
             try:
-                answer = await server.client.post("/v1/completions", json=request)
+                answer = await server.client.post(
+                    server.sampling_route, json=server.request(prompt, params, n, seed)
+                )
                 if answer.status_code == 200:
                     pool.answered = time.monotonic()
-                    sampled = thoughts(body_of(answer), prompt, params, seed, version)
+                    sampled = server.thoughts(body_of(answer), prompt, params, seed, version)
                     if sampled is not None:
                         return Answer(sampled, server)
                     server.last_error = "it aborted a request"
