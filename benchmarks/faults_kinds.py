@@ -123,7 +123,8 @@ def _ends_and_resumes(run: Trainer, restore: Callable[[], None]) -> bool:
     restore()
     if all(process.exitcode == 0 for process in run.processes):  # it had nothing more to write
         return False
-    run.named += b"rlpretrain: cannot write" in run.log.read_bytes()[said:]
+    output = run.log.read_bytes()[said:]
+    run.named += b"the disk is full" in output or b"Read-only file system" in output
     run.start("--resume", "auto")
     return True
 

@@ -27,6 +27,8 @@ from rlpretrain.commands import (
 from rlpretrain.config import ConfigError
 from rlpretrain.files import FULL, LOCKED, explain
 
+CLOSED = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says on every other rank when one has ended."""
 FEATURES = (
     starting,
     training,
@@ -61,10 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlpretrain: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        # Set on errors whose message says what happened and what to do: no server, stale weights.
-        if not getattr(error, "says_all", False):
+        message = str(error)
+        if any(words in message for words in CLOSED):
+            message = "another rank has ended; its own message, if it had time for one, says why"
+        elif not getattr(error, "says_all", False):
+            # Set on errors whose message says what happened and what to do: no server, stale weights.
             raise
-        print(f"rlpretrain: {error}", file=sys.stderr)
+        print(f"rlpretrain: {message}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in FULL and error.errno not in LOCKED:

@@ -19,7 +19,7 @@ FULL = {
     errno.EFBIG: "the file is too large",
 }
 LOCKED = {errno.EACCES, errno.EPERM, errno.EROFS}
-TORCH = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos")
+TORCH = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos", "open file failed")
 """Parts of torch.save's RuntimeErrors when a file cannot be written completely."""
 
 NOTHING = 1 << 20

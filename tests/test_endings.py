@@ -426,7 +426,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stands(values, tmp_path, b
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlpretrain:")]
     assert (
-        "cannot write" in line and "checkpoint-2" in line and "there is no checkpoint yet: make room" in line
+        "cannot write" in line and "checkpoint-2" in line and "There is no checkpoint yet: make room" in line
     )
     folder = Path(values["output_dir"])
     assert status(folder) == "failed" and not list(folder.glob(".checkpoint*"))

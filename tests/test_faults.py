@@ -102,6 +102,21 @@ def test_a_killed_trainer_ends_with_the_very_same_weights(base, corpus, calm):
     assert not same(weights(run.folder / "model"), weights(base))
 
 
+def test_a_killed_rank_ends_the_other_and_both_resume(base, corpus, calm):
+    run, end = Trainer(settings(base, corpus, "ranks"), ranks=2), time.monotonic() + 120
+    while run.step() < SAVED + 2 and time.monotonic() < end:
+        time.sleep(0.002)
+    run.kill(rank=1)
+    said = run.log.read_text()
+    assert not run.hung and run.step() < STEPS
+    assert "rlpretrain: another rank has ended" in said and "Traceback" not in said, said
+    run.start("--resume", "auto")
+    assert run.wait()
+    found = account(run.folder, calm.folder, STEPS, ranks=2)
+    assert found["once"] == found["expected"] == 4 * STEPS and found["updates"] == STEPS
+    assert not any(found[k] for k in ("twice", "lost", "out_of_place", "aborted", "left_over"))
+
+
 def test_a_killed_trainer_of_a_server_trains_on_every_group_once(base, corpus, calm, server):
     if server is None:
         pytest.skip("needs the CPU build of vLLM: make env LOCK=test-cpu")

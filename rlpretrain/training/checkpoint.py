@@ -57,7 +57,7 @@ def save(
         if ranks.first:
             shutil.rmtree(work, ignore_errors=True)
         newest, _ = latest(folder)
-        held = f"the newest whole checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        held = f"The newest whole checkpoint is {newest}" if newest else "There is no checkpoint yet"
         raise CannotWrite(f"{error}. {held}: make room, then go on with --resume auto") from None
     ranks.barrier()
     return final
