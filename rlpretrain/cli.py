@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except RuntimeError as error:
         message = str(error)
-        if any(words in message for words in CLOSED):
+        if "gloo" in message and any(words in message for words in CLOSED):
             message = "another rank has ended; its own message, if it had time for one, says why"
         elif not getattr(error, "says_all", False):
             # Set on errors whose message says what happened and what to do: no server, stale weights.

@@ -120,7 +120,9 @@ class Trainer:
             if at > newest:  # a resumed run cuts its file back to older rows
                 newest, since = at, now
             elif now - since > self.patience:
-                return [process.kill() for process in self.processes] and None
+                for process in self.processes:
+                    process.kill()
+                return
 
 
 def command_line(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
