@@ -310,7 +310,7 @@ def test_bad_settings(corpus, tmp_path):
 def test_a_sharded_model_is_refused(corpus, tmp_path):
     """Every rank refuses it before any rank waits for another."""
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     tokenizer = AutoTokenizer.from_pretrained(corpus / "base")
     reward = InformationGainReward(tokenizer=tokenizer, **AFTER)
@@ -322,6 +322,9 @@ def test_a_sharded_model_is_refused(corpus, tmp_path):
         model = fully_shard(whole(corpus), mesh=dist.init_device_mesh("cpu", (1,)))
         with pytest.raises(ConfigError, match="sharded over several"):
             reward.watch(model)
+        with pytest.raises(ConfigError, match="set fsdp_version 2"):
+            first = FullyShardedDataParallel(whole(corpus), device_id=torch.device("cpu"))
+            InformationGainReward(whole(corpus), tokenizer, **AFTER).watch(first)
     finally:
         if mine:
             dist.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain.config import ConfigError
@@ -27,6 +28,15 @@ from tests.builders.trl import AFTER, Kept, by_hand, settings
 trl = pytest.importorskip("trl")
 from rlpretrain.trl import RLPConfig, RLPTrainer  # noqa: E402
 from tests.builders.trl_trainer import ONE, Gradient, close, native, rows, stored  # noqa: E402
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""What `accelerate launch` sets for FSDP 2."""
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -196,26 +206,55 @@ def test_the_seams_of_trl_are_there(name):
     assert found == SEAMS[name], f"TRL {trl.__version__}: GRPOTrainer.{name} takes {found}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "stage"), [(2, 0), (1, 2), (1, 3)])
-def test_in_several_processes_and_with_zero(corpus, tmp_path, number, stage):
-    """Every rank's rewards are those of the whole live model; the log has the mean of all ranks.
-
-    ZeRO runs in one process: transformers counts one rank where DeepSpeed runs on CPUs, and refuses the batch
-    size of two.
-    """
-    words = ["-m", "tests.scripts.trl_ranks", str(corpus), str(tmp_path), str(stage)]
+def in_ranks(corpus: Path, out: Path, number: int, kind: str) -> list[dict[str, Any]]:
+    """The records of a training in ranks: every rank's rewards are those of the whole live model."""
+    out.mkdir(exist_ok=True)
     environment = alone() | {"DS_ACCELERATOR": "cpu"}
-    environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if stage else {"ACCELERATE_USE_CPU": "true"}
+    zero = kind.startswith("zero")
+    environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if zero else {"ACCELERATE_USE_CPU": "true"}
+    environment |= FSDP if kind in ("fsdp", "rollouts") else {}
+    words = ["-m", "tests.scripts.trl_ranks", str(corpus), str(out), kind]
     done = ranks(number, *words, environment=environment)
     assert done.returncode == 0, done.stderr[-6000:]
-    found = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(number)]
-    for record in found:
-        assert record["calls"] == 2 and record["worst"] < 1e-4
-    for step, log in enumerate(found[0]["logs"]):
+    found = [json.loads((out / f"rank-{r}.json").read_text()) for r in range(number)]
+    assert all(record["calls"] == 2 and record["worst"] < 1e-4 for record in found)
+    for step, log in enumerate(found[0]["logs"]):  # the log has the mean of all ranks
         mean = sum(sum(r["rewards"][step]) for r in found) / sum(len(r["rewards"][step]) for r in found)
         assert log["rewards/information_gain/mean"] == pytest.approx(mean, abs=1e-4)
         assert log["ig/mean"] == pytest.approx(mean, abs=1e-4)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_with_zero(corpus, tmp_path, kind):
+    """In one process: transformers counts one rank where DeepSpeed runs on CPUs, and refuses the batch size
+    of two.
+    """
+    in_ranks(corpus, tmp_path, 1, kind)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alike_with_ddp_and_fsdp(corpus, tmp_path):
+    """Accelerate's FSDP 2; the whole weights are gathered from its shards."""
+    for kind in ("ddp", "fsdp"):
+        in_ranks(corpus, tmp_path / kind, 2, kind)
+    ddp, *others = (
+        load_file(tmp_path / kind / f"rank-{rank}.safetensors") for kind in ("ddp", "fsdp") for rank in (0, 1)
+    )
+    start = load_file(corpus / "base" / "model.safetensors")
+    for other in others:
+        assert other.keys() == ddp.keys()
+        for name, weight in ddp.items():
+            assert float((other[name] - weight).abs().max()) < 1e-4, name
+    assert any(float((ddp[name] - weight).abs().max()) > 1e-2 for name, weight in start.items())
+
+
+@pytest.mark.slow
+def test_our_engine_gets_the_weights_that_fsdp_shards(corpus, tmp_path):
+    """With adapters, which are off for the frozen baseline and merged in for the engine."""
+    found = in_ranks(corpus, tmp_path, 2, "rollouts")
+    assert max(record["apart"] for record in found) < 1e-4
 
 
 def rolled(corpus: Path, folder: Path, make: Any, **changes: Any) -> tuple[Any, Any, Any]:

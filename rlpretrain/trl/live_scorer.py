@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from rlpretrain.compat import attention_of, keep_differentiable, sharded
+from rlpretrain.compat import attention_of, keep_differentiable, set_root, sharded
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.evaluate import contrast
 from rlpretrain.models.kernels import attending_by, choose_kernel
@@ -54,6 +55,12 @@ class LiveScorer:
                 "one rank scores for TRL's asynchronous trainer, and this model is sharded over several "
                 "(FSDP, ZeRO-3): train it in one process or under DDP, or with GRPOTrainer"
             )
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ConfigError(
+                f"{self.__name__}: FSDP 1 gathers weights only inside its own forward: set fsdp_version 2"
+            )
+        if isinstance(model, FSDPModule):
+            set_root(inner, model)
         self.model = model
         keep_differentiable(inner)
         for field, value in OWN_ADVANTAGES:

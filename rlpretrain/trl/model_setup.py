@@ -92,8 +92,8 @@ def make_baseline(
         return Frozen(model, adapters_off=True, ranks=ranks_of(next(model.parameters()).device))
     if is_sharded:
         raise ConfigError(
-            f"baseline {name} needs a whole copy of the model, which no rank has under ZeRO-3: use self or "
-            "none (it cancels in the advantage), or train adapters"
+            f"baseline {name} needs a whole copy of the model, which no rank has under ZeRO-3 and FSDP: use "
+            "self or none (it cancels in the advantage), or train adapters"
         )
     whole = copy.deepcopy(model)
     if initial:

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rlpretrain.compat import gathered
 from rlpretrain.config import ConfigError
-from rlpretrain.models.adapters import pieces
+from rlpretrain.models.gathering import whole_weights
 from rlpretrain.models.lengths import check_engine, check_rows, limit_of
 from rlpretrain.objectives import Setting
 from rlpretrain.rollouts.batches import roll_out
@@ -103,6 +102,4 @@ class Rollouts:
         """The trained weights under their checkpoint names, adapters merged in and shards gathered."""
         if self.reward.model is None:
             raise RuntimeError(NO_MODEL)
-        for piece in pieces(plain(self.reward.model)):
-            with gathered(piece.needs):
-                yield piece.name, piece.make().detach()
+        yield from whole_weights(plain(self.reward.model), self.reward.model)

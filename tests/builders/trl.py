@@ -57,17 +57,17 @@ class Kept(TrainerCallback):
         reward.score = spy
 
 
-def by_hand(model: Any, groups: Any, cut: str = "mask") -> list[float | None]:
-    """Gains from transformers' own logits, one row at a time."""
+def by_hand(model: Any, groups: Any, cut: str = "mask", baseline: Any = None) -> list[float | None]:
+    """Gains from transformers' own logits, one row at a time; against `model` itself by default."""
 
-    def logp(head: tuple[int, ...], target: tuple[int, ...]) -> torch.Tensor:
+    def logp(head: tuple[int, ...], target: tuple[int, ...], model: Any = model) -> torch.Tensor:
         logits = model(input_ids=torch.tensor([[*head, *target]])).logits[0].float().log_softmax(-1)
         return torch.stack([logits[len(head) + k - 1, t] for k, t in enumerate(target)])
 
     out: list[float | None] = []
     with torch.no_grad():
         for g in groups:
-            alone = logp(g.position.context_ids, g.position.target_ids)
+            alone = logp(g.position.context_ids, g.position.target_ids, baseline or model)
             for t in g.thoughts:
                 closed = t.finish_reason is FinishReason.CLOSE
                 if not closed and cut == "mask":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlpretrain import compat
 from rlpretrain.config import ConfigError, FsdpConfig, OptimConfig, PolicyConfig
-from rlpretrain.models.adapters import Piece, adapter_pieces, pieces
+from rlpretrain.models.adapters import adapter_pieces, pieces
+from rlpretrain.models.gathering import gather_units
 from rlpretrain.ranks import Ranks, ensure_group
 from rlpretrain.scoring.scorer import Scorer, score
 from rlpretrain.training.backends.base import StepInfo, apply_gradients, trained_parameters
@@ -98,11 +99,11 @@ class FsdpPolicy:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As TorchPolicy.weights, in another order, gathered a layer at a time by all ranks together."""
-        return self._gathered(pieces)
+        return gather_units(self.units, lambda: pieces(self.model))
 
     def adapter(self) -> Iterator[tuple[str, Tensor]]:
         """As TorchPolicy.adapter."""
-        return self._gathered(adapter_pieces)
+        return gather_units(self.units, lambda: adapter_pieces(self.model))
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """(name, values) of this rank's part of each trained parameter; writing to them changes it."""
@@ -137,19 +138,6 @@ class FsdpPolicy:
             )
             for name, values in named.items()
         }
-
-    def _gathered(self, find: Callable[[nn.Module], Iterator[Piece]]) -> Iterator[tuple[str, Tensor]]:
-        """The pieces of each unit while it is gathered."""
-        self._free()
-        for unit in self.units:
-            unit.unshard()
-            try:
-                for piece in find(self.model):
-                    if not any(isinstance(p, DTensor) for p in piece.needs):
-                        # FSDP frees the memory below a gathered tensor, which a caller may still hold
-                        yield piece.name, piece.make().clone()
-            finally:
-                unit.reshard()
 
     def _free(self) -> None:
         """Free what a forward without a backward has left gathered."""
