@@ -63,6 +63,11 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     assert "stopped after" in text and "environment" in results["parts"]
 
 
+def test_a_run_whose_parts_all_end_well_has_status_0(tmp_path):
+    status, results, text = run(tmp_path, "--parts", "environment")
+    assert (status, results["parts"]["environment"]["status"]) == (0, "ok") and "stopped after" not in text
+
+
 def test_operations_are_those_of_the_matrices_of_the_model():
     """6 for each entry of each matrix and token, by the model itself."""
     model = make_model(Settings("cpu", tiny=True))
