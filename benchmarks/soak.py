@@ -3,8 +3,8 @@
     python -m benchmarks.soak [--minutes 240] [--services hf|vllm] [--json]
 
 `rlpretrain train` and two `rlpretrain serve`, each a process of its own, on a tiny model. A pause in every
-rollout sets the pace: a step takes about three seconds, and has 16 requests, and new weights after every step. The
-result is written to benchmarks/results/soak.json, or to --output, every minute.
+rollout sets the pace: a step takes about three seconds. It has 16 requests, and the services get new weights
+after it. The result is written to benchmarks/results/soak.json, or to --output, every minute.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def read(
 ) -> None:
     """Read the resident memory of every process."""
     for name, process in processes.items():
-        if process.poll() is None:
+        with suppress(RuntimeError, OSError):  # it has just ended
             readings[name].append((hours, memory_field("VmRSS", process.pid) / 2**20))
 
 
@@ -210,7 +210,8 @@ def table(found: Mapping[str, Any]) -> str:
     """The result as text."""
     lines = [
         f"{found['minutes']:.0f} minutes, {found['steps']} steps, services of {found['services']}",
-        f"groups: {found['groups']} of {found['expected']}, {found['twice']} twice, {found['aborted']} aborted",
+        f"groups: {found['groups']} of {found['expected']}, "
+        f"{found['twice']} twice, {found['aborted']} aborted",
         "",
         "| process | MiB at first | at last | MiB an hour |",
         "|---|---|---|---|",
