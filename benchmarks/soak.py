@@ -156,7 +156,7 @@ def requests_of(urls: Sequence[str]) -> Counter[str]:
 
 def soak(minutes: float, kind: str, output: Path) -> dict[str, Any]:
     """Run, and write what was measured every minute."""
-    steps = max(1, int(60 * minutes / SECONDS))
+    steps = max(1, round(60 * minutes / SECONDS))
     found: dict[str, Any] = {"benchmark": "soak", "torch": torch.__version__, "services": kind}
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
