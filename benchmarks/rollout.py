@@ -1,11 +1,12 @@
 """Speed of the rollout service over HTTP, of sampling ahead of the trainer, of a weight sync and its probe.
 
-    python -m benchmarks.rollout [service async sync probe] [--json]
+    python -m benchmarks.rollout [service async updates sync probe] [--json]
 
 - service: tokens/s of `rlpretrain serve` with 32 clients, over vLLM's offline engine, and over vLLM's own
   server, same requests.
 - async: step time with max_staleness 1 over the longer of rollout and training, with thoughts from another
   machine and from this one.
+- updates: step time with `engine.updates: in_flight` over that with `drained`, one vLLM server.
 - sync: in-process weight sync over a copy of the state dict, and vLLM's packing of its linear layers alone.
 - probe: the probe's share of a step, hidden 512, a hundred positions.
 
@@ -28,8 +29,9 @@ import torch
 from benchmarks.rollout_ahead import asynchronous
 from benchmarks.rollout_service import service
 from benchmarks.rollout_sync import probe, sync
+from benchmarks.rollout_updates import updates
 
-PARTS = {"service": service, "async": asynchronous, "sync": sync, "probe": probe}
+PARTS = {"service": service, "async": asynchronous, "updates": updates, "sync": sync, "probe": probe}
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def make_model(folder: Path, **changes: Any) -> Any:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("qwen3", vocab_size=VOCABULARY, **SHAPE | changes)
+        AutoConfig.for_model("qwen3", **{"vocab_size": VOCABULARY} | SHAPE | changes)
     )
     model.eval().save_pretrained(folder)
     return model

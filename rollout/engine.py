@@ -25,6 +25,8 @@ class EngineInfo:
     """Tokens per block of the prefix cache; None: there is no cache to empty with `reset_prefix_cache`."""
     num_engines: int = 1
     """Engines that prompts are dealt to evenly; a probe samples from each of them."""
+    updates_in_flight: bool = False
+    """`sync` does not wait for thoughts that are being sampled: their later ids come from the new weights."""
     can_sleep: bool = False
     """`sleep()` gives device memory back while the model trains, `wake()` takes it again before a sync."""
     module: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -36,7 +38,8 @@ class EngineInfo:
 class Engine(Protocol):
     """A sampler of thoughts: token ids in, token ids and log-probabilities out.
 
-    A thought is sampled under one `version` of the weights: `sync` drains or aborts what is in flight.
+    A thought is sampled under one `version` of the weights: `sync` drains or aborts what is in flight, unless
+    `info.updates_in_flight`.
 
     Some methods are optional and announced by `info`: `sleep()` and `wake()` by `can_sleep`,
     `reset_prefix_cache()` by `block_size`.

@@ -46,7 +46,8 @@ class ServerEngine:
     `block_size` is the largest number of tokens per block of the servers' prefix caches; None if there is no
     such cache. `lead` is true on rank 0, which hands over the weights; `share` gives rank 0's value to
     all ranks and makes them wait for it. `say` gets a line for every ten seconds of waiting. A `frozen`
-    engine is never synced: its servers keep their weights, and need no access to `weights_dir`.
+    engine is never synced: its servers keep their weights, and need no access to `weights_dir`. With
+    `in_flight`, weights change while thoughts are being sampled.
 
     All requests run on an event loop in a thread of its own, so any thread and any loop may `sample`.
     """
@@ -80,6 +81,7 @@ class ServerEngine:
         say: Callable[[str], None] = log.warning,
         share: Callable[[Any], Any] = lambda value: value,
         frozen: bool = False,
+        in_flight: bool = False,
     ) -> None:
         if not urls:
             raise ValueError(f"engine {self.kind} needs the URL of at least one server")
@@ -99,8 +101,10 @@ class ServerEngine:
             vocabulary=vocabulary,
             weights_dir=self.weights_dir,
             frozen=frozen,
+            in_flight=in_flight,
         )
-        self.pool = ServerPool([self.routes(url.rstrip("/")) for url in urls], settings, version, say)
+        servers = [self.routes(url.rstrip("/"), version=version, keeps=in_flight) for url in urls]
+        self.pool = ServerPool(servers, settings, version, say)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
         self._thread.start()
@@ -145,6 +149,7 @@ class ServerEngine:
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             num_engines=self.num_engines,
+            updates_in_flight=self.pool.settings.in_flight,
             timings=self.timings,
         )
 
@@ -168,9 +173,9 @@ class ServerEngine:
     def sync(self, weights: WeightSource, version: int) -> None:
         """Write the weights to `weights_dir` and let every server load them.
 
-        Requests in flight are finished first, and caches are emptied. All ranks call this; rank 0 writes and
-        tells the servers. A server that cannot load is left out until it can. Raises ValueError if parameters
-        are missing, EngineUnavailable if no server took the weights.
+        Requests in flight are finished first, or wait meanwhile with `in_flight`, and caches are emptied. All
+        ranks call this; rank 0 writes and tells the servers. A server that cannot load is left out until it
+        can. Raises ValueError if parameters are missing, EngineUnavailable if no server took the weights.
         """
         if self._closed:
             raise RuntimeError("this engine is closed")
@@ -190,6 +195,8 @@ class ServerEngine:
         times = self._run(self.pool.sync(version), settings.deadline + 4 * settings.request_timeout)
         self.timings |= times
         self.pool.mark = self.share(self.pool.mark)
+        for server in self.servers:  # of a rank that does not hand over
+            server.version = version if server.alive else server.version
 
     def _hand_over(self, state: dict[str, torch.Tensor], version: int) -> None:
         """Put whole weights where the pool takes them from."""

@@ -40,6 +40,7 @@ class PoolSettings:
     transfer: str = "file"
     master_address: str | None = None
     frozen: bool = False
+    in_flight: bool = False
 
 
 class ServerPool:
@@ -235,7 +236,7 @@ class ServerPool:
         if self._synced and not await server.has_weights(mark, self._short):
             if not self.settings.lead:
                 return  # rank 0 will give it the weights
-            await self._load(server, mark)
+            await self._load(server, mark, self.version)
         if mark == self.mark:  # else there are newer weights by now
             server.alive, server.stuck = True, 0
             self.counts["servers_taken_back"] += 1
@@ -250,13 +251,14 @@ class ServerPool:
         begin = time.perf_counter()
         self.open.clear()
         try:
-            while any(server.in_flight for server in self.servers):
+            while not self.settings.in_flight and any(server.in_flight for server in self.servers):
                 await asyncio.sleep(0.002)
             drained = time.perf_counter()
             if self.settings.lead:
                 self.mark = f"{self.settings.weights_dir.resolve()}@{version}-{uuid.uuid4().hex}"
                 working = [server for server in self.servers if server.alive]
-                await asyncio.gather(*(self._load_or_leave_out(server, self.mark) for server in working))
+                loads = [self._load_or_leave_out(server, self.mark, version) for server in working]
+                await asyncio.gather(*loads)
             self.version, self._synced = version, True
         finally:
             self.open.set()
@@ -275,10 +277,10 @@ class ServerPool:
                 )
             await self._pause(self.settings.patience / 4, end)
 
-    async def _load_or_leave_out(self, server: Server, mark: str) -> None:
+    async def _load_or_leave_out(self, server: Server, mark: str, version: int) -> None:
         """Load weights; a server that fails is left out. Raises Refused at the first sync."""
         try:
-            await self._load(server, mark)
+            await self._load(server, mark, version)
         except Refused as error:
             self.leave_out(server, str(error))
             server.note_refusal(error)
@@ -287,7 +289,7 @@ class ServerPool:
         except (self._httpx.HTTPError, EngineUnavailable, TimeoutError) as error:
             self.leave_out(server, repr(error))
 
-    async def _load(self, server: Server, mark: str) -> None:
+    async def _load(self, server: Server, mark: str, version: int) -> None:
         """Let one server load the present weights."""
         settings = self.settings
         if settings.transfer == "nccl":
@@ -295,3 +297,4 @@ class ServerPool:
         else:
             assert self.folder is not None, "written before every sync"
             await server.load_weights(self.folder.resolve(), mark)
+        server.version = version

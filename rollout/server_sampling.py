@@ -66,9 +66,7 @@ async def _sample_prompt(
             server.in_flight += 1
             version = pool.version
             try:
-                answer = await server.client.post(
-                    server.sampling_route, json=server.request(prompt, params, n, seed)
-                )
+                answer = await server.sample(server.request(prompt, params, n, seed))
                 if answer.status_code == 200:
                     pool.answered = time.monotonic()
                     sampled = server.thoughts(body_of(answer), prompt, params, seed, version)

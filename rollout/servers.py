@@ -46,6 +46,8 @@ class Server(ABC):
     client: Any = field(default=None, repr=False)
     group: Any = field(default=None, repr=False)  # its NCCL group
     ours: bool = False  # `rlpretrain serve`, not vLLM's server
+    version: int = 0  # of its weights
+    keeps: bool = False  # it goes on with the same thoughts after weights were loaded
     stuck: int = 0  # how often it gave the same error to the weights; above 1 it is no longer waited for
 
     def facts(self) -> dict[str, Any]:
@@ -83,6 +85,10 @@ class Server(ABC):
             "both must begin with the same checkpoint. Where the run adds the tags of a thought, write a "
             "base that has them (rlpretrain tag MODEL --out DIR), serve DIR and train from it"
         )
+
+    async def sample(self, body: Mapping[str, Any]) -> Any:
+        """Its answer to `request`."""
+        return await self.client.post(self.sampling_route, json=body)
 
     # what a product's routes are
 

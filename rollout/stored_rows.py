@@ -52,6 +52,7 @@ def schemas() -> dict[str, Any]:
             "seed": pa.int64(),
             "answer_span": pa.list_(pa.int64()),
             "given": pa.bool_(),
+            "updates": pa.list_(pa.list_(pa.int64())),
         }
     )
     groups = pa.schema(
@@ -180,5 +181,6 @@ def _thought(row: dict[str, Any]) -> Thought:
         policy_version=row["policy_version"],
         seed=row["seed"],
         answer_span=None if span is None else (span[0], span[1]),
-        given=bool(row.get("given")),  # older rows lack it
+        given=bool(row.get("given")),  # older rows lack it, and the next
+        updates=tuple((index, version) for index, version in row.get("updates") or ()),
     )

@@ -120,6 +120,9 @@ class Thought:
     one per id) are the log-probabilities of the distribution they were drawn from: without banned ids, after
     temperature, top-p and top-k.
 
+    `updates` has (index, version) where other weights arrived while it was sampled: the ids from `index` on
+    were drawn with those of `version`, the ids before the first one with those of `policy_version`.
+
     A `given` thought was not sampled: its ids come from the data (a candidate beside the sampled ones). It is
     never cut off, its importance weight is 1 whatever `behaviour_logps` holds, and no statistic of what was
     sampled includes it.
@@ -132,6 +135,7 @@ class Thought:
     seed: int
     answer_span: tuple[int, int] | None = None
     given: bool = False
+    updates: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

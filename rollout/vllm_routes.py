@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from rollout.engine import ending
 from rollout.servers import EngineUnavailable, Refused, Server, message_of
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought
+from rollout.vllm_streams import stream_completion
 
 BAN = -100
 """The bias of a banned token: vLLM's servers raise any lower bias to it."""
@@ -30,6 +31,12 @@ class VLLMRoutes(Server):
     def request(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> dict[str, Any]:
         """`completion` of its own model."""
         return completion(self.card["id"], prompt, params, n, seed)
+
+    async def sample(self, body: Mapping[str, Any]) -> Any:
+        """In parts, if weights may change meanwhile."""
+        if not self.keeps:
+            return await super().sample(body)
+        return await stream_completion(self.client, self.sampling_route, body, lambda: self.version)
 
     def thoughts(
         self, body: Any, prompt: Prompt, params: SamplingParams, seed: int, version: int
@@ -51,6 +58,11 @@ class VLLMRoutes(Server):
         if not ours and not _is_supported(version):
             known = " to below ".join(".".join(map(str, bound)) for bound in SUPPORTED)
             raise Refused(f"{self.url} runs vLLM {version}; its routes are known from {known}")
+        if ours and self.keeps:
+            raise Refused(
+                f"{self.url} is `rlpretrain serve`, which finishes thoughts before it loads weights: set "
+                "engine.updates to drained, or use vLLM's own server"
+            )
         if not ours and (await self.client.get("/is_paused")).status_code == 404:
             raise Refused(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
         self.card = (await self.client.get("/v1/models")).json()["data"][0]
@@ -91,11 +103,11 @@ class VLLMRoutes(Server):
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """The server samples nothing meanwhile.
+        """The server samples nothing meanwhile; thoughts in flight are aborted, or kept for later.
 
         It is resumed also after an error, and the error of the block is the one that is raised.
         """
-        await self.ask("/pause", params={"mode": "abort"})
+        await self.ask("/pause", params={"mode": "keep" if self.keeps else "abort"})
         try:
             yield
         except BaseException:
@@ -119,7 +131,7 @@ class VLLMRoutes(Server):
             await self.ask(
                 "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             )
-            await self.ask("/reset_prefix_cache")
+            await self.empty_cache()
             await self.ask("/update_weight_version", json={"new_version": mark})
 
     async def receive_weights(
@@ -133,7 +145,7 @@ class VLLMRoutes(Server):
                 size = (await self.client.get("/get_world_size")).json()["world_size"]
                 self.group = NCCLTransfer(self.url, size, host=host, timeout=timeout)
             await asyncio.wait_for(asyncio.to_thread(self.group.send, state), timeout)
-            await self.ask("/reset_prefix_cache")
+            await self.empty_cache()
             await self.ask("/update_weight_version", json={"new_version": mark})
 
     async def has_weights(self, mark: str, timeout: float) -> bool:
@@ -142,8 +154,8 @@ class VLLMRoutes(Server):
         return answer.status_code == 200 and answer.json().get("weight_version") == mark
 
     async def empty_cache(self) -> None:
-        """Empty the prefix cache."""
-        await self.ask("/reset_prefix_cache")
+        """Empty the prefix cache; thoughts in flight are read again by the present weights."""
+        await self.ask("/reset_prefix_cache", params={"reset_running_requests": self.keeps})
 
 
 def _is_supported(version: str) -> bool:
@@ -199,6 +211,8 @@ def _thought(
         raise RuntimeError(
             f"a vLLM server gave {len(logps)} log-probs, some not finite, for {len(ids)} tokens"
         )
+    versions = choice.get("versions") or [(0, version)]  # of an answer that came whole
     by_string = isinstance(choice.get("stop_reason"), str)
     thought_seed = choice.get("seed", seed + choice["index"])  # vLLM's rule, if the answer has no seed
-    return Thought(ids, logps, ending(ids, prompt, params, by_string), version, thought_seed)
+    reason = ending(ids, prompt, params, by_string)
+    return Thought(ids, logps, reason, versions[0][1], thought_seed, updates=tuple(versions[1:]))

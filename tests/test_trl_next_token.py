@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +19,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.trl.next_token import add_next_token_logps, next_token_loss
 from tests.builders.architectures import SHAPE
 from tests.builders.next_token import DOCUMENTS, TIMES, gradients, loss_of_logits
-from tests.builders.runs import ROOT, alone
+from tests.builders.processes import alone, ranks
 from tests.builders.tiny import tiny_model
 from tests.builders.trl import AFTER, settings
 
@@ -186,8 +184,7 @@ def test_no_tensor_of_tokens_by_vocabulary(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "adapters"), [("llama", False), ("gemma2", True)])
 def test_under_zero3(name, adapters):
     """Weights are partitioned, the head's too: loss and gradients are those of the whole model."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
-    command += ["tests.scripts.trl_next_token_zero3", name, "adapters" if adapters else "weights"]
+    words = ["-m", "tests.scripts.trl_next_token_zero3", name, "adapters" if adapters else "weights"]
     environment = alone() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = ranks(1, *words, environment=environment)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -280,6 +280,10 @@ class VLLMServerConfig(ServerConfig):
 
     block_size: Count | None = None
     """Tokens per block of the servers' prefix cache; 128, the largest they choose themselves, by default."""
+    updates: Literal["drained", "in_flight"] = "drained"
+    """Whether new weights wait for the thoughts that are being sampled, or reach them: thoughts then go on
+    with the new weights (vLLM's own server).
+    """
     transfer: Literal["file", "nccl"] = "file"
     """How weights reach the servers: through weights_dir, or from GPU to GPU (started with
     --weight-transfer-config).

@@ -108,7 +108,13 @@ class BatchSource:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While weights change: calls of the engine are finished first, and no other begins."""
+        """While weights change: calls of the engine are finished first, and no other begins.
+
+        An engine whose weights change in flight holds calls itself.
+        """
+        if self.engine is not None and self.engine.info.updates_in_flight:
+            yield
+            return
         self.queue.pause()
         try:
             yield

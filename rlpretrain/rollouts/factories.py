@@ -97,6 +97,7 @@ def make_vllm_server(context: EngineContext) -> Engine:
         **_servers(context, settings),
         block_size=settings.block_size,
         transfer=settings.transfer,
+        in_flight=settings.updates == "in_flight",
         master_address=settings.master_address,
     )
 

@@ -129,6 +129,13 @@ METRICS: dict[str, Metric] = {
         "steps between sampling a thought and training on it", "0 if synchronous, else up to max_staleness"
     ),
     "sample/staleness_max": Metric("the same for the oldest thought", "at most max_staleness"),
+    "sample/updated_frac": Metric(
+        "share of thoughts during which new weights arrived, where some did (engine.updates)", "any"
+    ),
+    "sample/token_staleness_mean": Metric(
+        "steps between sampling an id and training on it, where some thoughts have such updates",
+        "below sample/staleness_mean",
+    ),
     "perf/weight_sync_*": Metric(
         "parts of the sync, if engines have their own weights: gather, write, drain, load",
         "small beside the step",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from rewards.controls import repetition, target_leakage
 from rlpretrain.ranks import Ranks
 from rlpretrain.types import MicroBatch, Scores
-from rollout.types import Group
+from rollout.types import Group, Thought
 
 
 def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
@@ -21,7 +22,19 @@ def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
     ages = [version - thought.policy_version for thought in thoughts]
     if not ages:
         return {}
-    return {"sample/staleness_mean": sum(ages) / len(ages), "sample/staleness_max": max(ages)}
+    found = {"sample/staleness_mean": sum(ages) / len(ages), "sample/staleness_max": max(ages)}
+    if any(thought.updates for thought in thoughts):
+        tokens = [age for thought in thoughts for age in _ages(thought, version)]
+        found["sample/updated_frac"] = sum(bool(thought.updates) for thought in thoughts) / len(thoughts)
+        found["sample/token_staleness_mean"] = sum(tokens) / len(tokens)
+    return found
+
+
+def _ages(thought: Thought, version: int) -> Iterator[int]:
+    """How many steps ago each id was sampled."""
+    starts = [(0, thought.policy_version), *thought.updates, (len(thought.token_ids), 0)]
+    for (start, drawn_at), (end, _) in pairwise(starts):
+        yield from [version - drawn_at] * (end - start)
 
 
 class StepMetrics:
