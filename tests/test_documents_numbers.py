@@ -226,6 +226,22 @@ def test_engines():
     assert f"{injected} injected faults" in (ROOT / "docs" / "engines.md").read_text()
 
 
+def test_updates_in_flight():
+    measured = results("rollout")["results"]["updates"]
+    ratio, rounds = measured["in_flight_over_drained"], sorted(measured["ratios"])
+    ours, theirs = (
+        measured["in_flight"]["sample/token_staleness_mean"],
+        measured["drained"]["sample/staleness_mean"],
+    )
+    text = " ".join((ROOT / "docs" / "rollout.md").read_text().split())
+    (found,) = re.findall(r"as long as by default \((.*?)\), and ids are (.*?) instead of (\S+)", text)
+    three = numbers(found[0].replace("three", ""))
+    assert agree(three, [ratio, rounds[0], rounds[-1]], 0.0051)
+    assert agree([*numbers(found[1]), *numbers(found[2])], [ours, theirs], 0.0051)
+    row = rows("benchmarks/README.md", "| command | what |")["`python -m benchmarks.rollout updates`"]
+    assert agree(numbers(row[-1].replace("three", "")), [ratio, *rounds, ours, theirs], 0.0051)
+
+
 ORDERS = {"uniform": "uniform", "ascending": "ascending", "the best two elevenths alone, five times": "best"}
 SCHEDULES = (
     ("constant", "eval"),
