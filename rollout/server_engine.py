@@ -101,9 +101,10 @@ class ServerEngine:
             vocabulary=vocabulary,
             weights_dir=self.weights_dir,
             frozen=frozen,
-            in_flight=in_flight,
+            in_flight=in_flight and not frozen,
         )
-        servers = [self.routes(url.rstrip("/"), version=version, keeps=in_flight) for url in urls]
+        keeps = settings.in_flight
+        servers = [self.routes(url.rstrip("/"), version=version, keeps=keeps) for url in urls]
         self.pool = ServerPool(servers, settings, version, say)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)

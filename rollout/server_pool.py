@@ -291,7 +291,7 @@ class ServerPool:
 
     async def _load(self, server: Server, mark: str, version: int) -> None:
         """Let one server load the present weights."""
-        settings = self.settings
+        settings, server.loading = self.settings, version
         if settings.transfer == "nccl":
             await server.receive_weights(self.state, mark, settings.master_address, settings.request_timeout)
         else:

@@ -47,6 +47,7 @@ class Server(ABC):
     group: Any = field(default=None, repr=False)  # its NCCL group
     ours: bool = False  # `rlpretrain serve`, not vLLM's server
     version: int = 0  # of its weights
+    loading: int = 0  # the version that it was given last, or is given now
     keeps: bool = False  # it goes on with the same thoughts after weights were loaded
     stuck: int = 0  # how often it gave the same error to the weights; above 1 it is no longer waited for
 

@@ -131,8 +131,7 @@ class VLLMRoutes(Server):
             await self.ask(
                 "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             )
-            await self.empty_cache()
-            await self.ask("/update_weight_version", json={"new_version": mark})
+            await self._settle(mark)
 
     async def receive_weights(
         self, state: Mapping[str, Any], mark: str, host: str | None, timeout: float
@@ -145,8 +144,13 @@ class VLLMRoutes(Server):
                 size = (await self.client.get("/get_world_size")).json()["world_size"]
                 self.group = NCCLTransfer(self.url, size, host=host, timeout=timeout)
             await asyncio.wait_for(asyncio.to_thread(self.group.send, state), timeout)
-            await self.empty_cache()
-            await self.ask("/update_weight_version", json={"new_version": mark})
+            await self._settle(mark)
+
+    async def _settle(self, mark: str) -> None:
+        """What follows new weights, before anything is sampled."""
+        await self.empty_cache()
+        await self.ask("/update_weight_version", json={"new_version": mark})
+        self.version = self.loading
 
     async def has_weights(self, mark: str, timeout: float) -> bool:
         """Whether it reports the weights of this mark."""

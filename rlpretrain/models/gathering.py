@@ -19,7 +19,8 @@ def whole_weights(model: nn.Module, root: nn.Module | None = None) -> Iterator[t
     `model` is the causal language model, `root` what was sharded if `model` stands inside it. All ranks go
     through the weights together. Under ZeRO-3 a tensor is whole only until the next one is asked for.
     """
-    units = [module for module in (root or model).modules() if isinstance(module, FSDPModule)]
+    whole = model if root is None else root
+    units = [module for module in whole.modules() if isinstance(module, FSDPModule)]
     if units:
         yield from gather_units(units, lambda: pieces(model))
         return
@@ -31,19 +32,21 @@ def whole_weights(model: nn.Module, root: nn.Module | None = None) -> Iterator[t
 def gather_units(
     units: Sequence[FSDPModule], find: Callable[[], Iterator[Piece]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The pieces of each of FSDP 2's units while it is gathered, each piece once."""
-    given: set[str] = set()
-    first: Any = units[0]
-    first._get_fsdp_state()._lazy_init()  # of the root, before the first forward
-    for unit in units:
+    """The pieces of each of FSDP 2's units while it is gathered; the first unit is the root."""
+    by_state = {id(_state_of(unit)): unit for unit in units}  # modules that were sharded together share one
+    _state_of(units[0])._lazy_init()  # before the first forward
+    for unit in by_state.values():
         unit.reshard()
-    for unit in units:
+    for unit in by_state.values():
         unit.unshard()
         try:
             for piece in find():
-                if piece.name not in given and not any(isinstance(p, DTensor) for p in piece.needs):
-                    given.add(piece.name)
+                if not any(isinstance(p, DTensor) for p in piece.needs):
                     # FSDP frees the memory below a gathered tensor, which a caller may still hold
                     yield piece.name, piece.make().clone()
         finally:
             unit.reshard()
+
+
+def _state_of(unit: Any) -> Any:
+    return unit._get_fsdp_state()
