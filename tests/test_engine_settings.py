@@ -142,7 +142,7 @@ def test_another_engine_on_the_command_line_leaves_the_settings_of_the_former(va
 def test_every_setting_is_listed_once():
     listed = [name for name, *_ in describe(PretrainConfig) if name.startswith("engine.")]
     assert len(listed) == len(set(listed))
-    assert {name.removeprefix("engine.") for name in listed} == BEFORE.keys() | {"deterministic"}
+    assert {name.removeprefix("engine.") for name in listed} == BEFORE.keys() | {"deterministic", "updates"}
     assert all(text for name, _, text in describe(PretrainConfig) if name.startswith("engine."))
 
 

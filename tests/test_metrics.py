@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sqlite3
 import struct
+import subprocess
+import sys
 import time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,7 +28,6 @@ from rlpretrain.tracking.trackers import THOUGHT_COLUMNS, Trackers, markdown, th
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rollout.types import FinishReason, Group, Position, Prompt, Thought
-from tests.builders.processes import alone, python
 from tests.builders.runs import merged, trained
 from tests.builders.tiny import word_tokenizer
 
@@ -308,7 +310,13 @@ def test_trackio_has_every_number_and_the_thoughts(values, tmp_path):
         f"from rlpretrain import Pretrainer; from rlpretrain.config.io import build; "
         f"Pretrainer(build({config!r})).train()"
     )
-    done = python("-c", code, environment=alone() | {"TRACKIO_DIR": str(tmp_path / "trackio")})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     with sqlite3.connect(tmp_path / "trackio" / "rlpretrain.db") as database:
         logged = {

@@ -67,13 +67,13 @@ def _joined(thought: Thought, answer: Thought) -> Thought:
     """Thought and answer as one sampled sequence."""
     start = len(thought.token_ids)
     last = thought.updates[-1][1] if thought.updates else thought.policy_version
-    begun = () if answer.policy_version == last else ((start, answer.policy_version),)
+    begun = ((start, answer.policy_version),) if answer.policy_version > last else ()
     later = tuple((start + index, version) for index, version in answer.updates)
     return Thought(
         thought.token_ids + answer.token_ids,
         thought.behaviour_logps + answer.behaviour_logps,
         answer.finish_reason,
-        thought.policy_version,
+        min(thought.policy_version, answer.policy_version),
         thought.seed,
         answer_span=(start, start + len(answer.token_ids)),
         updates=thought.updates + begun + later,

@@ -75,8 +75,10 @@ class BatchSource:
         self.mixture = stream if isinstance(stream, Mixture) else None
         self.token_budget, self.steps = token_budget, steps
         self._longest = stream.longest  # tokens of a document for which lengths are known to fit
+        self._waits = True  # weights wait for calls of the engine
         if objective.has_positions and engine is not None:
             check_engine(objective, self._longest, engine.info.max_model_len)
+            self._waits = not engine.info.updates_in_flight
         self._draws = DocumentDraws(stream, seed=seed, rank=rank, size=size)
         self._ntp_draws = None
         if ntp_stream is not None:
@@ -112,7 +114,7 @@ class BatchSource:
 
         An engine whose weights change in flight holds calls itself.
         """
-        if self.engine is not None and self.engine.info.updates_in_flight:
+        if not self._waits:
             yield
             return
         self.queue.pause()
