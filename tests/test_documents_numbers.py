@@ -226,6 +226,28 @@ def test_engines():
     assert f"{injected} injected faults" in (ROOT / "docs" / "engines.md").read_text()
 
 
+def test_soak():
+    measured = results("soak")
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    table = rows("benchmarks/README.md", "| process | MiB in the first fifth |")
+    assert set(table) == set(measured["memory"])
+    for name, row in measured["memory"].items():
+        assert agree(
+            [v for cell in table[name][:2] for v in numbers(cell)], [row["first_mib"], row["last_mib"]], 0.51
+        )
+        assert agree(numbers(table[name][2]), [row["mib_an_hour"]], 0.051)
+    answered = measured["requests"]["route=/v1/completions,status=200"]
+    for text in (
+        f"ended after {measured['minutes']:.0f} minutes and {measured['steps']:,} steps",
+        f"All {measured['groups']:,} groups were trained once",
+        f" {measured['expected'] - measured['groups']} lost and {measured['aborted']} aborted",
+        f"{measured['counted']['server_failures']} times the trainer left out a service",
+        f"answered {answered:,} sampling requests",
+    ):
+        assert text in page
+    assert not measured["twice"]
+
+
 def test_updates_in_flight():
     measured = results("rollout")["results"]["updates"]
     ratio, rounds = measured["in_flight_over_drained"], sorted(measured["ratios"])
