@@ -155,12 +155,17 @@ class Disk:
         subprocess.run(["mount", *options, str(self.folder)], check=True, stderr=subprocess.DEVNULL)
 
 
-@contextlib.contextmanager
-def site(folder: Path, with_servers: bool) -> Iterator[Site]:
-    """Set up what runs share, and close it at the end."""
+def write_inputs(folder: Path) -> None:
+    """The corpus, and the base checkpoint of its vocabulary."""
     dial.write(folder / "corpus", base=10, train=1000, held_out=10)
     tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(folder / "base")
     dial.tokenizer().save_pretrained(folder / "base")
+
+
+@contextlib.contextmanager
+def site(folder: Path, with_servers: bool) -> Iterator[Site]:
+    """Set up what runs share, and close it at the end."""
+    write_inputs(folder)
     shared = Site(folder, Disk(folder / "disk"))
     try:
         if with_servers:

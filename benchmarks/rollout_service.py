@@ -119,8 +119,8 @@ def start_contenders(folder: str) -> Iterator[dict[str, Contender]]:
         for command in commands
     )
     try:
-        for port in (our_port, their_port):
-            wait_until_healthy(port)
+        for port, process in ((our_port, ours), (their_port, theirs)):
+            wait_until_healthy(port, process)
         yield {
             "offline": Contender(offline, lambda: measure_offline(offline)),
             "service": Contender(ours, lambda: asyncio.run(measure_http(our_port, "/rollout"))),
@@ -152,15 +152,15 @@ def stop_others(contender: Contender, contenders: Iterable[Contender]) -> None:
         os.killpg(other.process.pid, signal.SIGCONT if other is contender else signal.SIGSTOP)
 
 
-def wait_until_healthy(port: int) -> None:
-    """Wait up to five minutes for a server."""
+def wait_until_healthy(port: int, process: Any) -> None:
+    """Wait up to five minutes for the server of a process; raises httpx.TransportError if it ends."""
     deadline = time.monotonic() + 300
     while True:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return
         except httpx.TransportError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or process.poll() is not None:
                 raise
         time.sleep(0.5)
 

@@ -30,8 +30,8 @@ MEASURED = (
 def updates(rounds: int = 3, steps: int = 14) -> dict[str, Any]:
     """Medians over the steps of runs with one vLLM server, two steps ahead, in turns.
 
-    The random model closes a thought with a probability of one in its few words, so lengths are geometric:
-    some thoughts are several times as long as most.
+    The random model closes a thought about as often as it draws any other of its few words, so some thoughts
+    are several times as long as most.
     """
     torch.set_num_threads(1)
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}

@@ -26,15 +26,15 @@ import httpx
 import torch
 import yaml
 
-from benchmarks.faults_site import SHAPE
+from benchmarks.faults_site import Disk, Site, write_inputs
 from benchmarks.process_memory import memory_field
-from rlpretrain.corpora import dial
+from benchmarks.rollout_service import wait_until_healthy
 from rollout.store import Store
 from rollout.types import FinishReason
 from tests.builders.processes import Forked, free_port, start
-from tests.builders.tiny import tiny_model
 
 POSITIONS, THOUGHTS, SECONDS = 16, 3, 3.0  # of a step
+SERVICES = ("service a", "service b")
 EVERY = 10.0  # seconds between two readings of the memory
 WARM = 0.1  # the part of the run before memory is compared
 RESULT = Path(__file__).parent / "results" / "soak.json"
@@ -42,28 +42,14 @@ RESULT = Path(__file__).parent / "results" / "soak.json"
 
 def values(folder: Path, urls: Sequence[str], steps: int) -> dict[str, Any]:
     """The configuration of the run."""
-    return {
-        "model": str(folder / "base"),
-        "data": {"path": str(folder / "corpus" / "train.jsonl"), "max_length": 64},
-        "objective": {
-            "name": "benchmarks.faults_site:Paced",
-            "positions": "after",
-            "marker": "shows",
-            "pace": str(folder / "pace"),
-        },
-        "sampling": {"thoughts": THOUGHTS, "max_thought_tokens": 4, "cut": "force_close"},
+    shared = Site(folder, Disk(folder / "disk")).values(folder / "run", "hf", steps)
+    return shared | {
+        "sampling": shared["sampling"] | {"thoughts": THOUGHTS},
         "positions_per_step": POSITIONS,
         "optim": {"lr": 1e-5, "warmup_steps": 2},
-        "policy": {"backend": "torch"},
-        "max_steps": steps,
-        "threads": 1,
         "checkpoint": {"every": 200, "keep": 2},
         "eval": {"data": str(folder / "corpus" / "held_out.jsonl"), "documents": 8, "every": 500},
-        "stop": {"collapse": False},
-        "console": False,
-        "device": "cpu",
-        "save_rollouts": True,
-        "output_dir": str(folder / "run"),
+        "baseline": {},
         "engine": {"name": "vllm_server", "urls": list(urls), "block_size": 32, "max_staleness": 1},
     }
 
@@ -76,36 +62,20 @@ def serve(folder: Path, name: str, kind: str, port: int) -> Forked:
     return start(words, folder / f"{name}.log")
 
 
-def wait_until_healthy(url: str, process: Forked, log: Path) -> None:
-    """Wait up to three minutes for a service."""
-    end = time.monotonic() + 180
-    while True:
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            if time.monotonic() > end or process.poll() is not None:
-                raise SystemExit(log.read_text()[-3000:]) from None
-        time.sleep(0.3)
-
-
 @contextmanager
 def running(folder: Path, kind: str, steps: int) -> Iterator[tuple[dict[str, Forked], list[str]]]:
     """The trainer and the services, by name, and the addresses of the services."""
-    dial.write(folder / "corpus", base=10, train=1000, held_out=10)
-    tiny_model("qwen3", len(dial.WORDS), **SHAPE).save_pretrained(folder / "base")
-    dial.tokenizer().save_pretrained(folder / "base")
+    write_inputs(folder)
     (folder / "pace").write_text(str(SECONDS))
     (folder / "run" / "weights").mkdir(parents=True)
     with ExitStack() as stack:
-        processes, urls = {}, []
-        for name in ("service a", "service b"):
-            port = free_port()
+        processes, ports = {}, [free_port(), free_port()]
+        for name, port in zip(SERVICES, ports, strict=True):
             processes[name] = serve(folder, name, kind, port)
             stack.callback(processes[name].kill)
-            urls.append(f"http://127.0.0.1:{port}")
-        for (name, process), url in zip(processes.items(), urls, strict=True):
-            wait_until_healthy(url, process, folder / f"{name}.log")
+        for process, port in zip(list(processes.values()), ports, strict=True):
+            wait_until_healthy(port, process)
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
         (folder / "config.yaml").write_text(yaml.safe_dump(values(folder, urls, steps)))
         words = ["-m", "rlpretrain.cli", "train", str(folder / "config.yaml")]
         processes["trainer"] = start(words, folder / "trainer.log")

@@ -256,7 +256,7 @@ def test_updates_in_flight():
         measured["drained"]["sample/staleness_mean"],
     )
     text = " ".join((ROOT / "docs" / "rollout.md").read_text().split())
-    (found,) = re.findall(r"as long as by default \((.*?)\), and ids are (.*?) instead of (\S+)", text)
+    (found,) = re.findall(r"of a step was seen \((.*?)\), and ids are (.*?) instead of (\S+)", text)
     three = numbers(found[0].replace("three", ""))
     assert agree(three, [ratio, rounds[0], rounds[-1]], 0.0051)
     assert agree([*numbers(found[1]), *numbers(found[2])], [ours, theirs], 0.0051)

@@ -8,8 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,22 +25,17 @@ from rollout.vllm_routes import VLLMRoutes
 from rollout.vllm_streams import Streamed
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.servers import VLLMServer
-from tests.builders.tiny import tiny_model, word_tokenizer
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 from rollout.vllm_server import VLLMServerEngine  # noqa: E402
-from tests.builders.vllm import SHAPE, VOCABULARY, move, weights_of, worst  # noqa: E402
+from tests.builders.vllm import move, served_model, weights_of, worst  # noqa: E402
 
 LONG = SamplingParams(max_thought_tokens=400)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model: Any = tiny_model("qwen3", VOCABULARY, **SHAPE, tie_word_embeddings=True)
-    model.folder = Path(tmp_path_factory.mktemp("served"))
-    model.save_pretrained(model.folder)
-    word_tokenizer([f"w{i}" for i in range(VOCABULARY - 3)]).save_pretrained(model.folder)
-    return model
+    return served_model(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +65,11 @@ def by_version(models: dict[int, torch.nn.Module], prompt: Prompt, thought: Thou
     """The log-prob of each id from the model of the version that the thought names for it."""
     ids = torch.tensor([[*prompt.token_ids, *thought.token_ids]])
     start, count = len(prompt.token_ids), len(thought.token_ids)
-    found = []
+    own = {}
     for version, model in models.items():
         with torch.no_grad():
             logps = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
-        found.append((version, logps.gather(1, ids[0, start:, None])[:, 0]))
-    own = dict(found)
+        own[version] = logps.gather(1, ids[0, start:, None])[:, 0]
     spans = [(0, thought.policy_version), *thought.updates]
     versions = [max(span for span in spans if span[0] <= i)[1] for i in range(count)]
     return [float(own[version][i]) for i, version in enumerate(versions)]
@@ -207,8 +200,4 @@ def test_updates_are_stored_and_counted():
     found = staleness([group], 5)
     assert found["sample/updated_frac"] == 0.5 and found["sample/staleness_max"] == 2
     assert found["sample/token_staleness_mean"] == pytest.approx((2 + 1 + 1 + 0 + 0 + 0) / 6)
-    assert "sample/updated_frac" not in staleness([group.__class__("h", *_rest(group))], 5)
-
-
-def _rest(group: Group) -> tuple:
-    return group.position, group.prompt, group.thoughts[1:], 5
+    assert "sample/updated_frac" not in staleness([replace(group, thoughts=thoughts[1:])], 5)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,14 +13,13 @@ from rollout import FinishReason, HFEngine, Prompt, SamplingParams
 from rollout.probe import Probe, StaleWeights
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.servers import Proxy, VLLMServer, free_port
-from tests.builders.tiny import tiny_model
 
 pytest.importorskip("vllm", reason="needs the CPU build of vLLM: make env LOCK=test-cpu")
 pytest.importorskip("httpx")
 from rollout.servers import Refused  # noqa: E402
 from rollout.vllm_routes import VLLMRoutes  # noqa: E402
 from rollout.vllm_server import EngineUnavailable, VLLMServerEngine  # noqa: E402
-from tests.builders.vllm import SHAPE, VOCABULARY, ask, move, weights_of, worst  # noqa: E402
+from tests.builders.vllm import VOCABULARY, ask, move, served_model, weights_of, worst  # noqa: E402
 
 pytestmark = pytest.mark.slow
 PARAMS = SamplingParams(max_thought_tokens=9)
@@ -29,13 +27,7 @@ PARAMS = SamplingParams(max_thought_tokens=9)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model = tiny_model("qwen3", VOCABULARY, **SHAPE, tie_word_embeddings=True)
-    model.folder = Path(tmp_path_factory.mktemp("served"))
-    model.save_pretrained(model.folder)
-    from tests.builders.tiny import word_tokenizer
-
-    word_tokenizer([f"w{i}" for i in range(VOCABULARY - 3)]).save_pretrained(model.folder)
-    return model
+    return served_model(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
