@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_every_model_samples_answers(corpus, tmp_path):
     assert stored["process, thinking"]["value"] == pytest.approx(answers.verdicts.process.mean())
     means = [np.mean(of_seed(folder, "ntp", seed)["verified@1, thinking"]["examples"]) for seed in (0, 1)]
     assert results["tasks"]["ntp"]["verified@1, thinking"][0] == pytest.approx(np.mean(means))
+    assert results["tasks_by_seed"]["ntp"]["verified@1, thinking"] == pytest.approx(means)
     console = Console(width=400)
     with console.capture() as shown:
         console.print(tasks(results))
@@ -131,7 +133,13 @@ def test_answers_are_counted_for_each_value_of_a_column(corpus, tmp_path):
     examples = of_seed["answers"]["verified@1, thinking"]["examples"]
     own = [value for value, part in zip(examples, of_seed["parts"], strict=True) if part == "k10"]
     first = record["answers"]["verified@1, thinking"]["examples"]
-    own += [value for value, part in zip(first, record["parts"], strict=True) if part == "k10"]
+    before = [value for value, part in zip(first, record["parts"], strict=True) if part == "k10"]
+    by_seed = results["parts_by_seed"]["k10"]["ntp"]["verified@1, thinking"]
+    assert by_seed == pytest.approx([np.mean(before), np.mean(own)])
+    own += before
+    lines = list(csv.reader((folder / "results.csv").read_text().splitlines()))
+    (line,) = (line for line in lines if line[:2] == ["ntp", "k10: verified@1, thinking"])
+    assert [float(value) for value in line[5:]] == pytest.approx(by_seed)
     assert parts["k10"]["ntp"]["verified@1, thinking"][0] == pytest.approx(np.mean(own))
     console = Console(width=400)
     with console.capture() as shown:

@@ -6,26 +6,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlpretrain.experiments.tasks import Answers, task_numbers
+from rlpretrain.experiments.tasks import Answers
 
 Parts = Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
 """{value of the column: {model or difference: {number: [mean, low, high]}}}."""
 
 
-def part_numbers(
-    measured: Mapping[str, Sequence[Answers]], values: Sequence[str], pairs: Sequence[tuple[str, str]]
-) -> dict[str, Any]:
-    """`task_numbers` of the examples with each of the `values`, which stand in the order of the examples.
+def split_by_part(
+    measured: Mapping[str, Sequence[Answers]], values: Sequence[str]
+) -> dict[str, dict[str, list[Answers]]]:
+    """The answers to the examples with each of the `values`, which stand in the order of the examples.
 
     Parts come in natural order: A2 before A10.
     """
     parts = {}
     for part in sorted(set(values), key=_natural):
         kept = [value == part for value in values]
-        parts[part] = task_numbers(
-            {name: [_where(answers, kept) for answers in of_seeds] for name, of_seeds in measured.items()},
-            pairs,
-        )
+        parts[part] = {
+            name: [_where(answers, kept) for answers in of_seeds] for name, of_seeds in measured.items()
+        }
     return parts
 
 

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 
 from rlpretrain.config import ConfigError
 from rlpretrain.evaluation.intervals import interval
-from rlpretrain.experiments.answer_parts import part_numbers
+from rlpretrain.experiments.answer_parts import split_by_part
 from rlpretrain.experiments.budgets import last_row, stages_of
 from rlpretrain.experiments.experiment import BASE, Experiment, Job
 from rlpretrain.experiments.measurements import Measurements
 from rlpretrain.experiments.search import chosen_values, read_trials, trials
-from rlpretrain.experiments.tasks import task_numbers
+from rlpretrain.experiments.tasks import seed_means, task_numbers
 from rlpretrain.files import finite, writing
 
 HEADINGS = {
@@ -79,9 +79,15 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "shown_differences": [f"{one} - {other}" for one, other in shown_pairs(experiment)],
     }
     if experiment.evaluation.tasks or experiment.evaluation.pass_at:
-        results["tasks"] = task_numbers(_task_answers(experiment), shown_pairs(experiment))
+        answers = _task_answers(experiment)
+        results["tasks"] = task_numbers(answers, shown_pairs(experiment))
+        results["tasks_by_seed"] = seed_means(answers)
     if experiment.evaluation.pass_at and experiment.evaluation.pass_at.by:
-        results["parts"] = _parts(experiment)
+        parts = _parts(experiment)
+        results["parts"] = {
+            part: task_numbers(answers, shown_pairs(experiment)) for part, answers in parts.items()
+        }
+        results["parts_by_seed"] = {part: seed_means(answers) for part, answers in parts.items()}
     return finite(results)
 
 
@@ -97,10 +103,10 @@ def _task_answers(experiment: Experiment) -> dict[str, list[Any]]:
 
 
 def _parts(experiment: Experiment) -> dict[str, Any]:
-    """The numbers of sampled answers by the value of `pass_at.by`: {value: as `task_numbers`}."""
+    """The sampled answers of each value of `pass_at.by`."""
     evaluations = {name: read_evaluations(experiment, name) for name in (BASE, *experiment.methods)}
     answers = {name: [each["answers"] for each in of_seeds] for name, of_seeds in evaluations.items()}
-    return part_numbers(answers, evaluations[BASE][0]["parts"], shown_pairs(experiment))
+    return split_by_part(answers, evaluations[BASE][0]["parts"])
 
 
 def _own_number(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -212,9 +218,15 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
                 out.writerow((name, unit, mean, "", ""))
         for pair, row in results["differences"].items():
             out.writerows((pair, number, *values) for number, values in row.items())
-        for name, row in results.get("tasks", {}).items():
-            out.writerows((name, number, *values) for number, values in row.items())
+        if "tasks" in results:
+            out.writerows(_answer_lines(results["tasks"], results["tasks_by_seed"]))
         for part, numbers in results.get("parts", {}).items():
-            for name, row in numbers.items():
-                out.writerows((name, f"{part}: {number}", *values) for number, values in row.items())
+            out.writerows(_answer_lines(numbers, results["parts_by_seed"][part], f"{part}: "))
     work.replace(path)
+
+
+def _answer_lines(numbers: Mapping[str, Any], by_seed: Mapping[str, Any], part: str = "") -> Iterator[Any]:
+    """Lines of the file: differences have no means of seeds."""
+    for name, row in numbers.items():
+        for number, values in row.items():
+            yield name, f"{part}{number}", *values, *by_seed.get(name, {}).get(number, ())

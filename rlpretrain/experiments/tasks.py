@@ -67,6 +67,14 @@ def task_numbers(
     return out
 
 
+def seed_means(measured: Mapping[str, Sequence[Answers]]) -> dict[str, dict[str, list[float]]]:
+    """{model: {number: the mean of each seed}}."""
+    return {
+        name: {number: _values(by_seed, number).mean(axis=1).tolist() for number in by_seed[0]}
+        for name, by_seed in measured.items()
+    }
+
+
 def _values(by_seed: Sequence[Answers], number: str) -> np.ndarray:
     """[seeds, examples]; one column with the number itself if it is no mean over examples."""
     answers = [of_seed[number] for of_seed in by_seed]
