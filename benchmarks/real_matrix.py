@@ -1,10 +1,10 @@
 """Every method takes 20 steps on SmolLM2-135M and GSM8K: through hf and vLLM, all weights and LoRA, and TRL.
 
-    python -m benchmarks.real_matrix [--steps 20] [--only TEXT] [--out runs/real_matrix] [--json]
+    python -m benchmarks.real_matrix [--steps 20] [--only TEXT] [--device cuda] [--out FOLDER] [--json]
 
-Each row is a process of its own: seconds of a step, peak memory, and the memory that `--dry-run` promised for
-it. Rows that are done are kept under --out, so an interrupted call continues. `scripts/setup.sh real-cpu`
-installs the checkpoint.
+Each row is a process of its own: seconds of a step, peak memory (on a GPU that of tensors), and the memory
+that `--dry-run` promised for it. Rows that are done are kept under --out, so an interrupted call continues.
+`scripts/setup.sh real-cpu` installs the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -83,12 +84,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", default="", help="rows whose name has this text")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/real_matrix"))
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.row:
-        return run_row(args.row, args.out, args.steps)
+        return run_row(args.row, args.out, args.steps, args.device)
     make_checkpoint(args.out / "checkpoint")
     write_documents(args.out / "documents.jsonl")
     names = [name for name in rows() if args.only in name]
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         if not file_of(args.out, name).exists():
             print(f"{i + 1} of {len(names)}: {name} ...", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "benchmarks.real_matrix", "--row", name]
-            command += ["--out", str(args.out), "--steps", str(args.steps)]
+            command += ["--out", str(args.out), "--steps", str(args.steps), "--device", args.device]
             with (args.out / "log.txt").open("a") as log:
                 subprocess.run(command, stdout=log, stderr=log, check=False)
     done = [
@@ -134,10 +136,8 @@ def file_of(out: Path, name: str) -> Path:
     return out / f"{plain}.json"
 
 
-def run_row(name: str, out: Path, steps: int) -> int:
+def run_row(name: str, out: Path, steps: int, device: str) -> int:
     """Train one row in this process and write its numbers, or its fault."""
-    import torch
-
     torch.set_num_threads(1)
     method, engine, weights = name.split(" / ")
     row: dict[str, Any] = {"name": name, "steps": steps, "fault": None}
@@ -145,7 +145,7 @@ def run_row(name: str, out: Path, steps: int) -> int:
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was interrupted
     try:
         train = train_with_trl if engine == "trl" else train_natively
-        row |= train(method, engine, weights, folder, steps)
+        row |= train(method, engine, weights, folder, steps, device)
     except Exception as error:
         traceback.print_exc()
         row["fault"] = f"{type(error).__name__}: {error}"
@@ -153,7 +153,7 @@ def run_row(name: str, out: Path, steps: int) -> int:
     return 0
 
 
-def settings(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:
+def settings(method: str, engine: str, weights: str, folder: Path, steps: int, device: str) -> dict[str, Any]:
     """The configuration of a row: two positions with four thoughts of up to eight tokens."""
     values: dict[str, Any] = {
         "model": str(folder.parent / "checkpoint"),
@@ -167,6 +167,7 @@ def settings(method: str, engine: str, weights: str, folder: Path, steps: int) -
         "max_steps": steps,
         "token_budget": 2048,
         "threads": 1,
+        "device": device,
         "console": False,
         "checkpoint": {"every": 0},
         "output_dir": str(folder),
@@ -183,20 +184,21 @@ def beside(method: str, checkpoint: str) -> dict[str, Any]:
     return json.loads(text.replace("{checkpoint}", checkpoint))
 
 
-def train_natively(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:
+def train_natively(
+    method: str, engine: str, weights: str, folder: Path, steps: int, device: str
+) -> dict[str, Any]:
     """A row of the library's own trainer."""
     from rlpretrain import Pretrainer
     from rlpretrain.config.io import build
 
-    config = build(settings(method, engine, weights, folder, steps))
+    config = build(settings(method, engine, weights, folder, steps, device))
     promised = promise(config)
-    peak = PeakMemory()
-    peak.start()
+    PeakMemory().start()
     Pretrainer(config).train()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "seconds": statistics.median(line["step_time"] for line in lines),
-        "peak_gib": memory_field("VmHWM") / GIB,
+        "peak_gib": peak_gib(device),
         "promised_gib": promised / GIB,
         "trained": len(lines),
         "thought": sum("policy_loss" in line for line in lines),
@@ -221,7 +223,9 @@ def promise(config: Any) -> float:
     return peak(memory(config, shape, make_sizes(config, objective, shape, notes, longest)))
 
 
-def train_with_trl(method: str, engine: str, weights: str, folder: Path, steps: int) -> dict[str, Any]:
+def train_with_trl(
+    method: str, engine: str, weights: str, folder: Path, steps: int, device: str
+) -> dict[str, Any]:
     """A row of `RLPTrainer`."""
     from datasets import load_dataset
     from peft import LoraConfig
@@ -241,14 +245,13 @@ def train_with_trl(method: str, engine: str, weights: str, folder: Path, steps: 
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=False,
         disable_tqdm=True,
     )
     data = load_dataset("json", data_files=str(folder.parent / "documents.jsonl"), split="train")
     adapter = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM") if weights == "lora" else None
-    peak = PeakMemory()
-    peak.start()
+    PeakMemory().start()
     trainer = RLPTrainer(
         str(folder.parent / "checkpoint"), args=args, train_dataset=data, peft_config=adapter
     )
@@ -256,10 +259,15 @@ def train_with_trl(method: str, engine: str, weights: str, folder: Path, steps: 
     times = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
     return {
         "seconds": statistics.median(times),
-        "peak_gib": memory_field("VmHWM") / GIB,
+        "peak_gib": peak_gib(device),
         "promised_gib": None,
         "trained": trainer.state.global_step,
     }
+
+
+def peak_gib(device: str) -> float:
+    """The peak of this process's memory, or of its tensors on a GPU."""
+    return (memory_field("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(device)) / GIB
 
 
 def show(done: list[dict[str, Any]]) -> None:

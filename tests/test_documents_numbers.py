@@ -215,6 +215,24 @@ def test_real_matrix_in_the_benchmarks_and_the_recipes():
     )
 
 
+def test_real_matrix_on_a_card():
+    measured = {row["name"]: row for row in results("gpu_matrix")["rows"]}
+    table = rows("benchmarks/README.md", "| on an H200 |")
+    assert list(table) == list(measured)
+    assert all(row["fault"] is None and row["trained"] == row["steps"] for row in measured.values())
+    for name, cells in table.items():
+        row = measured[name]
+        memory = [value for value in (row["peak_gib"], row["promised_gib"]) if value is not None]
+        assert agree([n for cell in cells[:3] for n in numbers(cell)], [row["seconds"], *memory], 0.0051), (
+            name
+        )
+    promised = [row for row in measured.values() if row["promised_gib"] is not None]
+    estimates = [row["promised_gib"] / row["peak_gib"] - 1 for row in promised]
+    span = f"−{-min(estimates):.0%} to +{max(estimates):.0%}"
+    assert f"{span} of the peak here" in (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"{span} in {len(promised)} on a GPU" in (ROOT / "docs" / "recipes.md").read_text()
+
+
 def test_engines():
     measured = results("engines")
     table = rows("benchmarks/README.md", "| engine | thinks, sampled |")
@@ -398,6 +416,33 @@ def test_rl_at_the_edge():
         assert agree(numbers(written), [-mean, -high, -low], 0.00051), (written, pair)
     of_seed = [methods[method]["by_seed"]["think_sampled"] for method in ("hard", "base")]
     assert of_seed[0] == of_seed[1]
+
+
+def test_exposure_to_a_context():
+    measured = results("compare-exposure")
+    by_seed, one = measured["parts_by_seed"], "verified@1, thinking"
+    table = rows("docs/graphs.md", "| B in the base |")
+    shares = {"none": "0", ".1%": "01", "1%": "1", "10%": "10"}
+    assert len(table) == len(shares) * len(measured["seeds"])
+    for label, cells in table.items():
+        share, base = label.split(", base ")
+        for part, cell in zip(("A2", "A6", "B2", "B4", "B6"), cells, strict=True):
+            wanted = [by_seed[part][f"{stage}_{shares[share]}"][one][int(base)] for stage in ("base", "rl")]
+            assert agree(numbers(cell), wanted, 0.00051), (label, part)
+    text = " ".join((ROOT / "docs" / "graphs.md").read_text().split("## Exposure")[1].split())
+    (written,) = re.findall(r"B, op 6, .1%: (.*?\])", text)
+    assert agree(numbers(written), measured["parts"]["B6"]["rl_01 - base_01"][one], 0.00051)
+    assert "no paired difference is told apart from 0" in text
+    for part in measured["parts"].values():
+        for share in shares.values():
+            _, low, high = part[f"rl_{share} - base_{share}"][one]
+            assert low <= 0 <= high
+    never = [
+        by_seed[part][f"{stage}_0"]["verified@4, thinking"]
+        for part in ("B2", "B4", "B6")
+        for stage in ("base", "rl")
+    ]
+    assert not np.any(never)
 
 
 def _interval(values: np.ndarray) -> list[float]:

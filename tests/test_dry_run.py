@@ -190,6 +190,20 @@ def test_activations_are_close_to_what_autograd_keeps():
     assert hidden.requires_grad and 0.8 < said / found < 1.25
 
 
+def test_tiles_of_logits_are_no_larger_than_a_micro_batch():
+    config, model = load_config(QWEN), tiny_model("qwen3", vocab_size=300)
+    shape = dict(parameters=1, trained=1, linear=0, ranks=1, backend="torch", stage=0, prompt=8, row=8)
+
+    def head(device: str, micro: int) -> float:
+        items = memory(config, model.config, Sizes(device=device, micro=micro, **shape))
+        return next(i.bytes for i in items if i.name == "head and its loss")
+
+    gradient = 2 * 300 * model.config.hidden_size
+    assert head("cuda", 50) == 2 * 50 * 300 * 2 + gradient
+    assert head("cuda", 20_000) == 2 * 8192 * 300 * 2 + gradient
+    assert head("cpu", 50) == 2 * 50 * 300 * 4 + gradient
+
+
 def test_a_local_model_and_file_are_read(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.gpu_paths import write_inputs
 from rlpretrain.config import ConfigError
 from rlpretrain.corpora import dial
 from rlpretrain.trl import InformationGainReward
@@ -206,12 +207,13 @@ def test_the_seams_of_trl_are_there(name):
     assert found == SEAMS[name], f"TRL {trl.__version__}: GRPOTrainer.{name} takes {found}"
 
 
-def in_ranks(corpus: Path, out: Path, number: int, kind: str) -> list[dict[str, Any]]:
+def in_ranks(corpus: Path, out: Path, number: int, kind: str, gpu: bool = False) -> list[dict[str, Any]]:
     """The records of a training in ranks: every rank's rewards are those of the whole live model."""
     out.mkdir(exist_ok=True)
-    environment = alone() | {"DS_ACCELERATOR": "cpu"}
+    environment = alone() if gpu else alone() | {"DS_ACCELERATOR": "cpu"}
     zero = kind.startswith("zero")
-    environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if zero else {"ACCELERATE_USE_CPU": "true"}
+    if not gpu:
+        environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if zero else {"ACCELERATE_USE_CPU": "true"}
     environment |= FSDP if kind in ("fsdp", "rollouts") else {}
     words = ["-m", "tests.scripts.trl_ranks", str(corpus), str(out), kind]
     done = ranks(number, *words, environment=environment)
@@ -255,6 +257,20 @@ def test_our_engine_gets_the_weights_that_fsdp_shards(corpus, tmp_path):
     """With adapters, which are off for the frozen baseline and merged in for the engine."""
     found = in_ranks(corpus, tmp_path, 2, "rollouts")
     assert max(record["apart"] for record in found) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fsdp_trains_on_a_gpu_as_ddp(tmp_path):
+    """One rank over NCCL; rewards and the engine's log-probs are those of a CPU."""
+    write_inputs(tmp_path)
+    found = {}
+    for kind in ("ddp", "fsdp", "rollouts"):
+        (record,) = in_ranks(tmp_path, tmp_path / kind, 1, kind, gpu=True)
+        assert record["apart"] < 1e-4
+        found[kind] = load_file(tmp_path / kind / "rank-0.safetensors")
+    assert found["fsdp"].keys() == found["ddp"].keys()
+    assert all(float((found["fsdp"][name] - x).abs().max()) < 1e-4 for name, x in found["ddp"].items())
 
 
 def rolled(corpus: Path, folder: Path, make: Any, **changes: Any) -> tuple[Any, Any, Any]:

@@ -100,7 +100,7 @@ def device() -> list[Check]:
     except Exception as error:  # a broken torch raises anything from ImportError to OSError
         return [Check("device", "fail", f"torch cannot be imported: {error}", "install torch again")]
     build, triton = torch.version.cuda, importlib.util.find_spec("triton") is not None
-    if torch.cuda.is_available():  # never run: docs/gpu.md
+    if torch.cuda.is_available():  # docs/gpu.md
         from rlpretrain.tracking.peaks import peak_of
 
         advice = "" if triton else "pip install triton: FlexAttention and torch.compile need it"

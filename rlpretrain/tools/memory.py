@@ -208,11 +208,13 @@ def _training_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[
         per_token = w.hidden * b + layer
         kept = sizes.micro * layers * w.hidden * b / GIB
         formula = f"({b} h + {layer:,} bytes of the layer at work); {kept:.2f} GiB are in CPU memory"
-    tile, kind = (1024 * 2048 * 4, "fp32") if sizes.device == "cpu" else (8192 * 8192 * b, f"{b}-byte")
-    head = 2 * tile + text.vocab_size * w.hidden * b
+    rows, columns, width = (1024, 2048, 4) if sizes.device == "cpu" else (8192, 8192, b)
+    rows, columns = min(rows, sizes.micro), min(columns, text.vocab_size)
+    head = 2 * rows * columns * width + text.vocab_size * w.hidden * b
+    tiles = f"two tiles of {rows:,} x {columns:,} x {width}, gradient {b} V h"
     return [
         Item("activations", sizes.micro * per_token, f"{sizes.micro:,} tokens x {formula}", "training"),
-        Item("head and its loss", head, f"two {kind} tiles, gradient {b} V h", "training"),
+        Item("head and its loss", head, tiles, "training"),
     ]
 
 

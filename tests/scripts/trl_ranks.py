@@ -35,9 +35,10 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDPQwen3ForCausalLM", "r
 def main(corpus: Path, out: Path, kind: str) -> None:
     """`kind`: ddp, zero2, zero3, fsdp, or rollouts: FSDP with adapters and an engine of ours."""
     torch.set_num_threads(1)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
     stage = int(kind[-1]) if kind.startswith("zero") else 0
     deepspeed = import_deepspeed(on_cpu=True) if stage else None
-    if kind in ("fsdp", "rollouts"):
+    if kind in ("fsdp", "rollouts") and on_cpu:
         shard_on_cpu()
     zero = {
         "zero_optimization": {"stage": stage},
@@ -46,10 +47,10 @@ def main(corpus: Path, out: Path, kind: str) -> None:
         "gradient_accumulation_steps": 1,
         "train_batch_size": 4 * int(os.environ["WORLD_SIZE"]),
     }
-    changes = {"per_device_train_batch_size": 4, "use_cpu": not stage, "deepspeed": zero if stage else None}
+    changes = {"per_device_train_batch_size": 4, "use_cpu": on_cpu, "deepspeed": zero if stage else None}
     own = {"positions": "after", "marker": "shows", "target_length": 2, "cut": "force_close"}
     args = settings(out, **changes) if kind == "rollouts" else settings(out, RLPConfig, **changes, **own)
-    assert args.device.type == "cpu"  # asking joins the other ranks
+    assert args.device.type == ("cpu" if on_cpu or stage else "cuda")  # asking joins the other ranks
     if deepspeed is not None:
         deepspeed.init_distributed("gloo")  # on a CPU accelerate leaves that out
     model: Any = AutoModelForCausalLM.from_pretrained(corpus / "base", dtype=torch.float32)
@@ -62,7 +63,8 @@ def main(corpus: Path, out: Path, kind: str) -> None:
         reward = trainer.reward
     seen = Whole(reward)
     trainer.train()
-    assert type(trainer.model_wrapped).__name__ == WRAPPERS.get(kind, "DeepSpeedEngine")
+    unwrapped = kind == "ddp" and os.environ["WORLD_SIZE"] == "1"  # accelerate leaves one rank as it is
+    assert unwrapped or type(trainer.model_wrapped).__name__ == WRAPPERS.get(kind, "DeepSpeedEngine")
     if stage:
         assert trainer.model_wrapped.zero_optimization_stage() == stage
     weights = dict(whole_weights(plain(reward.model), reward.model))
@@ -86,14 +88,14 @@ def main(corpus: Path, out: Path, kind: str) -> None:
     }
     rank = os.environ.get("RANK", "0")
     (out / f"rank-{rank}.json").write_text(json.dumps(record))
-    save_file({name: p.clone() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
+    save_file({name: p.cpu().clone() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
 
 
 def with_rollouts(model: Any, tokenizer: Any, data: Any, args: Any) -> tuple[Any, Any]:
     """(trainer, reward): adapters over a frozen base, thoughts from an engine with its own weights."""
     import peft
 
-    engine = HFEngine(copy.deepcopy(model), tokenizer=tokenizer, shares_weights=False)
+    engine = HFEngine(copy.deepcopy(model).to(args.device), tokenizer=tokenizer, shares_weights=False)
     reward = InformationGainReward(model, tokenizer, cut="force_close", baseline="frozen", **AFTER)
     prompts = reward.dataset(data)
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
