@@ -445,6 +445,55 @@ def test_exposure_to_a_context():
     assert not np.any(never)
 
 
+CONTINUED = {
+    "the old text alone, 1,200 steps": "old",
+    "400 more steps of it": "same",
+    "400 steps of new text": "rewarmed_0",
+    "5% replay": "rewarmed_5",
+    "25% replay": "rewarmed_25",
+    "25% replay, no decay": "constant_25",
+    "a tenth of the rate, no replay": "gentle_0",
+    "a tenth of the rate, 25% replay": "gentle_25",
+    "both from the start, 1,600 steps": "joint",
+}
+
+
+def test_replay_and_rewarming():
+    methods = results("compare-continual")["methods"]
+    table = rows("docs/mixtures.md", "| run | old text |")
+    assert set(table) == set(CONTINUED)
+    losses = {
+        method: {text: methods[method]["logged"][f"eval/{text}/no_think_loss"] for text in ("old", "new")}
+        for method in CONTINUED.values()
+    }
+    for label, method in CONTINUED.items():
+        old, new, tera = table[label]
+        assert agree(
+            numbers(old) + numbers(new), [*losses[method]["old"][:3], *losses[method]["new"][:3]], 0.00051
+        )
+        spent = methods[method]["spent"]
+        assert agree(numbers(tera), [spent.get("flops_with_stages", spent["flops"]) / 1e12], 0.0051), label
+    text = " ".join((ROOT / "docs" / "mixtures.md").read_text().split("with a joint control")[1].split())
+    for sentence, one, other, corpus in (
+        (r"old text ends (.*?\]) above", "rewarmed_0", "same", "old"),
+        (r"with 5% it is (.*?\]) lower", "rewarmed_0", "rewarmed_5", "old"),
+        (r"25% are (.*?\]) lower", "rewarmed_5", "rewarmed_25", "old"),
+        (r"from none \((.*?\])", "rewarmed_5", "rewarmed_0", "new"),
+        (r"from none \(.*?\], (.*?\])", "rewarmed_25", "rewarmed_0", "new"),
+        (r"more steps of it \((.*?\])", "rewarmed_25", "same", "old"),
+        (r"from the start \((.*?\])", "rewarmed_25", "joint", "old"),
+        (r"without replay (-.017 .*?\])", "gentle_0", "rewarmed_0", "old"),
+        (r"with 25% (.048 .*?\])", "gentle_25", "rewarmed_25", "old"),
+        (r"new text \((.076 .*?\])", "gentle_0", "rewarmed_0", "new"),
+        (r"\], (.084 .*?\])", "gentle_25", "rewarmed_25", "new"),
+        (r"\(old (.*?\])", "rewarmed_25", "constant_25", "old"),
+        (r"\], new (.*?\])", "rewarmed_25", "constant_25", "new"),
+    ):
+        (written,) = re.findall(sentence, text)
+        apart = np.subtract(losses[one][corpus][3:], losses[other][corpus][3:])
+        assert agree(numbers(written), _interval(apart), 0.00051), (sentence, _interval(apart))
+
+
 def _interval(values: np.ndarray) -> list[float]:
     """Mean over seeds with its 95% interval."""
     half = student(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
