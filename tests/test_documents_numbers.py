@@ -445,6 +445,104 @@ def test_exposure_to_a_context():
     assert not np.any(never)
 
 
+EVERY_METHOD = {
+    "none": None,
+    "RLP": "rlp",
+    "`likelihood`, `prob`": "likelihood",
+    "LaTRO": "latro",
+    "NOVER": "nover",
+    "BOW": "bow",
+    "Quiet-STaR": "quiet_star",
+    "RLPT, information gain": "rlpt",
+    "answers: `ntp` on the same documents": "ntp",
+    "gold traces of the same problems": "traces",
+    "`ntp` on the base's text": "ntp_text",
+    "ReMiT on the base's text": "remit",
+    "SALT on the base's text, throughout": "distill",
+    "V-Pretraining on the base's text": "v_pretrain",
+}
+
+
+def test_every_method_then_the_same_rl():
+    measured, one = results("compare-overview"), "verified@1, thinking"
+    answers, methods = measured["tasks"], measured["methods"]
+    table = rows("docs/graphs.md", "| first stage, then RL |")
+    assert set(table) == set(EVERY_METHOD)
+    for label, method in EVERY_METHOD.items():
+        first, then, apart, loss, tera = table[label]
+        second = f"{method}_rl" if method else "rl"
+        assert agree(numbers(first), answers[method or "base"][one], 0.00051), label
+        assert agree(numbers(then), answers[second][one], 0.00051), label
+        assert agree(numbers(apart), answers[f"{second} - rl"][one] if method else [], 0.00051), label
+        assert agree(numbers(loss), methods[method or "base"]["no_think_loss"][:1], 0.0051), label
+        spent = methods[second]["spent"]
+        assert agree(numbers(tera), [spent.get("flops_with_stages", spent["flops"]) / 1e12], 0.0051), label
+    text = " ".join((ROOT / "docs" / "graphs.md").read_text().split("## Every method")[1].split())
+    for sentence, pair in (
+        (r"problems are (.*?\]) from RLP", "traces - rlp"),
+        (r"next-token prediction (\S+ \[.*?\]) from the base", "ntp_text - base"),
+        (r"ReMiT is (.*?\]) from the base", "remit - base"),
+        (r"SALT (\S+ \[.*?\]): their", "distill - base"),
+        (r"gold traces, is (.*?\]) from the base", "v_pretrain - base"),
+    ):
+        (written,) = re.findall(sentence, text)
+        assert agree(numbers(written), answers[pair][one], 0.00051), (written, pair)
+    for method in ("likelihood", "latro", "nover", "bow"):
+        _, low, high = answers[f"{method} - rlp"][one]
+        assert low <= 0 <= high
+    for method in ("rlp", "likelihood", "latro", "nover", "bow", "traces"):
+        _, low, high = answers[f"{method}_rl - rl"][one]
+        assert low <= 0 <= high
+    assert all(answers[f"{m}_rl - rl"][one][2] < 0 for m in ("ntp_text", "remit", "distill", "v_pretrain"))
+    (seeds,) = re.findall(r"after RLPT (.*?)\. -", text)
+    assert agree(numbers(seeds), measured["tasks_by_seed"]["rlpt_rl"][one], 0.00051)
+    chosen = rows("docs/choosing.md", "| needs beside the text |")
+    for label, cells in chosen.items():
+        name = label.split("`")[1]
+        method = {"sft_mixed": "traces", "verified": "rl"}.get(name, name)
+        if "augment" not in label and (found := numbers(cells[4])):
+            wanted = [answers[stage][one][0] for stage in (method, f"{method}_rl") if stage in answers]
+            assert agree(found, wanted, 0.0051), label
+
+
+READ = {
+    "none: the base": "base",
+    "plain documents": "plain",
+    'plain documents, as many tokens as "best of eight"': "plain_tokens",
+    "one thought a document": "one",
+    "best of eight": "best",
+    "best of eight, of another document": "shuffled",
+    "gold traces": "gold",
+}
+
+
+def test_generated_thoughts():
+    measured, one = results("compare-augmented"), "verified@1, thinking"
+    answers, methods = measured["tasks"], measured["methods"]
+    table = rows("docs/augment.md", "| read | verified@1 |")
+    assert set(table) == set(READ)
+    for label, method in READ.items():
+        first, four, loss, tokens = table[label]
+        wanted = [*answers[method][one], *answers[method]["verified@4, thinking"]]
+        assert agree(numbers(first) + numbers(four), wanted, 0.00051), label
+        assert agree(numbers(loss), methods[method]["no_think_loss"][:1], 0.0051), label
+        if method != "base":
+            assert agree(numbers(tokens), [methods[method]["spent"]["input_tokens"] / 1000], 0.51), label
+    text = " ".join((ROOT / "docs" / "augment.md").read_text().split())
+    for sentence, pair in (
+        (r"eight lie (.*?\]) above the base", "best - base"),
+        (r"base and (\S+ \[.*?\]) above thoughts", "best - one"),
+        (r"same documents are (.*?\]) above them", "gold - best"),
+        (r"below the base \((.*?\])", "one - base"),
+    ):
+        (written,) = re.findall(sentence, text)
+        assert agree(numbers(written), answers[pair][one], 0.00051), (written, pair)
+    (found,) = (
+        cells[4] for label, cells in rows("docs/choosing.md", "| needs beside").items() if "augment" in label
+    )
+    assert agree(numbers(found), answers["best"][one][:1], 0.0051)
+
+
 CONTINUED = {
     "the old text alone, 1,200 steps": "old",
     "400 more steps of it": "same",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.graphs import shuffled_thoughts
 from examples.mixtures import front_loading, quality
 from rlpretrain.corpora import dial
 from rlpretrain.experiments.compare import compare
@@ -120,3 +121,26 @@ def test_continued_pretraining_in_small(tmp_path):
     wanted = json.loads((tmp_path / "m" / "continual" / "gentle_0-0" / "wanted.json").read_text())
     assert wanted["model"]["path"].endswith("old-0/model") and wanted["optim"]["lr"] == 2e-4
     assert wanted["data"]["sources"]["old"]["weight"] == 0
+
+
+def test_shuffled_thoughts_keep_everything_but_the_thought(tmp_path, capsys):
+    thoughts = [[" a = 1 ;"], [], [" b = 2 ;"], [" c = 3 ;"]]
+    lines = [
+        {
+            "text": f"q{i} ask" + "".join(f" <think>{text} </think>" for text in texts) + f" {i} .",
+            "row": i,
+            "thoughts": [{"text": text} for text in texts],
+        }
+        for i, texts in enumerate(thoughts)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert shuffled_thoughts.main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 0
+    assert [row["text"] for row in rows_of(tmp_path / "out.jsonl")] == [
+        "q0 ask <think> b = 2 ; </think> 0 .",
+        "q2 ask <think> c = 3 ; </think> 2 .",
+        "q3 ask <think> a = 1 ; </think> 3 .",
+    ]
+    lines[0]["text"] += lines[0]["thoughts"][0]["text"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match="row 0: its thought is not exactly once"):
+        shuffled_thoughts.main([str(tmp_path / "in.jsonl"), str(tmp_path / "out2.jsonl")])
