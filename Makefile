@@ -1,7 +1,7 @@
 # scripts/setup.sh builds .venv from a committed lock; PYTHON=python3.12 chooses the interpreter.
 SHELL := bash
 PY := .venv/bin/python
-WORKERS ?= 2
+WORKERS ?= 3
 BENCHMARKS ?= token_logps engine demo_step step
 
 export TOKENIZERS_PARALLELISM ?= false

@@ -15,7 +15,7 @@ from rlpretrain.scoring.logp_cache import LogpCache
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import MicroBatch, Scores, SoftTargets
-from tests.builders.runs import merged, one_step, same
+from tests.builders.runs import SGD, merged, one_step, same
 
 
 class Smooth(rlp.RLP):
@@ -95,7 +95,7 @@ def test_the_own_token_with_probability_one_is_the_next_token_loss(values, tmp_p
     for name in ("ntp", f"{__name__}:Wrong"):
         config = merged(values, objective=name, output_dir=str(tmp_path / name[-5:]))
         gradients.append(one_step(config)[1])
-    assert same(*gradients, within=1e-7)
+    assert same(*gradients, within=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -108,7 +108,9 @@ def test_deepspeed_reads_them_too(values, tmp_path, stage):
     ends = []
     for policy in ({"backend": "torch"}, {"backend": "deepspeed", "zero_stage": stage}):
         folder = str(tmp_path / policy["backend"])
-        config = merged(values, objective=f"{__name__}:Wrong", policy=policy, max_steps=1, output_dir=folder)
+        config = merged(
+            values, objective=f"{__name__}:Wrong", policy=policy, optim=SGD, max_steps=1, output_dir=folder
+        )
         run = Run(build(config), None)
         train(run)
         ends.append({name: value.detach().clone() for name, value in run.policy.weights()})

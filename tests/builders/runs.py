@@ -43,6 +43,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
 
 
+SGD = {"name": "sgd", "lr": 0.1, "warmup_steps": 0}
+"""For runs whose weights are compared within rounding: AdamW moves a weight by its rate however small the
+gradient is, so rounding in a gradient near 0 may turn a whole step around.
+"""
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], within: float = 0.0) -> bool:
     """Whether names agree and weights are bit-identical, or differ by no more than `within`."""
     return a.keys() == b.keys() and all(float((a[n] - b[n]).abs().max()) <= within for n in a)

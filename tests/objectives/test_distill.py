@@ -19,7 +19,7 @@ from rlpretrain.tools.dry_run import dry_run
 from rlpretrain.training.loop import train
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document, Likeliest
-from tests.builders.runs import launch, merged, one_step, same, trained, weights
+from tests.builders.runs import SGD, launch, merged, one_step, same, trained, weights
 from tests.builders.tiny import tiny_model, word_tokenizer
 
 V = len(dial.WORDS)
@@ -249,7 +249,8 @@ def test_with_lora(values, other, tmp_path, kind):
 
 
 def test_two_ranks_train_as_one_does(values, other, tmp_path):
-    configs = [distilled(values, other) | {"output_dir": str(tmp_path / name)} for name in ("one", "two")]
+    run = merged(distilled(values, other), optim=SGD)
+    configs = [run | {"output_dir": str(tmp_path / name)} for name in ("one", "two")]
     one = trained(configs[0])
     launch([{"config": configs[1]}], tmp_path)
     assert same(one, weights(tmp_path / "two" / "model"), within=1e-5)

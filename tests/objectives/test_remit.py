@@ -17,7 +17,7 @@ from rlpretrain.corpora import dial
 from rlpretrain.objectives.remit import Config, ReMiT
 from rlpretrain.training.run import Run
 from rlpretrain.types import Document, Scores
-from tests.builders.runs import launch, merged, one_step, same, trained, weights
+from tests.builders.runs import SGD, launch, merged, one_step, same, trained, weights
 from tests.builders.tiny import tiny_model
 
 SIZES = (7, 4, 12)
@@ -149,7 +149,8 @@ def test_a_resumed_run_ends_with_the_same_weights(values, other, tmp_path):
 
 
 def test_two_ranks_train_as_one_does(values, other, tmp_path):
-    configs = [remit_of(values, other) | {"output_dir": str(tmp_path / name)} for name in ("one", "two")]
+    run = merged(remit_of(values, other), optim=SGD)
+    configs = [run | {"output_dir": str(tmp_path / name)} for name in ("one", "two")]
     one = trained(configs[0])
     launch([{"config": configs[1]}], tmp_path)
     assert same(one, weights(tmp_path / "two" / "model"), within=1e-5)

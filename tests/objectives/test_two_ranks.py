@@ -16,7 +16,7 @@ import torch
 
 from rlpretrain.objectives import rlp
 from rollout.types import Group
-from tests.builders.runs import launch, merged, same, trained, weights
+from tests.builders.runs import SGD, launch, merged, same, trained, weights
 
 AFTER = {"positions": "after", "marker": "shows"}
 SCORED: dict[str, Any] = {"data": {"path": "scored", "max_length": 64, "score_column": "spans"}}
@@ -64,7 +64,7 @@ def test_two_ranks_train_as_one_does(values, corpus, tmp_path):
     scored.write_text("".join(json.dumps(row_of(i, text)) + "\n" for i, text in enumerate(texts)))
     runs: dict[str, list[dict[str, Any]]] = {}
     for kind, changes in KINDS.items():
-        run = merged(values, **changes, optim={"name": "sgd", "lr": 0.1, "warmup_steps": 0}, max_steps=2)
+        run = merged(values, **changes, optim=SGD, max_steps=2)
         if run["data"]["path"] == "scored":
             run["data"] = run["data"] | {"path": str(scored)}
         runs[kind] = [merged(run, output_dir=str(tmp_path / f"{kind}-{number}")) for number in (1, 2)]
