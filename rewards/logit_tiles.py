@@ -41,7 +41,7 @@ def check_head(
             f"bias {tuple(bias.shape)} must have one entry per row of lm_head_weight {tuple(weight.shape)}"
         )
     if chunk_size is None:
-        chunk_size = 8192 if hidden.is_cuda else 2048  # docs/gpu.md
+        _, chunk_size = tile_shape(hidden.device.type)
     if (softcap is not None and not softcap > 0) or chunk_size < 1:
         raise ValueError(
             f"softcap {softcap} must be None or above 0, chunk_size {chunk_size} must be at least 1"
@@ -147,16 +147,16 @@ def column_slices(weight: Tensor, chunk_size: int) -> Iterator[slice]:
 
 def row_slices(rows: Tensor) -> Iterator[slice]:
     """Yield the blocks of rows that a tile has."""
-    return _slices(rows.shape[0], _rows_per_tile(rows))
+    return _slices(rows.shape[0], tile_shape(rows.device.type)[0])
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _rows_per_tile(rows: Tensor) -> int:
-    """Return a small number on a CPU, where tiles should stay in cache; accelerators want few large tiles."""
-    return 1024 if rows.device.type == "cpu" else 8192
+def tile_shape(device: str) -> tuple[int, int]:
+    """Return the most rows and columns of a tile: few large ones, on a CPU small ones that stay in cache."""
+    return (1024, 2048) if device == "cpu" else (8192, 8192)
 
 
 def select(values: Tensor | None, index: slice | Tensor) -> Tensor | None:

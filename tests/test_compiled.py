@@ -114,7 +114,7 @@ def test_what_cannot_be_compiled_is_refused(values):
 @pytest.mark.parametrize("softcap, heat, with_bias", [(None, 1.0, False), (2.0, "rows", True)])
 def test_fused_tiles_give_the_numbers_of_plain_ones(softcap, heat, with_bias, monkeypatch, backend):
     """Several sizes of tiles: one compilation for sums and one for gradients."""
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 8)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (8, 2048))
     monkeypatch.setattr(
         fused_tiles,
         "compiled",

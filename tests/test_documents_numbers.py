@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def agree(written: list[float], measured: list[float], within: float) -> bool:
     """Whether the first numbers written are those measured."""
     pairs = zip(written, measured, strict=False)
     return len(written) >= len(measured) and all(abs(a - b) <= within for a, b in pairs)
+
+
+def check_sentences(document: str, heading: str, wanted: Mapping[str, Sequence[float]]) -> None:
+    """The numbers that each pattern finds, once, in the text after the heading are those wanted."""
+    text = " ".join((ROOT / document).read_text().split(heading)[1].split())
+    for sentence, values in wanted.items():
+        (written,) = re.findall(sentence, text)
+        assert agree(numbers(written), list(values), 0.00051), (sentence, values)
+
+
+def teraflops(method: Mapping[str, Any]) -> list[float]:
+    """What a method of a comparison spent, first stages included."""
+    spent = method["spent"]
+    return [spent.get("flops_with_stages", spent["flops"]) / 1e12]
 
 
 REAL_TEXT = {
@@ -350,8 +365,7 @@ def test_rlp_before_rlvr():
         *cells, tera = table[label]
         wanted = [value for stage in (first, second) if stage for n in shown for value in answers[stage][n]]
         assert agree([value for cell in cells for value in numbers(cell)], wanted, 0.00051), label
-        spent = methods[second]["spent"]
-        assert agree(numbers(tera), [spent.get("flops_with_stages", spent["flops"]) / 1e12], 0.0051), label
+        assert agree(numbers(tera), teraflops(methods[second]), 0.0051), label
     text = " ".join((ROOT / "docs" / "graphs.md").read_text().split())
     (base,) = re.findall(r"the base has (\S+ \[.*?\]) and (\S+ \[.*?\])\.", text)
     (apart,) = re.findall(r"after RLP on op 2 is (.*?\]) apart in verified@1 and (.*?\]) above", text)
@@ -394,9 +408,7 @@ def test_rl_at_the_edge():
             label
         )
         if method != "base":
-            spent = methods[method]["spent"]
-            expected = spent.get("flops_with_stages", spent["flops"]) / 1e12
-            assert agree(numbers(tera), [expected], 0.0051), label
+            assert agree(numbers(tera), teraflops(methods[method]), 0.0051), label
     text = " ".join((ROOT / "docs" / "graphs.md").read_text().split("## RL at the edge")[1].split())
     for sentence, pair, number in (
         (r"verified@1 (\S+ \[.*?\]), verified@4 .127", "edge - hard", one),
@@ -429,10 +441,8 @@ def test_exposure_to_a_context():
         for part, cell in zip(("A2", "A6", "B2", "B4", "B6"), cells, strict=True):
             wanted = [by_seed[part][f"{stage}_{shares[share]}"][one][int(base)] for stage in ("base", "rl")]
             assert agree(numbers(cell), wanted, 0.00051), (label, part)
-    text = " ".join((ROOT / "docs" / "graphs.md").read_text().split("## Exposure")[1].split())
-    (written,) = re.findall(r"B, op 6, .1%: (.*?\])", text)
-    assert agree(numbers(written), measured["parts"]["B6"]["rl_01 - base_01"][one], 0.00051)
-    assert "no paired difference is told apart from 0" in text
+    wanted = {r"told apart from 0 \(B, op 6, .1%: (.*?\])": measured["parts"]["B6"]["rl_01 - base_01"][one]}
+    check_sentences("docs/graphs.md", "## Exposure", wanted)
     for part in measured["parts"].values():
         for share in shares.values():
             _, low, high = part[f"rl_{share} - base_{share}"][one]
@@ -475,18 +485,17 @@ def test_every_method_then_the_same_rl():
         assert agree(numbers(then), answers[second][one], 0.00051), label
         assert agree(numbers(apart), answers[f"{second} - rl"][one] if method else [], 0.00051), label
         assert agree(numbers(loss), methods[method or "base"]["no_think_loss"][:1], 0.0051), label
-        spent = methods[second]["spent"]
-        assert agree(numbers(tera), [spent.get("flops_with_stages", spent["flops"]) / 1e12], 0.0051), label
-    text = " ".join((ROOT / "docs" / "graphs.md").read_text().split("## Every method")[1].split())
-    for sentence, pair in (
-        (r"problems are (.*?\]) from RLP", "traces - rlp"),
-        (r"next-token prediction (\S+ \[.*?\]) from the base", "ntp_text - base"),
-        (r"ReMiT is (.*?\]) from the base", "remit - base"),
-        (r"SALT (\S+ \[.*?\]): their", "distill - base"),
-        (r"gold traces, is (.*?\]) from the base", "v_pretrain - base"),
-    ):
-        (written,) = re.findall(sentence, text)
-        assert agree(numbers(written), answers[pair][one], 0.00051), (written, pair)
+        assert agree(numbers(tera), teraflops(methods[second]), 0.0051), label
+    pairs = {
+        r"problems are (.*?\]) from RLP": "traces - rlp",
+        r"next-token prediction (\S+ \[.*?\]) from the base": "ntp_text - base",
+        r"ReMiT is (.*?\]) from the base": "remit - base",
+        r"SALT (\S+ \[.*?\]): their": "distill - base",
+        r"gold traces, is (.*?\]) from the base": "v_pretrain - base",
+    }
+    wanted = {sentence: answers[pair][one] for sentence, pair in pairs.items()}
+    wanted[r"after RLPT (.*?)\. -"] = measured["tasks_by_seed"]["rlpt_rl"][one]
+    check_sentences("docs/graphs.md", "## Every method", wanted)
     for method in ("likelihood", "latro", "nover", "bow"):
         _, low, high = answers[f"{method} - rlp"][one]
         assert low <= 0 <= high
@@ -494,15 +503,13 @@ def test_every_method_then_the_same_rl():
         _, low, high = answers[f"{method}_rl - rl"][one]
         assert low <= 0 <= high
     assert all(answers[f"{m}_rl - rl"][one][2] < 0 for m in ("ntp_text", "remit", "distill", "v_pretrain"))
-    (seeds,) = re.findall(r"after RLPT (.*?)\. -", text)
-    assert agree(numbers(seeds), measured["tasks_by_seed"]["rlpt_rl"][one], 0.00051)
     chosen = rows("docs/choosing.md", "| needs beside the text |")
     for label, cells in chosen.items():
         name = label.split("`")[1]
         method = {"sft_mixed": "traces", "verified": "rl"}.get(name, name)
         if "augment" not in label and (found := numbers(cells[4])):
-            wanted = [answers[stage][one][0] for stage in (method, f"{method}_rl") if stage in answers]
-            assert agree(found, wanted, 0.0051), label
+            means = [answers[stage][one][0] for stage in (method, f"{method}_rl") if stage in answers]
+            assert means and agree(found, means, 0.0051), label
 
 
 READ = {
@@ -528,15 +535,14 @@ def test_generated_thoughts():
         assert agree(numbers(loss), methods[method]["no_think_loss"][:1], 0.0051), label
         if method != "base":
             assert agree(numbers(tokens), [methods[method]["spent"]["input_tokens"] / 1000], 0.51), label
-    text = " ".join((ROOT / "docs" / "augment.md").read_text().split())
-    for sentence, pair in (
-        (r"eight lie (.*?\]) above the base", "best - base"),
-        (r"base and (\S+ \[.*?\]) above thoughts", "best - one"),
-        (r"same documents are (.*?\]) above them", "gold - best"),
-        (r"below the base \((.*?\])", "one - base"),
-    ):
-        (written,) = re.findall(sentence, text)
-        assert agree(numbers(written), answers[pair][one], 0.00051), (written, pair)
+    pairs = {
+        r"eight lie (.*?\]) above the base": "best - base",
+        r"base and (\S+ \[.*?\]) above thoughts": "best - one",
+        r"same documents are (.*?\]) above them": "gold - best",
+        r"below the base \((.*?\])": "one - base",
+    }
+    wanted = {sentence: answers[pair][one] for sentence, pair in pairs.items()}
+    check_sentences("docs/augment.md", "## Measured", wanted)
     (found,) = (
         cells[4] for label, cells in rows("docs/choosing.md", "| needs beside").items() if "augment" in label
     )
@@ -569,10 +575,8 @@ def test_replay_and_rewarming():
         assert agree(
             numbers(old) + numbers(new), [*losses[method]["old"][:3], *losses[method]["new"][:3]], 0.00051
         )
-        spent = methods[method]["spent"]
-        assert agree(numbers(tera), [spent.get("flops_with_stages", spent["flops"]) / 1e12], 0.0051), label
-    text = " ".join((ROOT / "docs" / "mixtures.md").read_text().split("with a joint control")[1].split())
-    for sentence, one, other, corpus in (
+        assert agree(numbers(tera), teraflops(methods[method]), 0.0051), label
+    pairs = (
         (r"old text ends (.*?\]) above", "rewarmed_0", "same", "old"),
         (r"with 5% it is (.*?\]) lower", "rewarmed_0", "rewarmed_5", "old"),
         (r"25% are (.*?\]) lower", "rewarmed_5", "rewarmed_25", "old"),
@@ -586,10 +590,12 @@ def test_replay_and_rewarming():
         (r"\], (.084 .*?\])", "gentle_25", "rewarmed_25", "new"),
         (r"\(old (.*?\])", "rewarmed_25", "constant_25", "old"),
         (r"\], new (.*?\])", "rewarmed_25", "constant_25", "new"),
-    ):
-        (written,) = re.findall(sentence, text)
-        apart = np.subtract(losses[one][corpus][3:], losses[other][corpus][3:])
-        assert agree(numbers(written), _interval(apart), 0.00051), (sentence, _interval(apart))
+    )
+    wanted = {
+        sentence: _interval(np.subtract(losses[one][corpus][3:], losses[other][corpus][3:]))
+        for sentence, one, other, corpus in pairs
+    }
+    check_sentences("docs/mixtures.md", "with a joint control", wanted)
 
 
 def _interval(values: np.ndarray) -> list[float]:

@@ -123,7 +123,7 @@ def test_continued_pretraining_in_small(tmp_path):
     assert wanted["data"]["sources"]["old"]["weight"] == 0
 
 
-def test_shuffled_thoughts_keep_everything_but_the_thought(tmp_path, capsys):
+def test_shuffled_thoughts_keep_everything_but_the_thought(tmp_path):
     thoughts = [[" a = 1 ;"], [], [" b = 2 ;"], [" c = 3 ;"]]
     lines = [
         {

@@ -85,9 +85,9 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     if experiment.evaluation.pass_at and experiment.evaluation.pass_at.by:
         parts = _parts(experiment)
         results["parts"] = {
-            part: task_numbers(answers, shown_pairs(experiment)) for part, answers in parts.items()
+            part: task_numbers(of_part, shown_pairs(experiment)) for part, of_part in parts.items()
         }
-        results["parts_by_seed"] = {part: seed_means(answers) for part, answers in parts.items()}
+        results["parts_by_seed"] = {part: seed_means(of_part) for part, of_part in parts.items()}
     return finite(results)
 
 

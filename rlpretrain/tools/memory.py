@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rewards.logit_tiles import tile_shape
 from rlpretrain.config import EngineConfig, PretrainConfig
 from rlpretrain.models.spending import widths_of
 from rlpretrain.objectives import parse_section
@@ -208,8 +209,9 @@ def _training_tensors(config: PretrainConfig, shape: Any, sizes: Sizes) -> list[
         per_token = w.hidden * b + layer
         kept = sizes.micro * layers * w.hidden * b / GIB
         formula = f"({b} h + {layer:,} bytes of the layer at work); {kept:.2f} GiB are in CPU memory"
-    rows, columns, width = (1024, 2048, 4) if sizes.device == "cpu" else (8192, 8192, b)
+    rows, columns = tile_shape(sizes.device.partition(":")[0])
     rows, columns = min(rows, sizes.micro), min(columns, text.vocab_size)
+    width = 4 if sizes.device == "cpu" else b
     head = 2 * rows * columns * width + text.vocab_size * w.hidden * b
     tiles = f"two tiles of {rows:,} x {columns:,} x {width}, gradient {b} V h"
     return [

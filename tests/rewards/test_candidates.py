@@ -58,7 +58,7 @@ def test_equals_full_logits_whatever_the_chunks(chunk, block, rows, count, softc
     form: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "scale": 0.25}
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logit_tiles, "_rows_per_tile", lambda _: block)
+        patch.setattr(logit_tiles, "tile_shape", lambda _: (block, 2048))
         ours = candidate_logps(hidden, weight, labels, chunk_size=chunk, **form)
         gradients = torch.autograd.grad(ours, inputs, direction)
         ids, tops = top_logps(hidden, weight, count, chunk_size=chunk, **form)
@@ -74,7 +74,7 @@ def test_equals_full_logits_whatever_the_chunks(chunk, block, rows, count, softc
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradients_by_finite_differences(softcap, monkeypatch):
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 2)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (2, 2048))
     hidden, weight, bias, _ = problem(rows=4, hidden=3, vocabulary=7)
     labels = torch.tensor([[0, 6, 6], [-1, 2, -100], [-100, -100, -100], [5, -1, -1]])
     heat = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_gradients_by_finite_differences(softcap, monkeypatch):
 
 
 def test_never_holds_rows_times_vocabulary(monkeypatch):
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 16)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (16, 2048))
     hidden, weight, bias, _ = problem(rows=64, hidden=4, vocabulary=1000, dtype=torch.float32)
     labels = torch.arange(64 * 9).view(64, 9) - 1
     with Watch() as watch:
@@ -147,7 +147,7 @@ def test_bad_labels_are_refused(labels, match):
 
 
 def test_fused_tiles_give_the_numbers_of_plain_ones(monkeypatch):
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 8)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (8, 2048))
     make = partial(torch.compile, dynamic=True, fullgraph=True, backend="eager")
     monkeypatch.setattr(fused_tiles, "compiled", lru_cache(lambda f, *form: make(partial(f, *form))))
     for rows, vocabulary, chunk in ((21, 50, 12), (10, 33, 7)):

@@ -74,7 +74,7 @@ def test_equals_full_logits_whatever_the_chunks(
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     direction = torch.randn(rows, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logit_tiles, "_rows_per_tile", lambda _: block)
+        patch.setattr(logit_tiles, "tile_shape", lambda _: (block, 2048))
         chunked = token_logps(hidden, weight, labels, chunk_size=chunk, **options)
         gradients = torch.autograd.grad(chunked, inputs, direction)
         entropies = row_entropies(
@@ -96,7 +96,7 @@ def test_equals_full_logits_whatever_the_chunks(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradients_by_finite_differences(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 2)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (2, 2048))
     hidden, weight, bias, labels = problem(rows=5, hidden=3, vocabulary=7)
     labels[1] = -100
     heat = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_gradients_by_finite_differences(softcap: float | None, monkeypatch: pyt
 
 
 def test_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 16)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (16, 2048))
     hidden, weight, bias, labels = problem(rows=64, hidden=4, vocabulary=1000, dtype=torch.float32)
     with Watch() as watch:
         token_logps(
@@ -140,7 +140,7 @@ def test_frozen_inputs_cost_no_product() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_tiles, "_rows_per_tile", lambda _: 8)
+    monkeypatch.setattr(logit_tiles, "tile_shape", lambda _: (8, 2048))
     hidden, weight, bias, labels = problem(rows=512, hidden=16, vocabulary=64, dtype=dtype)
     logps = token_logps(hidden, weight, labels, bias=bias, chunk_size=10)
     assert logps.dtype == torch.float32
