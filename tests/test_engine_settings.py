@@ -167,8 +167,8 @@ def test_an_engine_that_sleeps_does_not_sample_ahead(values, monkeypatch):
     [
         ({}, "cpu", 1e-3),
         ({}, "cuda", 0.05),  # .01 was measured with vLLM on an H100
-        ({"engine": {"name": "vllm_local", "dtype": "bfloat16"}}, "cuda", 0.1),
-        ({"model": {"path": "m", "dtype": "bfloat16"}}, "cpu", 0.1),
+        ({"engine": {"name": "vllm_local", "dtype": "bfloat16"}}, "cuda", 0.5),
+        ({"model": {"path": "m", "dtype": "bfloat16"}}, "cpu", 0.5),
     ],
 )
 def test_the_probe_allows_what_the_arithmetic_of_the_device_rounds(values, device, tolerance):

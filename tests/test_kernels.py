@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from rlpretrain.models import load_model
 from rlpretrain.models.kernels import check_kernel, choose_kernel
 from rlpretrain.ranks import Ranks
 from rlpretrain.scoring import attention
-from rlpretrain.scoring.checks import check_tree
+from rlpretrain.scoring.checks import _difference, check_tree
+from rlpretrain.scoring.groups import BatchScores
 from rlpretrain.scoring.packing import Layout, count, pack
 from rlpretrain.scoring.scorer import Scorer, score
 from rollout.hf import HFEngine
@@ -154,14 +156,34 @@ def test_the_check_of_trees_names_the_side_that_is_wrong(tmp_path):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + torch.cat([torch.zeros_like(x[:, :14]), x[:, :-14]], 1)
 
-    mixing = tiny_model("llama", VOCABULARY, seed=1)
-    mixing.model.layers[0].mlp = torch.nn.Sequential(Neighbours(), mixing.model.layers[0].mlp)
-    assert attention.install(mixing) is None
-    with pytest.raises(ValueError, match="tree packing does not support.*packing: padded"):
-        check_tree(policy_of(mixing), micro, layout, totals, ranks)
+    for half, how in ((False, "by up to"), (True, "on average by")):
+        mixing = tiny_model("llama", VOCABULARY, seed=1, initializer_range=0.3 if half else 0.02)
+        mixing.model.layers[0].mlp = torch.nn.Sequential(Neighbours(), mixing.model.layers[0].mlp)
+        assert attention.install(mixing) is None
+        with pytest.raises(ValueError, match=f"{how} .*tree packing does not support.*packing: padded"):
+            check_tree(policy_of(mixing), micro, layout, totals, ranks, half)
     fine = tiny_model("llama", VOCABULARY, seed=1)
     attention.install(fine)
     assert check_tree(policy_of(fine), micro, layout, totals, ranks) < 1e-4
+
+
+def test_in_half_precision_a_kind_of_tokens_is_not_hidden_by_the_others():
+    """Rounding moves single tokens by more than .3 nats; what is wrong moves most of a kind."""
+
+    def scores(**of_group: torch.Tensor) -> BatchScores:
+        zeros = {name: torch.zeros(150) for name in ("thought_logps", "target_logps", "baseline_logps")}
+        document = SimpleNamespace(logps=torch.zeros(4000))
+        return SimpleNamespace(groups={"g": SimpleNamespace(**zeros | of_group)}, documents={"d": document})
+
+    few, most = torch.zeros(150), torch.full((150,), 0.15)
+    few[:5] = 0.7
+    assert _difference(scores(thought_logps=few), scores(), half=True) < 0.03
+    assert _difference(scores(thought_logps=few), scores(), half=False) == pytest.approx(0.7)
+    assert _difference(scores(target_logps=most), scores(), half=True) == pytest.approx(0.15)
+    lost = torch.tensor([float("nan")] * 150)
+    for half in (True, False):
+        assert _difference(scores(target_logps=lost), scores(), half) == math.inf
+        assert _difference(scores(target_logps=few[:0]), scores(target_logps=few[:0]), half) == 0
 
 
 def test_sinks_are_computed(tmp_path):

@@ -67,6 +67,7 @@ def test_a_model_of_ones_own_says_why_it_has_no_trees():
     model = tiny_model("llama", 64)
     model.model.layers[0].mlp = nn.Sequential(Neighbours(), model.model.layers[0].mlp)
     assert "mix outside attention" in (attention.install(model) or "")
+    assert "mix outside attention" in (attention.install(model.to(torch.bfloat16)) or "")
     model = tiny_model("llama", 64)
     model.model.layers[1] = Alone(model.model.layers[1])
     assert "takes no tree" in (attention.install(model) or "")

@@ -198,9 +198,10 @@ def default_tolerance(config: PretrainConfig, device: torch.device) -> float:
     """The largest difference in nats that the probe allows where `engine.probe_tolerance` is not set.
 
     In float32 on an H100, vLLM's log-probs of a tiny model were up to .01 nats off the trainer's on a CPU.
+    SmolLM2-135M in bfloat16 was up to .28 nats off itself in float32, in 72 probes on a CPU.
     """
     if (config.engine.dtype or config.model.dtype) != "float32" or config.model.dtype != "float32":
-        return 0.1
+        return 0.5
     return 1e-3 if device.type == "cpu" else 0.05
 
 
