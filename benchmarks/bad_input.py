@@ -63,6 +63,7 @@ class Serving:
             "64",
             *options,
         ]
+        self.command = command
         self.process = self.start(command)
         end = time.monotonic() + 180
         while True:

@@ -1,6 +1,7 @@
 """Client of one or several servers that sample over HTTP; a subclass names the product and its routes.
 
-Weights travel as safetensors through `weights_dir`, a folder that trainer and servers share.
+`handover` says how weights travel; as a rule as safetensors through `weights_dir`, a folder that trainer
+and servers share.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import shutil
 import threading
 import time
 from collections import Counter
@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 import torch
 
 from rollout.engine import EngineInfo, check_request
-from rollout.folders import remove_ours
+from rollout.handover import NCCL, Changes, Files, Handover
 from rollout.server_pool import GRACE, PoolSettings, ServerPool
 from rollout.server_sampling import sample_prompts
 from rollout.servers import EngineUnavailable, Server
 from rollout.types import Prompt, SamplingParams, Thought, WeightSource
-from rollout.weights import complete, parameters_of, write_weights
+from rollout.weights import complete, parameters_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class ServerEngine:
 
     `model` is the folder or hub id of the checkpoint that the servers run; its configuration tells which
     weights there are. `weights_dir` is the folder that weights pass through, as trainer and servers see it;
-    no other trainer may use it. `vocabulary` is the number of tokens of the trained model.
+    no other trainer may use it. `dtype` is the precision in which weights are sent; the trainer's by default.
+    `vocabulary` is the number of tokens of the trained model.
 
     A request that fails is sent again after a pause, to another server if there is one. A server that fails
     is left out; its health is asked after `patience` seconds, then after up to eight times as many, and it is
@@ -76,6 +77,7 @@ class ServerEngine:
         block_size: int | None = None,
         transfer: str = "file",
         master_address: str | None = None,
+        dtype: str | None = None,
         lead: bool = True,
         vocabulary: int | None = None,
         say: Callable[[str], None] = log.warning,
@@ -89,23 +91,26 @@ class ServerEngine:
         self.block_size = block_size
         self.timings: dict[str, float] = {}
         self._parameters = parameters_of(model, revision=revision, trust_remote_code=trust_remote_code)
-        self._folder: Path | None = None
+        self._dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         settings = PoolSettings(
             concurrency=concurrency,
             request_timeout=request_timeout,
             deadline=deadline,
             patience=patience,
             lead=lead,
-            transfer=transfer,
-            master_address=master_address,
             vocabulary=vocabulary,
             weights_dir=self.weights_dir,
+            transfer=transfer,
             frozen=frozen,
             in_flight=in_flight and not frozen,
         )
         keeps = settings.in_flight
-        servers = [self.routes(url.rstrip("/"), version=version, keeps=keeps) for url in urls]
-        self.pool = ServerPool(servers, settings, version, say)
+        wants = transfer == "changes"
+        servers = [
+            self.routes(url.rstrip("/"), version=version, keeps=keeps, wants_changes=wants) for url in urls
+        ]
+        self._handover = self._make_handover(transfer, master_address, request_timeout)
+        self.pool = ServerPool(servers, settings, version, say, self._handover)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
         self._thread.start()
@@ -116,6 +121,14 @@ class ServerEngine:
         except BaseException:
             self.close()
             raise
+
+    def _make_handover(self, transfer: str, master_address: str | None, timeout: float) -> Handover:
+        """How weights travel, by the name of it."""
+        if transfer == "nccl":
+            return NCCL(master_address, timeout)
+        if transfer == "changes":
+            return Changes(self.weights_dir, self._parameters)
+        return Files(self.weights_dir)
 
     @property
     def version(self) -> int:
@@ -186,28 +199,19 @@ class ServerEngine:
         state: dict[str, torch.Tensor] = {}
         for name, tensor in weights():  # all ranks iterate, since gathering sharded weights needs all
             if self.lead:
-                state[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                state[name] = tensor.detach().to("cpu", self._dtype, copy=True).contiguous()
         self.timings["perf/weight_sync_gather_s"] = time.perf_counter() - begin
         if self.lead:
             begin = time.perf_counter()
-            self._hand_over(complete(state, self._parameters), version)
+            self._handover.put(complete(state, self._parameters), version, self.pool.mark)
             self.timings["perf/weight_sync_write_s"] = time.perf_counter() - begin
+            self.timings["perf/weight_sync_mib"] = self._handover.sent / 2**20
         settings = self.pool.settings
         times = self._run(self.pool.sync(version), settings.deadline + 4 * settings.request_timeout)
         self.timings |= times
         self.pool.mark = self.share(self.pool.mark)
         for server in self.servers:  # of a rank that does not hand over
             server.version = version if server.alive else server.version
-
-    def _hand_over(self, state: dict[str, torch.Tensor], version: int) -> None:
-        """Put whole weights where the pool takes them from."""
-        folder = self._folder = self.weights_dir / f"version-{version}"
-        if self.pool.settings.transfer == "nccl":
-            self.pool.state = state
-        else:
-            write_weights(folder, state)
-            self.pool.folder = folder
-        remove_ours(self.weights_dir, "version-*", keep=folder)  # those of a killed run too
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache of every server."""
@@ -236,8 +240,8 @@ class ServerEngine:
             self._run(self.pool.end(), 10.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
-        if self.lead and self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self.lead:
+            self._handover.close()
 
     def _run(self, work: Coroutine[Any, Any, Any], timeout: float) -> Any:
         """Run on the client's loop and wait for at most `timeout` seconds."""

@@ -14,8 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from rollout.handover import Handover
 from rollout.servers import EngineUnavailable, Refused, Server
 from rollout.waiting import EVERY
 
@@ -38,7 +37,6 @@ class PoolSettings:
     vocabulary: int | None
     weights_dir: Path
     transfer: str = "file"
-    master_address: str | None = None
     frozen: bool = False
     in_flight: bool = False
 
@@ -46,12 +44,17 @@ class PoolSettings:
 class ServerPool:
     """Servers, with what is known of each.
 
-    `mark` names the present weights on the servers: another write, run or trainer has another mark. `folder`
-    or `state` has the present weights, for servers that must load them later.
+    `mark` names the present weights on the servers: another write, run or trainer has another mark.
+    `handover` has the present weights, also for servers that must load them later.
     """
 
     def __init__(
-        self, servers: Sequence[Server], settings: PoolSettings, version: int, say: Callable[[str], None]
+        self,
+        servers: Sequence[Server],
+        settings: PoolSettings,
+        version: int,
+        say: Callable[[str], None],
+        handover: Handover,
     ) -> None:
         self.product = servers[0].product
         try:
@@ -61,12 +64,10 @@ class ServerPool:
         self.transport_error: type[Exception] = httpx.TransportError
         self._httpx = httpx
         self.settings, self.version, self.say = settings, version, say
-        self.servers = servers
+        self.servers, self.handover = servers, handover
         self.counts: Counter[str] = Counter()
         self.max_model_len: int | None = None
         self.mark = ""
-        self.folder: Path | None = None
-        self.state: Mapping[str, torch.Tensor] = {}
         self._short = min(SHORT, settings.request_timeout)
         self._synced = False
         self._closed = False
@@ -90,7 +91,7 @@ class ServerPool:
                 base_url=server.url, headers=dict(headers), limits=limits, timeout=settings.request_timeout
             )
         answering = await self._first_to_answer()
-        writes = settings.transfer == "file" and settings.lead and not settings.frozen
+        writes = settings.transfer != "nccl" and settings.lead and not settings.frozen
         folder = settings.weights_dir if writes else None
         for server in answering:
             await server.check(settings.vocabulary, folder)
@@ -291,10 +292,6 @@ class ServerPool:
 
     async def _load(self, server: Server, mark: str, version: int) -> None:
         """Let one server load the present weights."""
-        settings, server.loading = self.settings, version
-        if settings.transfer == "nccl":
-            await server.receive_weights(self.state, mark, settings.master_address, settings.request_timeout)
-        else:
-            assert self.folder is not None, "written before every sync"
-            await server.load_weights(self.folder.resolve(), mark)
+        server.loading = version
+        await self.handover.give(server, mark, self._short)
         server.version = version

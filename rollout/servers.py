@@ -49,6 +49,7 @@ class Server(ABC):
     version: int = 0  # of its weights
     loading: int = 0  # the version that it was given last, or is given now
     keeps: bool = False  # it goes on with the same thoughts after weights were loaded
+    wants_changes: bool = False  # it must be able to load the changes of weights alone
     stuck: int = 0  # how often it gave the same error to the weights; above 1 it is no longer waited for
 
     def facts(self) -> dict[str, Any]:

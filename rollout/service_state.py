@@ -14,8 +14,9 @@ import prometheus_client as prometheus
 from fastapi import HTTPException, Request
 
 from rollout.engine import check_request
+from rollout.received import Received
 from rollout.types import FinishReason, Prompt, SamplingParams, Thought, WeightSource
-from rollout.weights import Parameter, complete, read_weights
+from rollout.weights import Parameter
 from rollout.wire import Limits
 
 NOT_HERE = "this service was started without a folder for weights (--weights-dir)"
@@ -42,6 +43,7 @@ class Service:
         self.served, self.limits = served, limits
         self.engine = served.engine
         self.weights_dir = weights_dir.resolve() if weights_dir else None
+        self.received = Received(served.parameters)
         self.mark: str | None = None  # the trainer's name for the present weights
         self.open = asyncio.Event()
         self.open.set()
@@ -163,7 +165,7 @@ class Service:
         begin = time.perf_counter()
         async with self.changing:
             try:
-                state = complete(await asyncio.to_thread(read_weights, source), self.served.parameters)
+                state = await asyncio.to_thread(self.received.read, source, self.mark)
                 self.mark = None
                 await self._sync(lambda: state.items(), self.engine.version + 1)
             except ValueError as error:

@@ -63,6 +63,11 @@ class VLLMRoutes(Server):
                 f"{self.url} is `rlpretrain serve`, which finishes thoughts before it loads weights: set "
                 "engine.updates to drained, or use vLLM's own server"
             )
+        if self.wants_changes and not ours:
+            raise Refused(
+                f"{self.url} is vLLM's own server, which takes no changes of weights: set engine.transfer to "
+                "file, or use `rlpretrain serve`"
+            )
         if not ours and (await self.client.get("/is_paused")).status_code == 404:
             raise Refused(f"{self.url} has no weight routes: start it with VLLM_SERVER_DEV_MODE=1")
         self.card = (await self.client.get("/v1/models")).json()["data"][0]

@@ -27,8 +27,9 @@ class VLLMServerEngine(ServerEngine):
     """Samples from vLLM servers or `rlpretrain serve`; see `ServerEngine`.
 
     `transfer` nccl sends weights from GPU to GPU (see `vllm_nccl`); servers reach this process at
-    `master_address`. With `in_flight`, thoughts in flight wait while weights are loaded and go on with them:
-    the server reads again what they have, and their later ids carry the new version (`Thought.updates`).
+    `master_address`. changes sends what changed since the last sync, to `rlpretrain serve`. With
+    `in_flight`, thoughts in flight wait while weights are loaded and go on with them: the server reads again
+    what they have, and their later ids carry the new version (`Thought.updates`).
     """
 
     kind: ClassVar[str] = "vllm_server"

@@ -105,8 +105,13 @@ def does_not_fit(wrong: Mapping[str, Sequence[str]]) -> str:
     return "the weights do not fit the engine's model; " + "; ".join(parts)
 
 
-def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `folder`/model.safetensors aside, then rename; tied weights stand under all their names."""
+def write_weights(
+    folder: Path, state: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None = None
+) -> None:
+    """Write `folder`/model.safetensors aside, then rename; tied weights stand under all their names.
+
+    `notes` go into the file's metadata, for `notes_of`.
+    """
     from safetensors.torch import save_file
 
     work = begin_folder(folder)
@@ -115,8 +120,20 @@ def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in state.items():  # the file format does not allow shared memory
         whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    save_file(whole, work / "model.safetensors", metadata={"format": "pt"})
+    save_file(whole, work / "model.safetensors", metadata={"format": "pt", **(notes or {})})
     finish_folder(work, folder)
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, or of the first in a folder; empty if there is none to read."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    try:
+        with safe_open(files[0], "pt") as file:
+            return file.metadata() or {}
+    except (IndexError, OSError, SafetensorError):
+        return {}
 
 
 def write_adapter(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:

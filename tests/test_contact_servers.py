@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpretrain import cli
 from rlpretrain.corpora import dial
+from tests.builders.engines import rows_of
 from tests.builders.processes import ROOT, start
+from tests.builders.runs import same, weights
 from tests.builders.servers import free_port
 from tests.builders.tiny import tiny_model, word_tokenizer
 
@@ -171,3 +173,34 @@ def test_a_tagged_base_is_an_ordinary_checkpoint(untagged, tmp_path, capsys):
     assert "it knew <think> and </think> already" in capsys.readouterr().out
     assert cli.main(["tag", str(untagged), "--out", str(tmp_path / "x"), "--objective", "ntp"]) == 2
     assert "no thoughts, so no tags" in capsys.readouterr().err
+
+
+def test_a_run_that_sends_changes_is_the_run_that_sends_all_weights(values, tmp_path, capsys):
+    """The same thoughts and weights, bit by bit, with a twentieth of the bytes after the first sync."""
+    tiny_model("qwen3", len(dial.WORDS)).save_pretrained(tmp_path / "base")
+    dial.tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "weights").mkdir()
+    words = [
+        "serve",
+        str(tmp_path / "base"),
+        "--weights-dir",
+        str(tmp_path / "weights"),
+        "--dtype",
+        "bfloat16",
+    ]
+    service = Service(tmp_path, [*words, "--dtype", "bfloat16"], free_port())
+    found, sent = {}, {}
+    try:
+        for transfer in ("file", "changes"):
+            output = tmp_path / transfer
+            run = values | {"model": str(tmp_path / "base"), "output_dir": str(output), "max_steps": 3}
+            run["optim"] = {"lr": 1e-6}
+            where = {"urls": [service.url], "weights_dir": str(tmp_path / "weights" / transfer)}
+            code, error, _ = trained(run, tmp_path, capsys, **where, transfer=transfer, dtype="bfloat16")
+            assert code == 0, error
+            found[transfer] = weights(output / "model")
+            sent[transfer] = [row["perf/weight_sync_mib"] for row in rows_of(output)]
+    finally:
+        service.close()
+    assert same(found["file"], found["changes"])
+    assert len(set(sent["file"])) == 1 and all(0 < s < sent["file"][0] / 20 for s in sent["changes"]), sent

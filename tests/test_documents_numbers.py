@@ -281,6 +281,36 @@ def test_soak():
     assert not measured["twice"]
 
 
+def test_weights_as_changes():
+    """The table, the ratios in the overview, and the sentence in docs/rollout.md."""
+    measured = {(row["rate"], row["transfer"]): row for row in results("weight_changes")["rows"]}
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("## `weight_changes`")[1].split("## `")[0]
+    lines = [cells_of(line) for line in text.splitlines() if re.match(r"\| 1e-", line)]
+    columns_of = ("mib", "first_mib", "gather_s", "write_s", "load_s")
+    assert len(lines) == len(measured) == 6
+    for rate, transfer, *cells in lines:
+        row = measured[float(rate), transfer]
+        columns = [row[name] for name in columns_of]
+        assert agree([float(cell) for cell in cells[:2]], columns[:2], 0.05)
+        assert agree([float(cell) for cell in cells[2:]], columns[2:], 0.005)
+    whole = {part: [row[part] for (_, how), row in measured.items() if how == "file"] for part in columns_of}
+    changes = {
+        part: [row[part] for (_, how), row in measured.items() if how == "changes"] for part in columns_of
+    }
+    ratios = [few / all_ for few, all_ in zip(changes["mib"], whole["mib"], strict=True)]
+    overview = rows("benchmarks/README.md", "| command | what |")["`python -m benchmarks.weight_changes`"]
+    assert agree(numbers(overview[-1]), ratios, 0.005)
+    written = " ".join((ROOT / "docs" / "rollout.md").read_text().split("**Changes only**")[1].split())
+    (sizes,) = re.findall(r"a sync sends (.*?) after the first step", written)
+    expected = [changes["mib"][0], whole["mib"][0], 1e-6, changes["mib"][1], 1e-5, changes["mib"][2], 1e-4]
+    found = [float(number) for number in re.findall(r"\d*\.?\d+(?:e-\d)?", sizes)]
+    firsts = [min(changes["first_mib"]), max(changes["first_mib"])]
+    assert agree(found[:7], expected, 0.5) and agree(found[7:], firsts, 0.05)
+    (seconds,) = re.findall(r"longer, not less: (.*?) \(\[benchmark", written)
+    spans = [min(changes["write_s"]), max(changes["write_s"]), min(whole["write_s"]), max(whole["write_s"])]
+    assert agree(numbers(seconds), spans, 0.0051)
+
+
 def test_updates_in_flight():
     measured = results("rollout")["results"]["updates"]
     ratio, rounds = measured["in_flight_over_drained"], sorted(measured["ratios"])

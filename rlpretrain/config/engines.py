@@ -46,7 +46,7 @@ class EngineConfig(Varied):
     batch_size: Count = 256
     """Most thoughts decoded at once."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """vLLM's precision; the model's by default."""
+    """vLLM's precision, or that in which weights are sent to servers; the model's by default."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Steps that thoughts may be sampled ahead of the update that uses them; 0 is synchronous and
     deterministic.
@@ -57,7 +57,7 @@ class EngineConfig(Varied):
     """
     probe_tolerance: Amount | None = None
     """Largest difference in nats between engine and trainer on the probe after a sync; by default .001 on a
-    CPU and .05 on a GPU, in half precision .1.
+    CPU and .05 on a GPU, in half precision .5.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> EngineConfig:
@@ -284,8 +284,9 @@ class VLLMServerConfig(ServerConfig):
     """Whether new weights wait for the thoughts that are being sampled, or reach them: thoughts then go on
     with the new weights (vLLM's own server).
     """
-    transfer: Literal["file", "nccl"] = "file"
-    """How weights reach the servers: through weights_dir, or from GPU to GPU (started with
+    transfer: Literal["file", "changes", "nccl"] = "file"
+    """How weights reach the servers. file: whole, through weights_dir. changes: only the numbers that changed
+    since the last sync, likewise, to `rlpretrain serve`. nccl: from GPU to GPU (servers started with
     --weight-transfer-config).
     """
     master_address: str | None = None
@@ -293,8 +294,8 @@ class VLLMServerConfig(ServerConfig):
 
     @property
     def writes_weights(self) -> bool:
-        """With `transfer: file`."""
-        return self.transfer == "file"
+        """Unless they go from GPU to GPU."""
+        return self.transfer != "nccl"
 
 
 @dataclass(config=STRICT, kw_only=True)

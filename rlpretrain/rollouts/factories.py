@@ -130,6 +130,7 @@ def _servers(context: EngineContext, settings: ServerConfig) -> dict[str, Any]:
     return checkpoint | {
         "urls": settings.urls,
         "weights_dir": settings.weights_dir or Path(context.config.output_dir) / "weights",
+        "dtype": settings.dtype,
         "token": token,
         "concurrency": settings.concurrency,
         "request_timeout": settings.request_timeout,

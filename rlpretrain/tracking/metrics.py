@@ -136,6 +136,9 @@ METRICS: dict[str, Metric] = {
         "steps between sampling an id and training on it, where some thoughts have such updates",
         "below sample/staleness_mean",
     ),
+    "perf/weight_sync_mib": Metric(
+        "MiB of weights that one server is sent by a sync", "small with engine.transfer: changes"
+    ),
     "perf/weight_sync_*": Metric(
         "parts of the sync, if engines have their own weights: gather, write, drain, load",
         "small beside the step",

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from rlpretrain.cli import main
 from rollout import FinishReason, HFEngine, Prompt, SamplingParams, vllm_routes
 from rollout.batched import BatchedEngine
-from tests.builders.processes import Forked, start
 from tests.builders.sampling import prompts_of, sample, tokens
 from tests.builders.tiny import tiny_model, word_tokenizer
 
@@ -24,25 +23,18 @@ pytest.importorskip("fastapi", reason="needs fastapi: make env LOCK=test-cpu")
 import httpx  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from benchmarks import bad_input  # noqa: E402
 from benchmarks.bad_input import TOKEN, VOCABULARY, cases, rollout  # noqa: E402
 from rollout.service import Served, create_app  # noqa: E402
 from rollout.vllm_server import VLLMServerEngine  # noqa: E402
 from rollout.weights import write_weights  # noqa: E402
 from rollout.wire import Limits  # noqa: E402
+from tests.builders.serving import Serving  # noqa: E402
 
 PARAMS = SamplingParams(max_thought_tokens=9)
 pytestmark = pytest.mark.slow
 
 
 # a real one, with vLLM
-
-
-class Serving(bad_input.Serving):
-    """`rlpretrain serve` in a forked process."""
-
-    def start(self, command: list[str]) -> Forked:
-        return start(command[1:], self.log)
 
 
 @pytest.fixture(scope="module")

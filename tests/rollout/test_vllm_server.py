@@ -68,7 +68,8 @@ def test_log_probs_are_the_trainers_before_and_after_every_update(make, model, s
         assert {t.policy_version for group in groups for t in group} == {version}
     assert [p.name for p in engine.weights_dir.iterdir()] == ["version-3"]
     assert set(engine.timings) == {
-        f"perf/weight_sync_{part}_s" for part in ("gather", "write", "drain", "load")
+        *(f"perf/weight_sync_{part}_s" for part in ("gather", "write", "drain", "load")),
+        "perf/weight_sync_mib",
     }
 
 
@@ -309,6 +310,11 @@ def test_a_server_that_is_not_there_or_not_prepared(model, tmp_path, server, mon
         VLLMServerEngine([], **settings)
 
 
+def test_changes_of_weights_are_not_for_vllms_own_server(make, server):
+    with pytest.raises(Refused, match="set engine.transfer to file, or use `rlpretrain serve`"):
+        make(server.url, transfer="changes")
+
+
 def test_a_table_of_another_size_is_refused_before_any_weights_travel(make, server):
     """Issue 15.22: vLLM cannot load weights of another shape, so the client refuses it at once."""
     assert sample(make(server.url, vocabulary=VOCABULARY), prompts_of([4]))
@@ -325,7 +331,7 @@ def test_weights_that_a_healthy_server_cannot_load_are_not_tried_until_the_deadl
     This test stands last because the server's weights are undefined afterwards.
     """
     engine = make(server.url, deadline=120.0)
-    monkeypatch.setattr("rollout.server_engine.write_weights", lambda folder, state: None)
+    monkeypatch.setattr("rollout.handover.write_weights", lambda folder, state: None)
     begin = time.monotonic()
     with pytest.raises(
         EngineUnavailable, match="no vLLM server took the weights of version 1 .*collective_rpc answered"
