@@ -17,7 +17,7 @@ from pathlib import Path
 from rlpretrain.corpora.dial_formats import MIXES, base_documents
 from rlpretrain.corpora.writing import save_rows
 
-MIX = MIXES["b9"]
+MIX = MIXES["c8"]
 PLAIN = ("prose", "plain")
 TRACES = ("chain", "worked", "think")
 
