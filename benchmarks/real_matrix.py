@@ -1,6 +1,7 @@
 """Every method takes 20 steps on SmolLM2-135M and GSM8K: through hf and vLLM, all weights and LoRA, and TRL.
 
-    python -m benchmarks.real_matrix [--steps 20] [--only TEXT] [--device cuda] [--out FOLDER] [--json]
+    python -m benchmarks.real_matrix [--steps 20] [--only TEXT] [--device cuda]
+    [--dtype bfloat16] [--out FOLDER] [--json]
 
 Each row is a process of its own: seconds of a step, peak memory (on a GPU that of tensors), and the memory
 that `--dry-run` promised for it. Rows that are done are kept under --out, so an interrupted call continues.
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,15 @@ WEIGHTS = {"all": {}, "lora": LORA}
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class How:
+    """Steps of a row, its device, and the precision of its weights."""
+
+    steps: int
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the rows that are not done, and print all that are."""
     parser = argparse.ArgumentParser(
@@ -85,12 +96,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", default="", help="rows whose name has this text")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", help="precision of the weights, also the engine's")
     parser.add_argument("--out", type=Path, default=Path("runs/real_matrix"))
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.row:
-        return run_row(args.row, args.out, args.steps, args.device)
+        return run_row(args.row, args.out, How(args.steps, args.device, args.dtype))
     make_checkpoint(args.out / "checkpoint")
     write_documents(args.out / "documents.jsonl")
     names = [name for name in rows() if args.only in name]
@@ -99,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{i + 1} of {len(names)}: {name} ...", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "benchmarks.real_matrix", "--row", name]
             command += ["--out", str(args.out), "--steps", str(args.steps), "--device", args.device]
+            command += ["--dtype", args.dtype]
             with (args.out / "log.txt").open("a") as log:
                 subprocess.run(command, stdout=log, stderr=log, check=False)
     done = [
@@ -136,16 +149,16 @@ def file_of(out: Path, name: str) -> Path:
     return out / f"{plain}.json"
 
 
-def run_row(name: str, out: Path, steps: int, device: str) -> int:
+def run_row(name: str, out: Path, how: How) -> int:
     """Train one row in this process and write its numbers, or its fault."""
     torch.set_num_threads(1)
     method, engine, weights = name.split(" / ")
-    row: dict[str, Any] = {"name": name, "steps": steps, "fault": None}
+    row: dict[str, Any] = {"name": name, "steps": how.steps, "fault": None}
     folder = out / file_of(out, name).stem
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was interrupted
     try:
         train = train_with_trl if engine == "trl" else train_natively
-        row |= train(method, engine, weights, folder, steps, device)
+        row |= train(method, engine, weights, folder, how)
     except Exception as error:
         traceback.print_exc()
         row["fault"] = f"{type(error).__name__}: {error}"
@@ -153,10 +166,10 @@ def run_row(name: str, out: Path, steps: int, device: str) -> int:
     return 0
 
 
-def settings(method: str, engine: str, weights: str, folder: Path, steps: int, device: str) -> dict[str, Any]:
+def settings(method: str, engine: str, weights: str, folder: Path, how: How) -> dict[str, Any]:
     """The configuration of a row: two positions with four thoughts of up to eight tokens."""
     values: dict[str, Any] = {
-        "model": str(folder.parent / "checkpoint"),
+        "model": {"path": str(folder.parent / "checkpoint"), "dtype": how.dtype},
         "data": {"path": str(folder.parent / "documents.jsonl"), "max_length": 128, "long": "truncate"},
         "objective": METHODS[method],
         "positions_per_step": 2,
@@ -164,15 +177,15 @@ def settings(method: str, engine: str, weights: str, folder: Path, steps: int, d
         "optim": {"lr": 2e-5},
         "loss": {"ntp_coef": 0.5},
         "policy": {"backend": "torch"},
-        "max_steps": steps,
+        "max_steps": how.steps,
         "token_budget": 2048,
         "threads": 1,
-        "device": device,
+        "device": how.device,
         "console": False,
         "checkpoint": {"every": 0},
         "output_dir": str(folder),
     }
-    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights], beside(method, values["model"])):
+    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights], beside(method, values["model"]["path"])):
         for section, fields in changes.items():
             values[section] = values.get(section, {}) | fields
     return values
@@ -184,21 +197,19 @@ def beside(method: str, checkpoint: str) -> dict[str, Any]:
     return json.loads(text.replace("{checkpoint}", checkpoint))
 
 
-def train_natively(
-    method: str, engine: str, weights: str, folder: Path, steps: int, device: str
-) -> dict[str, Any]:
+def train_natively(method: str, engine: str, weights: str, folder: Path, how: How) -> dict[str, Any]:
     """A row of the library's own trainer."""
     from rlpretrain import Pretrainer
     from rlpretrain.config.io import build
 
-    config = build(settings(method, engine, weights, folder, steps, device))
+    config = build(settings(method, engine, weights, folder, how))
     promised = promise(config)
     PeakMemory().start()
     Pretrainer(config).train()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "seconds": statistics.median(line["step_time"] for line in lines),
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak_gib(how.device),
         "promised_gib": promised / GIB,
         "trained": len(lines),
         "thought": sum("policy_loss" in line for line in lines),
@@ -223,9 +234,7 @@ def promise(config: Any) -> float:
     return peak(memory(config, shape, make_sizes(config, objective, shape, notes, longest)))
 
 
-def train_with_trl(
-    method: str, engine: str, weights: str, folder: Path, steps: int, device: str
-) -> dict[str, Any]:
+def train_with_trl(method: str, engine: str, weights: str, folder: Path, how: How) -> dict[str, Any]:
     """A row of `RLPTrainer`."""
     from datasets import load_dataset
     from peft import LoraConfig
@@ -241,12 +250,13 @@ def train_with_trl(
         max_completion_length=8,
         num_generations=4,
         per_device_train_batch_size=8,
-        max_steps=steps,
+        max_steps=how.steps,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=device == "cpu",
+        use_cpu=how.device == "cpu",
         bf16=False,
+        model_init_kwargs={"dtype": how.dtype},
         disable_tqdm=True,
     )
     data = load_dataset("json", data_files=str(folder.parent / "documents.jsonl"), split="train")
@@ -259,7 +269,7 @@ def train_with_trl(
     times = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
     return {
         "seconds": statistics.median(times),
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak_gib(how.device),
         "promised_gib": None,
         "trained": trainer.state.global_step,
     }

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines_processes import child, wait_until_ready
-from benchmarks.real_matrix import settings, write_documents
+from benchmarks.real_matrix import How, settings, write_documents
 from examples.smollm2_checkpoint import make_checkpoint
 from tests.builders.servers import free_port
 
@@ -70,7 +70,7 @@ def run(out: Path, rate: float, transfer: str, steps: int, url: str) -> dict[str
 
     folder = out / f"{transfer}-{rate:g}"
     shutil.rmtree(folder, ignore_errors=True)
-    values = settings("rlp", "hf", "all", folder, steps, "cpu")
+    values = settings("rlp", "hf", "all", folder, How(steps))
     values["optim"] = {"lr": rate}
     values["engine"] = {
         "name": "vllm_server",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.real_matrix import settings, write_documents
+from benchmarks.real_matrix import How, settings, write_documents
 from examples.smollm2_checkpoint import make_checkpoint
 from rlpretrain.compat import attention_of
 from rlpretrain.config.io import build
@@ -46,9 +46,7 @@ def test_it_is_scored_in_trees_whatever_its_precision(checkpoint, dtype):
 def test_a_run_packs_trees_and_finds_their_rows(checkpoint, changes):
     """Without the check of means a run stopped here: single tokens are too far apart."""
     folder = checkpoint.parent / "-".join(changes)
-    values = settings("rlp", "hf", "all", folder, 1, "cpu")
-    values["model"] = {"path": values["model"]}
-    trained(values | {"max_steps": 1}, **changes)
+    trained(settings("rlp", "hf", "all", folder, How(1)), **changes)
     facts = json.loads((folder / "run.json").read_text())
     assert facts["padded_because"] is None and 0 < facts["tree_difference"] < 0.05
 
