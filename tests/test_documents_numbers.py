@@ -139,6 +139,54 @@ def test_choosing_has_the_numbers_of_that_table():
         assert agree(numbers(gain), later[method]["gain_frozen"][:1], 0.051), method
 
 
+def over_seeds(values: Sequence[float]) -> list[float]:
+    """The mean of a number of each seed, and its 95% interval."""
+    half = student(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return [float(np.mean(values)), float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
+def test_wrong_steps_in_samples():
+    """The first columns of the table of preferences, and the sentences after it."""
+    samples, learnt = results("preference-samples"), results("compare-preference")["differences"]
+    table = rows("docs/measured.md", "| | wrong samples |")
+
+    def of(arm: str, name: str) -> list[float]:
+        found = [samples[f"{arm}-{seed}"] for seed in range(3)]
+        return [row[name if name in row else "plain"] for row in found if name in row or name == "good"]
+
+    for arm, (wrong, behind_bad, loss, *_) in table.items():
+        name = arm.strip("`")
+        if name == "base":
+            assert agree(numbers(wrong + loss), [*samples["base"].values()], 0.00051)
+            continue
+        for cell, number in ((wrong, "good"), (behind_bad, "bad"), (loss, "loss")):
+            assert bool(cell) is bool(of(name, number)), (name, number)
+            if cell:
+                assert agree(numbers(cell), over_seeds(of(name, number)), 0.00051), (name, number)
+
+    def above(arm: str, other: str) -> list[float]:
+        pairs = zip(of(arm, "loss"), of(other, "loss"), strict=True)
+        return over_seeds([a - b for a, b in pairs])
+
+    mean, low, high = above("conditional", "mle")
+    wanted = {
+        r"writes wrong steps in (.*?) of its": over_seeds(of("conditional", "good"))[:1],
+        r"samples where `mle` does in (.*?)\*\*": over_seeds(of("mle", "good"))[:1],
+        r"as it is used, is (.*?) lower": [-mean, -high, -low],
+        r"Behind the bad token it is wrong in ([.\d]+)\. ": over_seeds(of("conditional", "bad"))[:1],
+        r"at a loss (.*?) above `conditional`'s": above("filter", "conditional"),
+    }
+    check_sentences("docs/measured.md", "## Preferences", wanted)
+    text = " ".join((ROOT / "docs" / "measured.md").read_text().split("## Preferences")[1].split())
+    for arm, pattern in {
+        "conditional": r"the loss of `conditional` is (.*?) above `mle`\*\*",
+        "conditional_permuted": r"random scores too \((.*?)\)",
+        "conditional_drop_10": r"`conditional_drop_10`\), it is (.*?) above `mle`",
+    }.items():
+        (written,) = re.findall(pattern, text)
+        assert agree(numbers(written), learnt[f"{arm} - mle"]["no_think_loss"], 0.0051), arm
+
+
 def gpu_step(name: str) -> dict[str, float]:
     cells = results("gpu")["parts"]["steps"]["cells"]
     return next(cell["values"] for cell in cells if cell["name"] == name)
