@@ -187,6 +187,39 @@ def test_wrong_steps_in_samples():
         assert agree(numbers(written), learnt[f"{arm} - mle"]["no_think_loss"], 0.0051), arm
 
 
+def test_right_continuations():
+    """The first column of the table of SIP, and the sentences after it."""
+    samples = results("sip-samples")
+
+    def of(arm: str) -> list[float]:
+        return [samples[f"{arm}-{seed}"]["right"] for seed in range(3)]
+
+    def above(arm: str, other: str) -> list[float]:
+        return over_seeds([a - b for a, b in zip(of(arm), of(other), strict=True)])
+
+    for arm, (right, *_) in rows("docs/measured.md", "| | right samples |").items():
+        name = arm.strip("`")
+        expected = [samples["base"]["right"]] if name == "base" else over_seeds(of(name))
+        assert agree(numbers(right), expected, 0.00051), name
+
+    def below(arm: str, other: str) -> list[float]:
+        mean, low, high = above(arm, other)
+        return [-mean, -high, -low]
+
+    wanted = {
+        r"trace in (.*?) of its samples": over_seeds(of("rf_nll"))[:1],
+        r"samples\*\*, `dpo` in (.*?), next": over_seeds(of("dpo"))[:1],
+        r"as they are in (.*?), below": over_seeds(of("ntp"))[:1],
+        r"Paired, `rf_nll` is (.*?) above the control": above("rf_nll", "filter"),
+        r"and `dpo` (0.027.*?) below it": below("dpo", "filter"),
+        r"at `chance` `dpo` is (.*?) and": above("dpo", "dpo_chance"),
+        r"and `rf_nll` (0.698.*?) below the same": above("rf_nll", "rf_nll_chance"),
+        r"apart from none \((.*?)\)": above("dpo", "dpo_flips_10"),
+        r"30% cost (.*?)\. -": above("dpo", "dpo_flips_30"),
+    }
+    check_sentences("docs/measured.md", "## Self-Improving Pretraining", wanted)
+
+
 def gpu_step(name: str) -> dict[str, float]:
     cells = results("gpu")["parts"]["steps"]["cells"]
     return next(cell["values"] for cell in cells if cell["name"] == name)
