@@ -105,6 +105,7 @@ LEARNT = {
         ("measured", 2, "compare-sip"),
         ("measured", 3, "compare-preference"),
         ("measured", 4, "compare-distill"),
+        ("measured", 5, "compare-distill-random"),
     ],
 )
 def test_what_the_objectives_learn(document, which, file):
@@ -218,6 +219,26 @@ def test_right_continuations():
         r"30% cost (.*?)\. -": above("dpo", "dpo_flips_30"),
     }
     check_sentences("docs/measured.md", "## Self-Improving Pretraining", wanted)
+
+
+def test_teachers_of_random_weights():
+    """The sentences about them; the share of likeliest tokens is a measurement of its own."""
+    measured = results("compare-distill-random")
+    assert measured["seeds"] == [3, 4, 5, 6, 7, 8]  # none of the comparison before
+
+    def thinks(arms: str) -> list[float]:
+        return measured["differences"][arms]["think_sampled"]
+
+    mean, low, high = thinks("random_weights_permuted - random_weights")
+    wanted = {
+        r"`random_weights` is (.*?) above `ntp` in": thinks("random_weights - ntp"),
+        r"of another seed are (.*?) above `ntp`": thinks("other_random_weights - ntp"),
+        r"apart from its own \((.*?)\)": thinks("other_random_weights - random_weights"),
+        r"other tokens it is (.*?) below `random": [-mean, -high, -low],
+        r"told apart from `ntp` \((0\.076.*?)\)": thinks("random_weights_permuted - ntp"),
+        r"smoothing minus `ntp` is (.*?)\. -": thinks("label_smoothing - ntp"),
+    }
+    check_sentences("docs/measured.md", "### Teachers of random weights", wanted)
 
 
 def gpu_step(name: str) -> dict[str, float]:
