@@ -106,6 +106,7 @@ LEARNT = {
         ("measured", 3, "compare-preference"),
         ("measured", 4, "compare-distill"),
         ("measured", 5, "compare-distill-random"),
+        ("measured", 6, "compare-remit"),
     ],
 )
 def test_what_the_objectives_learn(document, which, file):
@@ -239,6 +240,28 @@ def test_teachers_of_random_weights():
         r"smoothing minus `ntp` is (.*?)\. -": thinks("label_smoothing - ntp"),
     }
     check_sentences("docs/measured.md", "### Teachers of random weights", wanted)
+
+
+def test_selected_tokens():
+    """The sentences about remit's selection and its control."""
+    differences = results("compare-remit")["differences"]
+
+    def of(arms: str, name: str = "think_sampled", sign: int = 1) -> list[float]:
+        mean, *ends = differences[arms][name]
+        return [sign * mean, *sorted(sign * end for end in ends)]
+
+    wanted = {
+        r'"thinks" is (.*?) above as many': of("remit_top_k_shuffled - remit_top_k", sign=-1),
+        r"told apart from `ntp` \((.*?)\)": of("remit_top_k_shuffled - ntp"),
+        r"Against `ntp` it is (.*?)\. ": of("remit_top_k - ntp"),
+        r"its no-think loss is (.*?) above `ntp`": of("remit_top_k - ntp", "no_think_loss"),
+        r"`ntp`'s and (.*?) above the random": of(
+            "remit_top_k_shuffled - remit_top_k", "no_think_loss", sign=-1
+        ),
+        r"direct answers are (.*?) fewer": of("remit_top_k - ntp", "direct", sign=-1),
+        r"from their control\*\* \((.*?) in": of("remit_shuffled - remit", sign=-1),
+    }
+    check_sentences("docs/measured.md", "## Selected tokens", wanted)
 
 
 def gpu_step(name: str) -> dict[str, float]:
