@@ -753,6 +753,38 @@ def test_replay_and_rewarming():
     check_sentences("docs/mixtures.md", "with a joint control", wanted)
 
 
+def test_when_to_read_traces():
+    """The table of bases and of RLP from them, and the sentences after it."""
+    measured = results("compare-front-loading")
+    methods, differences = measured["methods"], measured["differences"]
+    table = rows("docs/mixtures.md", "| thinks, before RLP |")
+    assert set(table) == {"uniform", "early", "late", "last", "none"}
+    for name, cells in table.items():
+        base, after = methods[name], methods[f"{name}_rlp"]
+        expected = [base["logged"][f"eval/{kind}/no_think_loss"][:3] for kind in ("plain", "traces")]
+        expected += [of[number] for number in ("think_sampled", "direct") for of in (base, after)]
+        assert all(agree(numbers(c), v, 0.0051) for c, v in zip(cells, expected, strict=False)), name
+        assert agree(numbers(cells[-1]), teraflops(after), 0.0051)
+
+    def thinks(arms: str, sign: int = 1) -> list[float]:
+        mean, *ends = differences[arms]["think_sampled"]
+        return [sign * mean, *sorted(sign * end for end in ends)]
+
+    wanted = {
+        r'"thinks" is (.*?) \(`late`\)': thinks("late_rlp - uniform_rlp", -1),
+        r"\(`late`\) and (.*?) \(`last`\)": thinks("last_rlp - uniform_rlp", -1),
+        r"below `uniform`'s \(by (.*?)\)": thinks("early - uniform", -1),
+        r"excludes 0 \((.*?) to `uniform`": thinks("early_rlp - uniform_rlp"),
+        r"to `uniform`, (.*?) to `late`": thinks("late_rlp - early_rlp", -1),
+    }
+    check_sentences("docs/mixtures.md", "### When to read traces", wanted)
+    text = " ".join((ROOT / "docs" / "mixtures.md").read_text().split("### When to read traces")[1].split())
+    seeds = re.findall(r"seeds are at (.*?), of `uniform` at (.*?), of `late` at (.*?)\. Over", text)[0]
+    for written, name in zip(seeds, ("early_rlp", "uniform_rlp", "late_rlp"), strict=True):
+        found = [float(number) for number in re.findall(r"\.\d+", written)]
+        assert agree(found, methods[name]["by_seed"]["think_sampled"], 0.0051), name
+
+
 def _interval(values: np.ndarray) -> list[float]:
     """Mean over seeds with its 95% interval."""
     half = student(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
