@@ -141,6 +141,33 @@ def test_choosing_has_the_numbers_of_that_table():
         assert agree(numbers(gain), later[method]["gain_frozen"][:1], 0.051), method
 
 
+def test_choosing_has_the_clean_loss_of_every_method():
+    def above(file: str, *pairs: str) -> list[float]:
+        methods = results(file)["methods"]
+        losses = [[methods[arm]["no_think_loss"][0] for arm in pair.split(" - ")] for pair in pairs]
+        return [loss - control for loss, control in losses]
+
+    first = {"sft_mixed": ["sft_mixed"], "rlp": ["rlp"], "rpt": ["rpt"], "pretrain_zero": ["pretrain_zero"]}
+    first |= {"rlpt` (`match`, `judge`)": ["rlpt_match", "rlpt_judge"]}
+    first |= {
+        "rlpt` (`information_gain`)": ["rlpt"],
+        "likelihood` (`prob`, `log_prob`, ...)": ["rlpr", "jepo"],
+    }
+    wanted = {
+        name: above("compare", *(f"{arm} - ntp_tokens" for arm in arms)) for name, arms in first.items()
+    }
+    for name in ("remit", "latro", "nover", "bow", "quiet_star"):
+        wanted[name] = above("compare-thinking", f"{name} - ntp")
+    wanted["preference"] = above("compare-preference", "filter - mle", "rwr - mle")
+    wanted["distill"] = above("compare-distill", "salt - ntp")
+    wanted["v_pretrain"] = above("compare-v-pretrain", "designer - ntp")
+    wanted["sip"] = above("compare-sip", "dpo - ntp", "rf_nll - ntp")
+    table = rows("docs/choosing.md", "| clean loss |")
+    for name, values in wanted.items():
+        row = next(cells for first_cell, cells in table.items() if first_cell.startswith(f"`{name}"))
+        assert agree(numbers(row[5]), values, 0.00051), name
+
+
 def over_seeds(values: Sequence[float]) -> list[float]:
     """The mean of a number of each seed, and its 95% interval."""
     half = student(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
