@@ -27,55 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.process_memory import PeakMemory, memory_field
+from benchmarks.real_matrix_methods import BESIDE, ENGINES, METHODS, ONE_ENGINE, WEIGHTS, WHERE
 from examples.gsm8k_calculations import LINES, read_calculations, write_rows
 from examples.smollm2_checkpoint import make_checkpoint
 
-WHERE: dict[str, Any] = {"positions": "after", "marker": "=", "target_length": 3}
-TAGS = {"open": "<<", "close": ">>"}
-WRITTEN = {"target_length": 8, "max_prediction_tokens": 16}
-ALL = {"dynamic_sampling": False}
-"""Train on groups without a difference too: this base hits next to nothing, so all would be left out."""
-JUDGE = "benchmarks.real_matrix:judge"
-ORACLE = "rlpretrain.corpora.dial_judge:chance"
-METHODS: dict[str, dict[str, Any]] = {
-    "rlp": {"name": "rlp"} | WHERE | TAGS,
-    "rlpt, information gain": {"name": "rlpt", "target_length": 8, "reward": "information_gain"} | TAGS,
-    "rlpt, match": {"name": "rlpt", "reward": "match"} | WRITTEN | TAGS,
-    "rlpt, judge": {"name": "rlpt", "reward": "judge", "judge_function": JUDGE} | WRITTEN | TAGS,
-    "rpt": {"name": "rpt", "max_prediction_tokens": 6} | ALL | WHERE | TAGS,
-    "rmt": {"name": "rmt"} | ALL | TAGS,
-    "pretrain_zero": {"name": "pretrain_zero", "max_span_tokens": 2, "max_answer_tokens": 6} | ALL | TAGS,
-    "likelihood, log_prob": {"name": "likelihood", "score": "log_prob", "direct": 1.0} | WHERE | TAGS,
-    "likelihood, mean_prob": {"name": "likelihood", "score": "mean_prob"} | WHERE | TAGS,
-    "likelihood, jepo": {"name": "likelihood", "score": "jepo", "direct": 1.0} | WHERE | TAGS,
-    "likelihood, perplexity_gain": {"name": "likelihood", "score": "perplexity_gain"} | WHERE | TAGS,
-    "quiet_star": {"name": "quiet_star", "every": 4} | TAGS,
-    "latro": {"name": "latro"} | WHERE | TAGS,
-    "nover": {"name": "nover"} | WHERE | TAGS,
-    "bow": {"name": "bow"} | WHERE | TAGS,
-    "sip, dpo": {"name": "sip", "target_length": 8, "judge_function": ORACLE},
-    "sip, rf_nll": {"name": "sip", "target_length": 8, "judge_function": ORACLE, "loss": "rf_nll"},
-    "ntp": {"name": "ntp"},
-    "remit": {"name": "remit"},
-    "distill, salt": {"name": "distill"},
-    "distill, self": {"name": "distill", "kind": "self"},
-    "preference, rwr": {"name": "preference", "loss": "rwr"},
-    "preference, conditional": {"name": "preference", "loss": "conditional", "threshold": 0.5},
-}
-ONE_ENGINE = ("quiet_star", "latro", "nover", "bow", "sip", "ntp", "remit", "distill", "preference")
-"""Methods that only read, so that no engine samples, and those that use engines as `rlp` does."""
-BESIDE: dict[str, dict[str, Any]] = {
-    "nover": {"baseline": {"name": "ema"}},
-    "bow": {"baseline": {"name": "frozen"}},
-    "remit": {"reference": {"path": "{checkpoint}"}},
-    "distill, salt": {"reference": {"path": "{checkpoint}"}},
-    "preference, rwr": {"data": {"score_column": "score"}},
-    "preference, conditional": {"data": {"score_column": "score"}},
-}
-"""Settings that methods need beside the objective."""
-LORA = {"policy": {"lora": {"r": 8, "alpha": 16}}, "optim": {"lr": 2e-4}}
-ENGINES = {"hf": {}, "vllm": {"engine": {"name": "vllm_local"}}}
-WEIGHTS = {"all": {}, "lora": LORA}
 GIB = 2**30
 
 
@@ -128,6 +83,11 @@ def write_documents(path: Path, sentences: int = 3) -> None:
     """Documents of a few sentences: some methods predict a sentence from those before it."""
     texts = [calculation.document["text"] for calculation in read_calculations(LINES)]
     groups = [texts[first : first + sentences] for first in range(0, len(texts), sentences)]
+    labelled = [text.partition("=") for text in texts[:256]]
+    write_rows(
+        path.with_name("labelled.jsonl"),
+        [{"question": f"{q} =", "answer": a.strip()} for q, _, a in labelled],
+    )
     write_rows(
         path, [{"text": "\n".join(group), "score": number % 10 / 10} for number, group in enumerate(groups)]
     )
@@ -171,7 +131,7 @@ def settings(method: str, engine: str, weights: str, folder: Path, how: How) -> 
     values: dict[str, Any] = {
         "model": {"path": str(folder.parent / "checkpoint"), "dtype": how.dtype},
         "data": {"path": str(folder.parent / "documents.jsonl"), "max_length": 128, "long": "truncate"},
-        "objective": METHODS[method],
+        "objective": fill(METHODS[method], folder.parent),
         "positions_per_step": 2,
         "sampling": {"thoughts": 4, "max_thought_tokens": 8, "cut": "force_close"},
         "optim": {"lr": 2e-5},
@@ -185,16 +145,16 @@ def settings(method: str, engine: str, weights: str, folder: Path, how: How) -> 
         "checkpoint": {"every": 0},
         "output_dir": str(folder),
     }
-    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights], beside(method, values["model"]["path"])):
+    for changes in (ENGINES.get(engine, {}), WEIGHTS[weights], fill(BESIDE.get(method, {}), folder.parent)):
         for section, fields in changes.items():
             values[section] = values.get(section, {}) | fields
     return values
 
 
-def beside(method: str, checkpoint: str) -> dict[str, Any]:
-    """The sections of `BESIDE`, with the path of the checkpoint."""
-    text = json.dumps(BESIDE.get(method, {}))
-    return json.loads(text.replace("{checkpoint}", checkpoint))
+def fill(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings with the paths of what was made in the folder."""
+    text = json.dumps(settings).replace("{checkpoint}", str(folder / "checkpoint"))
+    return json.loads(text.replace("{labelled}", str(folder / "labelled.jsonl")))
 
 
 def train_natively(method: str, engine: str, weights: str, folder: Path, how: How) -> dict[str, Any]:
