@@ -175,7 +175,7 @@ def timings(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return [row[name] for row in rows if row.get(name) is not None]
 
     parts = sorted(
-        {name for row in rows for name in row if name.startswith("perf/weight_sync") and name[-2:] == "_s"}
+        {name for row in rows for name in row if name.startswith("perf/weight_sync") and name.endswith("_s")}
     )
     out: dict[str, Any] = {
         short: statistics.median(of(name)) if of(name) else None for short, name in MEDIANS.items()

@@ -1,6 +1,6 @@
 """Weights as the numbers that changed since the last sync: found and applied.
 
-In half precision most numbers stay at a small learning rate (docs/engines.md has counts). A tensor's changes
+In half precision most numbers stay at a small learning rate (docs/rollout.md has counts). A tensor's changes
 are two: `NAME@places` [n], where they are in the flattened tensor, and `NAME@values` [n]. A tensor that
 would not be smaller so stands whole under its own name, and one without a change does not stand there.
 """

@@ -17,7 +17,7 @@ from rlpretrain.models.kernels import check_kernel
 from rlpretrain.rollouts.engines import default_tolerance
 from rlpretrain.scoring import attention
 from rlpretrain.scoring.checks import check_head
-from rollout import HFEngine, SamplingParams
+from rollout import HFEngine
 from rollout.probe import Probe
 from tests.builders.runs import trained
 from tests.builders.sampling import logps_of
@@ -44,7 +44,7 @@ def test_it_is_scored_in_trees_whatever_its_precision(checkpoint, dtype):
 
 @pytest.mark.parametrize("changes", [{"model__dtype": "bfloat16"}, {"policy__autocast": "bfloat16"}])
 def test_a_run_packs_trees_and_finds_their_rows(checkpoint, changes):
-    """Without the check of means a run stopped here: single tokens are too far apart."""
+    """Weights in bfloat16 ran on padded rows, before the probe of trees knew what rounding does."""
     folder = checkpoint.parent / "-".join(changes)
     trained(settings("rlp", "hf", "all", folder, How(1)), **changes)
     facts = json.loads((folder / "run.json").read_text())
@@ -57,11 +57,10 @@ def test_the_probe_of_an_engine_in_bfloat16_passes_beside_a_trainer_in_float32(c
     values = {"model": "m", "data": "d.jsonl", "objective": "rlp"}
     config = build(values | {"engine": {"name": "vllm_local", "dtype": "bfloat16"}})
     probe = Probe(ours.config.vocab_size, 32, 512, tolerance=default_tolerance(config, torch.device("cpu")))
-    worst = [probe.tolerance]
+    worst = []
     for version in range(12):
         engine.sync(lambda: [], version)
         (thought,) = asyncio.run(probe.ask(engine))
         logps = logps_of(ours, probe.prompt.token_ids, thought.token_ids).tolist()
         worst.append(asyncio.run(probe.verify(engine, [thought], [logps], version)))
-    assert max(worst[1:]) > 0.05  # float32 would allow no more
-    assert isinstance(probe.params, SamplingParams)
+    assert max(worst) > 0.1  # that was the tolerance, set with tiny models

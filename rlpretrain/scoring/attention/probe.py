@@ -63,7 +63,7 @@ def why_wrong(model: nn.Module, attend: Callable[..., Any]) -> str | None:
         return "its layers do not tell their attention its window"
     if chains is None:
         return None
-    rounding = _apart(chains, gold)  # in half precision as much as weak mixing
+    rounding = _apart(chains, gold)  # small in float32, and not in half precision
     if _apart(ours[0][_ROWS], gold) <= max(1e-4, 2 * rounding):
         return None
     return "its tokens also mix outside attention, or in a way of its own"
